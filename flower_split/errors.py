@@ -1,0 +1,111 @@
+"""The errors this package raises; every message gives the rule, the value, the place, the remedy.
+
+::
+
+    FlowerSplitError
+    ├── ConfigError          a run-config key or value is wrong
+    ├── SplitError           the model cannot be cut as asked
+    ├── DataError            the training data is missing, empty or malformed
+    ├── AggregationError     client updates cannot be aggregated
+    ├── CodecError           bytes from the wire do not describe a valid tensor
+    ├── TrunkError           anything that goes wrong between a client and the trunk
+    │   ├── TrunkUnavailable the trunk does not answer within the deadline
+    │   ├── TrunkRefused     the trunk answered no; carries a RefusalReason
+    │   └── RoundAborted     the trunk gave the round up; nothing of it was kept
+    ├── FederationError      the federation cannot run the job (too small, no replies, all failed)
+    └── RunDirectoryError    a run directory is incomplete, damaged or not one of ours
+"""
+
+from enum import Enum
+
+
+class FlowerSplitError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(FlowerSplitError):
+    """A run-config key is unknown, or a value breaks its rule."""
+
+
+class SplitError(FlowerSplitError):
+    """The model cannot be cut as asked."""
+
+
+class DataError(FlowerSplitError):
+    """The training or evaluation data is missing, empty or malformed."""
+
+
+class AggregationError(FlowerSplitError):
+    """Client updates cannot be aggregated."""
+
+
+class CodecError(FlowerSplitError):
+    """Bytes from the wire do not describe a valid tensor."""
+
+
+class FederationError(FlowerSplitError):
+    """The federation cannot run the job: too small, no replies, or every client failed."""
+
+
+class RunDirectoryError(FlowerSplitError):
+    """A run directory is incomplete, damaged, or not one of ours."""
+
+
+class RefusalReason(Enum):
+    """Why the trunk refused a call; the values are those of the protocol's enum."""
+
+    UNAUTHENTICATED = 1
+    """The token is unknown, expired, or not allowed this call."""
+    FINGERPRINT_MISMATCH = 2
+    """Client and trunk do not hold parts of the same model and configuration."""
+    WRONG_EPOCH = 3
+    """The trunk process has restarted since the session opened."""
+    WRONG_ATTEMPT = 4
+    """The round or attempt named is not the one that is open."""
+    STALE_VERSION = 5
+    """The trunk's weights have stepped since the forward that this call belongs to."""
+    DIGEST_MISMATCH = 6
+    """The same contribution key came with other content."""
+    UNKNOWN_SESSION = 7
+    """No such session: never opened, closed, or its lease ended."""
+    UNKNOWN_CONTRIBUTION = 8
+    """A backward without its forward."""
+    NON_FINITE = 9
+    """NaN or Inf in the smashed data, the incoming gradient, or a parameter gradient."""
+    DROPPED = 10
+    """The window closed without this client; it may join the next round."""
+    OVER_BUDGET = 11
+    """The activation cache is full."""
+    INVALID_REQUEST = 12
+    """The request breaks the protocol: shapes, dtypes, indices, weights."""
+    NO_ROUND = 13
+    """No round is open."""
+
+
+class TrunkError(FlowerSplitError):
+    """Something went wrong between a client (or the coordinator) and the trunk."""
+
+
+class TrunkUnavailable(TrunkError):
+    """The trunk does not answer within the deadline."""
+
+
+class TrunkRefused(TrunkError):
+    """The trunk answered no.
+
+    Args:
+        reason: The typed reason; code branches on this, never on the text.
+        message: What a person needs: the rule, the value, the place, the remedy.
+    """
+
+    def __init__(self, reason: RefusalReason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["TrunkRefused"], tuple[RefusalReason, str]]:
+        """Pickle with both arguments, so that the error survives a process boundary."""
+        return type(self), (self.reason, str(self))
+
+
+class RoundAborted(TrunkError):
+    """The trunk gave the round up; its weights are those of the round's beginning."""

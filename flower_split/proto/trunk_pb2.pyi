@@ -1,0 +1,416 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+    INT64: _ClassVar[DType]
+    INT32: _ClassVar[DType]
+    UINT8: _ClassVar[DType]
+    BOOL: _ClassVar[DType]
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    RAW: _ClassVar[Codec]
+    BITS: _ClassVar[Codec]
+
+class ForwardMode(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORWARD_MODE_UNSPECIFIED: _ClassVar[ForwardMode]
+    TRAIN: _ClassVar[ForwardMode]
+    NO_GRAD: _ClassVar[ForwardMode]
+    EVALUATE: _ClassVar[ForwardMode]
+
+class StepEvery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    STEP_EVERY_UNSPECIFIED: _ClassVar[StepEvery]
+    LOCAL_STEP: _ClassVar[StepEvery]
+    SERVER_ROUND: _ClassVar[StepEvery]
+    CONTRIBUTION: _ClassVar[StepEvery]
+DTYPE_UNSPECIFIED: DType
+FLOAT32: DType
+BFLOAT16: DType
+FLOAT16: DType
+INT64: DType
+INT32: DType
+UINT8: DType
+BOOL: DType
+CODEC_UNSPECIFIED: Codec
+RAW: Codec
+BITS: Codec
+FORWARD_MODE_UNSPECIFIED: ForwardMode
+TRAIN: ForwardMode
+NO_GRAD: ForwardMode
+EVALUATE: ForwardMode
+STEP_EVERY_UNSPECIFIED: StepEvery
+LOCAL_STEP: StepEvery
+SERVER_ROUND: StepEvery
+CONTRIBUTION: StepEvery
+
+class TensorSpec(_message.Message):
+    __slots__ = ("name", "dtype", "shape", "codec", "num_bytes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    codec: Codec
+    num_bytes: int
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+
+class Frame(_message.Message):
+    __slots__ = ("header", "payload")
+    HEADER_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    header: Header
+    payload: bytes
+    def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class Header(_message.Message):
+    __slots__ = ("tensors", "forward", "backward", "reply")
+    TENSORS_FIELD_NUMBER: _ClassVar[int]
+    FORWARD_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    REPLY_FIELD_NUMBER: _ClassVar[int]
+    tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
+    forward: ForwardHeader
+    backward: BackwardHeader
+    reply: ReplyHeader
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ...) -> None: ...
+
+class ContributionKey(_message.Message):
+    __slots__ = ("experiment", "server_round", "attempt", "window", "micro_batch")
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    MICRO_BATCH_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    server_round: int
+    attempt: int
+    window: int
+    micro_batch: int
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., window: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
+
+class ForwardHeader(_message.Message):
+    __slots__ = ("session", "trunk_epoch", "key", "version", "mode")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    key: ContributionKey
+    version: int
+    mode: ForwardMode
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ...) -> None: ...
+
+class BackwardHeader(_message.Message):
+    __slots__ = ("session", "trunk_epoch", "key", "version", "num_tokens", "loss_denominator", "last")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_DENOMINATOR_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    key: ContributionKey
+    version: int
+    num_tokens: float
+    loss_denominator: float
+    last: bool
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., num_tokens: _Optional[float] = ..., loss_denominator: _Optional[float] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class ReplyHeader(_message.Message):
+    __slots__ = ("version", "compute_seconds", "queue_seconds")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    compute_seconds: float
+    queue_seconds: float
+    def __init__(self, version: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ...) -> None: ...
+
+class WaitVersionRequest(_message.Message):
+    __slots__ = ("session", "trunk_epoch", "version")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    version: int
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class WaitVersionReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class OpenSessionRequest(_message.Message):
+    __slots__ = ("fingerprint", "planned_steps", "evaluate")
+    class FingerprintEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: _containers.ScalarMap[str, str]
+    planned_steps: int
+    evaluate: bool
+    def __init__(self, fingerprint: _Optional[_Mapping[str, str]] = ..., planned_steps: _Optional[int] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+
+class OpenSessionReply(_message.Message):
+    __slots__ = ("session", "trunk_epoch", "version", "experiment", "server_round", "attempt", "max_tensor_bytes", "lease_seconds", "slot")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    MAX_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    version: int
+    experiment: str
+    server_round: int
+    attempt: int
+    max_tensor_bytes: int
+    lease_seconds: float
+    slot: int
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., max_tensor_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., slot: _Optional[int] = ...) -> None: ...
+
+class CloseSessionRequest(_message.Message):
+    __slots__ = ("session", "trunk_epoch")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ...) -> None: ...
+
+class CloseSessionReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Participant(_message.Message):
+    __slots__ = ("slot", "token")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    token: str
+    def __init__(self, slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+
+class BeginRoundRequest(_message.Message):
+    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate")
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    STEP_EVERY_FIELD_NUMBER: _ClassVar[int]
+    STEPS_PER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    NUM_SERVER_ROUNDS_FIELD_NUMBER: _ClassVar[int]
+    QUORUM_FIELD_NUMBER: _ClassVar[int]
+    JOIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    server_round: int
+    attempt: int
+    participants: _containers.RepeatedCompositeFieldContainer[Participant]
+    step_every: StepEvery
+    steps_per_round: int
+    num_server_rounds: int
+    quorum: float
+    join_seconds: float
+    window_seconds: float
+    evaluate: bool
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+
+class BeginRoundReply(_message.Message):
+    __slots__ = ("trunk_epoch", "version")
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    trunk_epoch: int
+    version: int
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
+
+class PrepareRoundRequest(_message.Message):
+    __slots__ = ("experiment", "server_round", "attempt")
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    server_round: int
+    attempt: int
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class SlotReport(_message.Message):
+    __slots__ = ("slot", "completed", "problem", "contributions", "num_tokens", "bytes_received", "bytes_sent")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    completed: bool
+    problem: str
+    contributions: int
+    num_tokens: float
+    bytes_received: int
+    bytes_sent: int
+    def __init__(self, slot: _Optional[int] = ..., completed: _Optional[bool] = ..., problem: _Optional[str] = ..., contributions: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ...) -> None: ...
+
+class PrepareRoundReply(_message.Message):
+    __slots__ = ("version", "digest", "slots", "optimizer_steps", "compute_seconds")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZER_STEPS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    digest: str
+    slots: _containers.RepeatedCompositeFieldContainer[SlotReport]
+    optimizer_steps: int
+    compute_seconds: float
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., optimizer_steps: _Optional[int] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+
+class CommitRoundRequest(_message.Message):
+    __slots__ = ("experiment", "server_round", "attempt")
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    server_round: int
+    attempt: int
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class CommitRoundReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class AbortRoundRequest(_message.Message):
+    __slots__ = ("experiment", "server_round", "attempt", "why")
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    server_round: int
+    attempt: int
+    why: str
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class AbortRoundReply(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusReply(_message.Message):
+    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint")
+    class FingerprintEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    WINDOW_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    trunk_epoch: int
+    version: int
+    experiment: str
+    server_round: int
+    attempt: int
+    phase: str
+    window: int
+    num_tokens: float
+    bytes_received: int
+    bytes_sent: int
+    slots: _containers.RepeatedCompositeFieldContainer[SlotReport]
+    problem: str
+    fingerprint: _containers.ScalarMap[str, str]
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class GetAdapterRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("reason", "message")
+    class Reason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        REASON_UNSPECIFIED: _ClassVar[Refusal.Reason]
+        UNAUTHENTICATED: _ClassVar[Refusal.Reason]
+        FINGERPRINT_MISMATCH: _ClassVar[Refusal.Reason]
+        WRONG_EPOCH: _ClassVar[Refusal.Reason]
+        WRONG_ATTEMPT: _ClassVar[Refusal.Reason]
+        STALE_VERSION: _ClassVar[Refusal.Reason]
+        DIGEST_MISMATCH: _ClassVar[Refusal.Reason]
+        UNKNOWN_SESSION: _ClassVar[Refusal.Reason]
+        UNKNOWN_CONTRIBUTION: _ClassVar[Refusal.Reason]
+        NON_FINITE: _ClassVar[Refusal.Reason]
+        DROPPED: _ClassVar[Refusal.Reason]
+        OVER_BUDGET: _ClassVar[Refusal.Reason]
+        INVALID_REQUEST: _ClassVar[Refusal.Reason]
+        NO_ROUND: _ClassVar[Refusal.Reason]
+    REASON_UNSPECIFIED: Refusal.Reason
+    UNAUTHENTICATED: Refusal.Reason
+    FINGERPRINT_MISMATCH: Refusal.Reason
+    WRONG_EPOCH: Refusal.Reason
+    WRONG_ATTEMPT: Refusal.Reason
+    STALE_VERSION: Refusal.Reason
+    DIGEST_MISMATCH: Refusal.Reason
+    UNKNOWN_SESSION: Refusal.Reason
+    UNKNOWN_CONTRIBUTION: Refusal.Reason
+    NON_FINITE: Refusal.Reason
+    DROPPED: Refusal.Reason
+    OVER_BUDGET: Refusal.Reason
+    INVALID_REQUEST: Refusal.Reason
+    NO_ROUND: Refusal.Reason
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: Refusal.Reason
+    message: str
+    def __init__(self, reason: _Optional[_Union[Refusal.Reason, str]] = ..., message: _Optional[str] = ...) -> None: ...
