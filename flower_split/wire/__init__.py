@@ -1,0 +1,1 @@
+"""Tensors and calls on the wire between a client and the trunk."""
