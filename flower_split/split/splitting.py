@@ -1,0 +1,125 @@
+"""Cutting a model that is in memory into the client's model and the trunk."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flower_split.errors import SplitError
+from flower_split.split.client_model import client_replacements, wire_client
+from flower_split.split.cuts import CutLayers
+from flower_split.split.probe import check_chain, probe_batches, quiet, same_bits, trace
+from flower_split.split.stack import LayerStack, find_stack
+from flower_split.split.stand_in import LayerOutput, StandIn
+from flower_split.split.trunk_model import TrunkModel, trunk_replacements
+
+
+def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedModel, TrunkModel]:
+    """Split a model in memory; the client calls the trunk in process.
+
+    ``model`` is left as it is: client and trunk hold copies of their weights, under the same
+    names. The client is of the model's own class; call ``set_trunk`` to give it another trunk.
+    Before returning, a tiny batch is run through ``model`` and through the two parts, and their
+    outputs are compared bit for bit.
+
+    Args:
+        model: A causal language model of transformers, with or without adapters injected.
+        cuts: The cut layers.
+
+    Returns:
+        The client's model and the trunk.
+
+    Raises:
+        SplitError: The cuts do not fit the model, or the family does not run its layers in a way
+            that a trunk could stand in for.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise SplitError(
+            f"split_model takes a transformers PreTrainedModel; it was given "
+            f"{type(model).__name__}. Of a PeftModel, pass get_base_model()."
+        )
+    stack = find_stack(model)
+    check_splittable(model, stack, cuts)
+    name = type(model).__name__
+    output = LayerOutput()
+    with quiet(model):
+        batches = probe_batches(model)
+        traces = [trace(model, stack, batch) for batch in batches]
+        for found in traces:
+            check_chain(found, cuts, name)
+            output.learn(
+                next(call.output for call in found.calls if call.index == cuts.second - 1)
+            )
+    trunk_root = copy_with(model, trunk_replacements(model, stack, cuts))
+    trunk = TrunkModel(trunk_root, stack, cuts)
+    client = copy_with(model, client_replacements(model, stack, cuts, output, trunk))
+    wire_client(client, stack)
+    with quiet(client, trunk):
+        for batch, found in zip(batches, traces, strict=True):
+            assert found.result is not None
+            _compare(client, stack, batch, found.result, name)
+    return client, trunk
+
+
+def _compare(
+    client: PreTrainedModel, stack: LayerStack, batch: dict[str, Tensor], expected: Tensor, name: str
+) -> None:
+    actual = trace(client, stack, batch).result
+    assert actual is not None
+    exact = expected.device.type == "cpu"
+    if same_bits(actual, expected) or (
+        not exact and torch.allclose(actual, expected, rtol=1e-3, atol=1e-3, equal_nan=True)
+    ):
+        return
+    raise SplitError(
+        f"{name} computes something else when it is split: a probe batch gives other outputs than "
+        "the unsplit model. Its layers need more than the hidden states, the padding mask and the "
+        "position ids. This family cannot be split."
+    )
+
+
+def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
+    """Check what can be checked without running the model.
+
+    Raises:
+        SplitError: The model is already split, the cuts do not fit, a weight is shared between
+            the trunk and another part, or a setting makes layers depend on each other.
+    """
+    name = type(model).__name__
+    layers = stack.layers(model)
+    if any(isinstance(layer, StandIn) for layer in layers):
+        raise SplitError(f"this {name} is already split. Split the unsplit model.")
+    cuts.check(stack.num_layers, name)
+    inside: dict[int, str] = {}
+    outside: dict[int, str] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        index = stack.index_of(path)
+        trunk = index is not None and cuts.part_of(index) == "trunk"
+        (inside if trunk else outside)[id(parameter)] = path
+    for key in inside.keys() & outside.keys():
+        raise SplitError(
+            f"{name} shares one weight between the trunk ({inside[key]}) and another part "
+            f"({outside[key]}), so it cannot live on two machines. This family cannot be split here."
+        )
+    text_config = model.config.get_text_config(decoder=True)
+    if getattr(text_config, "output_router_logits", False):
+        raise SplitError(
+            f"{name} is configured with output_router_logits, an auxiliary loss over all layers "
+            "that a split model cannot compute. Set output_router_logits to False."
+        )
+    for key in ("layerdrop", "decoder_layerdrop"):
+        if getattr(text_config, key, 0) or 0:
+            raise SplitError(
+                f"{name} is configured with {key} = {getattr(text_config, key)}, which skips whole "
+                "layers at random while training; client and trunk would not skip the same. "
+                f"Set {key} to 0."
+            )
+
+
+def copy_with(root: PreTrainedModel, replacements: dict[str, nn.Module]) -> PreTrainedModel:
+    """A deep copy of ``root`` with some modules replaced; those are never copied."""
+    memo: dict[int, object] = {
+        id(root.get_submodule(path)): module for path, module in replacements.items()
+    }
+    return copy.deepcopy(root, memo)

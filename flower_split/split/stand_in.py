@@ -1,0 +1,152 @@
+"""Modules that stand where another party's modules are, so that indices and names never change.
+
+Shapes: hidden states ``[batch, seq, hidden]``.
+"""
+
+import contextlib
+from collections.abc import Iterable
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+
+from flower_split.errors import SplitError
+
+# nn.Module's own bookkeeping, and what would make a stand-in take part in checkpointing.
+_NOT_COPIED = frozenset(nn.Module().__dict__) | {
+    "gradient_checkpointing",
+    "_gradient_checkpointing_func",
+}
+
+
+class LayerOutput:
+    """What a family's layers return: the hidden states alone, or first in a tuple.
+
+    Args:
+        length: Number of entries of the tuple; None if a layer returns a bare tensor.
+    """
+
+    def __init__(self, length: int | None = None) -> None:
+        self.length = length
+
+    def learn(self, output: object) -> None:
+        """Take the form of a real layer's output."""
+        self.length = len(output) if isinstance(output, tuple) else None
+
+    def wrap(self, hidden_states: Tensor) -> object:
+        """``hidden_states`` in the family's form; other entries are None."""
+        if self.length is None:
+            return hidden_states
+        return (hidden_states, *[None] * (self.length - 1))
+
+
+def hidden_states_of(output: object) -> Tensor:
+    """The hidden states in a layer's output.
+
+    Raises:
+        SplitError: The output is neither a tensor nor a tuple that begins with one.
+    """
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        raise SplitError(
+            f"a layer returned {type(output).__name__} where a tensor of hidden states, or a "
+            "tuple that begins with one, was expected. This family cannot be cut between layers."
+        )
+    return first
+
+
+def take_hidden_states(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    """The hidden states among the arguments of a layer's call: the first, or by name."""
+    return hidden_states_of(args[0] if args else kwargs.get("hidden_states"))
+
+
+def put_hidden_states(
+    args: tuple[object, ...], kwargs: dict[str, object], hidden_states: Tensor
+) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The arguments of a layer's call with the hidden states replaced."""
+    if args:
+        return (hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": hidden_states}
+
+
+class StandIn(nn.Module):
+    """Stands where another party's layer is, and passes the hidden states through.
+
+    It keeps the plain attributes of the layer and of its submodules (``attention_type`` and the
+    like), because a model's forward may read them. It has no parameters and no submodules.
+
+    Args:
+        layer: The layer that it replaces; nothing of its weights is kept.
+        output: The form of the family's layer outputs, shared by all stand-ins of a model.
+    """
+
+    def __init__(self, layer: nn.Module, output: LayerOutput) -> None:
+        super().__init__()
+        self._layer_class = type(layer)
+        self.__dict__.update(vars(_attributes(layer)))
+        self.output = output
+
+    def __getattr__(self, name: str) -> object:
+        """Class attributes of the replaced layer; methods are not carried over."""
+        with contextlib.suppress(AttributeError):
+            return super().__getattr__(name)
+        value = getattr(self.__dict__.get("_layer_class", object), name)
+        if name == "gradient_checkpointing" or callable(value):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return value
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Return the first argument, in the form of the family's layer outputs."""
+        return self.output.wrap(take_hidden_states(args, kwargs))
+
+
+def _attributes(module: nn.Module) -> SimpleNamespace:
+    """The plain attributes of a module and, nested, of its submodules: no tensors, no modules."""
+    values = {
+        name: value
+        for name, value in vars(module).items()
+        if name not in _NOT_COPIED and not _holds_tensors(value)
+    }
+    for name, child in module.named_children():
+        values[name] = _attributes(child)
+    return SimpleNamespace(**values)
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Tensor)):
+        return any(isinstance(item, (Tensor, nn.Module)) for item in value)
+    return isinstance(value, (Tensor, nn.Module))
+
+
+class Absent(nn.Module):
+    """Stands in the trunk where a module of the bottom or top is; returns its first argument."""
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Return the first argument; the trunk ignores what is computed with it."""
+        return args[0] if args else next(iter(kwargs.values()), None)
+
+
+class AbsentEmbedding(nn.Module):
+    """Stands in the trunk where an embedding is; returns zeros that take no memory.
+
+    Args:
+        embedding: The embedding that it replaces.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.embedding_dim = embedding.embedding_dim
+        self.num_embeddings = embedding.num_embeddings
+        self.padding_idx = embedding.padding_idx
+        zero = torch.zeros((), dtype=embedding.weight.dtype, device=embedding.weight.device)
+        self.register_buffer("zero", zero, persistent=False)
+        self.zero: Tensor
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        """Zeros of the shape of the first tensor argument, plus the embedding dimension."""
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                return self.zero.expand(*value.shape, self.embedding_dim)
+        return self.zero.expand(1, self.embedding_dim)

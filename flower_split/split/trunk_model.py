@@ -1,0 +1,171 @@
+"""The trunk: the middle layers of a model, run by the model's own forward.
+
+Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
+
+The whole model's forward is called with the smashed data as its input embeddings, so that it
+builds masks and rotary positions itself; where the first trunk layer begins, the smashed data
+takes the place of whatever the prologue made, and where the last one ends, the forward ends.
+"""
+
+import inspect
+from contextvars import ContextVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from flower_split.errors import SplitError
+from flower_split.split.cuts import CutLayers
+from flower_split.split.stack import LayerStack
+from flower_split.split.stand_in import (
+    Absent,
+    AbsentEmbedding,
+    LayerOutput,
+    StandIn,
+    hidden_states_of,
+    put_hidden_states,
+)
+
+# The smashed data of the trunk forward that is running in this context.
+_smashed: ContextVar[Tensor | None] = ContextVar("smashed", default=None)
+
+
+class _TrunkOutput(BaseException):
+    """Ends a forward at the trunk's last layer. Not an Exception: no model may swallow it."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _enter_trunk(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
+    smashed = _smashed.get()
+    return None if smashed is None else put_hidden_states(args, kwargs, smashed)
+
+
+def _leave_trunk(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+    if _smashed.get() is not None:
+        raise _TrunkOutput(hidden_states_of(output))
+
+
+class TrunkModel(nn.Module):
+    """The trunk of a model, called as ``trunk(hidden_states, attention_mask, position_ids)``.
+
+    Its parameters are the trunk layers' only and keep the unsplit model's names. Calls from
+    several threads at once are fine. ``torch.autograd.grad`` through it works as through any
+    module.
+
+    Args:
+        root: The model with everything outside the trunk replaced (:func:`trunk_replacements`).
+        stack: Where its layers are.
+        cuts: The cut layers.
+    """
+
+    def __init__(self, root: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
+        super().__init__()
+        self.cuts = cuts
+        self.stack = stack
+        self.config = root.config
+        self.config.use_cache = False
+        host = root.get_submodule(stack.host_path)
+        # The host is held outside the module tree, and the children under their own names, so
+        # that names are those of the unsplit model whether or not the host is its root.
+        self._host = (host,)
+        self._parameter_names = tuple(inspect.signature(host.forward).parameters)
+        branch = stack.path.split(".", 1)[0]
+        for name, child in root.named_children():
+            if host is root or name == branch:
+                self.add_module(name, child)
+        layers = stack.layers(root)
+        layers[cuts.first].register_forward_pre_hook(_enter_trunk, with_kwargs=True)
+        layers[cuts.second - 1].register_forward_hook(_leave_trunk)
+        for name, parameter in self.named_parameters():
+            if stack.index_of(name) is None:
+                parameter.requires_grad_(False)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states."""
+        return int(self.config.get_text_config(decoder=True).hidden_size)
+
+    def train(self, mode: bool = True) -> "TrunkModel":
+        """Set training mode, also on the module whose forward is called."""
+        super().train(mode)
+        self._host[0].training = mode
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Run the trunk layers.
+
+        Args:
+            hidden_states: Smashed data, ``[batch, seq, hidden]``.
+            attention_mask: Padding mask, ``[batch, seq]``, nonzero where there is a token; None
+                where nothing is padded.
+            position_ids: ``[batch or 1, seq]``; None: the model's own default.
+
+        Returns:
+            The last trunk layer's hidden states, ``[batch, seq, hidden]``.
+
+        Raises:
+            SplitError: The model's forward ended without reaching the trunk's last layer.
+        """
+        inputs: dict[str, object] = {"inputs_embeds": hidden_states.detach()}
+        if "inputs_embeds" not in self._parameter_names:
+            inputs = {"input_ids": hidden_states.new_zeros(hidden_states.shape[:2]).long()}
+        for name, value in (
+            ("attention_mask", attention_mask),
+            ("position_ids", position_ids),
+            ("use_cache", False),
+        ):
+            if name in self._parameter_names:
+                inputs[name] = value
+        token = _smashed.set(hidden_states)
+        try:
+            self._host[0](**inputs)
+        except _TrunkOutput as reached:
+            return reached.hidden_states
+        finally:
+            _smashed.reset(token)
+        raise SplitError(
+            f"{type(self._host[0]).__name__}'s forward ended without calling layer "
+            f"{self.cuts.second - 1}. This family does not run its layers as a chain."
+        )
+
+
+def trunk_replacements(
+    root: nn.Module, stack: LayerStack, cuts: CutLayers
+) -> dict[str, nn.Module]:
+    """What to put where, so that ``root`` keeps the trunk's weights alone.
+
+    Layers outside the trunk become stand-ins; modules outside the stack that have parameters, and
+    dropout (which would draw random numbers for nothing), become absent.
+
+    Returns:
+        Dotted name in ``root`` -> replacement.
+    """
+    replacements: dict[str, nn.Module] = {}
+    output = LayerOutput(1)
+    for index, layer in enumerate(stack.layers(root)):
+        if cuts.part_of(index) != "trunk":
+            replacements[stack.layer_path(index)] = StandIn(layer, output)
+
+    def walk(module: nn.Module, path: str) -> None:
+        for name, child in module.named_children():
+            child_path = f"{path}.{name}" if path else name
+            if child_path == stack.path:
+                continue
+            if stack.path.startswith(child_path + "."):
+                walk(child, child_path)
+            elif isinstance(child, nn.Embedding):
+                replacements[child_path] = AbsentEmbedding(child)
+            elif isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
+                replacements[child_path] = Absent()
+
+    walk(root, "")
+    return replacements
