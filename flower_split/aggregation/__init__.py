@@ -1,0 +1,24 @@
+"""LoRA aggregation: every method of the field behind one interface, in plain torch.
+
+::
+
+    aggregator = make_aggregator("product-delta", max_rank=16)
+    state = aggregator.init(Factors(A, B, scale))            # one module's initial factors
+    sent = aggregator.distribute(state, rank=8, scale=2.0)   # for a client of that rank and scale
+    result = aggregator.aggregate(state, [Update("a", sent, returned, weight=12), ...])
+    aggregator.delta(result.state)                           # the new global ΔW as factors
+"""
+
+from flower_split.aggregation.base import Aggregator
+from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
+from flower_split.aggregation.registry import METHODS, make_aggregator
+
+__all__ = [
+    "METHODS",
+    "AggregationResult",
+    "Aggregator",
+    "Factors",
+    "State",
+    "Update",
+    "make_aggregator",
+]
