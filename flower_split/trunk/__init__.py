@@ -1,0 +1,1 @@
+"""The trunk server: the middle layers, their optimizer, and the windows that feed it."""

@@ -1,0 +1,206 @@
+"""The trunk's arithmetic: forward, backward, optimizer step, snapshot. One thread at a time calls it.
+
+Shapes: hidden states ``[batch, seq, hidden]``, padding mask ``[batch, seq]``, position ids
+``[batch or 1, seq]``.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flower_split.config import OptimizerConfig
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.optim import LearningRate, make_optimizer
+from flower_split.trunk.activations import Activation, SavedBytes
+from flower_split.trunk.checks import check_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The trainable state at one version; restoring it undoes every step since."""
+
+    version: int
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+
+
+class TrunkCompute:
+    """The trunk module with its optimizer.
+
+    Args:
+        trunk: Called as ``trunk(hidden_states, attention_mask=..., position_ids=...)``. Its
+            parameters that require grad are trained; none: the trunk is frozen.
+        optimizer: Optimizer, schedule and clipping.
+        seed: Of the dropout masks.
+    """
+
+    def __init__(self, trunk: nn.Module, optimizer: OptimizerConfig, *, seed: int) -> None:
+        self.trunk = trunk
+        self.seed = seed
+        self.version = 0
+        self.named = sorted(
+            (name, parameter)
+            for name, parameter in trunk.named_parameters()
+            if parameter.requires_grad
+        )
+        self.parameters = [parameter for _, parameter in self.named]
+        first = next(trunk.parameters())
+        self.device, self.dtype = first.device, _float_dtype(trunk)
+        self._config = optimizer
+        self._optimizer = make_optimizer(self.parameters, optimizer) if self.parameters else None
+        self._rate = LearningRate(optimizer, 1)
+        self._storages = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
+
+    def plan(self, total_steps: int) -> None:
+        """Place the learning-rate schedule over ``total_steps`` optimizer steps of the whole run."""
+        self._rate = LearningRate(self._config, total_steps)
+
+    def forward(self, tensors: Mapping[str, Tensor], *, train: bool, seed_of: str) -> Tensor:
+        """``trunk_output`` without a graph.
+
+        Args:
+            tensors: ``hidden_states`` and optionally ``attention_mask``, ``position_ids``.
+            train: Dropout as in training.
+            seed_of: Names the micro-batch; the same name gives the same dropout mask.
+        """
+        hidden = tensors["hidden_states"]
+        with torch.no_grad():
+            output = self._run(hidden.to(self.device, self.dtype), tensors, train, seed_of)
+        check_finite("trunk_output", output)
+        return output.to(hidden.dtype)
+
+    def forward_train(
+        self, tensors: Mapping[str, Tensor], *, seed_of: str
+    ) -> tuple[Tensor, Activation]:
+        """``trunk_output`` and what its backward needs."""
+        smashed = tensors["hidden_states"]
+        extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
+
+        def run(leaf: Tensor) -> Tensor:
+            return self._run(leaf, extras, True, seed_of)
+
+        leaf = smashed.to(self.device, self.dtype).requires_grad_()
+        with torch.enable_grad(), SavedBytes(self._storages) as saved:
+            output = run(leaf)
+        check_finite("trunk_output", output.detach())
+        activation = Activation(
+            version=self.version,
+            num_bytes=max(saved.num_bytes, leaf.nbytes),
+            hidden=leaf,
+            output=output,
+            recompute=run,
+        )
+        return output.detach().to(smashed.dtype), activation
+
+    def backward(
+        self, activation: Activation, trunk_output_grad: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """``smashed_grad`` and the gradient of every trainable parameter, without touching ``.grad``.
+
+        Raises:
+            TrunkRefused: The shapes differ (INVALID_REQUEST), or something is not finite.
+        """
+        if trunk_output_grad.shape != activation.hidden.shape:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"trunk_output_grad has shape {tuple(trunk_output_grad.shape)}; the forward's output "
+                f"has {tuple(activation.hidden.shape)}.",
+            )
+        check_finite("trunk_output_grad", trunk_output_grad)
+        leaf, output = activation.hidden, activation.output
+        with torch.enable_grad():
+            if output is None:
+                leaf = leaf.detach().requires_grad_()
+                output = activation.recompute(leaf)
+            smashed_grad, *gradients = torch.autograd.grad(
+                output,
+                [leaf, *self.parameters],
+                trunk_output_grad.to(output.device, output.dtype),
+                allow_unused=True,
+            )
+        check_finite("smashed_grad", smashed_grad)
+        for (name, _), gradient in zip(self.named, gradients, strict=True):
+            if gradient is not None:
+                check_finite(f"the gradient of {name}", gradient)
+        return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One optimizer step with ``gradients``, in the order of ``self.parameters``."""
+        if self._optimizer is None:
+            return
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        if self._config.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
+        self._rate.apply(self._optimizer, self.version)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the trainable state."""
+        return Snapshot(
+            self.version,
+            [parameter.detach().clone() for parameter in self.parameters],
+            copy.deepcopy(self._optimizer.state_dict()) if self._optimizer else {},
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to ``snapshot``."""
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, snapshot.parameters, strict=True):
+                parameter.copy_(saved)
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))
+        self.version = snapshot.version
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
+        return {
+            name.replace(".default.", "."): parameter.detach().float().cpu().clone()
+            for name, parameter in self.named
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the trainable parameters, in name order."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.adapter().items()):
+            sha.update(name.encode())
+            sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    def _run(
+        self, hidden: Tensor, tensors: Mapping[str, Tensor], train: bool, seed_of: str
+    ) -> Tensor:
+        self.trunk.train(train)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            if train:
+                torch.manual_seed(_seed(self.seed, seed_of))
+            output: Tensor = self.trunk(
+                hidden,
+                attention_mask=_moved(tensors.get("attention_mask"), self.device),
+                position_ids=_moved(tensors.get("position_ids"), self.device),
+            )
+        return output
+
+
+def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device)
+
+
+def _float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of the base weights: LoRA in fp32 beside a bf16 base must not decide it."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and "lora_" not in name:
+            return parameter.dtype
+    return torch.float32
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,546 @@
+"""The trunk's engine: sessions, exactly-once calls, windows, optimizer steps. Never grpc.
+
+Shapes: hidden states and their gradients are ``[batch, seq, hidden]``; the padding mask
+``[batch, seq]``; position ids ``[batch or 1, seq]``. Times are seconds of ``time.monotonic``.
+
+One thread computes, and it alone changes the weights: a call is checked, computed, recorded and
+(where it completes a window) stepped as one transaction. A window's gradient is ``Σ nᵢ gᵢ / Σ nᵢ``
+over its clients, weighted by label tokens and reduced in slot order, whatever the order of arrival.
+
+Next: ``flower_split/strategy.py``.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
+
+from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.trunk.activations import ActivationCache
+from flower_split.trunk.calls import (
+    CallResult,
+    ContributionKey,
+    ForwardMode,
+    RoundPlan,
+    RoundReport,
+    SessionGrant,
+    TrunkStatus,
+)
+from flower_split.trunk.checks import check_fingerprint, check_tensors
+from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.keeper import RoundKeeper
+from flower_split.trunk.ledger import CallKind, CallName
+from flower_split.trunk.round import Round, Session, hashed, seed_name, slot_reports
+from flower_split.trunk.windows import StepEvery
+
+logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
+
+
+class TrunkEngine:
+    """The trunk of one model, for one experiment at a time.
+
+    Args:
+        compute: The trunk module and its optimizer.
+        mode: ``joint``, ``frozen`` or ``forward-only``.
+        hidden_size: Width of the hidden states; anything else is refused.
+        fingerprint: What a client must agree with, field by field.
+        activation_bytes: Budget of saved activations, over all clients.
+        clock: Monotonic seconds; tests pass their own.
+    """
+
+    def __init__(
+        self,
+        compute: TrunkCompute,
+        *,
+        mode: str,
+        hidden_size: int,
+        fingerprint: Mapping[str, str],
+        activation_bytes: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.epoch = secrets.randbits(63)
+        self.mode = mode
+        self.hidden_size = hidden_size
+        self.fingerprint = dict(fingerprint)
+        self._compute = compute
+        self._clock = clock
+        self._changed = threading.Condition()  # guards the round
+        self._keeper = RoundKeeper(
+            compute,
+            trains=mode == "joint",
+            activations=ActivationCache(activation_bytes),
+            epoch=self.epoch,
+            changed=self._changed,
+            clock=clock,
+        )
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk-compute")
+        self._closed = False
+        self._watchdog = threading.Thread(target=self._watch, name="trunk-deadlines", daemon=True)
+        self._watchdog.start()
+
+    # ------------------------------------------------------------------ clients
+
+    def open_session(
+        self, token: str, fingerprint: Mapping[str, str], planned_steps: int, evaluate: bool
+    ) -> SessionGrant:
+        """A client joins the open round. Safe to retry: the same token gets the same session.
+
+        Args:
+            token: From the strategy, for this client and this round.
+            fingerprint: Of the client's model and configuration.
+            planned_steps: Optimizer steps it will take; ignored for evaluation.
+            evaluate: Whether it only evaluates.
+
+        Raises:
+            TrunkRefused: No round is open, the token is not of it, or the fingerprint differs.
+            RoundAborted: The round was given up.
+        """
+        with self._changed:
+            current = self._keeper.open_round()
+            slot = current.slots_by_token.get(hashed(token))
+            if slot is None:
+                raise TrunkRefused(
+                    RefusalReason.UNAUTHENTICATED,
+                    f"the session token does not belong to {current}. Tokens are handed out by the "
+                    "strategy, one per client and round; this client's message is of another round.",
+                )
+            check_fingerprint(self.fingerprint, fingerprint, slot)
+            if evaluate != current.plan.evaluate:
+                raise TrunkRefused(
+                    RefusalReason.INVALID_REQUEST,
+                    f"{current} is {'an evaluation' if current.plan.evaluate else 'for training'}; "
+                    f"slot {slot} wants to {'evaluate' if evaluate else 'train'}.",
+                )
+            if not evaluate:
+                current.windows.join(slot, planned_steps, self._clock())
+            session = next((s for s in current.sessions.values() if s.slot == slot), None)
+            if session is None:
+                session = Session(secrets.token_hex(16), slot, planned_steps)
+                current.sessions[session.id] = session
+            self._keeper.touch(current)
+            return SessionGrant(
+                session=session.id,
+                epoch=self.epoch,
+                version=current.before.version,
+                experiment=current.plan.experiment,
+                server_round=current.plan.server_round,
+                attempt=current.plan.attempt,
+                lease_seconds=current.plan.window_seconds,
+                slot=slot,
+            )
+
+    def forward(
+        self,
+        session: str,
+        epoch: int,
+        key: ContributionKey | None,
+        version: int,
+        mode: ForwardMode,
+        tensors: Mapping[str, Tensor],
+        digest: bytes,
+        deadline: float,
+    ) -> CallResult:
+        """``trunk_output`` of one micro-batch.
+
+        In training with a step per local step it waits until the weights have the version asked for:
+        the clients of a window go on together. Safe to retry with the same key and content.
+
+        Args:
+            session: From :meth:`open_session`.
+            epoch: From :meth:`open_session`.
+            key: Names the micro-batch; ``None`` for evaluation.
+            version: The version that the client expects.
+            mode: What to keep.
+            tensors: ``hidden_states``, and optionally ``attention_mask`` and ``position_ids``.
+            digest: Of the request's content.
+            deadline: When to give up waiting.
+
+        Raises:
+            TrunkRefused: With its reason.
+            RoundAborted: The round was given up while this call waited.
+            TrunkUnavailable: The deadline passed first.
+        """
+        check_tensors(tensors, self.hidden_size)
+        with self._changed:
+            current, member = self._keeper.member(session, epoch)
+        if mode is ForwardMode.EVALUATE:
+            return self._submit(
+                lambda: self._compute.forward(tensors, train=False, seed_of=""), deadline
+            )
+        name = self._name(current, member, key, CallKind.FORWARD)
+        if mode is ForwardMode.NO_GRAD:
+            seed_of = seed_name(current, name)
+            result = self._submit(
+                lambda: self._compute.forward(tensors, train=True, seed_of=seed_of), deadline
+            )
+            with self._changed:
+                current.windows.slots[member.slot].contributions += 1
+            return result
+        if self.mode == "forward-only":
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                'the trunk runs in mode "forward-only" and keeps nothing for a backward.',
+            )
+        self._await_weights(current, name, version, deadline)
+        return self._once(
+            current,
+            name,
+            digest,
+            lambda: self._keeper.forward_train(current, name, tensors),
+            deadline,
+        )
+
+    def backward(
+        self,
+        session: str,
+        epoch: int,
+        key: ContributionKey,
+        version: int,
+        grad: Tensor,
+        num_tokens: float,
+        loss_denominator: float,
+        last: bool,
+        digest: bytes,
+        deadline: float,
+    ) -> CallResult:
+        """``smashed_grad`` of one micro-batch; its parameter gradients join the open window.
+
+        Safe to retry with the same key and content: the gradient counts once.
+
+        Args:
+            session: From :meth:`open_session`.
+            epoch: From :meth:`open_session`.
+            key: That of the forward.
+            version: That of the forward's reply.
+            grad: Gradient of the client's loss by ``trunk_output``.
+            num_tokens: Label tokens of the micro-batch.
+            loss_denominator: What the client divided its summed token loss by.
+            last: Whether the slot sends no further micro-batch in this window.
+            digest: Of the request's content.
+            deadline: When to give up waiting.
+
+        Raises:
+            TrunkRefused: With its reason; nothing was accumulated.
+            RoundAborted: The round was given up.
+            TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
+        """
+        with self._changed:
+            current, member = self._keeper.member(session, epoch)
+        name = self._name(current, member, key, CallKind.BACKWARD)
+
+        def run() -> Tensor:
+            return self._keeper.backward(
+                current, name, version, grad, num_tokens, loss_denominator, last
+            )
+
+        return self._once(current, name, digest, run, deadline)
+
+    def wait_version(self, session: str, epoch: int, version: int, deadline: float) -> int:
+        """Wait until the weights have ``version``, and return the version they have.
+
+        Raises:
+            RoundAborted: The round was given up.
+            TrunkUnavailable: The deadline passed first.
+        """
+        with self._changed:
+            current, _ = self._keeper.member(session, epoch)
+            self._wait_until(
+                current,
+                lambda: self._compute.version >= version,
+                deadline,
+                lambda: f"version {version} of the trunk's weights",
+            )
+            return self._compute.version
+
+    def close_session(self, session: str, epoch: int) -> None:
+        """A client leaves. Idempotent; leaving before all planned steps gives its place up."""
+        with self._changed:
+            current = self._keeper.round
+            member = current.sessions.get(session) if current else None
+            if current is None or member is None or epoch != self.epoch:
+                return
+            if current.plan.evaluate or self.mode != "joint":
+                current.windows.slots[member.slot].finished = True
+                return
+            if current.windows.slots[member.slot].finished:
+                return
+        self._on_worker(
+            lambda: self._keeper.drop(current, member.slot, "it closed its session early")
+        )
+
+    def count_bytes(self, session: str, received: int, sent: int) -> None:
+        """Add a call's bytes on the wire to its slot's totals."""
+        with self._changed:
+            current = self._keeper.round
+            member = current.sessions.get(session) if current else None
+            if current and member:
+                slot = member.slot
+                current.received[slot] = current.received.get(slot, 0) + received
+                current.sent[slot] = current.sent.get(slot, 0) + sent
+
+    # ------------------------------------------------------------------ the coordinator
+
+    def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
+        """Open a round, and return this process's epoch and the weights' version.
+
+        A new experiment starts from the trunk's initial weights. A new attempt of a round gives the
+        former attempt up. Safe to retry.
+
+        Raises:
+            TrunkRefused: Another experiment's round is in progress, or the plan is empty.
+        """
+        if not plan.participants:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST, "a round needs at least one participant."
+            )
+        return self._on_worker(lambda: self._keeper.begin(plan))
+
+    def prepare_round(
+        self, experiment: str, server_round: int, attempt: int, deadline: float
+    ) -> RoundReport:
+        """No more contributions will come: finish the last window and report. Safe to retry.
+
+        Raises:
+            RoundAborted: The round was given up, or has no quorum without the unfinished clients.
+            TrunkRefused: That round is not open.
+        """
+        del deadline  # what it waits for is the compute thread, whose jobs are bounded
+        return self._on_worker(lambda: self._keeper.prepare(experiment, server_round, attempt))
+
+    def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
+        """Keep what the round did; return the weights' version. Safe to retry.
+
+        Raises:
+            RoundAborted: The round was given up.
+            TrunkRefused: That round is not open, or was not prepared.
+        """
+        return self._on_worker(lambda: self._keeper.commit(experiment, server_round, attempt))
+
+    def abort_round(self, experiment: str, server_round: int, attempt: int, why: str) -> int:
+        """Give the round up and roll the weights back to its beginning. Safe to retry.
+
+        Raises:
+            TrunkRefused: That round is not open.
+        """
+
+        def run() -> int:
+            with self._changed:
+                current = self._keeper.named_round(experiment, server_round, attempt)
+                if not current.committed:
+                    current.windows.abort(why)
+            self._keeper.settle(current)
+            return self._compute.version
+
+        return self._on_worker(run)
+
+    def status(self) -> TrunkStatus:
+        """Where the trunk stands. Never waits for a forward or a backward."""
+        with self._changed:
+            base = TrunkStatus(
+                epoch=self.epoch,
+                version=self._compute.version,
+                experiment=self._keeper.experiment,
+                fingerprint=self.fingerprint,
+            )
+            current = self._keeper.round
+            if current is None:
+                return base
+            slots = slot_reports(current)
+            phase = "idle" if current.committed else current.windows.phase.value
+            return replace(
+                base,
+                server_round=current.plan.server_round,
+                attempt=current.plan.attempt,
+                phase="prepared" if current.report and phase == "done" else phase,
+                window=current.windows.window,
+                num_tokens=sum(slot.num_tokens for slot in slots),
+                bytes_received=sum(current.received.values()),
+                bytes_sent=sum(current.sent.values()),
+                slots=slots,
+                problem=current.windows.problem,
+            )
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
+        return self._on_worker(self._compute.adapter)
+
+    def close(self) -> None:
+        """End the engine's threads; whoever waits is told that the round is over."""
+        with self._changed:
+            self._closed = True
+            if self._keeper.round is not None and not self._keeper.round.committed:
+                self._keeper.round.windows.abort("the trunk is shutting down")
+            self._changed.notify_all()
+        self._watchdog.join(timeout=10)
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    # ------------------------------------------------------------------ waiting and running
+
+    def _name(
+        self, current: Round, member: Session, key: ContributionKey | None, kind: CallKind
+    ) -> CallName:
+        plan = current.plan
+        if plan.evaluate or key is None:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                "a training call needs a contribution key, and a session of a training round.",
+            )
+        if (key.experiment, key.server_round, key.attempt) != (
+            plan.experiment,
+            plan.server_round,
+            plan.attempt,
+        ):
+            raise TrunkRefused(
+                RefusalReason.WRONG_ATTEMPT,
+                f"slot {member.slot} sends a contribution to round {key.server_round} (attempt "
+                f"{key.attempt}); {current} is open.",
+            )
+        return CallName(member.slot, key.window, key.micro_batch, kind)
+
+    def _await_weights(
+        self, current: Round, name: CallName, version: int, deadline: float
+    ) -> None:
+        """Return when a training forward may run: at its version, or holding the turn."""
+        with self._changed:
+            if current.ledger.knows(name) or not self._keeper.trains:
+                return
+            if current.windows.step_every is StepEvery.CONTRIBUTION:
+                self._take_turn(current, name, deadline)
+                return
+            self._wait_until(
+                current,
+                lambda: self._compute.version >= version or self._is_dropped(current, name.slot),
+                deadline,
+                lambda: (
+                    f"version {version} of the trunk's weights; {current.windows.waiting_for()}"
+                ),
+            )
+            current.windows.check(name.slot, name.window)
+            if version != self._compute.version:
+                raise TrunkRefused(
+                    RefusalReason.STALE_VERSION,
+                    f"slot {name.slot} asks for version {version} of the weights; they are at "
+                    f"{self._compute.version}.",
+                )
+
+    def _take_turn(self, current: Round, name: CallName, deadline: float) -> None:
+        mine = (name.slot, name.window, name.micro_batch)
+
+        def free() -> bool:
+            if current.turn not in (None, mine) and (
+                self._clock() > current.turn_since + current.plan.window_seconds
+            ):
+                assert current.turn is not None
+                self._keeper.activations.release(current.turn)
+                current.turn = None
+            return current.turn in (None, mine)
+
+        self._wait_until(
+            current, free, deadline, lambda: "its turn (trunk.step-every contribution)"
+        )
+        current.turn, current.turn_since = mine, self._clock()
+
+    def _is_dropped(self, current: Round, slot: int) -> bool:
+        return bool(current.windows.slots[slot].dropped)
+
+    def _wait_until(
+        self,
+        current: Round,
+        reached: Callable[[], bool],
+        deadline: float,
+        what: Callable[[], str],
+    ) -> None:
+        """Wait, with the lock released meanwhile."""
+        while True:
+            self._keeper.require_open(current)
+            if reached():
+                return
+            left = deadline - self._clock()
+            if left <= 0:
+                raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
+            self._changed.wait(min(left, 1.0))
+
+    def _once(
+        self,
+        current: Round,
+        name: CallName,
+        digest: bytes,
+        run: Callable[[], Tensor],
+        deadline: float,
+    ) -> CallResult:
+        """Run a call that must have one effect, or wait for the reply of its first arrival."""
+        with self._changed:
+            self._keeper.require_open(current)
+            future, mine = current.ledger.claim(name, digest)
+        if mine:
+            submitted = self._clock()
+            self._worker.submit(self._run_once, current, name, future, run, submitted)
+        return self._result(future, deadline)
+
+    def _run_once(
+        self,
+        current: Round,
+        name: CallName,
+        future: Future[CallResult],
+        run: Callable[[], Tensor],
+        submitted: float,
+    ) -> None:
+        try:
+            result = self._timed(run, submitted)
+            current.compute_seconds += result.compute_seconds
+        except BaseException as error:
+            with self._changed:
+                current.ledger.forget(name)
+            future.set_exception(error)
+            return
+        future.set_result(result)
+        if name.kind is CallKind.BACKWARD:
+            self._keeper.settle(current)
+
+    def _timed(self, run: Callable[[], Tensor], submitted: float) -> CallResult:
+        started = self._clock()
+        version = self._compute.version
+        tensor = run()
+        return CallResult(tensor, version, self._clock() - started, started - submitted)
+
+    def _submit(self, run: Callable[[], Tensor], deadline: float) -> CallResult:
+        submitted = self._clock()
+        return self._result(self._worker.submit(self._timed, run, submitted), deadline)
+
+    def _result(self, future: Future[Value], deadline: float) -> Value:
+        try:
+            return future.result(timeout=max(0.0, deadline - self._clock()))
+        except FutureTimeoutError:
+            raise TrunkUnavailable(
+                "the deadline passed while waiting for the trunk's compute thread."
+            ) from None
+
+    def _on_worker(self, run: Callable[[], Value]) -> Value:
+        return self._worker.submit(run).result()
+
+    def _watch(self) -> None:
+        """Wake at the open window's deadline and let the compute thread expire it."""
+        while True:
+            with self._changed:
+                if self._closed:
+                    return
+                current = self._keeper.round
+                deadline = (
+                    current.windows.deadline if current and not current.over else float("inf")
+                )
+                left = deadline - self._clock()
+                if left > 0:
+                    self._changed.wait(min(left, 1.0))
+                    continue
+            if current is not None:
+                self._on_worker(partial(self._keeper.expire, current))

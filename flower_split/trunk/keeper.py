@@ -1,0 +1,327 @@
+"""The life of a server round on the trunk: begin, contributions, steps, prepare, commit, abort.
+
+The methods under "on the compute thread" change weights, and only that thread calls them; the others
+only look, with the lock held. So a call is checked, computed, recorded and (where it completes a
+window) stepped as one transaction.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.trunk.activations import ActivationCache
+from flower_split.trunk.calls import RoundPlan, RoundReport
+from flower_split.trunk.checks import check_weights
+from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.gradients import SlotGradient, reduce_in_slot_order
+from flower_split.trunk.ledger import CallName
+from flower_split.trunk.round import Round, Session, hashed, seed_name, slot_reports
+from flower_split.trunk.windows import Phase, StepEvery, WindowMachine
+
+logger = logging.getLogger(__name__)
+
+
+class RoundKeeper:
+    """The open round of one trunk, and every transition of it.
+
+    Args:
+        compute: The trunk module and its optimizer.
+        trains: Whether the trunk's weights train (mode joint).
+        activations: What is kept between forward and backward.
+        epoch: Of this process.
+        changed: Guards the round; notified at every transition.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        compute: TrunkCompute,
+        *,
+        trains: bool,
+        activations: ActivationCache,
+        epoch: int,
+        changed: threading.Condition,
+        clock: Callable[[], float],
+    ) -> None:
+        self.compute = compute
+        self.trains = trains
+        self.activations = activations
+        self.epoch = epoch
+        self.changed = changed
+        self.clock = clock
+        self.round: Round | None = None
+        self.experiment = ""
+        self._initial = compute.snapshot()
+
+    # ------------------------------------------------------------------ looking, with the lock held
+
+    def open_round(self) -> Round:
+        """The round that is open for calls; refuses if there is none, raises if it was aborted."""
+        current = self.round
+        if current is None or current.committed:
+            raise TrunkRefused(
+                RefusalReason.NO_ROUND,
+                "no round is open on the trunk: the coordinator has not begun one, or it is over.",
+            )
+        self.require_open(current)
+        return current
+
+    def require_open(self, current: Round) -> None:
+        """Raise unless ``current`` is still the round of the trunk and was not given up."""
+        if current.windows.phase is Phase.ABORTED:
+            raise RoundAborted(f"{current} was given up: {current.windows.problem}")
+        if current is not self.round:
+            raise TrunkRefused(
+                RefusalReason.WRONG_ATTEMPT, f"{current} is no longer the open round."
+            )
+
+    def named_round(self, experiment: str, server_round: int, attempt: int) -> Round:
+        """The round that the coordinator names, if it is the last begun; otherwise refuse."""
+        current = self.round
+        if current is None or (
+            current.plan.experiment,
+            current.plan.server_round,
+            current.plan.attempt,
+        ) != (experiment, server_round, attempt):
+            raise TrunkRefused(
+                RefusalReason.WRONG_ATTEMPT,
+                f"round {server_round} (attempt {attempt}) of experiment {experiment} is not the open "
+                f"one; {current or 'none'} is.",
+            )
+        return current
+
+    def member(self, session: str, epoch: int) -> tuple[Round, Session]:
+        """The open round and the client that ``session`` belongs to; otherwise refuse."""
+        if epoch != self.epoch:
+            raise TrunkRefused(
+                RefusalReason.WRONG_EPOCH,
+                "the trunk process has restarted since this session opened; the round begins again.",
+            )
+        current = self.open_round()
+        member = current.sessions.get(session)
+        if member is None:
+            raise TrunkRefused(
+                RefusalReason.UNKNOWN_SESSION, f"no such session in {current}; open one first."
+            )
+        self.touch(current)
+        return current, member
+
+    def touch(self, current: Round) -> None:
+        """Note a call, so that a round at work is told from an abandoned one."""
+        current.last_activity = self.clock()
+
+    # ------------------------------------------------------------------ on the compute thread
+
+    def forward_train(
+        self, current: Round, name: CallName, tensors: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Run a forward and keep what its backward needs."""
+        with self.changed:
+            self.require_open(current)
+            current.ledger.acknowledge(name.slot, name.window)
+        output, activation = self.compute.forward_train(tensors, seed_of=seed_name(current, name))
+        self.activations.put((name.slot, name.window, name.micro_batch), activation)
+        return output
+
+    def backward(
+        self,
+        current: Round,
+        name: CallName,
+        version: int,
+        grad: Tensor,
+        num_tokens: float,
+        loss_denominator: float,
+        last: bool,
+    ) -> Tensor:
+        """Run a backward and add its gradients to the open window, or do neither."""
+        place = (name.slot, name.window, name.micro_batch)
+        with self.changed:
+            self.require_open(current)
+            current.windows.check(name.slot, name.window)
+        activation = self.activations.get(place)
+        if activation is None:
+            raise TrunkRefused(
+                RefusalReason.UNKNOWN_CONTRIBUTION,
+                f"slot {name.slot} sends a backward for window {name.window}, micro-batch "
+                f"{name.micro_batch}, without a forward that the trunk still holds.",
+            )
+        if activation.version != self.compute.version or version != activation.version:
+            raise TrunkRefused(
+                RefusalReason.STALE_VERSION,
+                f"the forward of slot {name.slot} ran at version {activation.version} (the client "
+                f"says {version}); the weights are at {self.compute.version}. Run it again.",
+            )
+        check_weights(activation.hidden.shape, num_tokens, loss_denominator, name.slot)
+        smashed_grad, gradients = self.compute.backward(activation, grad)
+        with self.changed:
+            current.windows.contribute(
+                name.slot, name.window, name.micro_batch, num_tokens=num_tokens, last=last
+            )
+            if self.trains:
+                current.gradients.setdefault(name.slot, SlotGradient()).add(
+                    name.micro_batch,
+                    gradients,
+                    num_tokens=num_tokens,
+                    loss_denominator=loss_denominator,
+                )
+            current.turn = None
+            self.activations.release(place)
+            self.changed.notify_all()
+        return smashed_grad
+
+    def settle(self, current: Round) -> None:
+        """Step with every complete window, or roll back an aborted round."""
+        with self.changed:
+            if current is not self.round:
+                return
+            try:
+                while not current.over and self._step_if_complete(current):
+                    pass
+            except Exception as error:
+                logger.exception("the optimizer step failed in %s", current)
+                current.windows.abort(f"the trunk's optimizer step failed: {error}")
+            if current.windows.phase is Phase.ABORTED and not current.rolled_back:
+                current.rolled_back = True
+                self.compute.restore(current.before)
+                self.activations.clear()
+                current.gradients.clear()
+                logger.warning("%s aborted: %s", current, current.windows.problem)
+            self.changed.notify_all()
+
+    def _step_if_complete(self, current: Round) -> bool:
+        windows = current.windows
+        if windows.step_every is StepEvery.CONTRIBUTION:
+            slots = sorted(current.gradients)
+        else:
+            slots = windows.contributors() or []
+        if not slots:
+            return False
+        if self.trains:
+            gradients = {slot: current.gradients[slot] for slot in slots}
+            self.compute.step(reduce_in_slot_order(gradients))
+        current.gradients.clear()
+        if windows.step_every is not StepEvery.CONTRIBUTION:
+            windows.seal(self.clock())
+        logger.debug("%s: step %d with slots %s", current, self.compute.version - 1, slots)
+        return True
+
+    def drop(self, current: Round, slot: int, why: str) -> None:
+        """A client is gone before it finished: go on without it, or abort, by the quorum."""
+        with self.changed:
+            if current is not self.round or current.over:
+                return
+            current.windows.drop(slot, why, self.clock())
+            self._release_dropped(current)
+        self.settle(current)
+
+    def expire(self, current: Round) -> None:
+        """A deadline of the open window may have passed: act on it."""
+        with self.changed:
+            if current is not self.round or current.over:
+                return
+            current.windows.expire(self.clock())
+            self._release_dropped(current)
+        self.settle(current)
+
+    def _release_dropped(self, current: Round) -> None:
+        for slot, state in current.windows.slots.items():
+            if state.dropped:
+                current.gradients.pop(slot, None)
+                self.activations.release_slot(slot)
+                if current.turn is not None and current.turn[0] == slot:
+                    current.turn = None
+
+    def begin(self, plan: RoundPlan) -> tuple[int, int]:
+        """See :meth:`TrunkEngine.begin_round`."""
+        with self.changed:
+            former = self.round
+            if former is not None and not former.over:
+                if former.plan == plan:
+                    return self.epoch, former.before.version
+                self._supersede(former, plan)
+            if plan.experiment != self.experiment:
+                self.compute.restore(self._initial)
+                self.experiment = plan.experiment
+            total = plan.num_server_rounds
+            if plan.step_every is not StepEvery.SERVER_ROUND:
+                total *= plan.steps_per_round
+            if plan.step_every is StepEvery.CONTRIBUTION:
+                total *= len(plan.participants)
+            self.compute.plan(total)
+            self.activations.clear()
+            now = self.clock()
+            self.round = Round(
+                plan=plan,
+                windows=WindowMachine(
+                    plan.participants,
+                    step_every=plan.step_every if self.trains else StepEvery.CONTRIBUTION,
+                    quorum=plan.quorum,
+                    join_seconds=plan.join_seconds,
+                    window_seconds=plan.window_seconds,
+                    now=now,
+                ),
+                before=self.compute.snapshot(),
+                slots_by_token={hashed(token): slot for slot, token in plan.participants.items()},
+                last_activity=now,
+            )
+            self.changed.notify_all()
+            logger.info(
+                "begin %s: slots %s, version %d",
+                self.round,
+                sorted(plan.participants),
+                self.compute.version,
+            )
+            return self.epoch, self.compute.version
+
+    def _supersede(self, former: Round, plan: RoundPlan) -> None:
+        """Give an unfinished round up for a new one, unless it is another experiment's at work."""
+        idle = self.clock() - former.last_activity
+        patience = max(former.plan.join_seconds, former.plan.window_seconds)
+        if former.plan.experiment != plan.experiment and idle < patience:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"the trunk is at work on {former} (last call {idle:.0f} s ago) and serves one "
+                f"experiment at a time. Wait for it to end, or for {patience:.0f} s without a call.",
+            )
+        former.windows.abort(
+            f"it was superseded by round {plan.server_round} (attempt {plan.attempt})"
+        )
+        self.settle(former)
+
+    def prepare(self, experiment: str, server_round: int, attempt: int) -> RoundReport:
+        """See :meth:`TrunkEngine.prepare_round`."""
+        with self.changed:
+            current = self.named_round(experiment, server_round, attempt)
+            if current.report is not None:
+                return current.report
+            current.windows.finish()
+            self._release_dropped(current)
+        self.settle(current)
+        with self.changed:
+            self.require_open(current)
+            current.report = RoundReport(
+                version=self.compute.version,
+                digest=self.compute.digest(),
+                slots=slot_reports(current),
+                optimizer_steps=self.compute.version - current.before.version,
+                compute_seconds=current.compute_seconds,
+            )
+            return current.report
+
+    def commit(self, experiment: str, server_round: int, attempt: int) -> int:
+        """See :meth:`TrunkEngine.commit_round`."""
+        with self.changed:
+            current = self.named_round(experiment, server_round, attempt)
+            self.require_open(current)
+            if current.report is None and not current.plan.evaluate:
+                raise TrunkRefused(
+                    RefusalReason.INVALID_REQUEST,
+                    f"{current} must be prepared before it is committed.",
+                )
+            current.committed = True
+            self.activations.clear()
+            self.changed.notify_all()
+            return self.compute.version

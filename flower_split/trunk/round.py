@@ -1,0 +1,79 @@
+"""All that belongs to one attempt of one server round on the trunk."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+from flower_split.trunk.calls import CallResult, RoundPlan, RoundReport, SlotReport
+from flower_split.trunk.compute import Snapshot
+from flower_split.trunk.gradients import SlotGradient
+from flower_split.trunk.ledger import CallName, Ledger
+from flower_split.trunk.windows import Phase, WindowMachine
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A client of the open round."""
+
+    id: str
+    slot: int
+    planned_steps: int
+
+
+@dataclass(slots=True)
+class Round:
+    """State of one attempt; the engine's lock guards it."""
+
+    plan: RoundPlan
+    windows: WindowMachine
+    before: Snapshot  # what an abort goes back to
+    slots_by_token: dict[bytes, int]
+    ledger: Ledger[CallResult] = field(default_factory=Ledger)
+    sessions: dict[str, Session] = field(default_factory=dict)
+    gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
+    received: dict[int, int] = field(default_factory=dict)  # bytes on the wire, by slot
+    sent: dict[int, int] = field(default_factory=dict)
+    turn: tuple[int, int, int] | None = None  # step-every contribution: whose forward is open
+    turn_since: float = 0.0
+    last_activity: float = 0.0
+    compute_seconds: float = 0.0
+    report: RoundReport | None = None
+    committed: bool = False
+    rolled_back: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more can happen in it."""
+        return self.committed or self.windows.phase is Phase.ABORTED
+
+    def __str__(self) -> str:
+        plan = self.plan
+        kind = "evaluation" if plan.evaluate else "round"
+        return (
+            f"{kind} {plan.server_round} (attempt {plan.attempt}) of experiment {plan.experiment}"
+        )
+
+
+def hashed(token: str) -> bytes:
+    """Tokens are looked up by their SHA-256, so that no comparison leaks their bytes."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def seed_name(current: Round, name: CallName) -> str:
+    """Names a micro-batch for its dropout seed: the same in every attempt and every run."""
+    return f"{current.plan.server_round}/{name.window}/{name.slot}/{name.micro_batch}"
+
+
+def slot_reports(current: Round) -> tuple[SlotReport, ...]:
+    """What every participant has done so far."""
+    return tuple(
+        SlotReport(
+            slot=slot,
+            completed=state.finished,
+            problem=state.dropped,
+            contributions=state.contributions,
+            num_tokens=state.num_tokens,
+            bytes_received=current.received.get(slot, 0),
+            bytes_sent=current.sent.get(slot, 0),
+        )
+        for slot, state in current.windows.slots.items()
+    )

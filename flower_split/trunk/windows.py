@@ -1,0 +1,287 @@
+"""Which contributions make which optimizer step of the trunk: the window machine.
+
+A **window** is the set of contributions of one trunk optimizer step. Who belongs to it is known
+before it opens (participants are named by the coordinator and declare their planned steps when they
+join), so neither a gradient nor a decision depends on the order of arrival::
+
+    JOINING ──all joined, or deadline with quorum──▶ OPEN(w) ──complete, or deadline with quorum──▶
+    (the engine reduces and steps) ──seal──▶ OPEN(w + 1) ── … ──▶ DONE
+    JOINING or OPEN ──deadline without quorum──▶ ABORTED
+
+The machine holds no tensors, threads or clock: the engine passes times in seconds of one monotonic
+clock, and holds one lock around every call.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from flower_split.errors import RefusalReason, TrunkRefused
+
+
+class Phase(Enum):
+    """Where a training round stands."""
+
+    JOINING = "joining"
+    OPEN = "open"
+    DONE = "done"
+    ABORTED = "aborted"
+
+
+class StepEvery(Enum):
+    """What makes one trunk optimizer step (run config: ``trunk.step-every``)."""
+
+    LOCAL_STEP = "local-step"
+    """One window per local optimizer step, over all participants of the round."""
+    SERVER_ROUND = "server-round"
+    """One window per server round; participants need not run at the same time."""
+    CONTRIBUTION = "contribution"
+    """A step after every backward, in the order of arrival (SplitFed-V2, arXiv 2004.12088)."""
+
+
+@dataclass(slots=True)
+class Slot:
+    """One participant of the round, and what it has given to the window that is open."""
+
+    planned_steps: int | None = None  # None: has not joined
+    dropped: str = ""  # why it no longer takes part
+    received: set[int] = field(default_factory=set)  # micro-batch indices in the open window
+    last: int | None = None  # index of its last micro-batch in the open window, once known
+    contributions: int = 0  # over the round
+    num_tokens: float = 0.0  # over the round
+    finished: bool = False  # every planned contribution is in
+
+    @property
+    def complete(self) -> bool:
+        """Whether the open window has everything from this slot."""
+        return self.last is not None and len(self.received) == self.last + 1
+
+
+class WindowMachine:
+    """The windows of one server round.
+
+    Args:
+        slots: The participants.
+        step_every: What makes a step.
+        quorum: Share of a window's members, in (0, 1], without which a deadline aborts the round.
+        join_seconds: From ``now`` until every participant has joined.
+        window_seconds: From a window's opening until it is complete.
+        now: The time on the engine's monotonic clock.
+
+    ``SERVER_ROUND`` and ``CONTRIBUTION`` keep no deadlines of their own: their participants may
+    run one after the other, and the coordinator ends the round (:meth:`finish`).
+    """
+
+    def __init__(
+        self,
+        slots: Iterable[int],
+        *,
+        step_every: StepEvery,
+        quorum: float,
+        join_seconds: float,
+        window_seconds: float,
+        now: float,
+    ) -> None:
+        self.slots = {slot: Slot() for slot in sorted(slots)}
+        self.step_every = step_every
+        self.quorum = quorum
+        self.window_seconds = window_seconds
+        self.window = 0
+        self.phase = Phase.JOINING
+        self.problem = ""
+        self._deadline = now + join_seconds if step_every is StepEvery.LOCAL_STEP else math.inf
+
+    @property
+    def deadline(self) -> float:
+        """When :meth:`expire` must be called next; infinite where nothing is awaited."""
+        return self._deadline if self.phase in (Phase.JOINING, Phase.OPEN) else math.inf
+
+    def join(self, slot: int, planned_steps: int, now: float) -> None:
+        """A participant declares how many optimizer steps it will take. Idempotent.
+
+        Raises:
+            TrunkRefused: It was dropped, plans no step, or changes its plan.
+        """
+        state = self._alive(slot)
+        if planned_steps < 1:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"a client must plan at least 1 optimizer step to train; slot {slot} plans "
+                f"{planned_steps}. Give it more data, or leave it out of the round.",
+            )
+        if state.planned_steps not in (None, planned_steps):
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"slot {slot} joined with {state.planned_steps} planned steps and now says "
+                f"{planned_steps}; a plan cannot change within a round.",
+            )
+        state.planned_steps = planned_steps
+        if self.phase is Phase.JOINING and not self._missing_joins():
+            self._open(now)
+
+    def check(self, slot: int, window: int) -> None:
+        """Whether ``slot`` may contribute to ``window`` now.
+
+        Raises:
+            TrunkRefused: The slot was dropped, the window is past, or it is not planned.
+        """
+        state = self._alive(slot)
+        planned = state.planned_steps or 0
+        if self.step_every is StepEvery.SERVER_ROUND:
+            planned = 1
+        if window >= planned:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"slot {slot} planned {planned} windows and contributes to window {window}.",
+            )
+        if self.step_every is not StepEvery.CONTRIBUTION and window != self.window:
+            raise TrunkRefused(
+                RefusalReason.STALE_VERSION,
+                f"window {window} is not open; window {self.window} is. The contribution of slot "
+                f"{slot} was computed for other trunk weights; run the forward again.",
+            )
+
+    def contribute(
+        self, slot: int, window: int, micro_batch: int, *, num_tokens: float, last: bool
+    ) -> None:
+        """Record one accepted contribution. The ledger has made sure that it is the first.
+
+        Raises:
+            TrunkRefused: As :meth:`check`, or a micro-batch after the last.
+        """
+        self.check(slot, window)
+        state = self.slots[slot]
+        end = micro_batch if last else state.last
+        if end is not None and max(state.received | {micro_batch}) > end:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"slot {slot} sends micro-batch {micro_batch} beside its last one, {end}, in "
+                f"window {window}.",
+            )
+        state.received.add(micro_batch)
+        state.last = end
+        state.contributions += 1
+        state.num_tokens += num_tokens
+        if state.complete and (
+            self.step_every is StepEvery.SERVER_ROUND or window + 1 == state.planned_steps
+        ):
+            state.finished = True
+        if state.complete and self.step_every is StepEvery.CONTRIBUTION:
+            state.received, state.last = set(), None
+
+    def drop(self, slot: int, why: str, now: float) -> None:
+        """A participant leaves before it has given everything it planned."""
+        state = self.slots[slot]
+        if not state.finished and not state.dropped:
+            state.dropped = why
+            state.received, state.last = set(), None
+            self._check_quorum()
+            if self.phase is Phase.JOINING and not self._missing_joins():
+                self._open(now)
+
+    def contributors(self) -> list[int] | None:
+        """The slots of the open window in their order, once it is complete; ``None`` before."""
+        if self.phase is not Phase.OPEN or self.step_every is StepEvery.CONTRIBUTION:
+            return None
+        members = [slot for slot, state in self._members() if not state.dropped]
+        if not members or not all(self.slots[slot].complete for slot in members):
+            return None
+        return members
+
+    def waiting_for(self) -> str:
+        """In words, whom the open window still waits for."""
+        if self.phase is Phase.JOINING:
+            return f"slots {self._missing_joins()} have not joined"
+        late = [s for s, state in self._members() if not state.dropped and not state.complete]
+        return f"slots {late} have not contributed to window {self.window}"
+
+    def seal(self, now: float) -> None:
+        """The engine has stepped with the open window: open the next one, or be done."""
+        self.window += 1
+        for state in self.slots.values():
+            state.received, state.last = set(), None
+        self._open(now)
+
+    def expire(self, now: float) -> None:
+        """A deadline has passed: go on without the missing if the quorum allows, or abort."""
+        if now < self.deadline:
+            return
+        if self.phase is Phase.JOINING:
+            for slot in self._missing_joins():
+                self.slots[slot].dropped = "it did not join within the join deadline"
+        else:
+            for _, state in self._members():
+                if not state.dropped and not state.complete:
+                    state.dropped = (
+                        f"it did not contribute to window {self.window} within "
+                        f"{self.window_seconds:g} s"
+                    )
+        self._check_quorum()
+        if self.phase is Phase.JOINING:
+            self._open(now)
+
+    def finish(self) -> None:
+        """The coordinator says that nothing more will come: drop whoever is not finished."""
+        for state in self.slots.values():
+            if not state.finished and not state.dropped:
+                state.dropped = (
+                    "it never joined" if state.planned_steps is None else "it stopped early"
+                )
+                state.received, state.last = set(), None
+        self._check_quorum()
+        if self.phase is Phase.JOINING:
+            self.phase = Phase.OPEN
+
+    def abort(self, why: str) -> None:
+        """Give the round up; the first reason is kept."""
+        if self.phase is not Phase.ABORTED:
+            self.phase, self.problem = Phase.ABORTED, why
+
+    def _alive(self, slot: int) -> Slot:
+        state = self.slots[slot]
+        if state.dropped:
+            raise TrunkRefused(
+                RefusalReason.DROPPED,
+                f"the round goes on without slot {slot}: {state.dropped}. It may join the next "
+                "round.",
+            )
+        return state
+
+    def _missing_joins(self) -> list[int]:
+        return [
+            slot
+            for slot, state in self.slots.items()
+            if state.planned_steps is None and not state.dropped
+        ]
+
+    def _members(self) -> list[tuple[int, Slot]]:
+        """Who belongs to the open window, dropped ones included."""
+        if self.step_every is StepEvery.SERVER_ROUND:
+            return list(self.slots.items()) if self.window == 0 else []
+        return [
+            (slot, state)
+            for slot, state in self.slots.items()
+            if state.planned_steps is None or state.planned_steps > self.window
+        ]
+
+    def _open(self, now: float) -> None:
+        done = all(state.dropped or state.finished for state in self.slots.values())
+        self.phase = Phase.DONE if done else Phase.OPEN
+        if self.step_every is StepEvery.LOCAL_STEP:
+            self._deadline = now + self.window_seconds
+
+    def _check_quorum(self) -> None:
+        members = self._members()
+        there = sum(not state.dropped for _, state in members)
+        needed = math.ceil(self.quorum * len(members) - 1e-9)
+        if there < needed or not any(not state.dropped for state in self.slots.values()):
+            missing = "; ".join(
+                f"slot {s}: {state.dropped}" for s, state in members if state.dropped
+            )
+            self.abort(
+                f"window {self.window} needs {needed} of its {len(members)} participants (quorum "
+                f"{self.quorum:g}) and has {there} ({missing}). Look at the logs of the clients "
+                "named, raise trunk.window-timeout or trunk.join-timeout if they are slow, or "
+                "lower trunk.quorum to go on without them."
+            )
