@@ -30,12 +30,16 @@ class Aggregator(ABC):
         max_rank: The largest rank the server keeps; None: whatever the method needs.
         learning_rate: η of the server, on ΔW; 1 is the plain method.
         seed: For rows of A that the server must invent.
+
+    Each method also says whether it takes a server learning rate, changes the clients' base
+    weights, serves mixed ranks, and which factors stay private to each client.
     """
 
     name: ClassVar[str]
     takes_learning_rate: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
+    private: ClassVar[frozenset[str]] = frozenset()
 
     max_rank: int | None = None
     learning_rate: float = 1.0

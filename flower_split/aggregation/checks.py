@@ -29,6 +29,16 @@ class Share:
     share: float
 
 
+def _finite(value: object) -> float | None:
+    """``value`` as a float if it is one finite real number, else None."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
 def check_factors(factors: Factors, who: str) -> None:
     """Refuse factors that do not describe a ΔW.
 
@@ -54,11 +64,11 @@ def check_factors(factors: Factors, who: str) -> None:
             f"{who} whose ranks differ: A is {list(factors.A.shape)}, B is "
             f"{list(factors.B.shape)}; A must be [r, in] and B [out, r]."
         )
-    scale = factors.scale
-    if isinstance(scale, bool) or not isinstance(scale, Real) or not math.isfinite(scale):
-        raise AggregationError(f"{who} with scale {scale!r}; it must be a finite number.")
-    if scale <= 0:
-        raise AggregationError(f"{who} with scale {scale!r}; it must be above 0 (alpha / r).")
+    scale = _finite(factors.scale)
+    if scale is None or scale <= 0:
+        raise AggregationError(
+            f"{who} with scale {factors.scale!r}; it must be finite and above 0 (alpha / r)."
+        )
     for name in ("A", "B"):
         if not bool(torch.isfinite(getattr(factors, name)).all()):
             raise AggregationError(
@@ -73,14 +83,11 @@ def check_weight(client_id: str | int, weight: object) -> float:
     Raises:
         AggregationError: It is not a finite number of at least 0.
     """
-    if isinstance(weight, Tensor) and weight.numel() == 1:
-        weight = weight.item()
-    if isinstance(weight, bool) or not isinstance(weight, Real):
-        raise AggregationError(f"client {client_id!r} has weight {weight!r}; it must be a number.")
-    value = float(weight)
-    if not math.isfinite(value) or value < 0:
+    value = _finite(weight)
+    if value is None or value < 0:
         raise AggregationError(
-            f"client {client_id!r} has weight {weight!r}; weights must be finite and at least 0."
+            f"client {client_id!r} has weight {weight!r}; weights must be finite numbers of at "
+            "least 0."
         )
     return value
 

@@ -8,6 +8,7 @@ come and go in fp32; everything between is fp64, which costs a factor of two and
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return q, r
 
 
+def _upper(matrix: Tensor) -> Tensor:
+    """The triangular factor of a QR, without its orthogonal one."""
+    _, upper = torch.linalg.qr(matrix, mode="r")
+    return cast(Tensor, upper)
+
+
 def svd_of_product(p: Tensor, q: Tensor, max_rank: int | None = None) -> Spectrum:
     """The SVD of P @ Q by QR of both sides and SVD of the core.
 
@@ -47,12 +54,16 @@ def svd_of_product(p: Tensor, q: Tensor, max_rank: int | None = None) -> Spectru
     Returns:
         Components with singular values above the rounding noise; possibly none.
     """
-    left, r_left = _qr(p)
-    right, r_right = _qr(q.T)
+    r_left, r_right = _upper(p), _upper(q.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
     keep = int((s > s[:1] * RELATIVE_CUT).sum()) if s.numel() and float(s[0]) > 0 else 0
     keep = keep if max_rank is None else min(keep, max_rank)
-    return Spectrum(left @ u[:, :keep], s[:keep], vh[:keep] @ right.T)
+    u, s, vh = u[:, :keep], s[:keep], vh[:keep]
+    # With P = L r_left and Q = r_right.T M.T: P r_right.T v = L (r_left r_right.T) v = L u s.
+    # The orthogonal L and M, half the work of a QR, are thus never built.
+    left = p @ ((r_right.T @ vh.T) / s)
+    right = ((u.T @ r_left) / s[:, None]) @ q
+    return Spectrum(left, s, right)
 
 
 class LowRankSum:
