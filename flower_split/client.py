@@ -1,0 +1,320 @@
+"""One client's side of a run: its part of the model, its data, and its work in a round.
+
+A simulation's actor serves several nodes and many rounds, so the model and the data are kept in the
+process: base weights are the same for everybody, adapters are overwritten in every round, and the
+trunk's connection is swapped. In deployment every message is a new process and nothing is kept.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from flower_split.assets import resolve_model_path
+from flower_split.config import RunConfig, resolved_run_config
+from flower_split.data import (
+    ClientData,
+    batches,
+    eval_batches,
+    load_client_data,
+    load_tokenizer,
+)
+from flower_split.devices import pick_device
+from flower_split.errors import TrunkError
+from flower_split.fingerprint import fingerprint
+from flower_split.lora import adapter_state, attach_lora, load_adapter_state
+from flower_split.parts import all_parts, client_parts, model_cuts
+from flower_split.remote_trunk import RemoteTrunk
+from flower_split.split import load_client_model, set_trunk
+from flower_split.training import (
+    EvalResult,
+    RoundPlace,
+    StepMetrics,
+    TrainResult,
+    evaluate,
+    train_round,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkOrder:
+    """What the strategy tells one client about the trunk in one phase."""
+
+    address: str  # host:port
+    token: str  # of this client and this round
+    root_certificates: str  # PEM text; empty: plain text on loopback
+    server_round: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReply:
+    """What a client reports beside its adapter."""
+
+    metrics: Mapping[str, int | float]
+    steps: Mapping[str, list[float]]  # per-step lists, all equally long
+
+
+class NoTrunk(nn.Module):
+    """Stands in the trunk's place until a round names its address."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Nobody may call it.
+
+        Raises:
+            TrunkError: Always.
+        """
+        raise TrunkError("the client model was called before its trunk was connected")
+
+
+def planned_steps(config: RunConfig, num_examples: int) -> int:
+    """Optimizer steps that a client with ``num_examples`` takes in a round."""
+    if config.train.local_steps:
+        return config.train.local_steps
+    micro_batches = math.ceil(num_examples / config.train.batch_size)
+    steps = math.ceil(micro_batches / config.train.gradient_accumulation_steps)
+    return steps * config.train.local_epochs
+
+
+def stable_seed(*parts: int | str) -> int:
+    """A seed that depends on ``parts`` alone, the same in every process."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+
+
+@dataclass(slots=True)
+class _Cache:
+    """What this process keeps; one run at a time."""
+
+    run: str = ""  # the configuration that it belongs to
+    model: PreTrainedModel | None = None  # the client's part
+    whole: PreTrainedModel | None = None  # for the local-only baseline
+    tokenizer: PreTrainedTokenizerBase | None = None
+    data: dict[tuple[int, int], ClientData] = field(default_factory=dict)
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
+    whole_initial: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+_cache = _Cache()
+
+
+class Client:
+    """One client of one run. Made by :meth:`of`.
+
+    Attributes:
+        config: The run's configuration.
+        partition_id: Its data partition.
+        num_partitions: How many partitions there are.
+    """
+
+    def __init__(self, config: RunConfig, partition_id: int, num_partitions: int) -> None:
+        self.config = config
+        self.partition_id = partition_id
+        self.num_partitions = num_partitions
+
+    @classmethod
+    def of(cls, config: RunConfig, partition_id: int, num_partitions: int) -> "Client":
+        """The client of a partition; drops what this process kept of another configuration."""
+        global _cache
+        run = json.dumps(resolved_run_config(config), sort_keys=True)
+        if _cache.run != run:
+            _cache = _Cache(run=run)
+            torch.set_num_threads(config.train.num_threads)
+        return cls(config, partition_id, num_partitions)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this client computes."""
+        return pick_device("train.device", self.config.train.device)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if _cache.tokenizer is None:
+            _cache.tokenizer = load_tokenizer(self.config.model)
+        return _cache.tokenizer
+
+    @property
+    def data(self) -> ClientData:
+        """This client's examples.
+
+        Raises:
+            DataError: They are missing, empty or malformed.
+        """
+        key = (self.partition_id, self.num_partitions)
+        if key not in _cache.data:
+            _cache.data[key] = load_client_data(
+                self.config, self.tokenizer, self.partition_id, self.num_partitions
+            )
+        return _cache.data[key]
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What must agree with the trunk."""
+        if not _cache.fingerprint:
+            _cache.fingerprint = fingerprint(self.config)
+        return _cache.fingerprint
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The bottom and the top, with LoRA; its adapter is that of whoever used it last.
+
+        Raises:
+            SplitError: The model cannot be loaded or cut.
+        """
+        if _cache.model is None:
+            model = load_client_model(
+                resolve_model_path(self.config.model.name),
+                model_cuts(self.config),
+                NoTrunk(),
+                dtype=self.config.model.dtype,
+                attn_implementation=self.config.model.attn_implementation or None,
+                revision=self.config.model.revision or None,
+                device=self.device,
+            )
+            attach_lora(
+                model, model_cuts(self.config), client_parts(self.config), seed=self.config.seed
+            )
+            _cache.model = model
+        return _cache.model
+
+    def train(self, adapter: Mapping[str, Tensor], order: TrunkOrder) -> TrainReply:
+        """One round with the trunk, from ``adapter``; the model holds the result afterwards.
+
+        Raises:
+            TrunkError: The trunk refused, aborted the round, or did not answer in time.
+        """
+        load_adapter_state(self.model, adapter)
+        place = self._place(order.server_round)
+        with self._trunk(order) as trunk:
+            trunk.open(place.num_steps)
+            result = train_round(
+                self.model, self._batches(order.server_round), self.config, place, trunk
+            )
+        return _train_reply(result)
+
+    def evaluate(self, adapter: Mapping[str, Tensor], order: TrunkOrder) -> dict[str, int | float]:
+        """Held-out loss of ``adapter`` with the trunk's current weights.
+
+        Raises:
+            TrunkError: The trunk refused or did not answer in time.
+        """
+        load_adapter_state(self.model, adapter)
+        with self._trunk(order) as trunk:
+            trunk.open(0, evaluate=True)
+            result = evaluate(self.model, self._eval_batches(), self.device)
+        return {
+            "loss-sum": result.loss_sum,
+            "eval_loss": result.loss_sum / result.num_tokens,
+            "num-tokens": result.num_tokens,
+            "num-examples": result.num_examples,
+        }
+
+    def train_alone(self) -> dict[str, Tensor]:
+        """The local-only baseline: all three parts, as many steps as the run, from the same start.
+
+        Returns:
+            The adapter of the whole model.
+        """
+        model = self._whole_model()
+        load_adapter_state(model, _cache.whole_initial)
+        for server_round in range(1, self.config.num_server_rounds + 1):
+            place, batches = self._place(server_round), self._batches(server_round)
+            train_round(model, batches, self.config, place, None)
+        return adapter_state(model)
+
+    def evaluate_alone(self, adapter: Mapping[str, Tensor]) -> EvalResult:
+        """Held-out loss of an adapter of the whole model."""
+        model = self._whole_model()
+        load_adapter_state(model, adapter)
+        return evaluate(model, self._eval_batches(), self.device)
+
+    def _place(self, server_round: int) -> RoundPlace:
+        return RoundPlace(
+            server_round=server_round,
+            num_server_rounds=self.config.num_server_rounds,
+            num_steps=planned_steps(self.config, len(self.data.train)),
+            partition_id=self.partition_id,
+        )
+
+    def _batches(self, server_round: int) -> Iterator[dict[str, Tensor]]:
+        return batches(
+            self.data.train,
+            self.config.train.batch_size,
+            seed=stable_seed(self.config.seed, self.partition_id, server_round),
+            pad_token_id=self._pad_token_id,
+        )
+
+    def _eval_batches(self) -> Iterator[dict[str, Tensor]]:
+        limit = self.config.data.max_eval_batches or None
+        once = eval_batches(self.data.evaluate, self.config.train.batch_size, self._pad_token_id)
+        return itertools.islice(once, limit)
+
+    @property
+    def _pad_token_id(self) -> int:
+        """Any id does where there is none: the mask and the labels leave it out."""
+        pad = self.tokenizer.pad_token_id
+        return pad if isinstance(pad, int) else 0
+
+    @contextlib.contextmanager
+    def _trunk(self, order: TrunkOrder) -> Iterator[RemoteTrunk]:
+        """The trunk in the model's middle, for one phase."""
+        with contextlib.ExitStack() as stack:
+            trunk = RemoteTrunk(
+                order.address,
+                token=order.token,
+                fingerprint=self.fingerprint,
+                mode=self.config.mode,
+                call_timeout=self.config.trunk.call_timeout,
+                wire_dtype=self.config.trunk.wire_dtype,
+                root_certificates=order.root_certificates,
+            )
+            stack.callback(set_trunk, self.model, NoTrunk())
+            stack.callback(trunk.close)
+            set_trunk(self.model, trunk)
+            yield trunk
+
+    def _whole_model(self) -> PreTrainedModel:
+        """The unsplit model with LoRA on all three parts, in this process."""
+        if _cache.whole is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                resolve_model_path(self.config.model.name),
+                dtype=self.config.model.dtype,
+                attn_implementation=self.config.model.attn_implementation or None,
+                revision=self.config.model.revision or "main",
+            )
+            cuts, parts = model_cuts(self.config), all_parts(self.config)
+            attach_lora(model, cuts, parts, seed=self.config.seed)
+            _cache.whole_initial = adapter_state(model)
+            _cache.whole = model.to(self.device)
+        return _cache.whole
+
+
+def _train_reply(result: TrainResult) -> TrainReply:
+    """A round's training as the numbers that travel."""
+    names = [item.name for item in fields(StepMetrics) if item.name != "step"]
+    steps = {name: [float(getattr(step, name)) for step in result.steps] for name in names}
+    return TrainReply(
+        metrics={
+            "train_loss": result.loss,
+            "num-tokens": result.num_tokens,
+            "num-examples": result.num_examples,
+            "bytes-sent": sum(step.bytes_sent for step in result.steps),
+            "bytes-received": sum(step.bytes_received for step in result.steps),
+        },
+        steps=steps,
+    )

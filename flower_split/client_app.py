@@ -1,0 +1,165 @@
+"""The ClientApp: what a client answers. Data, labels and text stay here; adapters and numbers travel.
+
+Each reply holds one ArrayRecord (full fp32 adapter weights, sorted names) and one MetricRecord, as
+Flower's strategies and mods expect; per-step lists travel in a ConfigRecord of their own. An error
+that this package raised on purpose travels as the reply's error, in its own words.
+"""
+
+# ruff: noqa: TID251
+import functools
+import logging
+from collections.abc import Callable
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from flower_split.arrays import from_arrays, to_arrays
+from flower_split.client import Client, TrunkOrder, planned_steps
+from flower_split.concurrency import simulated_clients_at_once
+from flower_split.config import RunConfig, parse_run_config
+from flower_split.errors import FederationError, FlowerSplitError
+from flower_split.handshake import RECORD, ClientFacts
+from flower_split.logs import log_to_stderr
+from flower_split.lora import adapter_state
+from flower_split.strategy import STEPS_RECORD
+
+logger = logging.getLogger(__name__)
+
+_RAISED = 2  # Flower's error code for an exception of the ClientApp
+
+Handler = Callable[[Message, Context], RecordDict]
+
+app = ClientApp()
+
+
+def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
+    """Make a Flower handler: the content as reply, and this package's errors in their own words."""
+
+    @functools.wraps(handler)
+    def run(message: Message, context: Context) -> Message:
+        log_to_stderr(logging.WARNING)
+        try:
+            return Message(handler(message, context), reply_to=message)
+        except FlowerSplitError as error:
+            logger.error("node=%d %s", context.node_id, error)
+            reason = str(error)
+        except Exception as error:  # the edge: what nobody foresaw must reach the ServerApp in words
+            logger.exception("node=%d an unexpected error", context.node_id)
+            reason = (
+                f"an unexpected {type(error).__name__}: {error} (the client's log has the traceback)"
+            )
+        return Message(Error(code=_RAISED, reason=reason), reply_to=message)
+
+    return run
+
+
+@app.query()
+@_replies
+def query(message: Message, context: Context) -> RecordDict:
+    """The handshake: what this client holds."""
+    config, client = _client(context)
+    facts = ClientFacts(
+        partition_id=client.partition_id,
+        num_partitions=client.num_partitions,
+        num_examples=len(client.data.train),
+        num_eval_examples=len(client.data.evaluate),
+        planned_steps=planned_steps(config, len(client.data.train)),
+        concurrency=simulated_clients_at_once(),
+        fingerprint=client.fingerprint,
+        name=client.data.name,
+    )
+    return RecordDict({RECORD: facts.to_record()})
+
+
+@app.train()
+@_replies
+def train(message: Message, context: Context) -> RecordDict:
+    """One round of training with the trunk, from the adapter in the message."""
+    _, client = _client(context)
+    order = _order(message)
+    result = client.train(from_arrays(_arrays(message)), order)
+    content = RecordDict(
+        {
+            "arrays": to_arrays(adapter_state(client.model)),
+            "metrics": MetricRecord(dict(result.metrics)),
+        }
+    )
+    content[STEPS_RECORD] = ConfigRecord({name: list(v) for name, v in result.steps.items()})
+    return content
+
+
+@app.evaluate()
+@_replies
+def evaluate(message: Message, context: Context) -> RecordDict:
+    """Held-out loss of the adapter in the message, with the trunk."""
+    _, client = _client(context)
+    metrics = client.evaluate(from_arrays(_arrays(message)), _order(message))
+    return RecordDict({"metrics": MetricRecord(dict(metrics))})
+
+
+@app.train("local_only")
+@_replies
+def train_local_only(message: Message, context: Context) -> RecordDict:
+    """The baseline: train all three parts alone, on the own data, for as many steps as the run."""
+    _, client = _client(context)
+    state = client.train_alone()
+    return RecordDict({"arrays": to_arrays(state)})
+
+
+@app.evaluate("local_only")
+@_replies
+def evaluate_local_only(message: Message, context: Context) -> RecordDict:
+    """Held-out loss of every adapter in the message, by the name of its record, without a trunk."""
+    _, client = _client(context)
+    losses: dict[str, float] = {}
+    for name, arrays in sorted(message.content.array_records.items()):
+        result = client.evaluate_alone(from_arrays(arrays))
+        losses[f"{name}.loss-sum"] = result.loss_sum
+        losses[f"{name}.num-tokens"] = float(result.num_tokens)
+    return RecordDict({"metrics": MetricRecord(dict(losses))})
+
+
+def _client(context: Context) -> tuple[RunConfig, Client]:
+    """This node's client.
+
+    Raises:
+        FederationError: The node does not know its partition.
+    """
+    config = parse_run_config(context.run_config)
+    numbers = []
+    for key in ("partition-id", "num-partitions"):
+        value = context.node_config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise FederationError(
+                f"every SuperNode must know its data partition, but the node config has {key} = "
+                f"{value!r}. Start it with: flower-supernode … --node-config 'partition-id=0 "
+                f"num-partitions={config.num_clients}', each with its own partition-id."
+            )
+        numbers.append(value)
+    return config, Client.of(config, numbers[0], numbers[1])
+
+
+def _arrays(message: Message) -> ArrayRecord:
+    records = list(message.content.array_records.values())
+    if len(records) != 1:
+        raise FederationError(
+            f"a message must carry one ArrayRecord; it carries {len(records)}. Use an inner "
+            "strategy of flwr.serverapp.strategy."
+        )
+    return records[0]
+
+
+def _order(message: Message) -> TrunkOrder:
+    """How to reach the trunk in this phase, from the message's ConfigRecord."""
+    for record in message.content.config_records.values():
+        if "trunk-token" in record:
+            return TrunkOrder(
+                address=str(record["trunk-address"]),
+                token=str(record["trunk-token"]),
+                root_certificates=str(record["trunk-root-certificates"]),
+                server_round=int(str(record["server-round"])),
+            )
+    raise FederationError(
+        "the message does not say where the trunk is. The ServerApp must use "
+        "flower_split.strategy.TrunkStrategy around its strategy."
+    )
