@@ -1,28 +1,31 @@
-"""Which device a part of the run computes on."""
+"""Which device a run config means."""
 
 import torch
 
 from flower_split.errors import ConfigError
 
 
-def pick_device(key: str, name: str) -> torch.device:
-    """The device that a run-config key names; "auto" is CUDA where there is one.
+def resolve_device(name: str, key: str) -> torch.device:
+    """The device that ``name`` means: "auto" is CUDA where there is one, else the CPU.
 
     Args:
-        key: The run-config key, for the error.
-        name: "auto", "cpu", "cuda", "cuda:1", ...
+        name: "auto", or a device as torch names it.
+        key: The run-config key it comes from, for the error.
 
     Raises:
-        ConfigError: There is no such device here.
+        ConfigError: torch does not know the name, or the device is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except RuntimeError as error:
         raise ConfigError(
-            f'{key} must name a device of this machine; "{name}" gives: '
-            f'{str(error).splitlines()[0]} Use "auto" or "cpu".'
+            f'{key} must be "auto", "cpu", "cuda" or "cuda:N"; it is {name!r}.'
         ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{key} is {name!r}, and torch sees {torch.cuda.device_count()} CUDA devices here. Install "
+            'a CUDA build of torch, or set it to "auto" or "cpu".'
+        )
     return device

@@ -1,39 +1,42 @@
-"""The trunk's engine as the run config describes it: model, LoRA, optimizer, budget."""
+"""The trunk that a run config describes: model, LoRA, optimizer, engine."""
 
 import torch
 
 from flower_split.assets import resolve_model_path
 from flower_split.config import RunConfig
-from flower_split.devices import pick_device
+from flower_split.devices import resolve_device
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora
-from flower_split.parts import model_cuts, trunk_parts
-from flower_split.split import TrunkModel, load_trunk_model
+from flower_split.split import CutLayers, load_trunk_model
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.engine import TrunkEngine
 
-_GIB = 1 << 30
+_GIB = 2**30
 
 
 def make_engine(config: RunConfig) -> TrunkEngine:
-    """Load the trunk and put the engine around it.
+    """Load the trunk layers of ``config.model``, make trainable what ``config`` trains, and serve it.
 
-    Only in mode ``joint`` does anything of it train: its LoRA, or every weight.
+    Sets this process's intra-op thread count.
 
     Raises:
         SplitError: The model cannot be loaded or cut.
-        ConfigError: The device or the LoRA settings do not fit.
+        ConfigError: The device is not there.
     """
     torch.set_num_threads(config.trunk.num_threads)
+    cuts = CutLayers(config.model.first_cut, config.model.second_cut)
     trunk = load_trunk_model(
         resolve_model_path(config.model.name),
-        model_cuts(config),
+        cuts,
         dtype=config.model.dtype,
         attn_implementation=config.model.attn_implementation or None,
         revision=config.model.revision or None,
-        device=pick_device("trunk.device", config.trunk.device),
+        device=str(resolve_device(config.trunk.device, "trunk.device")),
     )
-    _choose_trainable(trunk, config)
+    trains_fully = config.mode == "joint" and config.trunk.train == "full"
+    trunk.requires_grad_(trains_fully)
+    if config.mode == "joint" and not trains_fully:
+        attach_lora(trunk, cuts, {"trunk": config.lora.trunk}, seed=config.seed)
     return TrunkEngine(
         TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed),
         mode=config.mode,
@@ -41,10 +44,3 @@ def make_engine(config: RunConfig) -> TrunkEngine:
         fingerprint=fingerprint(config),
         activation_bytes=int(config.trunk.activation_memory * _GIB),
     )
-
-
-def _choose_trainable(trunk: TrunkModel, config: RunConfig) -> None:
-    if config.mode == "joint" and config.trunk.train == "lora":
-        attach_lora(trunk, model_cuts(config), trunk_parts(config), seed=config.seed)
-    else:
-        trunk.requires_grad_(config.mode == "joint")
