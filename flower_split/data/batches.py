@@ -1,0 +1,64 @@
+"""Batches of examples as a model takes them: right-padded, int64, ``[batch, seq]``."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from flower_split.data.examples import NO_LOSS, Example
+from flower_split.errors import DataError
+
+
+def batches(
+    examples: Sequence[Example], batch_size: int, *, seed: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    """Training batches without end, shuffled anew in every epoch.
+
+    An epoch has ``ceil(len(examples) / batch_size)`` batches, the last one possibly smaller. The
+    order depends on ``seed`` and the epoch's number alone.
+
+    Returns:
+        An iterator over dicts of ``input_ids``, ``attention_mask`` and ``labels``.
+
+    Raises:
+        DataError: There are no examples (at once, not at the first batch).
+    """
+    if not examples:
+        raise DataError("training needs at least one example; there is none. Give more data.")
+    return _endless(examples, batch_size, seed, pad_token_id)
+
+
+def _endless(
+    examples: Sequence[Example], batch_size: int, seed: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    epoch = 0
+    while True:
+        order = list(range(len(examples)))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        for start in range(0, len(order), batch_size):
+            chosen = [examples[index] for index in order[start : start + batch_size]]
+            yield collate(chosen, pad_token_id)
+        epoch += 1
+
+
+def eval_batches(
+    examples: Sequence[Example], batch_size: int, pad_token_id: int
+) -> Iterator[dict[str, Tensor]]:
+    """One pass over ``examples`` in their order, in batches as :func:`batches` gives them."""
+    for start in range(0, len(examples), batch_size):
+        yield collate(examples[start : start + batch_size], pad_token_id)
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """One batch, padded on the right to its longest example."""
+    length = max(len(example.input_ids) for example in examples)
+
+    def padded(rows: list[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+
+    return {
+        "input_ids": padded([example.input_ids for example in examples], pad_token_id),
+        "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
+        "labels": padded([example.labels for example in examples], NO_LOSS),
+    }

@@ -1,0 +1,123 @@
+"""One data set over several simulated clients, by the partitioners of flwr-datasets."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from flower_split.config import DataConfig
+from flower_split.errors import DataError
+
+if TYPE_CHECKING:
+    from flwr_datasets.partitioner import Partitioner
+
+BY_COLUMN = ("dirichlet", "grouped-natural-id", "natural-id", "pathological", "shard")
+"""Partitioners that need ``data.partition-by``."""
+
+BY_SIZE = ("exponential", "iid", "linear", "square")
+"""Partitioners that need only the number of rows."""
+
+NONE = "none"
+"""No partitioner: every client reads all of the file it finds at the path, its own."""
+
+
+def partition_rows(
+    column: Callable[[str], Sequence[object]],
+    num_rows: int,
+    config: DataConfig,
+    *,
+    seed: int,
+    partition_id: int,
+    num_partitions: int,
+) -> list[int]:
+    """The rows of one partition, in ascending order.
+
+    Rows are shuffled by ``seed`` first, so that partitions by size do not follow the file's order.
+    Partitions are disjoint, and the same for every client that asks with the same arguments.
+
+    Args:
+        column: Gives a column's values, one per row; asked for ``config.partition_by`` alone.
+        num_rows: Rows of the whole data set.
+        config: Its ``partitioner``, ``partition_by`` and ``dirichlet_alpha`` are used.
+        seed: The run's seed.
+        partition_id: Which partition, from 0.
+        num_partitions: How many there are.
+
+    Raises:
+        DataError: The partitioner is unknown, its column is missing, or it cannot divide the data
+            over so many clients.
+    """
+    name = config.partitioner
+    if name not in (NONE, *BY_COLUMN, *BY_SIZE):
+        raise DataError(
+            f"data.partitioner must be one of {', '.join(sorted((NONE, *BY_COLUMN, *BY_SIZE)))}; "
+            f"it is {name!r}."
+        )
+    if name == NONE or num_partitions == 1:
+        return list(range(num_rows))
+    if num_rows < num_partitions:
+        raise DataError(
+            f"every client needs at least one example; {num_rows} examples are to be divided over "
+            f"{num_partitions} clients. Use more data or fewer clients."
+        )
+    columns: dict[str, list[object]] = {"row": list(range(num_rows))}
+    if name in BY_COLUMN:
+        if not config.partition_by:
+            raise DataError(
+                f'data.partition-by must name the column that partitioner "{name}" divides by.'
+            )
+        columns["key"] = list(column(config.partition_by))
+    from datasets import Dataset  # heavy, and only needed here
+
+    try:
+        partitioner = _partitioner(config, columns.get("key", []), num_rows, num_partitions, seed)
+        partitioner.dataset = Dataset.from_dict(columns).shuffle(seed=seed)
+        available = partitioner.num_partitions
+        if partition_id < available:
+            return sorted(partitioner.load_partition(partition_id)["row"])
+    except (ValueError, TypeError, KeyError, IndexError) as error:
+        raise DataError(
+            f'partitioner "{name}" cannot divide {num_rows} examples over {num_partitions} '
+            f"clients: {error} Choose another data.partitioner, or other settings of it."
+        ) from error
+    raise DataError(
+        f'partitioner "{name}" by {config.partition_by!r} makes {available} partitions, too few '
+        f"for {num_partitions} clients. Use at most {available} clients, or another partitioner."
+    )
+
+
+def _partitioner(
+    config: DataConfig,
+    keys: Sequence[object],
+    num_rows: int,
+    num_partitions: int,
+    seed: int,
+) -> "Partitioner":
+    """The partitioner that ``config`` names; the settings it has no key for are set here."""
+    from flwr_datasets import partitioner as made  # heavy, and only needed here
+
+    count = num_partitions
+    match config.partitioner:
+        case "iid":
+            return made.IidPartitioner(count)
+        case "linear":
+            return made.LinearPartitioner(count)
+        case "square":
+            return made.SquarePartitioner(count)
+        case "exponential":
+            return made.ExponentialPartitioner(count)
+        case "natural-id":
+            return made.NaturalIdPartitioner("key")
+        case "grouped-natural-id":
+            size = -(-len(set(keys)) // count)
+            return made.GroupedNaturalIdPartitioner("key", size, sort_unique_ids=True)
+        case "dirichlet":
+            # flwr-datasets' own floor of 10 rows, lowered where that many are not there
+            floor = max(2, min(10, num_rows // (4 * count)))
+            return made.DirichletPartitioner(
+                count, "key", config.dirichlet_alpha, min_partition_size=floor, seed=seed
+            )
+        case "shard":
+            # two shards per client, as in the experiments of the FedAvg paper
+            return made.ShardPartitioner(count, "key", num_shards_per_partition=2, seed=seed)
+        case "pathological":
+            return made.PathologicalPartitioner(count, "key", 2, seed=seed)
+    raise DataError(f"data.partitioner {config.partitioner!r} is unknown.")
