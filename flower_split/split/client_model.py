@@ -5,6 +5,7 @@ Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from flower_split.errors import SplitError
 from flower_split.split.cuts import CutLayers
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn, take_hidden_states
+from flower_split.split.trunk_model import TrunkModel
 
 # Arguments of the model that no layer computes with, or that the trunk is given or builds itself.
 _KNOWN_ARGUMENTS = frozenset(
@@ -37,9 +39,23 @@ class _Call:
 
     attention_mask: Tensor | None
     position_ids: Tensor | None
+    use_cache: bool
 
 
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+class IdentityTrunk(nn.Module):
+    """A trunk that returns the hidden states it is given; a place holder until there is one."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return ``hidden_states``."""
+        return hidden_states
 
 
 class TrunkSlot(StandIn):
@@ -86,27 +102,23 @@ class TrunkSlot(StandIn):
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # With nothing trainable below, autograd would skip a remote trunk's backward.
             hidden_states = hidden_states.detach().requires_grad_()
-        return self.output.wrap(
-            self.trunk(
-                hidden_states,
-                attention_mask=call.attention_mask,
-                position_ids=call.position_ids,
-            )
-        )
+        inputs = {"attention_mask": call.attention_mask, "position_ids": call.position_ids}
+        if isinstance(self.trunk, TrunkModel):
+            return self.output.wrap(self.trunk(hidden_states, **inputs, use_cache=call.use_cache))
+        return self.output.wrap(self.trunk(hidden_states, **inputs))
 
 
 @functools.lru_cache(maxsize=64)
-def _signature(model_class: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(model_class.forward)
+def _signature(forward: Callable[..., object]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
-def _note_call(
-    host: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
-) -> tuple[tuple[object, ...], dict[str, object]]:
+def _note_call(host: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     """Before the module that owns the layers runs: keep its mask and positions for the trunk."""
-    bound = _signature(type(host)).bind(host, *args, **kwargs)
+    bound = _signature(type(host).forward).bind(host, *args, **kwargs)
     named = dict(bound.arguments)
     named.update(named.pop("kwargs", {}))
+    named.pop("self", None)
     cache = named.pop("past_key_values", None)
     if cache is not None and cache.get_seq_length() > 0:
         raise SplitError(
@@ -114,7 +126,7 @@ def _note_call(
             "use_cache=False."
         )
     for name, value in named.items():
-        if isinstance(value, Tensor) and name not in _KNOWN_ARGUMENTS and value is not host:
+        if isinstance(value, Tensor) and name not in _KNOWN_ARGUMENTS:
             raise SplitError(
                 f"the model was called with {name}, which the trunk does not receive, so its "
                 f"layers would compute something else. Call the split model without {name}."
@@ -125,12 +137,10 @@ def _note_call(
             "a split model takes a padding mask of shape [batch, seq]; it was given "
             f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
         )
-    _call.set(_Call(mask, named.get("position_ids")))
-    if "past_key_values" in kwargs:
-        kwargs = {**kwargs, "past_key_values": None}
-    if "use_cache" in kwargs:
-        kwargs = {**kwargs, "use_cache": False}
-    return args, kwargs
+    use_cache = named.get("use_cache")
+    if use_cache is None:
+        use_cache = getattr(host.config, "use_cache", False)
+    _call.set(_Call(mask, named.get("position_ids"), bool(use_cache)))
 
 
 def _forget_call(host: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -159,7 +169,7 @@ def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:
     host = client.get_submodule(stack.host_path)
     host.register_forward_pre_hook(_note_call, with_kwargs=True)
     host.register_forward_hook(_forget_call, always_call=True)
-    client.config.use_cache = False
+    # generate() recomputes the prefix: the trunk keeps no key-value cache between calls.
     if getattr(client, "generation_config", None) is not None:
         client.generation_config.use_cache = False
 

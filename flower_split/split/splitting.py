@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 from flower_split.errors import SplitError
 from flower_split.split.client_model import client_replacements, wire_client
 from flower_split.split.cuts import CutLayers
-from flower_split.split.probe import check_chain, probe_batches, quiet, same_bits, trace
+from flower_split.split.probe import probe_batches, quiet, same_bits, trace
+from flower_split.split.self_check import check_chain, check_splittable
 from flower_split.split.stack import LayerStack, find_stack
-from flower_split.split.stand_in import LayerOutput, StandIn
+from flower_split.split.stand_in import LayerOutput
 from flower_split.split.trunk_model import TrunkModel, trunk_replacements
 
 
@@ -48,9 +49,7 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
         traces = [trace(model, stack, batch) for batch in batches]
         for found in traces:
             check_chain(found, cuts, name)
-            output.learn(
-                next(call.output for call in found.calls if call.index == cuts.second - 1)
-            )
+            output.learn(next(call.output for call in found.calls if call.index == cuts.second - 1))
     trunk_root = copy_with(model, trunk_replacements(model, stack, cuts))
     trunk = TrunkModel(trunk_root, stack, cuts)
     client = copy_with(model, client_replacements(model, stack, cuts, output, trunk))
@@ -63,7 +62,11 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
 
 
 def _compare(
-    client: PreTrainedModel, stack: LayerStack, batch: dict[str, Tensor], expected: Tensor, name: str
+    client: PreTrainedModel,
+    stack: LayerStack,
+    batch: dict[str, Tensor],
+    expected: Tensor,
+    name: str,
 ) -> None:
     actual = trace(client, stack, batch).result
     assert actual is not None
@@ -77,44 +80,6 @@ def _compare(
         "the unsplit model. Its layers need more than the hidden states, the padding mask and the "
         "position ids. This family cannot be split."
     )
-
-
-def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
-    """Check what can be checked without running the model.
-
-    Raises:
-        SplitError: The model is already split, the cuts do not fit, a weight is shared between
-            the trunk and another part, or a setting makes layers depend on each other.
-    """
-    name = type(model).__name__
-    layers = stack.layers(model)
-    if any(isinstance(layer, StandIn) for layer in layers):
-        raise SplitError(f"this {name} is already split. Split the unsplit model.")
-    cuts.check(stack.num_layers, name)
-    inside: dict[int, str] = {}
-    outside: dict[int, str] = {}
-    for path, parameter in model.named_parameters(remove_duplicate=False):
-        index = stack.index_of(path)
-        trunk = index is not None and cuts.part_of(index) == "trunk"
-        (inside if trunk else outside)[id(parameter)] = path
-    for key in inside.keys() & outside.keys():
-        raise SplitError(
-            f"{name} shares one weight between the trunk ({inside[key]}) and another part "
-            f"({outside[key]}), so it cannot live on two machines. This family cannot be split here."
-        )
-    text_config = model.config.get_text_config(decoder=True)
-    if getattr(text_config, "output_router_logits", False):
-        raise SplitError(
-            f"{name} is configured with output_router_logits, an auxiliary loss over all layers "
-            "that a split model cannot compute. Set output_router_logits to False."
-        )
-    for key in ("layerdrop", "decoder_layerdrop"):
-        if getattr(text_config, key, 0) or 0:
-            raise SplitError(
-                f"{name} is configured with {key} = {getattr(text_config, key)}, which skips whole "
-                "layers at random while training; client and trunk would not skip the same. "
-                f"Set {key} to 0."
-            )
 
 
 def copy_with(root: PreTrainedModel, replacements: dict[str, nn.Module]) -> PreTrainedModel:

@@ -6,6 +6,7 @@ Shapes: hidden states ``[batch, seq, hidden]``.
 import contextlib
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class StandIn(nn.Module):
         self.__dict__.update(vars(_attributes(layer)))
         self.output = output
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         """Class attributes of the replaced layer; methods are not carried over."""
         with contextlib.suppress(AttributeError):
             return super().__getattr__(name)
@@ -150,3 +151,17 @@ class AbsentEmbedding(nn.Module):
             if isinstance(value, Tensor):
                 return self.zero.expand(*value.shape, self.embedding_dim)
         return self.zero.expand(1, self.embedding_dim)
+
+
+def replace_in_place(root: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Put modules in place of others.
+
+    Returns:
+        The modules that were there; given back to this function, they restore ``root``.
+    """
+    replaced = {}
+    for path, module in replacements.items():
+        parent_path, _, name = path.rpartition(".")
+        replaced[path] = root.get_submodule(path)
+        setattr(root.get_submodule(parent_path), name, module)
+    return replaced

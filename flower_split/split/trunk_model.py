@@ -7,9 +7,12 @@ builds masks and rotary positions itself; where the first trunk layer begins, th
 takes the place of whatever the prologue made, and where the last one ends, the forward ends.
 """
 
+import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -67,12 +70,10 @@ class TrunkModel(nn.Module):
         self.cuts = cuts
         self.stack = stack
         self.config = root.config
-        self.config.use_cache = False
         host = root.get_submodule(stack.host_path)
         # The host is held outside the module tree, and the children under their own names, so
         # that names are those of the unsplit model whether or not the host is its root.
         self._host = (host,)
-        self._parameter_names = tuple(inspect.signature(host.forward).parameters)
         branch = stack.path.split(".", 1)[0]
         for name, child in root.named_children():
             if host is root or name == branch:
@@ -100,6 +101,7 @@ class TrunkModel(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
     ) -> Tensor:
         """Run the trunk layers.
 
@@ -108,6 +110,9 @@ class TrunkModel(nn.Module):
             attention_mask: Padding mask, ``[batch, seq]``, nonzero where there is a token; None
                 where nothing is padded.
             position_ids: ``[batch or 1, seq]``; None: the model's own default.
+            use_cache: As the model's own argument; None: its configuration's. No cache outlives
+                the call, but some families' layers compute with another memory layout, and so
+                with other last bits, where there is one.
 
         Returns:
             The last trunk layer's hidden states, ``[batch, seq, hidden]``.
@@ -115,32 +120,50 @@ class TrunkModel(nn.Module):
         Raises:
             SplitError: The model's forward ended without reaching the trunk's last layer.
         """
-        inputs: dict[str, object] = {"inputs_embeds": hidden_states.detach()}
-        if "inputs_embeds" not in self._parameter_names:
-            inputs = {"input_ids": hidden_states.new_zeros(hidden_states.shape[:2]).long()}
-        for name, value in (
-            ("attention_mask", attention_mask),
-            ("position_ids", position_ids),
-            ("use_cache", False),
-        ):
-            if name in self._parameter_names:
-                inputs[name] = value
+        host = self._host[0]
+        inputs = host_inputs(host, hidden_states, attention_mask, position_ids, use_cache)
         token = _smashed.set(hidden_states)
         try:
-            self._host[0](**inputs)
+            host(**inputs)
         except _TrunkOutput as reached:
             return reached.hidden_states
         finally:
             _smashed.reset(token)
         raise SplitError(
-            f"{type(self._host[0]).__name__}'s forward ended without calling layer "
+            f"{type(host).__name__}'s forward ended without calling layer "
             f"{self.cuts.second - 1}. This family does not run its layers as a chain."
         )
 
 
-def trunk_replacements(
-    root: nn.Module, stack: LayerStack, cuts: CutLayers
-) -> dict[str, nn.Module]:
+def host_inputs(
+    host: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    use_cache: bool | None,
+) -> dict[str, object]:
+    """The arguments of the call that lets the model's own forward prepare its layers' inputs."""
+    accepted = argument_names(type(host).forward)
+    candidates: dict[str, object] = {
+        "inputs_embeds": hidden_states.detach(),
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "use_cache": use_cache,
+    }
+    inputs = {name: value for name, value in candidates.items() if name in accepted}
+    if "inputs_embeds" not in accepted:
+        shape = hidden_states.shape[:2]
+        inputs["input_ids"] = torch.zeros(shape, dtype=torch.long, device=hidden_states.device)
+    return inputs
+
+
+@functools.lru_cache(maxsize=64)
+def argument_names(forward: Callable[..., object]) -> frozenset[str]:
+    """The names of a forward's own arguments."""
+    return frozenset(inspect.signature(forward).parameters)
+
+
+def trunk_replacements(root: nn.Module, stack: LayerStack, cuts: CutLayers) -> dict[str, nn.Module]:
     """What to put where, so that ``root`` keeps the trunk's weights alone.
 
     Layers outside the trunk become stand-ins; modules outside the stack that have parameters, and

@@ -1,0 +1,355 @@
+"""Loading one party's part of a checkpoint, and nothing else of it.
+
+``from_pretrained`` of a subclass made on the spot, whose constructor puts stand-ins where another
+party's layers are, reads only the tensors that are left; transformers does the rest (sharding,
+dtype, quantisation). Of a sharded checkpoint only the shards that hold owned tensors are fetched.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.hub import cached_file
+
+from flower_split.errors import SplitError
+from flower_split.split.client_model import (
+    IdentityTrunk,
+    client_replacements,
+    trunk_slot,
+    wire_client,
+)
+from flower_split.split.cuts import CutLayers
+from flower_split.split.self_check import check_client, check_splittable
+from flower_split.split.stack import LayerStack, find_stack
+from flower_split.split.stand_in import LayerOutput, replace_in_place
+from flower_split.split.trunk_model import TrunkModel, trunk_replacements
+
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_FILE = "model.safetensors"
+_SMALL_FILES = ("config.json", "generation_config.json")
+
+Replacements = Callable[[PreTrainedModel], dict[str, nn.Module]]
+
+
+def load_client_model(
+    name_or_path: str,
+    cuts: CutLayers,
+    trunk: nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+) -> PreTrainedModel:
+    """Load a client's model: bottom and top of a checkpoint, with ``trunk`` called in between.
+
+    Only the bottom's and the top's tensors are read. A tiny batch is then run to check that the
+    family's layers can be stood in for (the trunk itself is not called).
+
+    Args:
+        name_or_path: Local directory or hub id of a causal language model in safetensors.
+        cuts: The cut layers.
+        trunk: Any module called as ``trunk(hidden_states, attention_mask=None,
+            position_ids=None) -> hidden_states``; ``set_trunk`` replaces it later.
+        dtype: Of the weights, such as ``"bfloat16"``; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+        device: Where the weights go; None: the CPU.
+
+    Returns:
+        A model of the checkpoint's own class, in evaluation mode.
+
+    Raises:
+        SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
+            missing from the checkpoint, or a family that cannot be split.
+    """
+    output = LayerOutput()
+    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+
+    def replacements(root: PreTrainedModel) -> dict[str, nn.Module]:
+        return client_replacements(root, source.stack, cuts, output, IdentityTrunk())
+
+    client = source.load(replacements, device)
+    wire_client(client, source.stack)
+    check_client(client, source.stack, cuts, output)
+    trunk_slot(client).replace(trunk)
+    return client
+
+
+def load_trunk_model(
+    name_or_path: str,
+    cuts: CutLayers,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+) -> TrunkModel:
+    """Load the trunk of a checkpoint; only the trunk layers' tensors are read.
+
+    Args:
+        name_or_path: Local directory or hub id of a causal language model in safetensors.
+        cuts: The cut layers.
+        dtype: Of the weights; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+        device: Where the weights go; None: the CPU.
+
+    Returns:
+        The trunk, in evaluation mode.
+
+    Raises:
+        SplitError: As for :func:`load_client_model`.
+    """
+    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+
+    def replacements(root: PreTrainedModel) -> dict[str, nn.Module]:
+        return trunk_replacements(root, source.stack, cuts)
+
+    return TrunkModel(source.load(replacements, device), source.stack, cuts).eval()
+
+
+def empty_client_model(
+    name_or_path: str,
+    cuts: CutLayers,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A client's model on the meta device: names and shapes, no weights; it cannot be called.
+
+    Args:
+        name_or_path: Local directory or hub id; only its configuration is read.
+        cuts: The cut layers.
+        dtype: Of the weights; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+
+    Raises:
+        SplitError: Not a causal language model, or cuts that do not fit.
+    """
+    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+    model = source.skeleton
+    replace_in_place(
+        model, client_replacements(model, source.stack, cuts, LayerOutput(), IdentityTrunk())
+    )
+    return model
+
+
+def load_model_config(
+    name_or_path: str, *, revision: str | None = None, attn_implementation: str | None = None
+) -> PreTrainedConfig:
+    """The configuration of a checkpoint.
+
+    Raises:
+        SplitError: There is none at ``name_or_path``.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            name_or_path, revision=revision or "main"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise SplitError(
+            f"no model configuration could be read from {name_or_path!r}: {_one_line(error)} "
+            "Give a directory that holds config.json, or the id of a model on the hub."
+        ) from error
+    if attn_implementation:
+        config._attn_implementation = attn_implementation
+    return config
+
+
+class _Source:
+    """A checkpoint whose configuration is read and whose cut layers are checked."""
+
+    def __init__(
+        self,
+        name_or_path: str,
+        config: PreTrainedConfig,
+        model_class: type[PreTrainedModel],
+        dtype: torch.dtype | None,
+        revision: str | None,
+    ) -> None:
+        self.name_or_path = name_or_path
+        self.config = config
+        self.model_class = model_class
+        self.dtype = dtype
+        self.revision = revision
+        with torch.device("meta"):
+            self.skeleton = model_class(config)
+        self.stack: LayerStack = find_stack(self.skeleton)
+
+    @classmethod
+    def open(
+        cls,
+        name_or_path: str,
+        cuts: CutLayers,
+        dtype: torch.dtype | str | None,
+        attn_implementation: str | None,
+        revision: str | None,
+    ) -> "_Source":
+        config = load_model_config(
+            name_or_path, revision=revision, attn_implementation=attn_implementation
+        )
+        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        model_class = found[0] if isinstance(found, tuple) else found
+        if model_class is None:
+            raise SplitError(
+                f"{name_or_path!r} is a {config.model_type!r} model, for which transformers has no "
+                "causal language model. Use a model that AutoModelForCausalLM loads."
+            )
+        source = cls(name_or_path, config, model_class, _torch_dtype(dtype), revision)
+        check_splittable(source.skeleton, source.stack, cuts)
+        return source
+
+    def load(
+        self, replacements: Replacements, device: torch.device | str | None
+    ) -> PreTrainedModel:
+        """Read the tensors that are left when ``replacements`` are made."""
+        replace_in_place(self.skeleton, replacements(self.skeleton))
+        owned = set(self.skeleton.state_dict())
+        with self._owned_shards(owned) as directory, _quiet_loading():
+            try:
+                loaded: Any = _holed(self.model_class, replacements).from_pretrained(
+                    str(directory),
+                    config=self.config,
+                    dtype=self.dtype if self.dtype is not None else "auto",
+                    revision=self.revision or "main",
+                    use_safetensors=True,
+                    output_loading_info=True,
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                raise SplitError(
+                    f"the weights of {self.name_or_path!r} could not be read: {_one_line(error)} "
+                    "They must be complete and in safetensors (model.safetensors, or shards with "
+                    f"{INDEX_FILE})."
+                ) from error
+        model: PreTrainedModel = loaded[0]
+        missing = sorted(loaded[1]["missing_keys"])
+        if missing:
+            raise SplitError(
+                f"the checkpoint {self.name_or_path!r} lacks {len(missing)} tensors of this part, "
+                f"such as {missing[0]}. Use a complete checkpoint of {self.model_class.__name__}."
+            )
+        model.__class__ = self.model_class
+        model.config.name_or_path = self.name_or_path
+        model.name_or_path = self.name_or_path
+        return model if device is None else nn.Module.to(model, device)
+
+    @contextlib.contextmanager
+    def _owned_shards(self, owned: set[str]) -> Iterator[Path | str]:
+        """A directory with the shards that hold owned tensors, or the checkpoint itself."""
+        index_path = fetch(self.name_or_path, INDEX_FILE, self.revision)
+        if index_path is None:
+            yield self.name_or_path
+            return
+        index = json.loads(index_path.read_text())
+        weight_map: dict[str, str] = {
+            key: shard
+            for key, shard in index["weight_map"].items()
+            if _may_be_owned(key, owned, self.stack)
+        }
+        with tempfile.TemporaryDirectory(prefix="flower-split-") as name:
+            directory = Path(name)
+            for shard in sorted(set(weight_map.values())):
+                path = fetch(self.name_or_path, shard, self.revision)
+                if path is None:
+                    raise SplitError(
+                        f"the checkpoint {self.name_or_path!r} lacks {shard}, which its index "
+                        "names and this part needs. Fetch the missing file."
+                    )
+                (directory / shard).symlink_to(path.resolve())
+            for small in _SMALL_FILES:
+                path = fetch(self.name_or_path, small, self.revision)
+                if path is not None:
+                    (directory / small).symlink_to(path.resolve())
+            (directory / INDEX_FILE).write_text(
+                json.dumps({"metadata": index.get("metadata", {}), "weight_map": weight_map})
+            )
+            yield directory
+
+
+def fetch(name_or_path: str, filename: str, revision: str | None) -> Path | None:
+    """The local path of one file of a checkpoint, downloaded if need be; None if it has none."""
+    if Path(name_or_path).is_dir():
+        path = Path(name_or_path) / filename
+        return path if path.is_file() else None
+    found = cached_file(
+        name_or_path,
+        filename,
+        revision=revision or "main",
+        _raise_exceptions_for_missing_entries=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _may_be_owned(key: str, owned: set[str], stack: LayerStack) -> bool:
+    """Whether the checkpoint's tensor ``key`` may belong to a part with ``owned`` names.
+
+    Checkpoints may lack the base model's prefix, or fuse and rename tensors within a layer; so a
+    layer's tensors are told by the list's name and the layer's index, and the others by name.
+    """
+    list_name = stack.path.rsplit(".", 1)[-1]
+    match = re.search(rf"(?:^|\.){re.escape(list_name)}\.(\d+)\.", key)
+    if match:
+        prefix = stack.layer_path(int(match[1])) + "."
+        return any(name.startswith(prefix) for name in owned)
+    outside = {name for name in owned if stack.index_of(name) is None}
+    return bool(outside)
+
+
+def _holed(model_class: type[PreTrainedModel], replacements: Replacements) -> type[PreTrainedModel]:
+    """A subclass whose constructor leaves out what another party owns."""
+
+    def construct(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+        model_class.__init__(self, config)
+        replace_in_place(self, replacements(self))
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        self.all_tied_weights_keys = {
+            target: source
+            for target, source in self.all_tied_weights_keys.items()
+            if target in names and source in names
+        }
+
+    body = {
+        "__init__": construct,
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+        "_keys_to_ignore_on_load_unexpected": [".*"],
+    }
+    return type(model_class.__name__, (model_class,), body)
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without transformers' report of the tensors that this part leaves."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if not isinstance(dtype, str):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise SplitError(f"{dtype!r} is no dtype of torch; use float32, bfloat16 or float16.")
+    return found
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return (text[:300] + "…") if len(text) > 300 else text
