@@ -43,11 +43,11 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
         except FlowerSplitError as error:
             logger.error("node=%d %s", context.node_id, error)
             reason = str(error)
-        except Exception as error:  # the edge: what nobody foresaw must reach the ServerApp in words
+        except (
+            Exception
+        ) as error:  # the edge: what nobody foresaw must reach the ServerApp in words
             logger.exception("node=%d an unexpected error", context.node_id)
-            reason = (
-                f"an unexpected {type(error).__name__}: {error} (the client's log has the traceback)"
-            )
+            reason = f"an unexpected {type(error).__name__}: {error} (the client's log has the traceback)"
         return Message(Error(code=_RAISED, reason=reason), reply_to=message)
 
     return run

@@ -24,7 +24,9 @@ from flower_split.fingerprint import differing_fields
 logger = logging.getLogger(__name__)
 
 RECORD = "handshake"
-_SETTLE_SECONDS = 2.0  # simulation registers all its nodes at once, shortly after the ServerApp starts
+_SETTLE_SECONDS = (
+    2.0  # simulation registers all its nodes at once, shortly after the ServerApp starts
+)
 _NONE_SECONDS = 60.0  # simulation: until the first node must be there
 
 
@@ -124,7 +126,9 @@ def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
     """
     wanted, simulated = config.num_clients, is_simulation(grid)
     start = time.monotonic()
-    deadline = start + (min(_NONE_SECONDS, config.join_timeout) if simulated else config.join_timeout)
+    deadline = start + (
+        min(_NONE_SECONDS, config.join_timeout) if simulated else config.join_timeout
+    )
     nodes: list[int] = []
     changed = start
     while True:
@@ -210,7 +214,10 @@ def check_facts(
                 "be at least 0 and below num-partitions. Restart that SuperNode with "
                 "--node-config 'partition-id=… num-partitions=…'."
             )
-        for count, what in ((facts.num_examples, "training"), (facts.num_eval_examples, "held-out")):
+        for count, what in (
+            (facts.num_examples, "training"),
+            (facts.num_eval_examples, "held-out"),
+        ):
             if count < 1:
                 raise FederationError(
                     f"partition {slot} (node {node}) has no {what} examples. Give it more data "
@@ -270,4 +277,3 @@ def describe_clients(facts: Mapping[int, ClientFacts], federation: Federation) -
         f"{slot} {item.name}".rstrip() + f": {item.num_examples}" for slot, item in facts.items()
     )
     return f"{len(federation.nodes)} clients; training examples by partition: {counts}"
-

@@ -3,7 +3,19 @@
 import logging
 import sys
 
-_FORMAT = "%(levelname)s :      %(message)s"  # as Flower's own lines look
+MARK = "flower-split  "
+"""Begins every line, so that they can be told from Flower's and Ray's in one stream."""
+
+
+class MarkedLines(logging.Formatter):
+    """Every line of a record begins with :data:`MARK`; the level is named from WARNING on."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as text."""
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            text = f"{record.levelname}: {text}"
+        return "\n".join((MARK + line).rstrip() for line in text.split("\n"))
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:
@@ -12,9 +24,9 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     Only the edges call this (ServerApp, ClientApp, CLI): a library leaves logging to its user.
     """
     logger = logging.getLogger("flower_split")
-    logger.setLevel(level)
     if not logger.handlers:
+        logger.setLevel(level)
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter(_FORMAT))
+        handler.setFormatter(MarkedLines())
         logger.addHandler(handler)
         logger.propagate = False

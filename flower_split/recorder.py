@@ -100,7 +100,8 @@ class Recorder:
         if tokens:
             loss = sum(i.get("train_loss", 0) * i.get("num-tokens", 0) for i in clients) / tokens
             sent, received = (
-                sum(item.get(name, 0) for item in clients) for name in ("bytes-sent", "bytes-received")
+                sum(item.get(name, 0) for item in clients)
+                for name in ("bytes-sent", "bytes-received")
             )
             record |= {"train_loss": loss, "num_tokens": tokens}
             record |= {"bytes_sent": sent, "bytes_received": received}

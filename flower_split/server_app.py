@@ -171,7 +171,9 @@ def _read_text(path: str, key: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}: {path} cannot be read ({error}). Give a readable file.") from error
+        raise ConfigError(
+            f"{key}: {path} cannot be read ({error}). Give a readable file."
+        ) from error
 
 
 def _always() -> bool:

@@ -400,7 +400,9 @@ def _completed(
     kept, left = dict(good), dict(problems)
     for item in report.slots:
         if item.slot in kept and not item.completed:
-            left[item.slot] = f"the trunk left it out: {item.problem or 'contributions are missing'}"
+            left[item.slot] = (
+                f"the trunk left it out: {item.problem or 'contributions are missing'}"
+            )
             del kept[item.slot]
     return kept, dict(sorted(left.items()))
 

@@ -1,0 +1,115 @@
+"""``flower-split``: run an app, serve a trunk, export a run's adapter.
+
+Exit codes: 0 done; 1 the job failed; 2 the command line or the configuration is wrong.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from flower_split.errors import ConfigError, FlowerSplitError
+
+FAILED, WRONG_USE = 1, 2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="flower-split",
+        description="Federated split fine-tuning of transformers on Flower.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="check that an app can run, run it, and tell its true outcome",
+        description="Like `flwr run`, with checks beforehand and a true exit status: 0 if the run "
+        "completed, 1 if it failed, 2 if it cannot start as configured.",
+    )
+    run.add_argument("app", type=Path, help="the app's directory (with its pyproject.toml)")
+    run.add_argument(
+        "superlink",
+        nargs="?",
+        help="a SuperLink connection of Flower's config.toml; default: local",
+    )
+    run.add_argument("--federation-config", help="as for flwr run; default: what the job needs")
+    run.add_argument("--stream", action="store_true", help="show every log line, not only progress")
+    _add_run_config(run)
+
+    trunk = commands.add_parser(
+        "trunk",
+        help="serve the trunk of an app on this machine",
+        description="Serves until it gets SIGINT or SIGTERM. Clients and the ServerApp reach it by "
+        "trunk.address; the ServerApp needs the same token file as trunk.token-file.",
+    )
+    trunk.add_argument("app", type=Path, help="the app's directory (with its pyproject.toml)")
+    trunk.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
+    trunk.add_argument(
+        "--token-file", required=True, type=Path, help="the coordinator's token; made if missing"
+    )
+    trunk.add_argument("--tls-certificate", default="", help="PEM file; required off loopback")
+    trunk.add_argument("--tls-key", default="", help="PEM file")
+    _add_run_config(trunk)
+
+    export = commands.add_parser(
+        "export", help="write a run's bottom, trunk and top as one standard PEFT adapter"
+    )
+    export.add_argument("run", type=Path, help="the run directory")
+    export.add_argument("--out", required=True, type=Path, help="where the adapter goes")
+    return parser
+
+
+def _add_run_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--run-config",
+        "-c",
+        action="append",
+        metavar="KEY=VALUE …",
+        help="override the app's configuration, as for flwr run",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors of this package become one paragraph on standard error."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        return _dispatch(arguments)
+    except FlowerSplitError as error:
+        print(f"flower-split: {error}", file=sys.stderr)
+        return WRONG_USE if isinstance(error, ConfigError) else FAILED
+    except KeyboardInterrupt:
+        return FAILED
+
+
+def _dispatch(arguments: argparse.Namespace) -> int:
+    # Each command imports what it needs: torch and Flower take seconds to load.
+    if arguments.command == "run":
+        from flower_split.cli.run import run_app
+
+        return run_app(
+            arguments.app,
+            superlink=arguments.superlink,
+            run_config=arguments.run_config,
+            federation_config=arguments.federation_config,
+            stream=arguments.stream,
+        )
+    if arguments.command == "trunk":
+        from flower_split.cli.trunk import serve_trunk
+
+        return serve_trunk(
+            arguments.app,
+            listen=arguments.listen,
+            token_file=arguments.token_file,
+            tls_certificate=arguments.tls_certificate,
+            tls_key=arguments.tls_key,
+            run_config=arguments.run_config,
+        )
+    from flower_split.export import export_adapter
+
+    print(export_adapter(arguments.run, arguments.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""``flower-split trunk``: serve an app's trunk until a signal ends it."""
+
+import logging
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from flower_split.cli.app import load_app_config
+from flower_split.errors import ConfigError
+from flower_split.logs import log_to_stderr
+from flower_split.trunk.child import RunningTrunk, Serving
+
+logger = logging.getLogger(__name__)
+
+
+def serve_trunk(
+    app: Path,
+    *,
+    listen: str,
+    token_file: Path,
+    tls_certificate: str,
+    tls_key: str,
+    run_config: Sequence[str] | None,
+) -> int:
+    """Serve until SIGINT or SIGTERM.
+
+    Raises:
+        FlowerSplitError: The configuration is wrong, the model cannot be loaded, or the port
+            cannot be served.
+    """
+    log_to_stderr()
+    config = load_app_config(app, run_config)
+    serving = Serving(
+        listen=listen,
+        token=token_from(token_file),
+        tls_certificate=tls_certificate,
+        tls_key=tls_key,
+    )
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with RunningTrunk(config, serving) as running:
+        host = listen.rpartition(":")[0]
+        # On standard output, for scripts that asked for port 0.
+        print(f"trunk serves on {host}:{running.port}", flush=True)
+        logger.info(
+            'use it with: trunk.address="%s:%d" trunk.token-file="%s"',
+            host,
+            running.port,
+            token_file.expanduser().absolute(),
+        )
+        ended.wait()
+        logger.info("ending")
+    return 0
+
+
+def token_from(path: Path) -> str:
+    """The coordinator's token; a missing file is made with a fresh one, readable by its owner only.
+
+    Raises:
+        ConfigError: The file cannot be read or made.
+    """
+    path = path.expanduser()
+    try:
+        if not path.exists():
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(secrets.token_urlsafe(32) + "\n")
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--token-file {path} cannot be read or made ({error}). Name a file that this user may "
+            "read and write."
+        ) from error
