@@ -1,0 +1,528 @@
+"""The trunk as a module: where autograd crosses the network.
+
+:class:`RemoteTrunk` stands in a client's model where the trunk's layers were. Its forward sends the
+smashed data ``[batch, seq, hidden]`` and returns ``trunk_output`` of the same shape; autograd's
+backward sends ``trunk_output_grad`` and returns ``smashed_grad``. The padding mask and the position
+ids go with the forward; token ids and labels never leave the client.
+
+The function that makes the calls lives on the CPU, with the copies to and from a GPU around it: then
+autograd runs it on the thread that called ``backward``, not on the device's one backward thread, and
+micro-batches in flight do not wait for each other's calls. Next: :mod:`flower_split.wire.codec`.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from flower_split.errors import CodecError, ConfigError, TrunkError
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.trunk.calls import ContributionKey, ForwardMode, SessionGrant
+from flower_split.trunk.messages import grant_from_proto, key_to_proto
+from flower_split.wire.buffers import Allocate
+from flower_split.wire.channel import TrunkChannel
+from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.staging import allocator, to_device, to_host
+
+logger = logging.getLogger(__name__)
+
+_WIRE_DTYPES = {"native": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+_CLOSE_SECONDS = 5.0  # a trunk that has gone must not hold up a client that is done
+
+
+@dataclass(frozen=True, slots=True)
+class WireStats:
+    """Totals over the calls of a :class:`RemoteTrunk`; retries count once.
+
+    Args:
+        bytes_sent: In frames.
+        bytes_received: In frames.
+        wire_seconds: From a call's start to its end, less the trunk's two shares below.
+        trunk_compute_seconds: As the trunk reports it.
+        trunk_queue_seconds: Waiting at the trunk: for its processor, and for the other clients.
+        calls: Forwards and backwards.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    wire_seconds: float = 0.0
+    trunk_compute_seconds: float = 0.0
+    trunk_queue_seconds: float = 0.0
+    calls: int = 0
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """What :meth:`RemoteTrunk.micro_batch` says of the one forward made inside it."""
+
+    window: int
+    index: int
+    num_tokens: int
+    loss_denominator: float
+    last: bool
+    used: bool = False
+
+    def __str__(self) -> str:
+        return f"micro-batch {self.index} of window {self.window}"
+
+
+class RemoteTrunk(nn.Module):
+    """A trunk that runs elsewhere; called like any trunk. Thread-safe.
+
+    In training, every forward is made inside :meth:`micro_batch`. Where autograd is off, or the
+    session evaluates, the trunk evaluates too (no dropout, nothing kept). In mode ``forward-only``
+    the output does not require grad: nothing flows back to the bottom.
+
+    Args:
+        address: ``host:port``.
+        token: This client's, for this round.
+        fingerprint: Of the model and configuration; the trunk must hold the same.
+        mode: ``joint``, ``frozen`` or ``forward-only``.
+        call_timeout: Seconds per call, retries and the wait for other clients included.
+        wire_dtype: ``native`` sends activations and gradients as they are; ``float32`` and
+            ``bfloat16`` convert them for the journey.
+        root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
+
+    Attributes:
+        waiting: Entered around every call: give back there what other micro-batches need to
+            compute. Does nothing by default.
+
+    Raises:
+        ConfigError: Plain text to another machine, a PEM file that cannot be read, or an unknown
+            ``wire_dtype``.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str,
+        fingerprint: Mapping[str, str],
+        mode: str,
+        call_timeout: float,
+        wire_dtype: str = "native",
+        root_certificates: str = "",
+    ) -> None:
+        super().__init__()
+        if wire_dtype not in _WIRE_DTYPES:
+            raise ConfigError(
+                f"trunk.wire-dtype must be one of {', '.join(_WIRE_DTYPES)}; it is {wire_dtype!r}."
+            )
+        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._channel = TrunkChannel(
+            address, token=token, timeout=call_timeout, root_certificates=root_certificates
+        )
+        self._fingerprint = dict(fingerprint)
+        self._mode = mode
+        self._wire_dtype = _WIRE_DTYPES[wire_dtype]
+        self._call_timeout = call_timeout
+        self._grant: SessionGrant | None = None
+        self._evaluate = False
+        self._max_tensor_bytes = 0
+        self._current = threading.local()  # .micro_batch, of the thread that is inside one
+        self._stats = WireStats()
+        self._stats_lock = threading.Lock()
+
+    # ------------------------------------------------------------------ the session
+
+    def open(self, planned_steps: int, *, evaluate: bool = False) -> SessionGrant:
+        """Join the round that the token is for.
+
+        Args:
+            planned_steps: Optimizer steps this client will take: its windows.
+            evaluate: Only evaluate.
+
+        Raises:
+            TrunkUnavailable: There is no trunk within the call timeout.
+            TrunkRefused: The trunk does not take this client; the reason is typed.
+            RoundAborted: The round was given up.
+        """
+        if self._grant is not None:
+            raise TrunkError("this RemoteTrunk has a session already; make a new one per round.")
+        request = pb.OpenSessionRequest(
+            fingerprint=self._fingerprint, planned_steps=planned_steps, evaluate=evaluate
+        )
+        with self.waiting():
+            reply = self._channel.unary("OpenSession", request, pb.OpenSessionReply)
+        self._evaluate = evaluate
+        self._max_tensor_bytes = reply.max_tensor_bytes
+        self._grant = grant_from_proto(reply)
+        logger.debug(
+            "session open: slot=%d round=%d version=%d",
+            reply.slot,
+            reply.server_round,
+            reply.version,
+        )
+        return self._grant
+
+    def close(self) -> None:
+        """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
+        grant, self._grant = self._grant, None
+        if grant is not None:
+            request = pb.CloseSessionRequest(session=grant.session, trunk_epoch=grant.epoch)
+            try:
+                self._channel.unary(
+                    "CloseSession",
+                    request,
+                    pb.CloseSessionReply,
+                    timeout=min(self._call_timeout, _CLOSE_SECONDS),
+                )
+            except TrunkError as error:
+                logger.debug("the session ends without the trunk's answer: %s", error)
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a ``with`` block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the round."""
+        self.close()
+
+    def wait_version(self, version: int) -> int:
+        """Wait until the trunk's weights have ``version``; returns the version they have.
+
+        Raises:
+            TrunkUnavailable: They do not within the call timeout.
+            RoundAborted: The round was given up.
+        """
+        grant = self._session()
+        request = pb.WaitVersionRequest(
+            session=grant.session, trunk_epoch=grant.epoch, version=version
+        )
+        with self.waiting():
+            return self._channel.unary("WaitVersion", request, pb.WaitVersionReply).version
+
+    # ------------------------------------------------------------------ training
+
+    @contextmanager
+    def micro_batch(
+        self, window: int, index: int, *, num_tokens: int, loss_denominator: float, last: bool
+    ) -> Iterator[None]:
+        """Name the one forward made inside, on this thread; required in training.
+
+        Its backward may run after the block, on any thread.
+
+        Args:
+            window: The optimizer step within the round, from 0; 0 where a window is a round.
+            index: The micro-batch within the window, from 0.
+            num_tokens: Its label tokens.
+            loss_denominator: What its summed token loss is divided by.
+            last: Whether the window gets no further micro-batch from this client.
+
+        Raises:
+            TrunkError: Nested in another one.
+        """
+        if getattr(self._current, "micro_batch", None) is not None:
+            raise TrunkError(
+                f"micro_batch(window={window}, index={index}) stands inside "
+                f"{self._current.micro_batch}; end that block first."
+            )
+        self._current.micro_batch = _MicroBatch(window, index, num_tokens, loss_denominator, last)
+        try:
+            yield
+        finally:
+            self._current.micro_batch = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
+
+        Args:
+            hidden_states: The smashed data, [batch, seq, hidden].
+            attention_mask: The padding mask of zeros and ones, [batch, seq].
+            position_ids: [batch or 1, seq].
+
+        Raises:
+            TrunkError: Called outside :meth:`micro_batch` in training, twice within one, or without
+                a session.
+            TrunkUnavailable: No answer within the call timeout.
+            TrunkRefused: The trunk answered no; the reason is typed.
+            RoundAborted: The round was given up.
+        """
+        extras = {}
+        if attention_mask is not None:
+            extras["attention_mask"] = _padding_mask(attention_mask)
+        if position_ids is not None:
+            extras["position_ids"] = to_host(position_ids).to(torch.int64)
+        if self._evaluate or not torch.is_grad_enabled():
+            mode, micro_batch = ForwardMode.EVALUATE, None
+        else:
+            train = self._mode != "forward-only"
+            mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
+            micro_batch = self._take_micro_batch()
+        exchange = _Exchange(self, mode, micro_batch, extras, allocator(hidden_states.device))
+        with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
+            # Ordinary casts and copies: autograd converts and carries the gradients back.
+            smashed = _to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
+            # Without an input that requires grad autograd would skip the backward call wherever
+            # nothing of the bottom trains, and the trunk would silently learn nothing.
+            always = torch.empty(0, requires_grad=mode is ForwardMode.TRAIN)
+            output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
+            return _from_cpu(output, hidden_states.device).to(hidden_states.dtype)
+
+    def _take_micro_batch(self) -> _MicroBatch:
+        micro_batch: _MicroBatch | None = getattr(self._current, "micro_batch", None)
+        if micro_batch is None:
+            raise TrunkError(
+                "a training forward through the remote trunk must be made inside "
+                "RemoteTrunk.micro_batch(...), on the same thread; or turn autograd off "
+                "(torch.no_grad()) to evaluate."
+            )
+        if micro_batch.used:
+            raise TrunkError(
+                f"{micro_batch} has made its forward; each needs a block of its own (and gradient "
+                "checkpointing must not wrap the trunk)."
+            )
+        micro_batch.used = True
+        return micro_batch
+
+    # ------------------------------------------------------------------ figures
+
+    @property
+    def stats(self) -> WireStats:
+        """Totals since the beginning, or since the last :meth:`take_stats`."""
+        with self._stats_lock:
+            return self._stats
+
+    def take_stats(self) -> WireStats:
+        """The totals, which begin anew."""
+        with self._stats_lock:
+            taken, self._stats = self._stats, WireStats()
+            return taken
+
+    def _count(self, sent: int, received: int, seconds: float, reply: pb.ReplyHeader) -> None:
+        elsewhere = reply.compute_seconds + reply.queue_seconds
+        with self._stats_lock:
+            total = self._stats
+            self._stats = replace(
+                total,
+                bytes_sent=total.bytes_sent + sent,
+                bytes_received=total.bytes_received + received,
+                wire_seconds=total.wire_seconds + max(0.0, seconds - elsewhere),
+                trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
+                trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
+                calls=total.calls + 1,
+            )
+
+    # ------------------------------------------------------------------ the wire
+
+    def _session(self) -> SessionGrant:
+        if self._grant is None:
+            raise TrunkError("the remote trunk has no open session; call RemoteTrunk.open() first.")
+        return self._grant
+
+    def _call(
+        self,
+        method: str,
+        header: pb.Header,
+        tensors: Mapping[str, Tensor],
+        result: tuple[str, Tensor],
+        allocate: Allocate,
+    ) -> tuple[Tensor, int]:
+        """One Forward or Backward.
+
+        Args:
+            method: Which.
+            header: Of the call.
+            tensors: To send.
+            result: The name of the tensor that comes back, and one of the shape and dtype it has.
+            allocate: Where it is received.
+
+        Returns:
+            The tensor, and the version of the weights that made it.
+        """
+        name, like = result
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > self._max_tensor_bytes:
+            raise CodecError(
+                f"one call may carry {self._max_tensor_bytes} bytes of tensors to this trunk; this "
+                f"{method} has {size}. Lower train.batch-size or train.sequence-length."
+            )
+        message = Outgoing(header, tensors)
+        started = time.monotonic()
+
+        def read(frames: Iterator[bytes]) -> tuple[Tensor, pb.ReplyHeader, int]:
+            incoming = Incoming(frames)
+            received = incoming.receive(like.nbytes, allocate=allocate)
+            tensor = received.tensors.get(name)
+            if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise CodecError(
+                    f"the trunk must answer {method} with {name!r} of {like.dtype} "
+                    f"{list(like.shape)}; it sent "
+                    f"{ {n: (str(t.dtype), list(t.shape)) for n, t in received.tensors.items()} }."
+                )
+            return tensor, incoming.header.reply, received.num_bytes
+
+        with self.waiting():
+            tensor, reply, received_bytes = self._channel.stream(method, message, read)
+        self._count(message.num_bytes, received_bytes, time.monotonic() - started, reply)
+        return tensor, reply.version
+
+
+class _Exchange:
+    """The calls of one micro-batch: a forward, then at most one backward."""
+
+    def __init__(
+        self,
+        remote: RemoteTrunk,
+        mode: ForwardMode,
+        micro_batch: _MicroBatch | None,
+        extras: Mapping[str, Tensor],
+        allocate: Allocate,
+    ) -> None:
+        self._remote = remote
+        self._grant = grant = remote._session()
+        self._mode = mode
+        self._micro_batch = micro_batch
+        self._extras = extras
+        self._allocate = allocate
+        self._version = grant.version + (micro_batch.window if micro_batch else 0)
+        self._done = False
+
+    def forward(self, smashed: Tensor) -> Tensor:
+        header = pb.ForwardHeader(
+            session=self._grant.session,
+            trunk_epoch=self._grant.epoch,
+            version=self._version,
+            mode=self._mode.name,
+        )
+        if self._micro_batch is not None:
+            header.key.CopyFrom(self._key(self._micro_batch))
+        output, self._version = self._remote._call(
+            "Forward",
+            pb.Header(forward=header),
+            {"hidden_states": smashed, **self._extras},
+            ("trunk_output", smashed),
+            self._allocate,
+        )
+        self._extras = {}
+        return output
+
+    def backward(self, trunk_output_grad: Tensor) -> Tensor:
+        micro_batch = self._micro_batch
+        assert micro_batch is not None, "only training forwards are recorded by autograd"
+        if self._done:
+            raise TrunkError(
+                f"{micro_batch} has had its backward; the trunk keeps its activations for one. Call "
+                "backward() once, without retain_graph."
+            )
+        self._done = True
+        header = pb.BackwardHeader(
+            session=self._grant.session,
+            trunk_epoch=self._grant.epoch,
+            key=self._key(micro_batch),
+            version=self._version,
+            num_tokens=micro_batch.num_tokens,
+            loss_denominator=micro_batch.loss_denominator,
+            last=micro_batch.last,
+        )
+        smashed_grad, _ = self._remote._call(
+            "Backward",
+            pb.Header(backward=header),
+            {"trunk_output_grad": trunk_output_grad},
+            ("smashed_grad", trunk_output_grad),
+            self._allocate,
+        )
+        return smashed_grad
+
+    def _key(self, micro_batch: _MicroBatch) -> pb.ContributionKey:
+        return key_to_proto(
+            ContributionKey(
+                experiment=self._grant.experiment,
+                server_round=self._grant.server_round,
+                attempt=self._grant.attempt,
+                window=micro_batch.window,
+                micro_batch=micro_batch.index,
+            )
+        )
+
+
+class _CallTrunk(torch.autograd.Function):
+    """CPU tensors to the trunk and back, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.forward(smashed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.backward(trunk_output_grad), None, None
+
+
+class _ToHost(torch.autograd.Function):
+    """Smashed data to the CPU; its gradient to the device."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.device = tensor.device
+        return to_host(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return to_device(gradient, ctx.device)
+
+
+class _ToDevice(torch.autograd.Function):
+    """trunk_output to the device; its gradient to the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
+        return to_device(tensor, device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return to_host(gradient), None
+
+
+def _to_cpu(tensor: Tensor) -> Tensor:
+    """To the CPU within autograd."""
+    if tensor.device.type == "cpu":
+        return tensor
+    copy: Tensor = _ToHost.apply(tensor)  # type: ignore[no-untyped-call]
+    return copy
+
+
+def _from_cpu(tensor: Tensor, device: torch.device) -> Tensor:
+    """From the CPU within autograd."""
+    if device.type == "cpu":
+        return tensor
+    copy: Tensor = _ToDevice.apply(tensor, device)  # type: ignore[no-untyped-call]
+    return copy
+
+
+def _padding_mask(attention_mask: Tensor) -> Tensor:
+    """The mask as booleans on the CPU, which travel as bits.
+
+    Raises:
+        TrunkError: It is not a mask of zeros and ones, [batch, seq].
+    """
+    mask = to_host(attention_mask)
+    as_bool = mask.to(torch.bool)
+    if mask.ndim != 2 or not bool((as_bool.to(mask.dtype) == mask).all()):
+        raise TrunkError(
+            "the remote trunk takes the 2-D padding mask of zeros and ones, [batch, seq]; it got "
+            f"{mask.dtype} {list(mask.shape)}. Pass the tokenizer's attention_mask."
+        )
+    return as_bool

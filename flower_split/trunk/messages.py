@@ -1,0 +1,216 @@
+"""Protocol messages as the values of :mod:`flower_split.trunk.calls`, and back.
+
+The shell uses one direction of each pair, the coordinator the other.
+"""
+
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.trunk.calls import (
+    ContributionKey,
+    RoundPlan,
+    RoundReport,
+    SessionGrant,
+    SlotReport,
+    TrunkStatus,
+)
+from flower_split.trunk.windows import StepEvery
+
+_STEP_EVERY = {
+    StepEvery.LOCAL_STEP: pb.LOCAL_STEP,
+    StepEvery.SERVER_ROUND: pb.SERVER_ROUND,
+    StepEvery.CONTRIBUTION: pb.CONTRIBUTION,
+}
+
+
+def key_to_proto(key: ContributionKey) -> pb.ContributionKey:
+    """A contribution's name."""
+    return pb.ContributionKey(
+        experiment=key.experiment,
+        server_round=key.server_round,
+        attempt=key.attempt,
+        window=key.window,
+        micro_batch=key.micro_batch,
+    )
+
+
+def key_from_proto(key: pb.ContributionKey) -> ContributionKey:
+    """A contribution's name."""
+    return ContributionKey(
+        experiment=key.experiment,
+        server_round=key.server_round,
+        attempt=key.attempt,
+        window=key.window,
+        micro_batch=key.micro_batch,
+    )
+
+
+def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSessionReply:
+    """What a client learns when it joins."""
+    return pb.OpenSessionReply(
+        session=grant.session,
+        trunk_epoch=grant.epoch,
+        version=grant.version,
+        experiment=grant.experiment,
+        server_round=grant.server_round,
+        attempt=grant.attempt,
+        max_tensor_bytes=max_tensor_bytes,
+        lease_seconds=grant.lease_seconds,
+        slot=grant.slot,
+    )
+
+
+def grant_from_proto(reply: pb.OpenSessionReply) -> SessionGrant:
+    """What a client learns when it joins."""
+    return SessionGrant(
+        session=reply.session,
+        epoch=reply.trunk_epoch,
+        version=reply.version,
+        experiment=reply.experiment,
+        server_round=reply.server_round,
+        attempt=reply.attempt,
+        lease_seconds=reply.lease_seconds,
+        slot=reply.slot,
+    )
+
+
+def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
+    """A round's plan."""
+    return pb.BeginRoundRequest(
+        experiment=plan.experiment,
+        server_round=plan.server_round,
+        attempt=plan.attempt,
+        participants=[
+            pb.Participant(slot=slot, token=token)
+            for slot, token in sorted(plan.participants.items())
+        ],
+        step_every=_STEP_EVERY[plan.step_every],
+        steps_per_round=plan.steps_per_round,
+        num_server_rounds=plan.num_server_rounds,
+        quorum=plan.quorum,
+        join_seconds=plan.join_seconds,
+        window_seconds=plan.window_seconds,
+        evaluate=plan.evaluate,
+    )
+
+
+def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
+    """A round's plan.
+
+    Raises:
+        TrunkRefused: A slot or token is repeated or empty, or a number is out of its range.
+    """
+    participants = {entry.slot: entry.token for entry in request.participants}
+    tokens = set(participants.values())
+    if not len(request.participants) == len(participants) == len(tokens) or "" in tokens:
+        raise _invalid("every participant needs a slot and a token of its own")
+    if not 0 < request.quorum <= 1:
+        raise _invalid(f"quorum must be in (0, 1]; it is {request.quorum}")
+    if not (request.join_seconds > 0 and request.window_seconds > 0):
+        raise _invalid(
+            "join_seconds and window_seconds must be above 0; they are "
+            f"{request.join_seconds} and {request.window_seconds}"
+        )
+    step_every = {number: value for value, number in _STEP_EVERY.items()}.get(request.step_every)
+    if step_every is None:
+        raise _invalid(f"step_every has the unknown number {request.step_every}")
+    return RoundPlan(
+        experiment=request.experiment,
+        server_round=request.server_round,
+        attempt=request.attempt,
+        participants=participants,
+        step_every=step_every,
+        steps_per_round=request.steps_per_round,
+        num_server_rounds=request.num_server_rounds,
+        quorum=request.quorum,
+        join_seconds=request.join_seconds,
+        window_seconds=request.window_seconds,
+        evaluate=request.evaluate,
+    )
+
+
+def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
+    """A round's outcome."""
+    return pb.PrepareRoundReply(
+        version=report.version,
+        digest=report.digest,
+        slots=[_slot_to_proto(slot) for slot in report.slots],
+        optimizer_steps=report.optimizer_steps,
+        compute_seconds=report.compute_seconds,
+    )
+
+
+def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
+    """A round's outcome."""
+    return RoundReport(
+        version=reply.version,
+        digest=reply.digest,
+        slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
+        optimizer_steps=reply.optimizer_steps,
+        compute_seconds=reply.compute_seconds,
+    )
+
+
+def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
+    """Where the trunk stands."""
+    return pb.StatusReply(
+        trunk_epoch=status.epoch,
+        version=status.version,
+        experiment=status.experiment,
+        server_round=status.server_round,
+        attempt=status.attempt,
+        phase=status.phase,
+        window=status.window,
+        num_tokens=status.num_tokens,
+        bytes_received=status.bytes_received,
+        bytes_sent=status.bytes_sent,
+        slots=[_slot_to_proto(slot) for slot in status.slots],
+        problem=status.problem,
+        fingerprint=dict(status.fingerprint),
+    )
+
+
+def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
+    """Where the trunk stands."""
+    return TrunkStatus(
+        epoch=reply.trunk_epoch,
+        version=reply.version,
+        experiment=reply.experiment,
+        server_round=reply.server_round,
+        attempt=reply.attempt,
+        phase=reply.phase,
+        window=reply.window,
+        num_tokens=reply.num_tokens,
+        bytes_received=reply.bytes_received,
+        bytes_sent=reply.bytes_sent,
+        slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
+        problem=reply.problem,
+        fingerprint=dict(reply.fingerprint),
+    )
+
+
+def _slot_to_proto(slot: SlotReport) -> pb.SlotReport:
+    return pb.SlotReport(
+        slot=slot.slot,
+        completed=slot.completed,
+        problem=slot.problem,
+        contributions=slot.contributions,
+        num_tokens=slot.num_tokens,
+        bytes_received=slot.bytes_received,
+        bytes_sent=slot.bytes_sent,
+    )
+
+
+def _slot_from_proto(slot: pb.SlotReport) -> SlotReport:
+    return SlotReport(
+        slot=slot.slot,
+        completed=slot.completed,
+        problem=slot.problem,
+        contributions=slot.contributions,
+        num_tokens=slot.num_tokens,
+        bytes_received=slot.bytes_received,
+        bytes_sent=slot.bytes_sent,
+    )
+
+
+def _invalid(what: str) -> TrunkRefused:
+    return TrunkRefused(RefusalReason.INVALID_REQUEST, f"BeginRound: {what}.")

@@ -1,0 +1,405 @@
+"""The trunk's RPC shell: tokens, limits and deadlines in front of the engine, status codes behind it.
+
+A call is read, checked, handed to the engine and answered; nothing is computed or remembered here
+but which token opened which session. Next: :mod:`flower_split.trunk.engine`.
+
+Every call runs on a worker thread of one pool, and some calls wait there for other calls: a forward
+for the backwards that complete a window. Calls that may wait therefore get at most three quarters of
+the workers; one more is turned away with UNAVAILABLE, which clients try again. So a worker is always
+free for the backward that ends the wait, and for the coordinator.
+"""
+
+import hashlib
+import logging
+import math
+import struct
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc  # noqa: TID251
+import torch
+from google.protobuf.message import Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from torch import Tensor
+
+from flower_split.errors import (
+    CodecError,
+    ConfigError,
+    RefusalReason,
+    TrunkRefused,
+)
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.trunk.answers import (
+    Context,
+    WaitingPlace,
+    answered,
+    deadline_of,
+    expect,
+    parsed,
+    same_token,
+    token_of,
+)
+from flower_split.trunk.calls import CallResult, ForwardMode
+from flower_split.trunk.engine import TrunkEngine
+from flower_split.trunk.messages import (
+    grant_to_proto,
+    key_from_proto,
+    plan_from_proto,
+    report_to_proto,
+    status_to_proto,
+)
+from flower_split.wire.buffers import Allocate, pinned, pooled
+from flower_split.wire.channel import (
+    SERVICE,
+    is_loopback,
+    read_pem,
+    server_options,
+)
+from flower_split.wire.frames import Incoming, Outgoing, Received
+from flower_split.wire.staging import to_host
+
+logger = logging.getLogger(__name__)
+
+MAX_TENSOR_BYTES = 1 << 30
+_MIN_WORKERS = 8
+_MAX_SESSIONS = 4096  # whose tokens are remembered; those of the latest rounds
+
+Request = TypeVar("Request", bound=Message)
+
+
+class TrunkServer:
+    """Serves an engine until it is stopped; the engine stays the caller's to close.
+
+    Args:
+        engine: What computes.
+        coordinator_token: Who knows it may begin, commit and abort rounds.
+        listen: ``host:port``; port 0 takes any free one.
+        tls_certificate: PEM file; ``None``: plain text, on loopback only.
+        tls_key: PEM file.
+        max_workers: Threads; at most three quarters of them hold calls that wait.
+        max_tensor_bytes: Limit on the tensors of one call.
+        interceptors: Run around every call, as grpc's own.
+
+    Raises:
+        ConfigError: Plain text beyond loopback, an empty token, half a key pair, too few workers.
+    """
+
+    def __init__(
+        self,
+        engine: TrunkEngine,
+        *,
+        coordinator_token: str,
+        listen: str = "127.0.0.1:0",
+        tls_certificate: str | None = None,
+        tls_key: str | None = None,
+        max_workers: int = 256,
+        max_tensor_bytes: int = MAX_TENSOR_BYTES,
+        interceptors: Sequence[grpc.ServerInterceptor] = (),
+    ) -> None:
+        if not coordinator_token:
+            raise ConfigError("the trunk needs a coordinator token; it is empty.")
+        if max_workers < _MIN_WORKERS:
+            raise ConfigError(f"the trunk needs {_MIN_WORKERS} workers; it has {max_workers}.")
+        if bool(tls_certificate) != bool(tls_key):
+            raise ConfigError("TLS needs both a certificate and its key; only one is given.")
+        if not tls_certificate and not is_loopback(listen):
+            raise ConfigError(
+                f"the trunk may listen without TLS on loopback only, not on {listen!r}: tokens and "
+                "activations would travel readable. Give --tls-certificate and --tls-key, or listen "
+                "on 127.0.0.1."
+            )
+        self._listen = listen
+        self._tls = (
+            (read_pem("tls-key", tls_key), read_pem("tls-certificate", tls_certificate))
+            if tls_certificate and tls_key
+            else None
+        )
+        self._health = health.HealthServicer()
+        self._server = grpc.server(
+            ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
+            options=server_options(),
+            interceptors=list(interceptors),
+        )
+        shell = _Shell(engine, coordinator_token, max_workers * 3 // 4, max_tensor_bytes)
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(SERVICE, shell.handlers()),)
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+
+    def start(self) -> int:
+        """Listen and serve; returns the port.
+
+        Raises:
+            ConfigError: The address cannot be bound.
+        """
+        try:
+            if self._tls:
+                credentials = grpc.ssl_server_credentials([self._tls])
+                port = self._server.add_secure_port(self._listen, credentials)
+            else:
+                port = self._server.add_insecure_port(self._listen)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the trunk cannot listen on {self._listen!r}: {error}. Is the port taken?"
+            ) from error
+        self._server.start()
+        for service in ("", SERVICE):
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        logger.info("trunk serves on port %d (%s)", port, "TLS" if self._tls else "plain text")
+        return port
+
+    def stop(self, grace: float = 2.0) -> None:
+        """Turn new calls away, give those in progress ``grace`` seconds, then cancel them.
+
+        A cancelled call's thread ends when the engine lets go of it: close the engine afterwards.
+        """
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait()
+
+    def __enter__(self) -> Self:
+        """Serve within a ``with`` block; call :meth:`start` for the port."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop without grace."""
+        self.stop(0.0)
+
+
+class _Shell:
+    """The protocol's methods over one engine."""
+
+    def __init__(
+        self, engine: TrunkEngine, coordinator_token: str, max_waiting: int, max_tensor_bytes: int
+    ) -> None:
+        self._engine = engine
+        self._coordinator_token = coordinator_token
+        self._max_tensor_bytes = max_tensor_bytes
+        self._waiting = threading.BoundedSemaphore(max_waiting)
+        self._max_waiting = max_waiting
+        self._tokens: OrderedDict[str, str] = OrderedDict()  # by session, oldest first
+        self._tokens_lock = threading.Lock()
+
+    def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
+        """Every method by its name; tensors pass as the bytes they are."""
+        return {
+            "OpenSession": self._unary(pb.OpenSessionRequest, self._open_session),
+            "WaitVersion": self._unary(pb.WaitVersionRequest, self._wait_version),
+            "CloseSession": self._unary(pb.CloseSessionRequest, self._close_session),
+            "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
+            "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
+            "BeginRound": self._unary(pb.BeginRoundRequest, self._begin_round),
+            "PrepareRound": self._unary(pb.PrepareRoundRequest, self._prepare_round),
+            "CommitRound": self._unary(pb.CommitRoundRequest, self._commit_round),
+            "AbortRound": self._unary(pb.AbortRoundRequest, self._abort_round),
+            "Status": self._unary(pb.StatusRequest, self._status),
+            "GetAdapter": grpc.unary_stream_rpc_method_handler(self._get_adapter),
+        }
+
+    # ------------------------------------------------------------------ clients
+
+    def _open_session(self, request: pb.OpenSessionRequest, context: Context) -> Message:
+        token = token_of(context)
+        grant = self._engine.open_session(
+            token, dict(request.fingerprint), request.planned_steps, request.evaluate
+        )
+        with self._tokens_lock:
+            self._tokens[grant.session] = token
+            self._tokens.move_to_end(grant.session)
+            while len(self._tokens) > _MAX_SESSIONS:
+                self._tokens.popitem(last=False)
+        return grant_to_proto(grant, self._max_tensor_bytes)
+
+    def _wait_version(self, request: pb.WaitVersionRequest, context: Context) -> Message:
+        self._authenticate(context, request.session, request.trunk_epoch)
+        with WaitingPlace(self._waiting, self._max_waiting):
+            version = self._engine.wait_version(
+                request.session, request.trunk_epoch, request.version, deadline_of(context)
+            )
+        return pb.WaitVersionReply(version=version)
+
+    def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
+        self._authenticate(context, request.session, request.trunk_epoch)
+        self._engine.close_session(request.session, request.trunk_epoch)
+        return pb.CloseSessionReply()
+
+    def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+        def work() -> Outgoing:
+            deadline = deadline_of(context)
+            incoming = Incoming(requests)
+            call = incoming.header.forward
+            expect(incoming, "forward")
+            self._authenticate(context, call.session, call.trunk_epoch)
+            try:
+                mode = ForwardMode(call.mode)
+            except ValueError:
+                raise CodecError(f"the forward has the unknown mode number {call.mode}.") from None
+            key = key_from_proto(call.key) if call.HasField("key") else None
+            if key is None and mode is not ForwardMode.EVALUATE:
+                raise CodecError(f"a forward in mode {mode.name} must carry a contribution key.")
+            received = self._receive(incoming, digest=mode is not ForwardMode.EVALUATE)
+            tensors = received.tensors
+            mask = tensors.get("attention_mask")
+            if mask is not None and mask.dtype == torch.bool:
+                tensors["attention_mask"] = mask.to(torch.int64)  # as tokenizers give it
+            result = self._engine.forward(
+                call.session,
+                call.trunk_epoch,
+                key,
+                call.version,
+                mode,
+                tensors,
+                received.digest,
+                deadline,
+            )
+            return self._reply("trunk_output", result, call.session, received)
+
+        def waiting() -> Outgoing:
+            with WaitingPlace(self._waiting, self._max_waiting):
+                return work()
+
+        yield from answered(context, "Forward", waiting).frames()
+
+    def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+        def work() -> Outgoing:
+            deadline = deadline_of(context)
+            incoming = Incoming(requests)
+            call = incoming.header.backward
+            expect(incoming, "backward")
+            self._authenticate(context, call.session, call.trunk_epoch)
+            received = self._receive(incoming, digest=True)
+            grad = received.tensors.get("trunk_output_grad")
+            if grad is None:
+                raise CodecError("a backward must carry the tensor 'trunk_output_grad'.")
+            for name, value in (
+                ("num_tokens", call.num_tokens),
+                ("loss_denominator", call.loss_denominator),
+            ):
+                if not (math.isfinite(value) and value >= 0):
+                    raise CodecError(f"{name} must be finite and not negative; it is {value}.")
+            counts = struct.pack("<dd?", call.num_tokens, call.loss_denominator, call.last)
+            result = self._engine.backward(
+                call.session,
+                call.trunk_epoch,
+                key_from_proto(call.key),
+                call.version,
+                grad,
+                call.num_tokens,
+                call.loss_denominator,
+                call.last,
+                hashlib.sha256(received.digest + counts).digest(),
+                deadline,
+            )
+            return self._reply("smashed_grad", result, call.session, received)
+
+        yield from answered(context, "Backward", work).frames()
+
+    # ------------------------------------------------------------------ the coordinator
+
+    def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        epoch, version = self._engine.begin_round(plan_from_proto(request))
+        return pb.BeginRoundReply(trunk_epoch=epoch, version=version)
+
+    def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        report = self._engine.prepare_round(
+            request.experiment, request.server_round, request.attempt, deadline_of(context)
+        )
+        return report_to_proto(report)
+
+    def _commit_round(self, request: pb.CommitRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        version = self._engine.commit_round(
+            request.experiment, request.server_round, request.attempt
+        )
+        return pb.CommitRoundReply(version=version)
+
+    def _abort_round(self, request: pb.AbortRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        version = self._engine.abort_round(
+            request.experiment, request.server_round, request.attempt, request.why
+        )
+        return pb.AbortRoundReply(version=version)
+
+    def _status(self, request: pb.StatusRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        return status_to_proto(self._engine.status())
+
+    def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
+        def work() -> Outgoing:
+            self._require_coordinator(context)
+            adapter = self._engine.adapter()
+            return Outgoing(pb.Header(reply=pb.ReplyHeader()), adapter)
+
+        yield from answered(context, "GetAdapter", work).frames()
+
+    # ------------------------------------------------------------------ pieces
+
+    def _unary(
+        self, request_type: type[Request], behaviour: Callable[[Request, Context], Message]
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        name = request_type.DESCRIPTOR.name.removesuffix("Request")
+
+        def handle(data: bytes, context: Context) -> bytes:
+            def work() -> bytes:
+                return behaviour(parsed(request_type, data), context).SerializeToString()
+
+            return answered(context, name, work)
+
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def _receive(self, incoming: Incoming, *, digest: bool) -> Received:
+        allocate: Allocate = (
+            pinned if torch.cuda.is_initialized() else pooled  # type: ignore[no-untyped-call]
+        )
+        return incoming.receive(self._max_tensor_bytes, allocate=allocate, digest=digest)
+
+    def _reply(self, name: str, result: CallResult, session: str, received: Received) -> Outgoing:
+        header = pb.ReplyHeader(
+            version=result.version,
+            compute_seconds=result.compute_seconds,
+            queue_seconds=result.queue_seconds,
+        )
+        tensor: Tensor = to_host(result.tensor)
+        reply = Outgoing(pb.Header(reply=header), {name: tensor})
+        self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
+        return reply
+
+    def _authenticate(self, context: Context, session: str, epoch: int) -> None:
+        """The session must have been opened in this process with the token that the call carries."""
+        if epoch != self._engine.epoch:
+            raise TrunkRefused(
+                RefusalReason.WRONG_EPOCH,
+                "the trunk has restarted since this session opened; what the session had "
+                "contributed is gone. Leave this round; the next one opens a new session.",
+            )
+        with self._tokens_lock:
+            expected = self._tokens.get(session)
+        if expected is None:
+            raise TrunkRefused(
+                RefusalReason.UNKNOWN_SESSION,
+                "the trunk knows no such session: it was never opened, or belongs to a round long "
+                "past. Open a session for every round.",
+            )
+        if not same_token(token_of(context), expected):
+            raise TrunkRefused(
+                RefusalReason.UNAUTHENTICATED,
+                "the token of this call is not the one that opened its session.",
+            )
+
+    def _require_coordinator(self, context: Context) -> None:
+        if not same_token(token_of(context), self._coordinator_token):
+            raise TrunkRefused(
+                RefusalReason.UNAUTHENTICATED,
+                "this call needs the coordinator's token. Give the ServerApp the trunk's token file "
+                "(trunk.token-file).",
+            )
