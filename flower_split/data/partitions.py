@@ -9,7 +9,7 @@ from flower_split.errors import DataError
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
 
-BY_COLUMN = ("dirichlet", "grouped-natural-id", "natural-id", "pathological", "shard")
+BY_COLUMN = ("dirichlet", "grouped-natural-id", "natural-id", "shard")
 """Partitioners that need ``data.partition-by``."""
 
 BY_SIZE = ("exponential", "iid", "linear", "square")
@@ -118,6 +118,4 @@ def _partitioner(
         case "shard":
             # two shards per client, as in the experiments of the FedAvg paper
             return made.ShardPartitioner(count, "key", num_shards_per_partition=2, seed=seed)
-        case "pathological":
-            return made.PathologicalPartitioner(count, "key", 2, seed=seed)
     raise DataError(f"data.partitioner {config.partitioner!r} is unknown.")
