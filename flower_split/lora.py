@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from flower_split.config import LoraPartConfig
 from flower_split.errors import ConfigError, SplitError
 from flower_split.split import CutLayers
-from flower_split.split.load import empty_client_model
+from flower_split.split.load import empty_model
 from flower_split.split.stack import LayerStack, find_stack
 
 ADAPTER_NAME = "default"
@@ -138,7 +138,7 @@ def initial_client_adapter(
         cuts: The cut layers.
         parts: As for :func:`attach_lora`; a client's parts are ``bottom`` and ``top``.
         seed: As for :func:`attach_lora`.
-        dtype: Of the base model; LoRA is fp32 whatever it is.
+        dtype: Of the base model; LoRA is fp32 whatever it is, so this changes nothing.
         revision: Hub revision.
         attn_implementation: As for loading; it may decide which modules there are.
 
@@ -149,12 +149,8 @@ def initial_client_adapter(
         SplitError: The cuts do not fit the model.
         ConfigError: As for :func:`attach_lora`.
     """
-    model = empty_client_model(
-        name_or_path,
-        cuts,
-        dtype=dtype,
-        revision=revision,
-        attn_implementation=attn_implementation,
+    model = empty_model(
+        name_or_path, cuts, revision=revision, attn_implementation=attn_implementation
     )
     attach_lora(model, cuts, parts, seed=seed)
     state = {
@@ -181,13 +177,16 @@ def part_of(name: str, stack: LayerStack, cuts: CutLayers, embeddings: frozenset
     return "bottom" if name in embeddings else "top"
 
 
+def embedding_names(model: nn.Module) -> frozenset[str]:
+    """The names of a model's embeddings."""
+    return frozenset(n for n, module in model.named_modules() if isinstance(module, nn.Embedding))
+
+
 def _targets(
     model: nn.Module, stack: LayerStack, cuts: CutLayers, part: str, config: LoraPartConfig
 ) -> dict[str, nn.Module]:
     """The modules of ``part`` that get LoRA, by name."""
-    embeddings = frozenset(
-        name for name, module in model.named_modules() if isinstance(module, nn.Embedding)
-    )
+    embeddings = embedding_names(model)
     own = {
         name: module
         for name, module in model.named_modules()

@@ -118,31 +118,30 @@ def load_trunk_model(
     return TrunkModel(source.load(replacements, device), source.stack, cuts).eval()
 
 
-def empty_client_model(
+def empty_model(
     name_or_path: str,
-    cuts: CutLayers,
+    cuts: CutLayers | None = None,
     *,
-    dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """A client's model on the meta device: names and shapes, no weights; it cannot be called.
+    """A model on the meta device: names and shapes, no weights; it cannot be called.
 
     Args:
         name_or_path: Local directory or hub id; only its configuration is read.
-        cuts: The cut layers.
-        dtype: Of the weights; None: the checkpoint's.
+        cuts: The cut layers, for a client's model; None: the whole model.
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
 
     Raises:
         SplitError: Not a causal language model, or cuts that do not fit.
     """
-    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+    source = _Source.open(name_or_path, cuts, None, attn_implementation, revision)
     model = source.skeleton
-    replace_in_place(
-        model, client_replacements(model, source.stack, cuts, LayerOutput(), IdentityTrunk())
-    )
+    if cuts is not None:
+        replace_in_place(
+            model, client_replacements(model, source.stack, cuts, LayerOutput(), IdentityTrunk())
+        )
     return model
 
 
@@ -192,7 +191,7 @@ class _Source:
     def open(
         cls,
         name_or_path: str,
-        cuts: CutLayers,
+        cuts: CutLayers | None,
         dtype: torch.dtype | str | None,
         attn_implementation: str | None,
         revision: str | None,
@@ -208,7 +207,8 @@ class _Source:
                 "causal language model. Use a model that AutoModelForCausalLM loads."
             )
         source = cls(name_or_path, config, model_class, _torch_dtype(dtype), revision)
-        check_splittable(source.skeleton, source.stack, cuts)
+        if cuts is not None:
+            check_splittable(source.skeleton, source.stack, cuts)
         return source
 
     def load(

@@ -1,0 +1,133 @@
+"""Export: one standard PEFT adapter from the adapters of the three parts.
+
+Names are the unsplit model's, so the parts' tensors are simply put together. Where parts differ in
+rank or alpha, PEFT's ``rank_pattern`` and ``alpha_pattern`` say so; rsLoRA is written as the plain
+alpha of the same scale. A trunk that was trained in full goes into the adapter whole, as PEFT's
+``modules_to_save``.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+from peft import LoraConfig, TaskType
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flower_split.assets import resolve_model_path
+from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.errors import RunDirectoryError
+from flower_split.lora import embedding_names, part_of
+from flower_split.report import RunDirectory
+from flower_split.split import CutLayers
+from flower_split.split.load import empty_model
+from flower_split.split.stack import LayerStack, find_stack
+
+_PREFIX = "base_model.model."
+_A_WEIGHT = (".lora_A.weight", ".lora_embedding_A")
+
+
+def export_adapter(run_dir: Path, out: Path) -> Path:
+    """Merge a run's bottom, trunk and top adapters into one PEFT adapter directory.
+
+    The result is loaded by ``PeftModel.from_pretrained(base_model, out)`` on the plain base model
+    and computes what the split model computes.
+
+    Args:
+        run_dir: A finished run's directory.
+        out: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go; made if need be.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        RunDirectoryError: The run has no final adapters, or ``out`` holds other files.
+        SplitError: The base model's configuration cannot be read.
+    """
+    run = RunDirectory.open(run_dir)
+    config, out = run.config, Path(out)
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    if out.is_dir() and any(item.name not in names for item in out.iterdir()):
+        raise RunDirectoryError(
+            f"the export goes to an empty directory; {out} holds other files. Name another one."
+        )
+    state = run.read_adapter("client")
+    trunk = _trunk_state(run)
+    model = empty_model(
+        resolve_model_path(config.model.name), revision=config.model.revision or None
+    )
+    stack = find_stack(model)
+    whole_layers: list[str] = []
+    if config.trunk.train == "full" and config.mode == "joint":
+        whole_layers = sorted({_layer_path(name, stack) for name in trunk})
+    state.update(trunk)
+    peft_config = _peft_config(config, state, model, whole_layers)
+    out.mkdir(parents=True, exist_ok=True)
+    peft_config.save_pretrained(str(out))
+    save_file(
+        {_PREFIX + name: state[name].contiguous() for name in sorted(state)},
+        out / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return out
+
+
+def _trunk_state(run: RunDirectory) -> dict[str, Tensor]:
+    """The trunk's tensors; none where the mode trains no trunk and none were kept."""
+    if run.config.mode != "joint" and not (run.path / "adapters/trunk.safetensors").exists():
+        return {}
+    return run.read_adapter("trunk")
+
+
+def _layer_path(name: str, stack: LayerStack) -> str:
+    index = stack.index_of(name)
+    if index is None:
+        raise RunDirectoryError(
+            f"the trunk's tensor {name} lies in no layer of {stack.path}. Restore the run's "
+            "adapters/trunk.safetensors."
+        )
+    return stack.layer_path(index)
+
+
+def _peft_config(
+    config: RunConfig, state: dict[str, Tensor], model: PreTrainedModel, whole_layers: list[str]
+) -> LoraConfig:
+    """The PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
+    cuts = CutLayers(config.model.first_cut, config.model.second_cut)
+    settings = {"bottom": config.lora.bottom, "trunk": config.lora.trunk, "top": config.lora.top}
+    stack, embeddings = find_stack(model), embedding_names(model)
+    shapes: dict[str, tuple[int, float]] = {}
+    for name, tensor in state.items():
+        module = next((name[: -len(end)] for end in _A_WEIGHT if name.endswith(end)), None)
+        if module is not None:
+            scale = _scale(settings[part_of(module, stack, cuts, embeddings)])
+            shapes[module] = (tensor.shape[0], scale * tensor.shape[0])
+    if not shapes:
+        raise RunDirectoryError(
+            "the run's adapters hold no LoRA weights, so there is no adapter to export."
+        )
+    # The commonest setting is the adapter's own; the others are named module by module.
+    rank, alpha = min(Counter(shapes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_number(alpha),
+        rank_pattern={name: r for name, (r, _) in sorted(shapes.items()) if r != rank},
+        alpha_pattern={name: _number(a) for name, (_, a) in sorted(shapes.items()) if a != alpha},
+        target_modules=sorted(shapes),
+        modules_to_save=whole_layers or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in shapes),
+        base_model_name_or_path=resolve_model_path(config.model.name),
+        revision=config.model.revision or None,
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+    )
+
+
+def _scale(part: LoraPartConfig) -> float:
+    return part.alpha / (part.r**0.5 if part.use_rslora else part.r)
+
+
+def _number(alpha: float) -> int:
+    """``alpha`` as PEFT takes it: an int where it is one; PEFT computes with any number."""
+    return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]

@@ -1,0 +1,119 @@
+"""What client, trunk and ServerApp must agree on, as named values that can be compared.
+
+Weights are told apart by content: files of up to 64 MiB are hashed whole, larger ones by their
+size, their header and blocks spread over them. A hub checkpoint, of which a party may hold only
+some shards, is told by its id and commit.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from flower_split.assets import resolve_model_path
+from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.errors import SplitError
+from flower_split.split.load import INDEX_FILE, WEIGHTS_FILE, fetch
+
+PROTOCOL_VERSION = "1"
+_HASHED_WHOLE = 64 << 20  # bytes
+_BLOCK = 1 << 20  # bytes
+_NUM_BLOCKS = 64
+# Of config.json: what says nothing about the function that the model computes.
+_IGNORED_KEYS = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+)
+
+
+def fingerprint(config: RunConfig) -> dict[str, str]:
+    """The fingerprint of a run's model and settings, the same on every party.
+
+    Returns:
+        Field name -> short readable value or hex digest: ``protocol``, ``mode``, ``model``
+        (configuration), ``weights``, ``cut-layers``, ``dtype``, ``attention``, ``trunk.train`` and
+        ``lora.bottom``, ``lora.trunk``, ``lora.top``.
+
+    Raises:
+        SplitError: The model's configuration or weights cannot be read.
+    """
+    name, revision = resolve_model_path(config.model.name), config.model.revision or None
+    return {
+        "protocol": PROTOCOL_VERSION,
+        "mode": config.mode,
+        "model": _model_config_digest(name, revision),
+        "weights": _weights_identity(name, revision),
+        "cut-layers": f"{config.model.first_cut}:{config.model.second_cut}",
+        "dtype": config.model.dtype,
+        "attention": config.model.attn_implementation or "default",
+        "trunk.train": config.trunk.train,
+        "lora.bottom": _lora_text(config.lora.bottom),
+        "lora.trunk": _lora_text(config.lora.trunk),
+        "lora.top": _lora_text(config.lora.top),
+    }
+
+
+def differing_fields(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
+    """The names of the fields that differ or that only one side has, sorted."""
+    return sorted(
+        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+    )
+
+
+def _lora_text(part: LoraPartConfig) -> str:
+    if part.r == 0:
+        return "none"
+    targets = ",".join(sorted(name.strip() for name in part.target_modules.split(",")))
+    rule = "rslora" if part.use_rslora else "lora"
+    return f"{rule} r={part.r} alpha={part.alpha:g} dropout={part.dropout:g} targets={targets}"
+
+
+def _model_config_digest(name: str, revision: str | None) -> str:
+    path = fetch(name, "config.json", revision)
+    if path is None:
+        raise SplitError(
+            f"{name!r} has no config.json. Give a directory that holds one, or the id of a model "
+            "on the hub."
+        )
+    content = json.loads(path.read_text())
+    kept = {key: value for key, value in content.items() if key not in _IGNORED_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_identity(name: str, revision: str | None) -> str:
+    if not Path(name).is_dir():
+        path = fetch(name, "config.json", revision)
+        # The hub's cache keeps a checkpoint's files under snapshots/<commit>/.
+        commit = path.parent.name if path is not None else revision or ""
+        return f"{name}@{commit}"
+    directory = Path(name)
+    index = directory / INDEX_FILE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [WEIGHTS_FILE]
+    whole = hashlib.sha256()
+    for file_name in names:
+        path = directory / file_name
+        if not path.is_file():
+            raise SplitError(
+                f"{name!r} lacks {file_name}, so its weights cannot be told from others. Fetch the "
+                "missing file."
+            )
+        status = path.stat()
+        whole.update(_file_digest(str(path.resolve()), status.st_size, status.st_mtime_ns))
+    return whole.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(path: str, size: int, modified: int) -> bytes:
+    """A digest of a file's content; computed once as long as its size and time stay."""
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _HASHED_WHOLE:
+            digest.update(file.read())
+        else:
+            for block in range(_NUM_BLOCKS):
+                file.seek(block * (size - _BLOCK) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.digest()
