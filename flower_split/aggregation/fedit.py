@@ -8,29 +8,14 @@ The mean of the factors is not the factors of the mean: Σw B · Σw A ≠ Σw B
 are equal. It is the baseline that the other methods improve on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from flower_split.aggregation.base import Aggregator, only_own_rank
-from flower_split.aggregation.checks import Share, check_updates, common_rank, common_scale
+from flower_split.aggregation.checks import check_updates, common_rank, common_scale
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
-
-
-def mean_of(clients: Sequence[Share], pick: Callable[[Factors], Tensor]) -> Tensor:
-    """The weighted mean of one tensor over clients, summed in their order in fp64.
-
-    Args:
-        clients: The round's clients.
-        pick: Takes the tensor from what a client returned.
-    """
-    total = torch.zeros_like(pick(clients[0].returned), dtype=torch.float64)
-    for client in clients:
-        total += client.share * pick(client.returned).to(total.device, torch.float64)
-    return total
+from flower_split.aggregation.means import mean_a, mean_b
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +29,7 @@ class FedIT(Aggregator):
         clients = check_updates(state, updates)
         common_rank(self.name, state, clients)
         scale = common_scale(self.name, clients)
-        mean = Factors(
-            mean_of(clients, lambda factors: factors.A).float(),
-            mean_of(clients, lambda factors: factors.B).float(),
-            scale,
-        )
+        mean = Factors(mean_a(clients).float(), mean_b(clients, scale).float(), scale)
         return AggregationResult(replace(state, factors=mean, server_round=state.server_round + 1))
 
     def distribute(

@@ -4,14 +4,38 @@ import difflib
 from dataclasses import fields
 
 from flower_split.aggregation.base import Aggregator
+from flower_split.aggregation.fed_sb import FedSB
+from flower_split.aggregation.fedex_lora import FedExLoRA
 from flower_split.aggregation.fedit import FedIT
+from flower_split.aggregation.fedsa_lora import FedSALoRA
+from flower_split.aggregation.fedsvd import FedSVD
+from flower_split.aggregation.ffa_lora import FFALoRA
+from flower_split.aggregation.flexlora import FlexLoRA
+from flower_split.aggregation.flora import FLoRA
+from flower_split.aggregation.florist import FLoRIST
+from flower_split.aggregation.hetlora import HetLoRA
+from flower_split.aggregation.lora_fair import LoRAFair
 from flower_split.aggregation.product_delta import ProductDelta
+from flower_split.aggregation.raflora import RaFLoRA
+from flower_split.aggregation.rolora import RoLoRA
 from flower_split.errors import AggregationError
 
 METHODS: dict[str, type[Aggregator]] = {
     method.name: method
     for method in (
         FedIT,
+        FFALoRA,
+        RoLoRA,
+        FedSALoRA,
+        FLoRA,
+        FlexLoRA,
+        FLoRIST,
+        HetLoRA,
+        FedExLoRA,
+        LoRAFair,
+        FedSB,
+        FedSVD,
+        RaFLoRA,
         ProductDelta,
     )
 }

@@ -1,0 +1,78 @@
+"""raFLoRA: average each component over the clients that have it.
+
+Preventing Rank Collapse in Federated Low-Rank Adaptation with Client Heterogeneity. Fei Wu, Jia Hu,
+Geyong Min, Shiqiang Wang. arXiv 2602.13486.
+
+Component p of a ΔW is s B[:, p] A[p]. The mean of component p runs over the clients of rank above
+p, with their shares made to sum to 1; the sum of all components is then decomposed by SVD, and a
+client gets the leading ones. Clients of small rank thus do not dilute what they never had.
+Components that no client of a round has keep the server's value.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from flower_split.aggregation.base import Aggregator, checked_rank_scale, leading
+from flower_split.aggregation.checks import Share, check_factors, check_updates
+from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
+from flower_split.aggregation.lowrank import LowRankSum, factors_of, row_length
+from flower_split.aggregation.product_delta import ordered_init
+
+
+def _component_shares(clients: Sequence[Share], rank: int) -> torch.Tensor:
+    """[clients, rank]: each client's share of each component, 0 beyond its rank."""
+    shares = torch.zeros(len(clients), rank, dtype=torch.float64)
+    for row, client in zip(shares, clients, strict=True):
+        row[: client.returned.rank] = client.share
+    return shares / shares.sum(dim=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RaFLoRA(Aggregator):
+    """ΔW ← Σ_p mean of component p over the clients of rank above p.
+
+    Args:
+        max_rank: Components the server keeps; None: the largest rank among the clients and the
+            initial adapter.
+    """
+
+    name: ClassVar[str] = "raflora"
+    mixed_ranks: ClassVar[bool] = True
+
+    def init(self, factors: Factors) -> State:
+        """The initial state; see :class:`Aggregator`."""
+        check_factors(factors, f"{self.name}: init got factors")
+        return ordered_init(factors, self.max_rank)
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
+        """One round; see :class:`Aggregator`."""
+        clients = [client for client in check_updates(state, updates) if client.share > 0]
+        present = max(client.returned.rank for client in clients)
+        total = LowRankSum(state.out_features, state.in_features, device=state.basis.device)
+        for client, shares in zip(clients, _component_shares(clients, present), strict=True):
+            own = client.returned
+            weights = shares[: own.rank].to(state.basis.device) * own.scale
+            b = own.B.to(state.basis.device, torch.float64)
+            total.add_product(b * weights, own.A.to(state.basis.device, torch.float64))
+        old = state.factors
+        if old.rank > present:
+            total.add(Factors(old.A[present:], old.B[:, present:], old.scale), 1.0)
+        largest = max(present, old.rank, int(state.basis.shape[0]))
+        spectrum = total.spectrum(self.max_rank or largest)
+        return AggregationResult(
+            replace(
+                state,
+                factors=factors_of(spectrum, row_length(state.basis)),
+                server_round=state.server_round + 1,
+            )
+        )
+
+    def distribute(
+        self, state: State, rank: int | None = None, scale: float | None = None
+    ) -> Factors:
+        """The leading components; see :class:`Aggregator`."""
+        rank, scale = checked_rank_scale(state, rank, scale)
+        return leading(state, rank, scale, self.seed)
