@@ -27,7 +27,7 @@ from flower_split.data import (
     load_client_data,
     load_tokenizer,
 )
-from flower_split.devices import pick_device
+from flower_split.devices import resolve_device
 from flower_split.errors import TrunkError
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
@@ -139,7 +139,7 @@ class Client:
     @property
     def device(self) -> torch.device:
         """Where this client computes."""
-        return pick_device("train.device", self.config.train.device)
+        return resolve_device(self.config.train.device, "train.device")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -19,7 +19,7 @@ from flower_split.concurrency import simulated_clients_at_once
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import FederationError, FlowerSplitError
 from flower_split.handshake import RECORD, ClientFacts
-from flower_split.logs import log_to_stderr
+from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
 from flower_split.strategy import STEPS_RECORD
 
@@ -38,6 +38,7 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
     @functools.wraps(handler)
     def run(message: Message, context: Context) -> Message:
         log_to_stderr(logging.WARNING)
+        quiet_libraries()
         try:
             return Message(handler(message, context), reply_to=message)
         except FlowerSplitError as error:

@@ -30,3 +30,14 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         handler.setFormatter(MarkedLines())
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def quiet_libraries() -> None:
+    """Keep transformers' progress bars and loading remarks out of the run's log.
+
+    Every actor would repeat them; errors still come as exceptions.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()

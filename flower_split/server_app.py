@@ -19,7 +19,7 @@ from flower_split.coordinator import TrunkCoordinator
 from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.exchange import Federation
 from flower_split.handshake import ClientFacts, describe_clients, shake_hands, wait_for_nodes
-from flower_split.logs import log_to_stderr
+from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.parts import client_parts, model_cuts
@@ -50,6 +50,7 @@ class ConnectedTrunk:
 def main(grid: Grid, context: Context) -> None:
     """Run the whole job; see :func:`run`."""
     log_to_stderr()
+    quiet_libraries()
     try:
         run(grid, parse_run_config(context.run_config))
     except FlowerSplitError as error:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -162,6 +163,7 @@ class TrunkStrategy(Strategy):
             report = self._prepare(server_round, problems)
             kept, problems = _completed(good, problems, report)
             self._require(kept, problems, server_round)
+            self._check_values(kept, server_round)
             contents = {slot: self._strip(server_round, slot, kept[slot]) for slot in kept}
             arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
             if arrays is None or len(arrays) == 0:
@@ -271,9 +273,13 @@ class TrunkStrategy(Strategy):
                 logger.warning("the trunk could not abort: %s", error)
 
     def _view(self, grid: Grid, server_round: int, fraction: float, phase: str) -> NodeView:
-        """The grid with only the nodes chosen for this phase, in slot order."""
+        """The grid with only the nodes chosen for this phase, in slot order.
+
+        Everybody evaluates before the first and after the last round, so that the two compare.
+        """
         slots = self.federation.slots
-        count = num_participants(len(slots), fraction)
+        whole = phase == "evaluate" and server_round in (0, self.config.num_server_rounds)
+        count = len(slots) if whole else num_participants(len(slots), fraction)
         if count < len(slots):
             generator = random.Random(f"{self.config.seed}/{server_round}/{phase}")
             slots = sorted(generator.sample(slots, count))
@@ -375,6 +381,24 @@ class TrunkStrategy(Strategy):
             f"{self.config.trunk.quorum:g} needs {required}. Cause: {why.rstrip('.')}. "
             f"Mend it and start the run again.{lower}"
         )
+
+    def _check_values(self, kept: Mapping[int, Message], server_round: int) -> None:
+        """Raise where a reply holds NaN or Inf, or all of them together trained on nothing."""
+        for slot, reply in kept.items():
+            for record in reply.content.array_records.values():
+                for name, array in record.items():
+                    if not np.isfinite(array.numpy()).all():
+                        raise FederationError(
+                            f"round {server_round}: partition {slot} (node "
+                            f"{self.federation.nodes[slot]}) returned NaN or Inf in {name}. Lower "
+                            "train.optimizer.learning-rate, or look at that client's data."
+                        )
+        tokens = [_scalars(reply).get("num-tokens") for reply in kept.values()]
+        if all(count == 0 for count in tokens):
+            raise FederationError(
+                f"round {server_round}: no client trained on a label token, so there is nothing to "
+                "aggregate. Give the clients examples with labels."
+            )
 
     def _strip(self, server_round: int, slot: int, reply: Message) -> Message:
         """Take the step metrics out of a reply; the inner strategy gets what Flower expects."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flower_split.cli.app import load_app_config
 from flower_split.errors import ConfigError
-from flower_split.logs import log_to_stderr
+from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.trunk.child import RunningTrunk, Serving
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ def serve_trunk(
             cannot be served.
     """
     log_to_stderr()
+    quiet_libraries()
     config = load_app_config(app, run_config)
     serving = Serving(
         listen=listen,

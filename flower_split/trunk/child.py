@@ -1,8 +1,7 @@
 """The trunk as a process of its own: the ServerApp's child on loopback, or a machine's service.
 
 As a child it reads one JSON line from standard input (what to serve; the token never stands in an
-argument list), answers with one JSON line on standard output (its port and fingerprint, or why it
-cannot serve), and serves until its standard input ends. Standard input ends when the parent ends,
+argument list), answers with one JSON line on standard output (its port, or why it cannot serve), and serves until its standard input ends. Standard input ends when the parent ends,
 however the parent ended, so no trunk outlives its run. Log lines go to standard error.
 """
 
@@ -22,6 +21,7 @@ from typing import IO, Self
 
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError, FlowerSplitError, TrunkUnavailable
+from flower_split.logs import quiet_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ class RunningTrunk:
     ) -> None:
         """Stop serving; calls in progress get a short grace."""
         self._server.stop(_GRACE_SECONDS)
+        self.engine.close()
 
 
 class TrunkProcess:
@@ -100,16 +101,12 @@ class TrunkProcess:
     Attributes:
         address: ``127.0.0.1:port``.
         token: The coordinator's token; a fresh one for every process.
-        fingerprint: What the trunk holds.
     """
 
-    def __init__(
-        self, process: "subprocess.Popen[str]", token: str, port: int, fingerprint: dict[str, str]
-    ) -> None:
+    def __init__(self, process: "subprocess.Popen[str]", token: str, port: int) -> None:
         self._process = process
         self.token = token
         self.address = f"127.0.0.1:{port}"
-        self.fingerprint = fingerprint
 
     @classmethod
     def start(cls, config: RunConfig, timeout: float) -> Self:
@@ -143,8 +140,7 @@ class TrunkProcess:
             pass  # it died at once; its answer, or its last log lines, say why
         answer = _read_answer(process.stdout, timeout)
         if "port" in answer:
-            fingerprint = {str(k): str(v) for k, v in dict(answer["fingerprint"]).items()}
-            return cls(process, token, int(answer["port"]), fingerprint)
+            return cls(process, token, int(str(answer["port"])))
         process.kill()
         process.wait()
         relay.join(timeout=5.0)
@@ -219,7 +215,8 @@ def _read_answer(output: IO[str], timeout: float) -> Mapping[str, object] | dict
 
 def main() -> int:
     """Serve as a child: see the module's docstring."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    quiet_libraries()
     answer = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not stand where the answer is read
     line = sys.stdin.readline()
@@ -233,8 +230,7 @@ def main() -> int:
         print(json.dumps({"error": str(error)}), file=answer, flush=True)
         return 1
     with running:
-        reply = {"port": running.port, "fingerprint": dict(running.engine.fingerprint)}
-        print(json.dumps(reply), file=answer, flush=True)
+        print(json.dumps({"port": running.port}), file=answer, flush=True)
         while sys.stdin.readline():  # nothing more is said; the end is what counts
             pass
     return 0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
 
 BIN = Path(sys.executable).parent
 
@@ -122,6 +123,13 @@ def make_environment(home: Path) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "200",
     }
+
+
+@pytest.fixture(autouse=True)
+def task_identity(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message takes its origin from the running Flower task; here there is none."""
+    for name, value in (("_run_id", 1), ("_node_id", 1), ("_task_id", 1)):
+        monkeypatch.setattr(TaskIdentity, name, value)
 
 
 @pytest.fixture(scope="session")
