@@ -190,7 +190,8 @@ def only_own_rank(method: str, state: State, rank: int | None, scale: float | No
             f"{method} has one rank for all clients, {state.factors.rank}; a client of rank {rank} "
             'cannot take part. Use "product-delta" for mixed ranks.'
         )
-    return at_scale(state.factors, scale)
+    factors = at_scale(state.factors, scale)
+    return Factors(factors.A.clone(), factors.B.clone(), scale)
 
 
 def fresh_rows(state: State, first: int, last: int, seed: int) -> Tensor:

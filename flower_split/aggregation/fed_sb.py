@@ -14,7 +14,7 @@ core Pᵀ ΔW Qᵀ, [r, r], which :func:`core_of` gives a client that wants to s
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,15 +27,14 @@ from flower_split.aggregation.lowrank import LowRankSum, row_length
 
 def core_of(factors: Factors, p: Tensor, q: Tensor) -> Tensor:
     """Pᵀ ΔW Qᵀ, [r, r] in fp64, from factors and the frozen P [out, r] and Q [r, in]."""
-    p, q = p.to(factors.B.device, torch.float64), q.to(factors.A.device, torch.float64)
-    left: Tensor = p.T @ factors.B.double()
-    right: Tensor = factors.A.double() @ q.T
-    return (left @ right) * factors.scale
+    left = p.to(factors.B.device, torch.float64).T @ factors.B.double()
+    right = factors.A.double() @ q.to(factors.A.device, torch.float64).T
+    return (left @ right).mul(factors.scale)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
     basis, _ = torch.linalg.qr(columns.double(), mode="reduced")
-    return basis
+    return cast(Tensor, basis)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -34,13 +34,14 @@ class FedSVD(Aggregator):
         note_frozen(self.name, clients, "A")
         old = state.factors
         b = step_towards(old.B, mean_b(clients, old.scale), self.learning_rate)
-        # B A = B (lower Qᵀ) with Q orthonormal, so the SVD of the small side is enough; its full
-        # right basis keeps A at rank r when B has less.
-        basis, upper = torch.linalg.qr(old.A.double().T)
-        u, s, vh = torch.linalg.svd(b.double() @ upper.T, full_matrices=True)
+        # With B = L R and A = (Q T)ᵀ the SVD of the [r, r] matrix R Tᵀ is enough. Its full right
+        # basis keeps A at rank r when B has less.
+        left, r = torch.linalg.qr(b.double())
+        basis, t = torch.linalg.qr(old.A.double().T)
+        u, s, vh = torch.linalg.svd(r @ t.T, full_matrices=True)
         rows, kept = int(vh.shape[0]), int(s.shape[0])
         scaled = b.new_zeros(state.out_features, rows, dtype=torch.float64)
-        scaled[:, :kept] = u[:, :kept] * s
+        scaled[:, :kept] = left @ (u[:, :kept] * s)
         factors = Factors(vh @ basis.T, scaled, old.scale)
         return AggregationResult(
             replace(state, factors=factors, server_round=state.server_round + 1)
