@@ -60,9 +60,10 @@ def write_checkpoint(path: Path) -> Path:
     return path
 
 
-def make_config(path: Path, **train: object) -> RunConfig:
+def make_config(path: Path, *, mode: str = "joint", **train: object) -> RunConfig:
     """SGD, one local step, LoRA of different rank and scale on every part."""
     return RunConfig(
+        mode=mode,
         num_server_rounds=1,
         model=ModelConfig(name=str(path), first_cut=2, second_cut=4),
         lora=LoraConfigs(
