@@ -94,6 +94,11 @@ class ActivationCache:
         for key in [key for key in self._entries if key[0] == slot]:
             self.release(key)
 
+    def release_before(self, window: int) -> None:
+        """The weights have stepped: what earlier windows left behind can never be used."""
+        for key in [key for key in self._entries if key[1] < window]:
+            self.release(key)
+
     def clear(self) -> None:
         """The round is over."""
         self._entries.clear()

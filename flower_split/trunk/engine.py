@@ -407,9 +407,7 @@ class TrunkEngine:
             )
         return CallName(member.slot, key.window, key.micro_batch, kind)
 
-    def _await_weights(
-        self, current: Round, name: CallName, version: int, deadline: float
-    ) -> None:
+    def _await_weights(self, current: Round, name: CallName, version: int, deadline: float) -> None:
         """Return when a training forward may run: at its version, or holding the turn."""
         with self._changed:
             if current.ledger.knows(name) or not self._keeper.trains:
@@ -417,6 +415,7 @@ class TrunkEngine:
             if current.windows.step_every is StepEvery.CONTRIBUTION:
                 self._take_turn(current, name, deadline)
                 return
+            current.windows.check_planned(name.slot, name.window)
             self._wait_until(
                 current,
                 lambda: self._compute.version >= version or self._is_dropped(current, name.slot),

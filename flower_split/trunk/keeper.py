@@ -205,6 +205,7 @@ class RoundKeeper:
         current.gradients.clear()
         if windows.step_every is not StepEvery.CONTRIBUTION:
             windows.seal(self.clock())
+            self.activations.release_before(windows.window)
         logger.debug("%s: step %d with slots %s", current, self.compute.version - 1, slots)
         return True
 
@@ -297,6 +298,7 @@ class RoundKeeper:
             current = self.named_round(experiment, server_round, attempt)
             if current.report is not None:
                 return current.report
+            self.require_open(current)
             current.windows.finish()
             self._release_dropped(current)
         self.settle(current)

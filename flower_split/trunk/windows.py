@@ -120,11 +120,11 @@ class WindowMachine:
         if self.phase is Phase.JOINING and not self._missing_joins():
             self._open(now)
 
-    def check(self, slot: int, window: int) -> None:
-        """Whether ``slot`` may contribute to ``window`` now.
+    def check_planned(self, slot: int, window: int) -> None:
+        """Whether ``slot`` takes part and planned ``window``, be it open or yet to come.
 
         Raises:
-            TrunkRefused: The slot was dropped, the window is past, or it is not planned.
+            TrunkRefused: The slot was dropped, or the window is not in its plan.
         """
         state = self._alive(slot)
         planned = state.planned_steps or 0
@@ -135,6 +135,14 @@ class WindowMachine:
                 RefusalReason.INVALID_REQUEST,
                 f"slot {slot} planned {planned} windows and contributes to window {window}.",
             )
+
+    def check(self, slot: int, window: int) -> None:
+        """Whether ``slot`` may contribute to ``window`` now.
+
+        Raises:
+            TrunkRefused: As :meth:`check_planned`, or the window is not the open one.
+        """
+        self.check_planned(slot, window)
         if self.step_every is not StepEvery.CONTRIBUTION and window != self.window:
             raise TrunkRefused(
                 RefusalReason.STALE_VERSION,
