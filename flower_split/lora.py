@@ -62,6 +62,7 @@ def attach_lora(
         if config is not None and config.r > 0:
             _inject(model, config, _targets(model, stack, cuts, part, config), meta)
     for name, parameter in _lora_parameters(model):
+        parameter.data = parameter.data.to(torch.float32)  # PEFT gives them the base's dtype
         if not meta:
             with torch.no_grad():
                 parameter.copy_(_initial_value(seed, name, parameter.shape))
