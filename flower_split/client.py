@@ -61,7 +61,7 @@ class TrainReply:
     """What a client reports beside its adapter."""
 
     metrics: Mapping[str, int | float]
-    steps: Mapping[str, list[float]]  # per-step lists, all equally long
+    steps: Mapping[str, list[int] | list[float]]  # per-step lists, all equally long
 
 
 class NoTrunk(nn.Module):
@@ -307,7 +307,7 @@ class Client:
 def _train_reply(result: TrainResult) -> TrainReply:
     """A round's training as the numbers that travel."""
     names = [item.name for item in fields(StepMetrics) if item.name != "step"]
-    steps = {name: [float(getattr(step, name)) for step in result.steps] for name in names}
+    steps = {name: [getattr(step, name) for step in result.steps] for name in names}
     return TrainReply(
         metrics={
             "train_loss": result.loss,

@@ -18,10 +18,9 @@ from flower_split.client import Client, TrunkOrder, planned_steps
 from flower_split.concurrency import simulated_clients_at_once
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import FederationError, FlowerSplitError
-from flower_split.handshake import RECORD, ClientFacts
+from flower_split.facts import HANDSHAKE, STEPS, ClientFacts
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
-from flower_split.strategy import STEPS_RECORD
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ def query(message: Message, context: Context) -> RecordDict:
         fingerprint=client.fingerprint,
         name=client.data.name,
     )
-    return RecordDict({RECORD: facts.to_record()})
+    return RecordDict({HANDSHAKE: facts.to_record()})
 
 
 @app.train()
@@ -85,7 +84,7 @@ def train(message: Message, context: Context) -> RecordDict:
             "metrics": MetricRecord(dict(result.metrics)),
         }
     )
-    content[STEPS_RECORD] = ConfigRecord({name: list(v) for name, v in result.steps.items()})
+    content[STEPS] = ConfigRecord({name: list(v) for name, v in result.steps.items()})
     return content
 
 

@@ -5,11 +5,9 @@ to time out.
 """
 
 # ruff: noqa: TID251
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -19,77 +17,15 @@ from flower_split.concurrency import pool_cap
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError
 from flower_split.exchange import Federation, by_slot, exchange
+from flower_split.facts import HANDSHAKE, ClientFacts
 from flower_split.fingerprint import differing_fields
 
 logger = logging.getLogger(__name__)
 
-RECORD = "handshake"
 _SETTLE_SECONDS = (
     2.0  # simulation registers all its nodes at once, shortly after the ServerApp starts
 )
 _NONE_SECONDS = 60.0  # simulation: until the first node must be there
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ClientFacts:
-    """What one client says of itself in the handshake."""
-
-    partition_id: int  # its data partition: its slot on the trunk
-    num_partitions: int  # as its node configuration says
-    num_examples: int  # training examples
-    num_eval_examples: int  # held-out examples
-    planned_steps: int  # optimizer steps it will take in a round
-    concurrency: int  # how many clients its simulation runs at once; 0: not a simulation
-    fingerprint: Mapping[str, str]
-    name: str = ""  # what its data is about, where the source says so
-
-    def to_record(self) -> ConfigRecord:
-        """The record that travels."""
-        return ConfigRecord(
-            {
-                "partition-id": self.partition_id,
-                "num-partitions": self.num_partitions,
-                "num-examples": self.num_examples,
-                "num-eval-examples": self.num_eval_examples,
-                "planned-steps": self.planned_steps,
-                "concurrency": self.concurrency,
-                "fingerprint": json.dumps(dict(self.fingerprint), sort_keys=True),
-                "name": self.name,
-            }
-        )
-
-    @classmethod
-    def from_message(cls, message: Message) -> "ClientFacts":
-        """Read the reply of one node.
-
-        Raises:
-            FederationError: The reply is not what this version's ClientApp sends.
-        """
-        try:
-            record = message.content.config_records[RECORD]
-
-            def count(key: str) -> int:
-                value = record[key]
-                if isinstance(value, bool) or not isinstance(value, int):
-                    raise ValueError(f"{key} must be an integer; it is {value!r}")
-                return value
-
-            fingerprint = json.loads(str(record["fingerprint"]))
-            return cls(
-                partition_id=count("partition-id"),
-                num_partitions=count("num-partitions"),
-                num_examples=count("num-examples"),
-                num_eval_examples=count("num-eval-examples"),
-                planned_steps=count("planned-steps"),
-                concurrency=count("concurrency"),
-                fingerprint={str(name): str(value) for name, value in fingerprint.items()},
-                name=str(record["name"]),
-            )
-        except (KeyError, ValueError, AttributeError) as error:
-            raise FederationError(
-                f"the handshake of node {message.metadata.src_node_id} cannot be read ({error}). "
-                "Run the same version of flower_split on every machine."
-            ) from error
 
 
 def federation_config(num_clients: int) -> str:
@@ -168,7 +104,7 @@ def shake_hands(
     """
     messages = [
         Message(
-            RecordDict({"config": ConfigRecord({"purpose": RECORD})}),
+            RecordDict({"config": ConfigRecord({"purpose": HANDSHAKE})}),
             node,
             MessageType.QUERY,
             ttl=config.round_timeout + 60.0,

@@ -18,7 +18,8 @@ from flower_split.config import RunConfig, parse_run_config
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.exchange import Federation
-from flower_split.handshake import ClientFacts, describe_clients, shake_hands, wait_for_nodes
+from flower_split.facts import ClientFacts
+from flower_split.handshake import describe_clients, shake_hands, wait_for_nodes
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg

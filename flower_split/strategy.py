@@ -29,15 +29,13 @@ from flwr.serverapp.strategy import Strategy
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError, FlowerSplitError, TrunkError
 from flower_split.exchange import Federation, by_slot, describe
+from flower_split.facts import STEPS
 from flower_split.handshake import num_participants
 from flower_split.node_view import NodeView
 from flower_split.trunk.calls import RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
 
 logger = logging.getLogger(__name__)
-
-STEPS_RECORD = "steps"
-"""The ConfigRecord of per-step lists in a training reply; stripped before the inner strategy."""
 
 
 class Coordinator(Protocol):
@@ -403,12 +401,12 @@ class TrunkStrategy(Strategy):
     def _strip(self, server_round: int, slot: int, reply: Message) -> Message:
         """Take the step metrics out of a reply; the inner strategy gets what Flower expects."""
         content = RecordDict(dict(reply.content.items()))
-        steps = content.config_records.get(STEPS_RECORD)
+        steps = content.config_records.get(STEPS)
         if steps is not None:
-            del content[STEPS_RECORD]
+            del content[STEPS]
             if self._on_steps is not None:
                 lists = {
-                    name: [float(value) for value in values]
+                    name: [value for value in values if isinstance(value, (int, float))]
                     for name, values in steps.items()
                     if isinstance(values, list)
                 }

@@ -70,7 +70,9 @@ def config_of(message: Message) -> Mapping[str, object]:
 def test_configure_train_gives_each_client_its_own_token_in_its_own_record() -> None:
     coordinator, shared = FakeCoordinator(), ConfigRecord({"x": 1})
     strategy = make_strategy(coordinator)
-    messages = list(strategy.configure_train(1, SENT, shared, FakeGrid(NODES.values(), good_answer)))
+    messages = list(
+        strategy.configure_train(1, SENT, shared, FakeGrid(NODES.values(), good_answer))
+    )
     assert [m.metadata.dst_node_id for m in messages] == [900, 300, 700, 100]  # slot order
     tokens = [config_of(m)["trunk-token"] for m in messages]
     assert len(set(tokens)) == 4
@@ -90,7 +92,9 @@ def test_configure_train_again_hands_out_other_tokens() -> None:
     assert not first & second
 
 
-def test_configure_train_with_a_fraction_samples_the_same_slots_again_and_other_ones_later() -> None:
+def test_configure_train_with_a_fraction_samples_the_same_slots_again_and_other_ones_later() -> (
+    None
+):
     config = dataclasses.replace(make_config(), fraction_train=0.5)
 
     def chosen(server_round: int, nodes: dict[int, int]) -> list[int]:
@@ -272,9 +276,7 @@ def test_configure_train_of_an_inner_strategy_that_wants_more_nodes_raises(
     strategy = make_strategy(FakeCoordinator())
     strategy.inner = FedAvg(min_available_nodes=5)
     with pytest.raises(FederationError, match="min_available_nodes"):
-        strategy.configure_train(
-            1, SENT, ConfigRecord(), FakeGrid(NODES.values(), good_answer)
-        )
+        strategy.configure_train(1, SENT, ConfigRecord(), FakeGrid(NODES.values(), good_answer))
 
 
 def test_evaluate_opens_an_evaluation_and_ends_it() -> None:
@@ -305,7 +307,9 @@ def test_evaluate_with_fraction_zero_sends_nothing() -> None:
     assert strategy.aggregate_evaluate(1, []) is None
 
 
-def test_evaluate_with_a_fraction_takes_everybody_before_the_first_and_after_the_last_round() -> None:
+def test_evaluate_with_a_fraction_takes_everybody_before_the_first_and_after_the_last_round() -> (
+    None
+):
     config = dataclasses.replace(make_config(), fraction_evaluate=0.5)
 
     def count(server_round: int) -> int:

@@ -1,0 +1,78 @@
+"""What a client tells the ServerApp, and the names of the records in its replies."""
+
+# ruff: noqa: TID251
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flwr.app import ConfigRecord, Message
+
+from flower_split.errors import FederationError
+
+HANDSHAKE = "handshake"
+"""The ConfigRecord of the reply to the handshake."""
+
+STEPS = "steps"
+"""The ConfigRecord of per-step lists in a training reply; stripped before the inner strategy."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientFacts:
+    """What one client says of itself in the handshake."""
+
+    partition_id: int  # its data partition: its slot on the trunk
+    num_partitions: int  # as its node configuration says
+    num_examples: int  # training examples
+    num_eval_examples: int  # held-out examples
+    planned_steps: int  # optimizer steps it will take in a round
+    concurrency: int  # how many clients its simulation runs at once; 0: not a simulation
+    fingerprint: Mapping[str, str]
+    name: str = ""  # what its data is about, where the source says so
+
+    def to_record(self) -> ConfigRecord:
+        """The record that travels."""
+        return ConfigRecord(
+            {
+                "partition-id": self.partition_id,
+                "num-partitions": self.num_partitions,
+                "num-examples": self.num_examples,
+                "num-eval-examples": self.num_eval_examples,
+                "planned-steps": self.planned_steps,
+                "concurrency": self.concurrency,
+                "fingerprint": json.dumps(dict(self.fingerprint), sort_keys=True),
+                "name": self.name,
+            }
+        )
+
+    @classmethod
+    def from_message(cls, message: Message) -> "ClientFacts":
+        """Read the reply of one node.
+
+        Raises:
+            FederationError: The reply is not what this version's ClientApp sends.
+        """
+        try:
+            record = message.content.config_records[HANDSHAKE]
+
+            def count(key: str) -> int:
+                value = record[key]
+                if isinstance(value, bool) or not isinstance(value, int):
+                    raise ValueError(f"{key} must be an integer; it is {value!r}")
+                return value
+
+            fingerprint = json.loads(str(record["fingerprint"]))
+            return cls(
+                partition_id=count("partition-id"),
+                num_partitions=count("num-partitions"),
+                num_examples=count("num-examples"),
+                num_eval_examples=count("num-eval-examples"),
+                planned_steps=count("planned-steps"),
+                concurrency=count("concurrency"),
+                fingerprint={str(name): str(value) for name, value in fingerprint.items()},
+                name=str(record["name"]),
+            )
+        except (KeyError, ValueError, AttributeError) as error:
+            raise FederationError(
+                f"the handshake of node {message.metadata.src_node_id} cannot be read ({error}). "
+                "Run the same version of flower_split on every machine."
+            ) from error
