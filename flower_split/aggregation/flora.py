@@ -18,7 +18,7 @@ from flower_split.aggregation.base import Aggregator, checked_rank_scale, leadin
 from flower_split.aggregation.checks import check_factors, check_updates
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.lowrank import LowRankSum, row_length
-from flower_split.aggregation.product_delta import ordered_init
+from flower_split.aggregation.product import ordered_init
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

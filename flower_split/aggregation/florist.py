@@ -11,9 +11,9 @@ rest of its rank from fresh rows of A; one whose rank is below p gets the leadin
 from dataclasses import dataclass
 from typing import ClassVar
 
-from flower_split.aggregation.base import Aggregator
 from flower_split.aggregation.flexlora import FlexLoRA
 from flower_split.aggregation.lowrank import Spectrum
+from flower_split.aggregation.product import ProductAggregator
 from flower_split.errors import AggregationError
 
 
@@ -27,13 +27,12 @@ class FLoRIST(FlexLoRA):
     """
 
     name: ClassVar[str] = "florist"
-    takes_learning_rate: ClassVar[bool] = True
 
     tau: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the options; see :class:`Aggregator`."""
-        Aggregator.__post_init__(self)
+        ProductAggregator.__post_init__(self)
         if not 0 < self.tau <= 1:
             raise AggregationError(f"florist's tau must be in (0, 1]; it is {self.tau!r}.")
 

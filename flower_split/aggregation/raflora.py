@@ -14,20 +14,21 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from flower_split.aggregation.base import Aggregator, checked_rank_scale, leading
 from flower_split.aggregation.checks import Share, check_factors, check_updates
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.lowrank import LowRankSum, factors_of, row_length
-from flower_split.aggregation.product_delta import ordered_init
+from flower_split.aggregation.product import ordered_init
 
 
-def _component_shares(clients: Sequence[Share], rank: int) -> torch.Tensor:
-    """[clients, rank]: each client's share of each component, 0 beyond its rank."""
-    shares = torch.zeros(len(clients), rank, dtype=torch.float64)
-    for row, client in zip(shares, clients, strict=True):
-        row[: client.returned.rank] = client.share
-    return shares / shares.sum(dim=0)
+def _held(clients: Sequence[Share], rank: int) -> Tensor:
+    """[rank]: the sum of the shares of the clients that have each component."""
+    held = torch.zeros(rank, dtype=torch.float64)
+    for client in clients:
+        held[: client.returned.rank] += client.share
+    return held
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,9 +53,10 @@ class RaFLoRA(Aggregator):
         clients = [client for client in check_updates(state, updates) if client.share > 0]
         present = max(client.returned.rank for client in clients)
         total = LowRankSum(state.out_features, state.in_features, device=state.basis.device)
-        for client, shares in zip(clients, _component_shares(clients, present), strict=True):
+        held = _held(clients, present).to(state.basis.device)
+        for client in clients:
             own = client.returned
-            weights = shares[: own.rank].to(state.basis.device) * own.scale
+            weights = own.scale * client.share / held[: own.rank]
             b = own.B.to(state.basis.device, torch.float64)
             total.add_product(b * weights, own.A.to(state.basis.device, torch.float64))
         old = state.factors

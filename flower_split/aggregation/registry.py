@@ -41,6 +41,9 @@ METHODS: dict[str, type[Aggregator]] = {
 }
 
 
+SERVER_OPTIONS = ("server_optimizer", "beta1", "beta2", "epsilon")
+
+
 def make_aggregator(
     name: str, max_rank: int | None = None, **options: int | float | str | None
 ) -> Aggregator:
@@ -63,6 +66,12 @@ def make_aggregator(
     method = METHODS[name]
     known = [item.name for item in fields(method)]
     for option in options:
+        if option in SERVER_OPTIONS and option not in known:
+            raise AggregationError(
+                f"{name} takes no server optimizer (option {option!r}): it does not keep ΔW itself, "
+                "and moments of factors mean nothing once their basis or their mean has changed. "
+                'Use "product-delta", "flexlora" or "florist".'
+            )
         if option not in known:
             raise AggregationError(
                 f"{name} has no option {option!r}; its options are {', '.join(known)}."
