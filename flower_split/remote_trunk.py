@@ -35,7 +35,7 @@ from flower_split.wire.staging import allocator, to_device, to_host
 logger = logging.getLogger(__name__)
 
 _WIRE_DTYPES = {"native": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_CLOSE_SECONDS = 5.0  # a trunk that has gone must not hold up a client that is done
+_CLOSE_SECONDS = 2.0  # a trunk that has gone must not hold up a client that is done
 
 
 @dataclass(frozen=True, slots=True)
