@@ -38,7 +38,7 @@ Json: TypeAlias = "bool | int | float | str | None | Sequence[Json] | Mapping[st
 METRIC_KINDS = ("step", "round", "evaluation", "trunk")
 ADAPTER_PARTS = ("client", "trunk")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flwr", "flwr-datasets", "grpcio")
-_ROUND_COLUMNS = ("server_round", "train_loss", "eval_loss", "num_tokens", "bytes_sent", "seconds")
+_ROUND_COLUMNS = ("server_round", "train_loss", "eval_loss", "perplexity", "num_tokens", "seconds")
 
 
 class RunDirectory:
