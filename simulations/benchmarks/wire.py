@@ -1,0 +1,194 @@
+"""Round-trip time of activations through the trunk's server, against raw TCP of the same bytes.
+
+The trunk is an echo in another process, so what is timed is the wire: framing, gRPC, checks, the
+digest of a training call. Both run in turns within one run, because loopback varies by a third
+between runs. Usage: ``python simulations/benchmarks/wire.py [--repeats N] [--sizes MB ...]``.
+"""
+
+import argparse
+import multiprocessing
+import socket
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flower_split.remote_trunk import RemoteTrunk
+from flower_split.trunk.calls import CallResult, ContributionKey, ForwardMode, SessionGrant
+from flower_split.trunk.engine import TrunkEngine
+from flower_split.trunk.server import TrunkServer
+
+HIDDEN = 1024
+SIZES = (0.39, 8.4, 67.0)  # MB: one short sequence, a small batch, 8 x 512 tokens of width 4096
+
+
+class EchoEngine:
+    """Answers a forward with its input."""
+
+    epoch = 1
+
+    def open_session(
+        self, token: str, fingerprint: Mapping[str, str], planned_steps: int, evaluate: bool
+    ) -> SessionGrant:
+        """Take anyone."""
+        return SessionGrant(
+            session="s",
+            epoch=self.epoch,
+            version=0,
+            experiment="benchmark",
+            server_round=1,
+            attempt=0,
+            lease_seconds=60.0,
+            slot=0,
+        )
+
+    def forward(
+        self,
+        session: str,
+        epoch: int,
+        key: ContributionKey | None,
+        version: int,
+        mode: ForwardMode,
+        tensors: Mapping[str, Tensor],
+        digest: bytes,
+        deadline: float,
+    ) -> CallResult:
+        """The smashed data itself."""
+        return CallResult(tensors["hidden_states"], 0, 0.0, 0.0)
+
+    def close_session(self, session: str, epoch: int) -> None:
+        """Nothing is kept."""
+
+    def count_bytes(self, session: str, received: int, sent: int) -> None:
+        """Nothing is counted."""
+
+
+def serve_trunk(ready: Connection) -> None:
+    """An echo trunk, until the other end of the pipe closes."""
+    torch.set_num_threads(1)
+    with TrunkServer(cast(TrunkEngine, EchoEngine()), coordinator_token="none") as server:
+        ready.send(server.start())
+        _until_closed(ready)
+
+
+def serve_tcp(ready: Connection) -> None:
+    """Read 8 bytes of length and so many bytes, send them back; again until the client is gone."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ready.send(listener.getsockname()[1])
+        connection, _ = listener.accept()
+        with connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            head, buffer = memoryview(bytearray(8)), bytearray()
+            while _fill(connection, head):
+                length = int.from_bytes(head, "little")
+                if len(buffer) != length:
+                    buffer = bytearray(length)
+                _fill(connection, memoryview(buffer))
+                connection.sendall(buffer)
+
+
+def _until_closed(pipe: Connection) -> None:
+    try:
+        pipe.recv()
+    except EOFError:
+        pass
+
+
+def _fill(connection: socket.socket, target: memoryview) -> bool:
+    """Receive until ``target`` is full; False where the other side has closed."""
+    filled = 0
+    while filled < len(target):
+        count = connection.recv_into(target[filled:])
+        if not count:
+            return False
+        filled += count
+    return True
+
+
+def start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
+    """Run ``serve`` in a fresh process until ``stack`` ends; returns its port."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    stack.callback(process.join, 5)
+    stack.callback(ours.close)
+    return int(ours.recv())
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    """Print one line per size."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15, help="timed round trips per size")
+    parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), metavar="MB")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        tcp_port, trunk_port = start(serve_tcp, stack), start(serve_trunk, stack)
+        connection = stack.enter_context(socket.create_connection(("127.0.0.1", tcp_port)))
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        trunk = stack.enter_context(
+            RemoteTrunk(
+                f"127.0.0.1:{trunk_port}",
+                token="benchmark",
+                fingerprint={},
+                mode="joint",
+                call_timeout=60.0,
+            )
+        )
+        trunk.open(1)
+        print("size MB   TCP ms   evaluate ms  ratio   train ms  ratio   (medians of round trips)")
+        for size in arguments.sizes:
+            smashed = torch.randn(1, max(1, round(size * 1e6 / 4 / HIDDEN)), HIDDEN)
+            print(line(size, smashed, connection, trunk, arguments.repeats), flush=True)
+
+
+def line(
+    size: float, smashed: Tensor, connection: socket.socket, trunk: RemoteTrunk, repeats: int
+) -> str:
+    """Time the three ways in turns, after two rounds that do not count."""
+    data = smashed.numpy().tobytes()
+    back = memoryview(bytearray(len(data)))
+
+    def tcp() -> None:
+        connection.sendall(len(data).to_bytes(8, "little"))
+        connection.sendall(data)
+        _fill(connection, back)
+
+    def evaluate() -> None:
+        with torch.no_grad():
+            trunk(smashed)
+
+    def train() -> None:
+        with trunk.micro_batch(0, 0, num_tokens=1, loss_denominator=1.0, last=True):
+            trunk(smashed)
+
+    ways = (tcp, evaluate, train)
+    seconds: list[list[float]] = [[] for _ in ways]
+    for repeat in range(repeats + 2):
+        for way, kept in zip(ways, seconds, strict=True):
+            taken = timed(way)
+            if repeat >= 2:
+                kept.append(taken)
+    base, evaluated, trained = (1e3 * statistics.median(kept) for kept in seconds)
+    return (
+        f"{size:7.2f} {base:8.2f} {evaluated:13.2f} {evaluated / base:6.1f} {trained:10.2f} "
+        f"{trained / base:6.1f}"
+    )
+
+
+if __name__ == "__main__":
+    main()
