@@ -80,6 +80,8 @@ class RefusalReason(Enum):
     """The request breaks the protocol: shapes, dtypes, indices, weights."""
     NO_ROUND = 13
     """No round is open."""
+    NO_CHECKPOINT = 14
+    """The trunk does not have, and cannot restore, the weights that a round begins with."""
 
 
 class TrunkError(FlowerSplitError):

@@ -106,18 +106,20 @@ class ContributionKey(_message.Message):
     def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., window: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class ForwardHeader(_message.Message):
-    __slots__ = ("session", "trunk_epoch", "key", "version", "mode")
+    __slots__ = ("session", "trunk_epoch", "key", "version", "mode", "acknowledged")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
     session: str
     trunk_epoch: int
     key: ContributionKey
     version: int
     mode: ForwardMode
-    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ...) -> None: ...
+    acknowledged: int
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ..., acknowledged: _Optional[int] = ...) -> None: ...
 
 class BackwardHeader(_message.Message):
     __slots__ = ("session", "trunk_epoch", "key", "version", "num_tokens", "loss_denominator", "last")
@@ -223,7 +225,7 @@ class Participant(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRoundRequest(_message.Message):
-    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate")
+    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,7 @@ class BeginRoundRequest(_message.Message):
     JOIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     experiment: str
     server_round: int
     attempt: int
@@ -246,7 +249,16 @@ class BeginRoundRequest(_message.Message):
     join_seconds: float
     window_seconds: float
     evaluate: bool
-    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+    base: RoundBase
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ...) -> None: ...
+
+class RoundBase(_message.Message):
+    __slots__ = ("server_round", "digest")
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
+    server_round: int
+    digest: str
+    def __init__(self, server_round: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
 
 class BeginRoundReply(_message.Message):
     __slots__ = ("trunk_epoch", "version")
@@ -285,18 +297,34 @@ class SlotReport(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., completed: _Optional[bool] = ..., problem: _Optional[str] = ..., contributions: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ...) -> None: ...
 
 class PrepareRoundReply(_message.Message):
-    __slots__ = ("version", "digest", "slots", "optimizer_steps", "compute_seconds")
+    __slots__ = ("version", "digest", "slots", "optimizer_steps", "compute_seconds", "activations")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STEPS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     slots: _containers.RepeatedCompositeFieldContainer[SlotReport]
     optimizer_steps: int
     compute_seconds: float
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., optimizer_steps: _Optional[int] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+    activations: ActivationReport
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., optimizer_steps: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ...) -> None: ...
+
+class ActivationReport(_message.Message):
+    __slots__ = ("num_bytes", "peak_bytes", "budget_bytes", "recomputes", "refusals")
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BUDGET_BYTES_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTES_FIELD_NUMBER: _ClassVar[int]
+    REFUSALS_FIELD_NUMBER: _ClassVar[int]
+    num_bytes: int
+    peak_bytes: int
+    budget_bytes: int
+    recomputes: int
+    refusals: int
+    def __init__(self, num_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., recomputes: _Optional[int] = ..., refusals: _Optional[int] = ...) -> None: ...
 
 class CommitRoundRequest(_message.Message):
     __slots__ = ("experiment", "server_round", "attempt")
@@ -337,7 +365,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint")
+    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations")
     class FingerprintEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -358,6 +386,7 @@ class StatusReply(_message.Message):
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     trunk_epoch: int
     version: int
     experiment: str
@@ -371,7 +400,8 @@ class StatusReply(_message.Message):
     slots: _containers.RepeatedCompositeFieldContainer[SlotReport]
     problem: str
     fingerprint: _containers.ScalarMap[str, str]
-    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    activations: ActivationReport
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ()
@@ -395,6 +425,7 @@ class Refusal(_message.Message):
         OVER_BUDGET: _ClassVar[Refusal.Reason]
         INVALID_REQUEST: _ClassVar[Refusal.Reason]
         NO_ROUND: _ClassVar[Refusal.Reason]
+        NO_CHECKPOINT: _ClassVar[Refusal.Reason]
     REASON_UNSPECIFIED: Refusal.Reason
     UNAUTHENTICATED: Refusal.Reason
     FINGERPRINT_MISMATCH: Refusal.Reason
@@ -409,6 +440,7 @@ class Refusal(_message.Message):
     OVER_BUDGET: Refusal.Reason
     INVALID_REQUEST: Refusal.Reason
     NO_ROUND: Refusal.Reason
+    NO_CHECKPOINT: Refusal.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     reason: Refusal.Reason

@@ -1,5 +1,7 @@
 """The trunk that a run config describes: model, LoRA, optimizer, engine."""
 
+from pathlib import Path
+
 import torch
 
 from flower_split.assets import resolve_model_path
@@ -8,16 +10,21 @@ from flower_split.devices import resolve_device
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora
 from flower_split.split import CutLayers, load_trunk_model
+from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.engine import TrunkEngine
 
 _GIB = 2**30
 
 
-def make_engine(config: RunConfig) -> TrunkEngine:
+def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngine:
     """Load the trunk layers of ``config.model``, make trainable what ``config`` trains, and serve it.
 
     Sets this process's intra-op thread count.
+
+    Args:
+        config: The run's configuration.
+        checkpoints: The directory of the trunk's checkpoints; None: none are kept.
 
     Raises:
         SplitError: The model cannot be loaded or cut.
@@ -43,4 +50,5 @@ def make_engine(config: RunConfig) -> TrunkEngine:
         hidden_size=trunk.hidden_size,
         fingerprint=fingerprint(config),
         activation_bytes=int(config.trunk.activation_memory * _GIB),
+        checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
     )

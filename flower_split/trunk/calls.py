@@ -34,6 +34,14 @@ class ForwardMode(Enum):
     """Nothing; no dropout, no round, no key."""
 
 
+@dataclass(frozen=True, slots=True)
+class RoundBase:
+    """The committed round whose weights a round begins with."""
+
+    server_round: int  # 0: the initial weights
+    digest: str = ""  # of the trainable parameters, as the round's report gave it
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPlan:
     """What the coordinator says when it begins a round; see ``BeginRoundRequest``."""
@@ -49,6 +57,7 @@ class RoundPlan:
     join_seconds: float = 120.0
     window_seconds: float = 120.0
     evaluate: bool = False
+    base: RoundBase | None = None  # None: begin with the weights that are there
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,6 +98,17 @@ class SlotReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationReport:
+    """What is kept between forward and backward, over a round."""
+
+    num_bytes: int = 0  # now
+    peak_bytes: int = 0
+    budget_bytes: int = 0
+    recomputes: int = 0  # forwards whose graph did not fit and was not kept
+    refusals: int = 0  # forwards that did not fit at all
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RoundReport:
     """The outcome of a round, before it is committed."""
 
@@ -97,6 +117,7 @@ class RoundReport:
     slots: tuple[SlotReport, ...]
     optimizer_steps: int
     compute_seconds: float
+    activations: ActivationReport = field(default_factory=ActivationReport)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,3 +137,4 @@ class TrunkStatus:
     slots: tuple[SlotReport, ...] = ()
     problem: str = ""
     fingerprint: Mapping[str, str] = field(default_factory=dict)
+    activations: ActivationReport = field(default_factory=ActivationReport)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flower_split import failpoints
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.optim import LearningRate, make_optimizer
@@ -138,7 +139,9 @@ class TrunkCompute:
         if self._config.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
         self._rate.apply(self._optimizer, self.version)
+        failpoints.reach("trunk.step.before")
         self._optimizer.step()
+        failpoints.reach("trunk.step.after")
         self._optimizer.zero_grad(set_to_none=True)
         self.version += 1
 
@@ -158,6 +161,46 @@ class TrunkCompute:
         if self._optimizer is not None:
             self._optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))
         self.version = snapshot.version
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs: parameters and optimizer state, bit for bit, on the CPU."""
+        tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.named}
+        if self._optimizer is not None:
+            for name, parameter in self.named:
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer/{name}/{key}"] = value
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Go to the state of :meth:`state_tensors`.
+
+        Raises:
+            TrunkRefused: It is of other parameters (NO_CHECKPOINT); nothing has changed.
+        """
+        wanted = {f"parameter/{name}": parameter.shape for name, parameter in self.named}
+        found = {name: value.shape for name, value in tensors.items() if name in wanted}
+        if wanted != found:
+            differing = sorted(name for name in wanted if wanted[name] != found.get(name))
+            raise TrunkRefused(
+                RefusalReason.NO_CHECKPOINT,
+                f"the checkpoint is of another trunk: it differs in {', '.join(differing[:4])}. "
+                "Resume with the configuration that the run began with.",
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        indices = {name: index for index, (name, _) in enumerate(self.named)}
+        for full_name, value in tensors.items():
+            kind, _, rest = full_name.partition("/")
+            if kind == "optimizer":
+                name, _, key = rest.rpartition("/")
+                state.setdefault(indices[name], {})[key] = value
+        with torch.no_grad():
+            for name, parameter in self.named:
+                parameter.copy_(tensors[f"parameter/{name}"])
+        if self._optimizer is not None:
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.version = version
 
     def adapter(self) -> dict[str, Tensor]:
         """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""

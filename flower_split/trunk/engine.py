@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from flower_split import failpoints
 from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.trunk.activations import ActivationCache
 from flower_split.trunk.calls import (
@@ -34,11 +35,19 @@ from flower_split.trunk.calls import (
     SessionGrant,
     TrunkStatus,
 )
+from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_fingerprint, check_tensors
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.keeper import RoundKeeper
 from flower_split.trunk.ledger import CallKind, CallName
-from flower_split.trunk.round import Round, Session, hashed, seed_name, slot_reports
+from flower_split.trunk.round import (
+    Round,
+    Session,
+    contribution_hash,
+    hashed,
+    seed_name,
+    slot_reports,
+)
 from flower_split.trunk.windows import StepEvery
 
 logger = logging.getLogger(__name__)
@@ -55,6 +64,8 @@ class TrunkEngine:
         hidden_size: Width of the hidden states; anything else is refused.
         fingerprint: What a client must agree with, field by field.
         activation_bytes: Budget of saved activations, over all clients.
+        checkpoints: Where rounds are kept before they are committed; None: a trunk that restarts
+            can go on only with a new experiment.
         clock: Monotonic seconds; tests pass their own.
     """
 
@@ -66,6 +77,7 @@ class TrunkEngine:
         hidden_size: int,
         fingerprint: Mapping[str, str],
         activation_bytes: int,
+        checkpoints: CheckpointStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epoch = secrets.randbits(63)
@@ -81,6 +93,7 @@ class TrunkEngine:
             activations=ActivationCache(activation_bytes),
             epoch=self.epoch,
             changed=self._changed,
+            checkpoints=checkpoints,
             clock=clock,
         )
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk-compute")
@@ -293,11 +306,14 @@ class TrunkEngine:
     def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
         """Open a round, and return this process's epoch and the weights' version.
 
-        A new experiment starts from the trunk's initial weights. A new attempt of a round gives the
-        former attempt up. Safe to retry.
+        The round begins with the weights that ``plan.base`` names: if those were prepared, they are
+        committed; if this process does not have them, they are restored from their checkpoint. A new
+        experiment starts from the trunk's initial weights. A new attempt of a round gives the former
+        attempt up. Safe to retry.
 
         Raises:
-            TrunkRefused: Another experiment's round is in progress, or the plan is empty.
+            TrunkRefused: Another experiment's round is in progress, the plan is empty, or the base's
+                checkpoint is missing or damaged (NO_CHECKPOINT).
         """
         if not plan.participants:
             raise TrunkRefused(
@@ -483,13 +499,14 @@ class TrunkEngine:
             future, mine = current.ledger.claim(name, digest)
         if mine:
             submitted = self._clock()
-            self._worker.submit(self._run_once, current, name, future, run, submitted)
+            self._worker.submit(self._run_once, current, name, digest, future, run, submitted)
         return self._result(future, deadline)
 
     def _run_once(
         self,
         current: Round,
         name: CallName,
+        digest: bytes,
         future: Future[CallResult],
         run: Callable[[], Tensor],
         submitted: float,
@@ -502,9 +519,14 @@ class TrunkEngine:
                 current.ledger.forget(name)
             future.set_exception(error)
             return
+        if name.kind is CallKind.FORWARD:
+            failpoints.reach("trunk.forward.computed")
+            future.set_result(result)
+            return
+        current.ledger_hash ^= contribution_hash(name, digest)
+        failpoints.reach("trunk.backward.accumulated")
         future.set_result(result)
-        if name.kind is CallKind.BACKWARD:
-            self._keeper.settle(current)
+        self._keeper.settle(current)
 
     def _timed(self, run: Callable[[], Tensor], submitted: float) -> CallResult:
         started = self._clock()

@@ -11,9 +11,11 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from flower_split import failpoints
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.trunk.activations import ActivationCache
-from flower_split.trunk.calls import RoundPlan, RoundReport
+from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport
+from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_weights
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.gradients import SlotGradient, reduce_in_slot_order
@@ -33,6 +35,7 @@ class RoundKeeper:
         activations: What is kept between forward and backward.
         epoch: Of this process.
         changed: Guards the round; notified at every transition.
+        checkpoints: Where rounds are kept before they are committed.
         clock: Monotonic seconds.
     """
 
@@ -44,6 +47,7 @@ class RoundKeeper:
         activations: ActivationCache,
         epoch: int,
         changed: threading.Condition,
+        checkpoints: CheckpointStore | None,
         clock: Callable[[], float],
     ) -> None:
         self.compute = compute
@@ -54,6 +58,8 @@ class RoundKeeper:
         self.clock = clock
         self.round: Round | None = None
         self.experiment = ""
+        self.committed_round = 0  # whose weights these are, between rounds
+        self._checkpoints = checkpoints
         self._initial = compute.snapshot()
 
     # ------------------------------------------------------------------ looking, with the lock held
@@ -242,10 +248,14 @@ class RoundKeeper:
             if former is not None and not former.over:
                 if former.plan == plan:
                     return self.epoch, former.before.version
-                self._supersede(former, plan)
+                if self._is_base(former, plan):
+                    self._keep(former)
+                else:
+                    self._supersede(former, plan)
             if plan.experiment != self.experiment:
                 self.compute.restore(self._initial)
-                self.experiment = plan.experiment
+                self.experiment, self.committed_round = plan.experiment, 0
+            self._stand_at(plan.base)
             total = plan.num_server_rounds
             if plan.step_every is not StepEvery.SERVER_ROUND:
                 total *= plan.steps_per_round
@@ -277,6 +287,48 @@ class RoundKeeper:
             )
             return self.epoch, self.compute.version
 
+    def _is_base(self, former: Round, plan: RoundPlan) -> bool:
+        """Whether ``former`` is prepared, and the manifest says that it is committed."""
+        return (
+            former.report is not None
+            and plan.base == RoundBase(former.plan.server_round, former.report.digest)
+            and former.plan.experiment == plan.experiment
+        )
+
+    def _stand_at(self, base: RoundBase | None) -> None:
+        """Have the weights of the committed round ``base``, restoring them if need be.
+
+        Raises:
+            TrunkRefused: They are nowhere (NO_CHECKPOINT).
+        """
+        if base is None or not self.compute.parameters:
+            return
+        if base.server_round == 0:
+            if self.committed_round != 0:
+                self.compute.restore(self._initial)
+        elif self.committed_round != base.server_round or self.compute.digest() != base.digest:
+            if self._checkpoints is None:
+                raise TrunkRefused(
+                    RefusalReason.NO_CHECKPOINT,
+                    f"round {base.server_round} of experiment {self.experiment} is not in this trunk "
+                    "process, which has no checkpoint directory. Start the trunk with --checkpoints "
+                    "DIR, and begin a new run.",
+                )
+            record, tensors = self._checkpoints.load(
+                self.experiment, base.server_round, base.digest
+            )
+            self.compute.load_state_tensors(tensors, record.version)
+            if self.compute.digest() != base.digest:
+                raise TrunkRefused(
+                    RefusalReason.NO_CHECKPOINT,
+                    f"the checkpoint of round {base.server_round} does not restore the weights it "
+                    "says; it was written by another version. Begin a new run.",
+                )
+            logger.info("restored round %d, version %d", base.server_round, record.version)
+        self.committed_round = base.server_round
+        if self._checkpoints is not None:
+            self._checkpoints.discard_after(self.experiment, base.server_round)
+
     def _supersede(self, former: Round, plan: RoundPlan) -> None:
         """Give an unfinished round up for a new one, unless it is another experiment's at work."""
         idle = self.clock() - former.last_activity
@@ -304,14 +356,45 @@ class RoundKeeper:
         self.settle(current)
         with self.changed:
             self.require_open(current)
+            digest = self.compute.digest()
+        failpoints.reach("trunk.prepare.before")
+        self._save(current, digest)
+        failpoints.reach("trunk.prepare.written")
+        with self.changed:
+            self.require_open(current)
             current.report = RoundReport(
                 version=self.compute.version,
-                digest=self.compute.digest(),
+                digest=digest,
                 slots=slot_reports(current),
                 optimizer_steps=self.compute.version - current.before.version,
                 compute_seconds=current.compute_seconds,
             )
-            return current.report
+        failpoints.reach("trunk.prepare.answering")
+        return current.report
+
+    def _save(self, current: Round, digest: str) -> None:
+        """Write the round's checkpoint, or give the round up."""
+        if self._checkpoints is None or current.plan.evaluate or not self.compute.parameters:
+            return
+        try:
+            self._checkpoints.save(
+                self.compute.state_tensors(),
+                experiment=current.plan.experiment,
+                server_round=current.plan.server_round,
+                attempt=current.plan.attempt,
+                version=self.compute.version,
+                digest=digest,
+                ledger=f"{current.ledger_hash:064x}",
+            )
+        except OSError as error:
+            logger.error("%s: the checkpoint cannot be written: %s", current, error)
+            with self.changed:
+                current.windows.abort(
+                    f"the trunk's checkpoint cannot be written to {self._checkpoints.directory}: "
+                    f"{error.strerror or error}. The checkpoints before it are intact; free space, "
+                    "and resume"
+                )
+            self.settle(current)
 
     def commit(self, experiment: str, server_round: int, attempt: int) -> int:
         """See :meth:`TrunkEngine.commit_round`."""
@@ -323,7 +406,17 @@ class RoundKeeper:
                     RefusalReason.INVALID_REQUEST,
                     f"{current} must be prepared before it is committed.",
                 )
-            current.committed = True
-            self.activations.clear()
-            self.changed.notify_all()
+            failpoints.reach("trunk.commit.before")
+            self._keep(current)
+            failpoints.reach("trunk.commit.after")
             return self.compute.version
+
+    def _keep(self, current: Round) -> None:
+        """What ``current`` did stays."""
+        current.committed = True
+        if not current.plan.evaluate:
+            self.committed_round = current.plan.server_round
+            if self._checkpoints is not None:
+                self._checkpoints.prune(current.plan.experiment, self.committed_round)
+        self.activations.clear()
+        self.changed.notify_all()

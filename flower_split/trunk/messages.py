@@ -6,7 +6,9 @@ The shell uses one direction of each pair, the coordinator the other.
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.calls import (
+    ActivationReport,
     ContributionKey,
+    RoundBase,
     RoundPlan,
     RoundReport,
     SessionGrant,
@@ -90,6 +92,11 @@ def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
         join_seconds=plan.join_seconds,
         window_seconds=plan.window_seconds,
         evaluate=plan.evaluate,
+        base=(
+            pb.RoundBase(server_round=plan.base.server_round, digest=plan.base.digest)
+            if plan.base
+            else None
+        ),
     )
 
 
@@ -125,6 +132,11 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
         join_seconds=request.join_seconds,
         window_seconds=request.window_seconds,
         evaluate=request.evaluate,
+        base=(
+            RoundBase(request.base.server_round, request.base.digest)
+            if request.HasField("base")
+            else None
+        ),
     )
 
 
@@ -136,6 +148,7 @@ def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
         slots=[_slot_to_proto(slot) for slot in report.slots],
         optimizer_steps=report.optimizer_steps,
         compute_seconds=report.compute_seconds,
+        activations=_activations_to_proto(report.activations),
     )
 
 
@@ -147,6 +160,7 @@ def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
         slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
         optimizer_steps=reply.optimizer_steps,
         compute_seconds=reply.compute_seconds,
+        activations=_activations_from_proto(reply.activations),
     )
 
 
@@ -166,6 +180,7 @@ def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
         slots=[_slot_to_proto(slot) for slot in status.slots],
         problem=status.problem,
         fingerprint=dict(status.fingerprint),
+        activations=_activations_to_proto(status.activations),
     )
 
 
@@ -185,6 +200,27 @@ def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
         slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
         problem=reply.problem,
         fingerprint=dict(reply.fingerprint),
+        activations=_activations_from_proto(reply.activations),
+    )
+
+
+def _activations_to_proto(report: ActivationReport) -> pb.ActivationReport:
+    return pb.ActivationReport(
+        num_bytes=report.num_bytes,
+        peak_bytes=report.peak_bytes,
+        budget_bytes=report.budget_bytes,
+        recomputes=report.recomputes,
+        refusals=report.refusals,
+    )
+
+
+def _activations_from_proto(report: pb.ActivationReport) -> ActivationReport:
+    return ActivationReport(
+        num_bytes=report.num_bytes,
+        peak_bytes=report.peak_bytes,
+        budget_bytes=report.budget_bytes,
+        recomputes=report.recomputes,
+        refusals=report.refusals,
     )
 
 

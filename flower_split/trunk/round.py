@@ -36,6 +36,9 @@ class Round:
     turn_since: float = 0.0
     last_activity: float = 0.0
     compute_seconds: float = 0.0
+    ledger_hash: int = (
+        0  # the contributions counted: their hashes, XORed, so that order is no matter
+    )
     report: RoundReport | None = None
     committed: bool = False
     rolled_back: bool = False
@@ -56,6 +59,12 @@ class Round:
 def hashed(token: str) -> bytes:
     """Tokens are looked up by their SHA-256, so that no comparison leaks their bytes."""
     return hashlib.sha256(token.encode()).digest()
+
+
+def contribution_hash(name: CallName, digest: bytes) -> int:
+    """A contribution as a number; see :attr:`Round.ledger_hash`."""
+    text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
+    return int.from_bytes(hashlib.sha256(text).digest(), "big")
 
 
 def seed_name(current: Round, name: CallName) -> str:

@@ -265,7 +265,7 @@ def test_window_past_its_deadline_without_quorum_aborts_and_rolls_back(engine):
     contribute(slow, 1)
     with pytest.raises(RoundAborted, match=r"slot 1: it did not contribute to window 1"):
         contribute(fast, 2, 1)
-        fast.forward(batch(5), 2, version=2)
+        engine.wait_version(fast.grant.session, fast.grant.epoch, 2, time.monotonic() + 10)
     assert torch.equal(engine.adapter()["weight"], before)
     assert engine.status().version == 0
     assert engine.status().phase == "aborted"

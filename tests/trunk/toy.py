@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flower_split.config import OptimizerConfig
 from flower_split.trunk.calls import ContributionKey, ForwardMode, RoundPlan
+from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.engine import TrunkEngine
 
@@ -40,6 +41,7 @@ def make_engine(
     mode: str = "joint",
     dropout: float = 0.0,
     activation_bytes: int = 2**20,
+    checkpoints: CheckpointStore | None = None,
     clock=time.monotonic,
 ) -> TrunkEngine:
     """An engine around a fresh :class:`ToyTrunk`."""
@@ -50,6 +52,7 @@ def make_engine(
         hidden_size=HIDDEN,
         fingerprint={"model": "toy"},
         activation_bytes=activation_bytes,
+        checkpoints=checkpoints,
         clock=clock,
     )
 
