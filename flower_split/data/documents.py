@@ -104,8 +104,9 @@ def split_held_out(
     """Split into training and held-out documents by a hash of seed and content.
 
     Equal documents always fall on the same side, on every client, so that no held-out text is
-    trained on anywhere in the federation. ``fraction`` is therefore met on average; each side gets
-    at least one document.
+    trained on anywhere in the federation. ``fraction`` is therefore met on average; each side gets at
+    least one document. Training documents keep their order; held-out ones come in that of their hash,
+    so that an evaluation of the first few batches is a fair sample.
 
     Raises:
         DataError: There are not two different documents.
@@ -125,6 +126,7 @@ def split_held_out(
     threshold = min(fraction, ordered[-1]) if fraction > ordered[0] else ordered[1]
     train = [document for document in documents if ranked[_content(document)] >= threshold]
     held_out = [document for document in documents if ranked[_content(document)] < threshold]
+    held_out.sort(key=lambda document: ranked[_content(document)])
     return train, held_out
 
 

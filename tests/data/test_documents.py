@@ -51,6 +51,8 @@ def test_held_out_split_is_disjoint_complete_ordered_and_near_its_fraction() -> 
     assert sorted([*train, *held_out], key=lambda d: int(d.place)) == documents
     assert train == sorted(train, key=lambda d: int(d.place))
     assert 150 < len(held_out) < 250  # four standard deviations of 12.6 about 200
+    # the first fifty held out are no run of the beginning: a fair sample's mean is near 500
+    assert 350 < sum(int(d.place) for d in held_out[:50]) / 50 < 650
 
 
 def test_held_out_split_changes_with_the_seed_and_only_with_it() -> None:
