@@ -11,10 +11,9 @@ Clients are summed in the order of their ids, whatever the order they are handed
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,33 +26,26 @@ from flower_split.aggregation.adapters import (
     factors_into,
     layout_of,
 )
-from flower_split.aggregation.checks import check_factors, check_weight, client_order, shares_of
-from flower_split.aggregation.factors import Factors, State, Update
+from flower_split.aggregation.checks import shares_of
+from flower_split.aggregation.clients import (
+    AdapterUpdate,
+    Admission,
+    ClientUpdate,
+    Transform,
+    named,
+)
+from flower_split.aggregation.factors import Factors, State
 from flower_split.aggregation.lowrank import LowRankSum, factors_of
+from flower_split.aggregation.product import ProductAggregator
 from flower_split.aggregation.registry import make_aggregator
 from flower_split.errors import AggregationError
 
+__all__ = ["AdapterAggregator", "AdapterUpdate", "RoundSummary"]
+
 SEPARATOR = "::"
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class AdapterUpdate:
-    """What one client did with its whole adapter in one round.
-
-    Args:
-        client_id: Names the client in errors, and orders the sums; unique in a round.
-        received: The adapter the server sent to this client, by tensor name.
-        returned: The adapter the client sent back. Tensors that the method freezes or that stay
-            with the client may be left out; what was received stands in for them.
-        weight: Tokens, examples, or 1.
-        scales: The client's own scale per module; None: those of the aggregator.
-    """
-
-    client_id: str | int
-    received: Mapping[str, Tensor]
-    returned: Mapping[str, Tensor]
-    weight: float
-    scales: Mapping[str, float] | None = None
+SPARE_RANK = 4
+"""Server rank in units of the adapter's largest rank, unless ``max_rank`` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,22 +63,17 @@ class RoundSummary:
     seconds: float = 0.0
 
 
-@contextmanager
-def _named(module: str) -> Iterator[None]:
-    """Put the module's name into any aggregation error."""
-    try:
-        yield
-    except AggregationError as error:
-        raise AggregationError(f"{module}: {error}") from error
-
-
 class AdapterAggregator:
     """The server's adapter over all rounds.
 
     Args:
         name: The method, as :func:`make_aggregator` knows it.
         scales: Module name → ΔW scale of the adapter that :meth:`init` will get.
-        max_rank: The largest rank the server keeps per module; None: whatever the method needs.
+        max_rank: The largest rank the server keeps per module; None: four times the largest rank
+            of the initial adapter for methods that keep ΔW itself, so that directions too faint
+            for this round's clients can add up over rounds.
+        transforms: What happens to the clients' updates before they are aggregated, in order, such
+            as the rules of ``flower_split.aggregation.robust``.
         on_invalid: ``refuse`` raises at the first client whose update is malformed; ``exclude``
             leaves such clients out, and the result is that of the others alone.
         workers: Threads over modules; the result does not depend on it.
@@ -99,6 +86,7 @@ class AdapterAggregator:
         scales: Mapping[str, float],
         *,
         max_rank: int | None = None,
+        transforms: Sequence[Transform] = (),
         on_invalid: str = "refuse",
         workers: int = 1,
         **options: int | float | str | None,
@@ -107,6 +95,7 @@ class AdapterAggregator:
             raise AggregationError(f"on_invalid must be refuse or exclude; it is {on_invalid!r}.")
         self.method = make_aggregator(name, max_rank=max_rank, **options)
         self._scales = dict(scales)
+        self._transforms = tuple(transforms)
         self._exclude = on_invalid == "exclude"
         self._workers = workers
         self._layout = Layout({}, (), {})
@@ -122,7 +111,7 @@ class AdapterAggregator:
         """
         self._adopt(adapter)
         for module, suffixes in self._layout.modules.items():
-            with _named(module):
+            with named(module):
                 factors = factors_from(adapter, module, suffixes, self._scales[module])
                 self._states[module] = self.method.init(factors)
         self._others = {name: adapter[name].detach().clone() for name in self._layout.others}
@@ -146,7 +135,7 @@ class AdapterAggregator:
         for module, state in self._states.items():
             rank = ranks.get(module) if isinstance(ranks, Mapping) else ranks
             scale = self._scale(module, scales)
-            with _named(module):
+            with named(module):
                 factors = self.method.distribute(state, rank, scale)
             factors_into(adapter, module, self._layout, factors)
             if module + BIAS in adapter:  # the bias of B is multiplied by the scale as well
@@ -165,22 +154,21 @@ class AdapterAggregator:
         """
         self._ready()
         start = time.perf_counter()
-        clients, excluded = self._admit(updates)
+        clients, excluded = self._admission().admit(updates, exclude=self._exclude)
+        for transform in self._transforms:
+            clients = list(transform(clients))
         modules = list(self._states)
-        per_module = [
-            [self._module_update(client, module) for client in clients] for module in modules
-        ]
 
-        def one(index: int) -> tuple[State, Factors | None]:
-            module = modules[index]
-            with _named(module):
-                result = self.method.aggregate(self._states[module], per_module[index])
+        def one(module: str) -> tuple[State, Factors | None]:
+            of_module = [client.modules[module] for client in clients]
+            with named(module):
+                result = self.method.aggregate(self._states[module], of_module)
             if result.residual is None:
                 return result.state, self._base.get(module)
             return result.state, self._grown_base(module, result.residual)
 
         with ThreadPoolExecutor(self._workers) as pool:
-            results = list(pool.map(one, range(len(modules))))
+            results = list(pool.map(one, modules))
         others = self._mean_others(clients)
         for module, (state, base) in zip(modules, results, strict=True):
             self._states[module] = state
@@ -250,7 +238,7 @@ class AdapterAggregator:
             owner, _, key = rest.partition(SEPARATOR)
             groups.setdefault((kind, owner), {})[key] = value
         for module in self._layout.modules:
-            with _named(module):
+            with named(module):
                 state = self.method.load_state_dict(groups.get(("lora", module), {}))
             self._states[module] = state
             if ("base", module) in groups:
@@ -272,6 +260,13 @@ class AdapterAggregator:
                 f"no scale for {', '.join(without[:4])}; the scale (alpha / r) is not in the "
                 "adapter's state, so it must be given for every module."
             )
+        if isinstance(self.method, ProductAggregator) and self.method.max_rank is None:
+            ranks = [
+                factors_from(adapter, module, suffixes, 1.0).rank
+                for module, suffixes in self._layout.modules.items()
+            ]
+            if ranks:
+                self.method = replace(self.method, max_rank=SPARE_RANK * max(ranks))
 
     def _ready(self) -> None:
         if not self._layout.shapes:
@@ -287,91 +282,22 @@ class AdapterAggregator:
             suffixes = {"A": suffixes["B"], "B": suffixes["A"]}
         return [module + suffixes[part] for part in sorted(parts)]
 
-    def _module_update(self, client: AdapterUpdate, module: str) -> Update:
-        suffixes = self._layout.modules[module]
-        scale = self._scale(module, client.scales)
-        returned = {
-            name: client.returned.get(name, client.received[name])
-            for name in (module + suffix for suffix in suffixes)
+    def _admission(self) -> Admission:
+        shapes = {
+            module: (state.out_features, state.in_features)
+            for module, state in self._states.items()
         }
-        return Update(
-            client.client_id,
-            factors_from(client.received, module, suffixes, scale),
-            factors_from(returned, module, suffixes, scale),
-            client.weight,
-        )
+        optional = frozenset(self._layout.shapes) - set(self.trainable()) | set(self.private())
+        return Admission(self._layout, self._scales, shapes, optional)
 
-    def _admit(
-        self, updates: Sequence[AdapterUpdate]
-    ) -> tuple[list[AdapterUpdate], dict[str | int, str]]:
-        """The well-formed updates in order of client, and why the others are not."""
-        ordered = sorted(updates, key=lambda update: client_order(update.client_id))
-        ids = [update.client_id for update in ordered]
-        twice = {repr(one) for one, two in zip(ids, ids[1:], strict=False) if one == two}
-        if twice:
-            raise AggregationError(f"client {', '.join(sorted(twice))} is in this round twice.")
-        clients: list[AdapterUpdate] = []
-        excluded: dict[str | int, str] = {}
-        for update in ordered:
-            try:
-                self._check(update)
-                clients.append(update)
-            except AggregationError as error:
-                if not self._exclude:
-                    raise
-                excluded[update.client_id] = str(error)
-        if not clients:
-            raise AggregationError("no client update to aggregate. " + " ".join(excluded.values()))
-        return clients, excluded
-
-    def _check(self, client: AdapterUpdate) -> None:
-        """Refuse an update that is malformed by itself."""
-        who = f"client {client.client_id!r}"
-        optional = set(self._layout.shapes) - set(self.trainable()) | set(self.private())
-        check_names(client.received, self._layout.shapes, f"{who} received an adapter that")
-        check_names(
-            set(client.returned) | optional,
-            self._layout.shapes,
-            f"{who} returned an adapter that",
-        )
-        check_weight(client.client_id, client.weight)
-        for module, state in self._states.items():
-            with _named(module):
-                update = self._module_update(client, module)
-                for verb, factors in (("received", update.received), ("returned", update.returned)):
-                    check_factors(factors, f"{who} {verb} factors")
-                    shape = [factors.out_features, factors.in_features]
-                    if shape != [state.out_features, state.in_features]:
-                        raise AggregationError(
-                            f"{who} {verb} factors of a ΔW of shape {shape}; this module's is "
-                            f"{[state.out_features, state.in_features]}."
-                        )
-                if update.received.rank != update.returned.rank:
-                    raise AggregationError(
-                        f"{who} received rank {update.received.rank} and returned rank "
-                        f"{update.returned.rank}; a client keeps the rank it was given."
-                    )
-        for name in self._layout.others:
-            value, wanted = client.returned[name], self._layout.shapes[name]
-            if tuple(value.shape) != wanted or not value.is_floating_point():
-                raise AggregationError(
-                    f"{who} returned {name} as {value.dtype} {list(value.shape)}; it must be "
-                    f"floating {list(wanted)}."
-                )
-            if not bool(torch.isfinite(value).all()):
-                raise AggregationError(f"{who} returned {name} with NaN or Inf in it.")
-
-    def _mean_others(self, clients: Sequence[AdapterUpdate]) -> dict[str, Tensor]:
+    def _mean_others(self, clients: Sequence[ClientUpdate]) -> dict[str, Tensor]:
         """The weighted mean of every tensor that is no LoRA factor, summed in fp64."""
         shares = shares_of([(client.client_id, client.weight) for client in clients])
         means: dict[str, Tensor] = {}
         for name in self._layout.others:
-            module = name.removesuffix(BIAS)
             total = torch.zeros(self._layout.shapes[name], dtype=torch.float64)
             for client, share in zip(clients, shares, strict=True):
-                if module in self._states:
-                    share *= self._scale(module, client.scales) / self._scales[module]
-                total += share * client.returned[name].detach().to("cpu", torch.float64)
+                total += share * client.others[name][1]
             means[name] = total.to(self._others[name].dtype)
         return means
 

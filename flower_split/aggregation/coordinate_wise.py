@@ -1,0 +1,101 @@
+"""Trimmed mean and median of every entry of the factors.
+
+Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates. Dong Yin, Yudong Chen,
+Kannan Ramchandran, Peter Bartlett. ICML 2018, arXiv 1803.01498.
+
+The entries of ΔW would be an [out, in] matrix per client; those of A and B are compared instead,
+which means something because all clients start the round from the same factors.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flower_split.aggregation.clients import ClientUpdate
+from flower_split.aggregation.factors import Factors, Update
+from flower_split.aggregation.lowrank import same_factors
+from flower_split.aggregation.rules import Rule
+from flower_split.errors import AggregationError
+
+
+def _check_same_start(rule: str, clients: Sequence[ClientUpdate]) -> None:
+    first = clients[0]
+    for client in clients[1:]:
+        for name, update in client.modules.items():
+            if not same_factors(update.received, first.modules[name].received):
+                raise AggregationError(
+                    f"{rule} compares the factors entry by entry, so all clients must have been "
+                    f"sent the same; client {client.client_id!r} and client {first.client_id!r} "
+                    "were not (mixed ranks or scales). Use krum or norm-clipping instead."
+                )
+
+
+def _coordinate_wise(
+    name: str, clients: Sequence[ClientUpdate], centre: Callable[[Tensor], Tensor]
+) -> list[ClientUpdate]:
+    """One client whose every returned entry is the centre of all clients' entries.
+
+    Args:
+        name: The new client's id.
+        clients: The round's clients, all sent the same.
+        centre: Maps [clients, ...] to [...].
+    """
+    _check_same_start(name, clients)
+    weight = math.fsum(client.weight for client in clients)
+    modules = {}
+    for module, first in clients[0].modules.items():
+        returned = [client.modules[module].returned for client in clients]
+        centred = Factors(
+            centre(torch.stack([one.A.double() for one in returned])),
+            centre(torch.stack([one.B.double() for one in returned])),
+            first.returned.scale,
+        )
+        modules[module] = Update(name, first.received, centred, weight)
+    others = {
+        key: (received, centre(torch.stack([client.others[key][1] for client in clients])))
+        for key, (received, _) in clients[0].others.items()
+    }
+    return [ClientUpdate(name, weight, modules, others)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrimmedMean(Rule):
+    """The mean of every entry without its smallest and largest values; weights do not count.
+
+    Args:
+        trim: Share of the clients cut at each end, in [0, 0.5).
+    """
+
+    trim: float = 0.2
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 <= self.trim < 0.5:
+            raise AggregationError(f"trimmed-mean must be in [0, 0.5); it is {self.trim!r}.")
+
+    def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """See :class:`Rule`."""
+        cut = int(self.trim * len(clients) + 1e-9)
+
+        def centre(values: Tensor) -> Tensor:
+            return values.sort(dim=0).values[cut : len(clients) - cut].mean(dim=0)
+
+        return _coordinate_wise("trimmed-mean", clients, centre)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Median(Rule):
+    """The median of every entry, the mean of the middle two for an even number of clients."""
+
+    def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """See :class:`Rule`."""
+        low, high = (len(clients) - 1) // 2, len(clients) // 2
+
+        def centre(values: Tensor) -> Tensor:
+            ordered = values.sort(dim=0).values
+            return (ordered[low] + ordered[high]) / 2
+
+        return _coordinate_wise("median", clients, centre)
