@@ -35,11 +35,13 @@ _KNOWN_ARGUMENTS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What the trunk needs of the running call of the module that owns the layers."""
+    """What the trunk needs of the running call of a model around the layers."""
 
-    attention_mask: Tensor | None
+    attention_mask: object
     position_ids: Tensor | None
     use_cache: bool
+    unknown: tuple[str, ...]  # tensors among the arguments that the trunk does not receive
+    outer: "_Call | None"  # the call of a model around this one
 
 
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
@@ -102,10 +104,17 @@ class TrunkSlot(StandIn):
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # With nothing trainable below, autograd would skip a remote trunk's backward.
             hidden_states = hidden_states.detach().requires_grad_()
-        inputs = {"attention_mask": call.attention_mask, "position_ids": call.position_ids}
+        inputs: dict[str, Tensor | None] = {
+            "attention_mask": _padding_mask(call),
+            "position_ids": call.position_ids,
+        }
+        # Families with several streams of hidden states send them side by side.
+        smashed = hidden_states.flatten(2)
         if isinstance(self.trunk, TrunkModel):
-            return self.output.wrap(self.trunk(hidden_states, **inputs, use_cache=call.use_cache))
-        return self.output.wrap(self.trunk(hidden_states, **inputs))
+            result = self.trunk(smashed, **inputs, use_cache=call.use_cache)
+        else:
+            result = self.trunk(smashed, **inputs)
+        return self.output.wrap(result.view(hidden_states.shape))
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,9 +122,9 @@ def _signature(forward: Callable[..., object]) -> inspect.Signature:
     return inspect.signature(forward)
 
 
-def _note_call(host: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Before the module that owns the layers runs: keep its mask and positions for the trunk."""
-    bound = _signature(type(host).forward).bind(host, *args, **kwargs)
+def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Before a model around the layers runs: keep its mask and positions for the trunk."""
+    bound = _signature(type(model).forward).bind(model, *args, **kwargs)
     named = dict(bound.arguments)
     named.update(named.pop("kwargs", {}))
     named.pop("self", None)
@@ -125,26 +134,65 @@ def _note_call(host: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str
             "a split model keeps no key-value cache. Call it, or its generate, with "
             "use_cache=False."
         )
-    for name, value in named.items():
-        if isinstance(value, Tensor) and name not in _KNOWN_ARGUMENTS:
-            raise SplitError(
-                f"the model was called with {name}, which the trunk does not receive, so its "
-                f"layers would compute something else. Call the split model without {name}."
-            )
-    mask = named.get("attention_mask")
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise SplitError(
-            "a split model takes a padding mask of shape [batch, seq]; it was given "
-            f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
-        )
     use_cache = named.get("use_cache")
     if use_cache is None:
-        use_cache = getattr(host.config, "use_cache", False)
-    _call.set(_Call(mask, named.get("position_ids"), bool(use_cache)))
+        use_cache = getattr(model.config, "use_cache", False)
+    unknown = (
+        name
+        for name, value in named.items()
+        if isinstance(value, Tensor) and name not in _KNOWN_ARGUMENTS
+    )
+    _call.set(
+        _Call(
+            attention_mask=named.get("attention_mask"),
+            position_ids=named.get("position_ids"),
+            use_cache=bool(use_cache),
+            unknown=tuple(unknown),
+            outer=_call.get(),
+        )
+    )
 
 
-def _forget_call(host: nn.Module, args: tuple[object, ...], output: object) -> None:
-    _call.set(None)
+def _note_host_call(
+    model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]
+) -> None:
+    """As :func:`_note_call`, before the module that owns the layers; refuse what does not fit."""
+    _note_call(model, args, kwargs)
+    call = _call.get()
+    assert call is not None
+    _padding_mask(call)
+
+
+def _forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> None:
+    call = _call.get()
+    _call.set(None if call is None else call.outer)
+
+
+def _padding_mask(call: _Call) -> Tensor | None:
+    """The padding mask of a call of the module that owns the layers.
+
+    A model may hand that module a mask that it made; then the mask it was given itself counts,
+    as long as it made the other from that alone.
+
+    Raises:
+        SplitError: The call has arguments that the trunk would need and does not receive.
+    """
+    while True:
+        if call.unknown:
+            raise SplitError(
+                f"the model was called with {call.unknown[0]}, which the trunk does not receive, "
+                "so its layers would compute something else. Call the split model without "
+                f"{call.unknown[0]}."
+            )
+        mask = call.attention_mask
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return mask
+        if call.outer is None:
+            raise SplitError(
+                "a split model takes a padding mask of shape [batch, seq]; it was given "
+                f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+            )
+        call = call.outer
 
 
 def client_replacements(
@@ -166,9 +214,13 @@ def client_replacements(
 
 def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:
     """Make ``client``, whose layers are replaced, hand its mask and positions to the trunk."""
-    host = client.get_submodule(stack.host_path)
-    host.register_forward_pre_hook(_note_call, with_kwargs=True)
-    host.register_forward_hook(_forget_call, always_call=True)
+    parts = stack.host_path.split(".") if stack.host_path else []
+    for depth in range(len(parts) + 1):
+        model = client.get_submodule(".".join(parts[:depth]))
+        if isinstance(model, PreTrainedModel):
+            note = _note_host_call if depth == len(parts) else _note_call
+            model.register_forward_pre_hook(note, with_kwargs=True)
+            model.register_forward_hook(_forget_call, always_call=True)
     # generate() recomputes the prefix: the trunk keeps no key-value cache between calls.
     if getattr(client, "generation_config", None) is not None:
         client.generation_config.use_cache = False

@@ -110,12 +110,13 @@ def load_trunk_model(
     Raises:
         SplitError: As for :func:`load_client_model`.
     """
+    output = LayerOutput()
     source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
 
     def replacements(root: PreTrainedModel) -> dict[str, nn.Module]:
-        return trunk_replacements(root, source.stack, cuts)
+        return trunk_replacements(root, source.stack, cuts, output)
 
-    return TrunkModel(source.load(replacements, device), source.stack, cuts).eval()
+    return TrunkModel(source.load(replacements, device), source.stack, cuts, output).eval()
 
 
 def empty_model(

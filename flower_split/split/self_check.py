@@ -107,9 +107,8 @@ def check_client(
         for batch in probe_batches(client):
             seen = _trace_learning(client, stack, cuts, batch, output)
             check_chain(seen, cuts, name)
-            prepared = {
-                call.index: call.others for call in _trace_as_trunk(client, stack, cuts, batch)
-            }
+            as_trunk = _trace_as_trunk(client, stack, cuts, batch, output)
+            prepared = {call.index: call.others for call in as_trunk}
             for call in seen.calls:
                 if cuts.part_of(call.index) == "trunk":
                     _compare_arguments(call, prepared.get(call.index, {}), name)
@@ -161,19 +160,21 @@ def _trace_learning(
 
 
 def _trace_as_trunk(
-    client: PreTrainedModel, stack: LayerStack, cuts: CutLayers, batch: dict[str, Tensor]
+    client: PreTrainedModel,
+    stack: LayerStack,
+    cuts: CutLayers,
+    batch: dict[str, Tensor],
+    output: LayerOutput,
 ) -> list[LayerCall]:
     """The layer calls when the client's forward is run as a trunk's is."""
     host = client.get_submodule(stack.host_path)
     weight = next(client.parameters())
-    shape = (
-        *batch["input_ids"].shape,
-        int(client.config.get_text_config(decoder=True).hidden_size),
-    )
+    width = int(client.config.get_text_config(decoder=True).hidden_size)
+    shape = (*batch["input_ids"].shape, width)
     smashed = torch.rand(shape, device=weight.device, dtype=weight.dtype)
-    inputs = host_inputs(host, smashed, batch.get("attention_mask"), None, False)
+    inputs = host_inputs(host, smashed, width, batch.get("attention_mask"), None, False)
     calls: list[LayerCall] = []
-    replaced = replace_in_place(client, trunk_replacements(client, stack, cuts))
+    replaced = replace_in_place(client, trunk_replacements(client, stack, cuts, output))
     last = stack.layers(client)[cuts.second - 1]
     try:
         with recording(stack.layers(client), calls):

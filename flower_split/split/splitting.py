@@ -50,8 +50,9 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
         for found in traces:
             check_chain(found, cuts, name)
             output.learn(next(call.output for call in found.calls if call.index == cuts.second - 1))
-    trunk_root = copy_with(model, trunk_replacements(model, stack, cuts))
-    trunk = TrunkModel(trunk_root, stack, cuts)
+    trunk_output = LayerOutput()
+    trunk_root = copy_with(model, trunk_replacements(model, stack, cuts, trunk_output))
+    trunk = TrunkModel(trunk_root, stack, cuts, trunk_output)
     client = copy_with(model, client_replacements(model, stack, cuts, output, trunk))
     wire_client(client, stack)
     with quiet(client, trunk):

@@ -38,15 +38,16 @@ class LayerStack:
 def find_stack(root: nn.Module) -> LayerStack:
     """Find the stack of layers of a model, whole or already cut.
 
-    It is the outermost ``nn.ModuleList`` whose length is the configuration's number of layers; of
-    several, or of none, the one with the most parameters. Whether the family's forward really runs
-    that list as a plain chain is for the self-check to find out.
+    It is the outermost ``nn.ModuleList`` in the text model whose length is the configuration's
+    number of layers; of several, or of none, the one with the most parameters. Whether the
+    family's forward really runs that list as a plain chain is for the self-check to find out.
 
     Raises:
         SplitError: The model has no list of layers.
     """
     config = getattr(root, "config", None)
-    expected = None if config is None else _num_hidden_layers(config)
+    text_config = config.get_text_config(decoder=True) if config is not None else None
+    expected = getattr(text_config, "num_hidden_layers", None)
     candidates = list(_outermost_lists(root, ""))
     if not candidates:
         raise SplitError(
@@ -54,21 +55,16 @@ def find_stack(root: nn.Module) -> LayerStack:
             "to cut. Use a model whose layers are a list, such as a decoder-only transformer."
         )
 
-    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, int]:
-        _, layers = item
+    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, int]:
+        path, layers = item
+        host_config = getattr(root.get_submodule(_host_path(root, path)), "config", None)
         already_cut = any(isinstance(layer, StandIn) for layer in layers)
         size = sum(parameter.numel() for parameter in layers.parameters())
-        return already_cut, len(layers) == expected, size
+        in_text_model = type(host_config) is type(text_config)
+        return already_cut, in_text_model, len(layers) == expected, size
 
     path, layers = max(candidates, key=rank)
     return LayerStack(path, _host_path(root, path), len(layers))
-
-
-def _num_hidden_layers(config: object) -> int | None:
-    get_text_config = getattr(config, "get_text_config", None)
-    text_config = config if get_text_config is None else get_text_config(decoder=True)
-    number = getattr(text_config, "num_hidden_layers", None)
-    return number if isinstance(number, int) else None
 
 
 def _outermost_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:

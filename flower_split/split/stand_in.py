@@ -32,7 +32,7 @@ class LayerOutput:
 
     def learn(self, output: object) -> None:
         """Take the form of a real layer's output."""
-        self.length = len(output) if isinstance(output, tuple) else None
+        self.length = len(output) if isinstance(output, (tuple, list)) else None
 
     def wrap(self, hidden_states: Tensor) -> object:
         """``hidden_states`` in the family's form; other entries are None."""
@@ -122,11 +122,15 @@ def _holds_tensors(value: object) -> bool:
 
 
 class Absent(nn.Module):
-    """Stands in the trunk where a module of the bottom or top is; returns its first argument."""
+    """Stands in the trunk where a module of the bottom or top is; passes its input through."""
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """Return the first argument; the trunk ignores what is computed with it."""
-        return args[0] if args else next(iter(kwargs.values()), None)
+        """Return the first floating-point argument; the trunk ignores what is made of it."""
+        values = [*args, *kwargs.values()]
+        for value in values:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                return value
+        return values[0] if values else None
 
 
 class AbsentEmbedding(nn.Module):
@@ -146,10 +150,15 @@ class AbsentEmbedding(nn.Module):
         self.zero: Tensor
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """Zeros of the shape of the first tensor argument, plus the embedding dimension."""
+        """Zeros of the shape of the first tensor argument, plus the embedding dimension.
+
+        Where that is hidden states, as for some position embeddings, their last dimension does
+        not count.
+        """
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor):
-                return self.zero.expand(*value.shape, self.embedding_dim)
+                shape = value.shape[:2] if value.is_floating_point() else value.shape
+                return self.zero.expand(*shape, self.embedding_dim)
         return self.zero.expand(1, self.embedding_dim)
 
 

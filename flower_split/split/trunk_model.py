@@ -9,6 +9,7 @@ takes the place of whatever the prologue made, and where the last one ends, the 
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from contextvars import ContextVar
 
@@ -26,10 +27,22 @@ from flower_split.split.stand_in import (
     StandIn,
     hidden_states_of,
     put_hidden_states,
+    take_hidden_states,
 )
 
 # The smashed data of the trunk forward that is running in this context.
 _smashed: ContextVar[Tensor | None] = ContextVar("smashed", default=None)
+# Whether that forward only finds out what reaches the first trunk layer.
+_probing: ContextVar[bool] = ContextVar("probing", default=False)
+_PROBE_SHAPE = (2, 3)  # batch, sequence
+
+
+class _TrunkInput(BaseException):
+    """Ends a probing forward at the trunk's first layer."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
 
 
 class _TrunkOutput(BaseException):
@@ -44,6 +57,8 @@ def _enter_trunk(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
     smashed = _smashed.get()
+    if _probing.get():
+        raise _TrunkInput(take_hidden_states(args, kwargs))
     return None if smashed is None else put_hidden_states(args, kwargs, smashed)
 
 
@@ -63,9 +78,15 @@ class TrunkModel(nn.Module):
         root: The model with everything outside the trunk replaced (:func:`trunk_replacements`).
         stack: Where its layers are.
         cuts: The cut layers.
+        output: The form of the family's layer outputs, shared with the stand-ins; set here.
+
+    Raises:
+        SplitError: The model's forward cannot be run from hidden states up to the trunk.
     """
 
-    def __init__(self, root: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
+    def __init__(
+        self, root: PreTrainedModel, stack: LayerStack, cuts: CutLayers, output: LayerOutput
+    ) -> None:
         super().__init__()
         self.cuts = cuts
         self.stack = stack
@@ -84,11 +105,42 @@ class TrunkModel(nn.Module):
         for name, parameter in self.named_parameters():
             if stack.index_of(name) is None:
                 parameter.requires_grad_(False)
+        # The shape of one position's hidden states; families with several streams have two sizes.
+        self._position_shape = tuple(self._probe(output).shape[2:])
 
     @property
     def hidden_size(self) -> int:
-        """The width of the hidden states."""
-        return int(self.config.get_text_config(decoder=True).hidden_size)
+        """The width of the hidden states as they cross the cut layer."""
+        return math.prod(self._position_shape)
+
+    def _probe(self, output: LayerOutput) -> Tensor:
+        """What reaches the first trunk layer; finds the form of the stand-ins' outputs."""
+        host = self._host[0]
+        weight = next(self.parameters())
+        width = int(self.config.get_text_config(decoder=True).hidden_size)
+        smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=weight.dtype, device=weight.device)
+        problem: Exception | None = None
+        token = _probing.set(True)
+        try:
+            for length in (1, None, 2, 3, 4):
+                output.length = length
+                try:
+                    with torch.no_grad():
+                        host(**host_inputs(host, smashed, width, None, None, None))
+                except _TrunkInput as reached:
+                    found = reached.hidden_states
+                    if found.dim() >= 3 and found.shape[:2] == _PROBE_SHAPE:
+                        return found
+                except Exception as error:
+                    problem = problem or error
+        finally:
+            _probing.reset(token)
+        raise SplitError(
+            f"{type(host).__name__}'s forward does not bring hidden states of shape [batch, seq, "
+            f"...] from its input embeddings to layer {self.cuts.first}"
+            + (f" ({type(problem).__name__}: {problem})" if problem else "")
+            + ". This family cannot be split."
+        ) from problem
 
     def train(self, mode: bool = True) -> "TrunkModel":
         """Set training mode, also on the module whose forward is called."""
@@ -121,12 +173,13 @@ class TrunkModel(nn.Module):
             SplitError: The model's forward ended without reaching the trunk's last layer.
         """
         host = self._host[0]
-        inputs = host_inputs(host, hidden_states, attention_mask, position_ids, use_cache)
-        token = _smashed.set(hidden_states)
+        width = int(self.config.get_text_config(decoder=True).hidden_size)
+        inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
+        token = _smashed.set(hidden_states.view(*hidden_states.shape[:2], *self._position_shape))
         try:
             host(**inputs)
         except _TrunkOutput as reached:
-            return reached.hidden_states
+            return reached.hidden_states.flatten(2)
         finally:
             _smashed.reset(token)
         raise SplitError(
@@ -138,14 +191,28 @@ class TrunkModel(nn.Module):
 def host_inputs(
     host: nn.Module,
     hidden_states: Tensor,
+    width: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     use_cache: bool | None,
 ) -> dict[str, object]:
-    """The arguments of the call that lets the model's own forward prepare its layers' inputs."""
+    """The arguments of the call that lets the model's own forward prepare its layers' inputs.
+
+    Args:
+        host: The module whose forward runs the layers.
+        hidden_states: Smashed data; stands for the input embeddings as to shape and dtype.
+        width: Of the input embeddings.
+        attention_mask: Padding mask, ``[batch, seq]``, or None.
+        position_ids: ``[batch or 1, seq]`` or None.
+        use_cache: As the model's argument.
+    """
     accepted = argument_names(type(host).forward)
+    # A copy: a forward may scale its input embeddings in place.
+    embeddings = hidden_states.detach().clone()
+    if embeddings.shape[-1] != width or embeddings.dim() != 3:
+        embeddings = embeddings.new_zeros(*embeddings.shape[:2], width)
     candidates: dict[str, object] = {
-        "inputs_embeds": hidden_states.detach(),
+        "inputs_embeds": embeddings,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "use_cache": use_cache,
@@ -163,17 +230,24 @@ def argument_names(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
-def trunk_replacements(root: nn.Module, stack: LayerStack, cuts: CutLayers) -> dict[str, nn.Module]:
+def trunk_replacements(
+    root: nn.Module, stack: LayerStack, cuts: CutLayers, output: LayerOutput
+) -> dict[str, nn.Module]:
     """What to put where, so that ``root`` keeps the trunk's weights alone.
 
     Layers outside the trunk become stand-ins; modules outside the stack that have parameters, and
     dropout (which would draw random numbers for nothing), become absent.
 
+    Args:
+        root: The whole model.
+        stack: Where its layers are.
+        cuts: The cut layers.
+        output: The form of layer outputs that the stand-ins share.
+
     Returns:
         Dotted name in ``root`` -> replacement.
     """
     replacements: dict[str, nn.Module] = {}
-    output = LayerOutput(1)
     for index, layer in enumerate(stack.layers(root)):
         if cuts.part_of(index) != "trunk":
             replacements[stack.layer_path(index)] = StandIn(layer, output)
