@@ -300,7 +300,9 @@ class Client:
             cuts, parts = model_cuts(self.config), all_parts(self.config)
             attach_lora(model, cuts, parts, seed=self.config.seed)
             _cache.whole_initial = adapter_state(model)
-            _cache.whole = model.to(self.device)
+            whole: nn.Module = model  # transformers' own `to` is typed for another class
+            whole.to(self.device)
+            _cache.whole = model
         return _cache.whole
 
 

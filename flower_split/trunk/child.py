@@ -1,8 +1,9 @@
 """The trunk as a process of its own: the ServerApp's child on loopback, or a machine's service.
 
 As a child it reads one JSON line from standard input (what to serve; the token never stands in an
-argument list), answers with one JSON line on standard output (its port, or why it cannot serve), and serves until its standard input ends. Standard input ends when the parent ends,
-however the parent ended, so no trunk outlives its run. Log lines go to standard error.
+argument list), answers with one JSON line on standard output (its port, or why it cannot serve),
+and serves until its standard input ends. Standard input ends when the parent ends, however the
+parent ended, so no trunk outlives its run. Log lines go to standard error.
 """
 
 import json
