@@ -92,7 +92,7 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _completion_example(document: Completion, tokenizer: PreTrainedTokenizerBase) -> Example:
     """Prompt and completion are tokenised apart, as they will be when the model generates."""
-    prompt = tokenizer(document.prompt, verbose=False)["input_ids"] if document.prompt else []
+    prompt = tokenizer(document.prompt, verbose=False)["input_ids"]
     if prompt and prompt[-1] == tokenizer.eos_token_id:
         prompt = prompt[:-1]  # some tokenizers end every text by themselves
     if not document.completion:

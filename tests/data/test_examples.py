@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import ids
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from flower_split.data.documents import Chat, Completion, Text
@@ -36,6 +37,19 @@ def test_completion_has_loss_on_the_completion_and_its_end_only(
     [example] = make_examples([Completion("", "a b", "c d")], tokenizer, 8)
     assert example == Example(ids("a b c d <eos>"), ids("- - c d <eos>"))
     assert example.num_tokens == 3
+
+
+def test_completion_begins_as_the_tokenizer_begins_texts(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="h $A <eos>", special_tokens=[("h", ids("h")[0]), ("<eos>", 0)]
+    )
+    documents = [Completion("", "a", "b"), Completion("", "", "b"), Text("", "a")]
+    text, with_prompt, without = make_examples(documents, tokenizer, 8)
+    assert text.input_ids == ids("h a <eos>")
+    assert with_prompt == Example(ids("h a b <eos>"), ids("- - b <eos>"))
+    assert without == Example(ids("h b <eos>"), ids("- b <eos>"))
 
 
 @pytest.mark.parametrize(
