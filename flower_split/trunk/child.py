@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
+from pathlib import Path
 from typing import IO, Self
 
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
@@ -38,6 +39,7 @@ class Serving:
     token: str  # the coordinator's token
     tls_certificate: str = ""  # PEM file; empty: plain text, loopback only
     tls_key: str = ""  # PEM file
+    checkpoints: str = ""  # directory of the trunk's checkpoints; empty: none are kept
 
     def __post_init__(self) -> None:
         """Check what needs no socket."""
@@ -70,7 +72,8 @@ class RunningTrunk:
         from flower_split.trunk.assemble import make_engine
         from flower_split.trunk.server import TrunkServer
 
-        self.engine = make_engine(config)
+        directory = Path(serving.checkpoints) if serving.checkpoints else None
+        self.engine = make_engine(config, directory)
         self._server = TrunkServer(
             self.engine,
             listen=serving.listen,
