@@ -17,7 +17,15 @@ from flower_split.arrays import from_arrays, to_arrays
 from flower_split.client import Client, TrunkOrder, planned_steps
 from flower_split.concurrency import simulated_clients_at_once
 from flower_split.config import RunConfig, parse_run_config
-from flower_split.errors import FederationError, FlowerSplitError
+from flower_split.errors import (
+    FederationError,
+    FlowerSplitError,
+    RefusalReason,
+    RoundAborted,
+    TrunkRefused,
+    TrunkUnavailable,
+)
+from flower_split.exchange import TRUNK_LOST
 from flower_split.facts import HANDSHAKE, STEPS, ClientFacts
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
@@ -25,6 +33,15 @@ from flower_split.lora import adapter_state
 logger = logging.getLogger(__name__)
 
 _RAISED = 2  # Flower's error code for an exception of the ClientApp
+
+_LOSSES = (
+    RefusalReason.WRONG_EPOCH,
+    RefusalReason.WRONG_ATTEMPT,
+    RefusalReason.UNKNOWN_SESSION,
+    RefusalReason.STALE_VERSION,
+    RefusalReason.NO_ROUND,
+    RefusalReason.UNAUTHENTICATED,  # of a round that was replaced: its tokens are gone
+)
 
 Handler = Callable[[Message, Context], RecordDict]
 
@@ -38,9 +55,12 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
     def run(message: Message, context: Context) -> Message:
         log_to_stderr(logging.WARNING)
         quiet_libraries()
+        code = _RAISED
         try:
             return Message(handler(message, context), reply_to=message)
         except FlowerSplitError as error:
+            if _is_loss(error):
+                code = TRUNK_LOST
             logger.error("node=%d %s", context.node_id, error)
             reason = str(error)
         except (
@@ -48,9 +68,16 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
         ) as error:  # the edge: what nobody foresaw must reach the ServerApp in words
             logger.exception("node=%d an unexpected error", context.node_id)
             reason = f"an unexpected {type(error).__name__}: {error} (the client's log has the traceback)"
-        return Message(Error(code=_RAISED, reason=reason), reply_to=message)
+        return Message(Error(code=code, reason=reason), reply_to=message)
 
     return run
+
+
+def _is_loss(error: FlowerSplitError) -> bool:
+    """Whether the trunk or the round was lost, through no fault of this client's."""
+    if isinstance(error, TrunkRefused):
+        return error.reason in _LOSSES
+    return isinstance(error, (RoundAborted, TrunkUnavailable))
 
 
 @app.query()

@@ -19,6 +19,7 @@ STEP_EVERY = ("local-step", "server-round", "contribution")
 DTYPES = ("float32", "bfloat16", "float16")
 WIRE_DTYPES = ("native", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adam", "sgd")
+REDUCTIONS = ("mean", "trimmed-mean", "median", "krum")
 DATA_SOURCES = ("stdlib-docs", "text", "jsonl", "hub")
 
 
@@ -166,6 +167,10 @@ class TrunkConfig:
     window_timeout: float = 120.0  # seconds from a window's opening until it is complete
     call_timeout: float = 150.0  # seconds a client waits for one call, retries included
     activation_memory: float = 4.0  # GiB of saved activations, over all clients
+    activation_memory_per_client: float = 0.0  # GiB of one client; 0: no limit of its own
+    max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
+    reduction: str = "mean"  # over clients: mean (by tokens), trimmed-mean, median or krum
+    trim_fraction: float = 0.2  # trimmed-mean, krum: share of the clients that may be bad
     wire_dtype: str = "native"  # dtype of the activations on the wire: native, float32 or bfloat16
     device: str = "auto"
     num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
@@ -176,7 +181,15 @@ class TrunkConfig:
         _one_of("trunk.train", self.train, ("lora", "full"))
         _one_of("trunk.step-every", self.step_every, STEP_EVERY)
         _one_of("trunk.wire-dtype", self.wire_dtype, WIRE_DTYPES)
+        _one_of("trunk.reduction", self.reduction, REDUCTIONS)
         _share("trunk.quorum", self.quorum)
+        for name in ("activation_memory_per_client", "max_client_grad_norm", "trim_fraction"):
+            _at_least(f"trunk.{_kebab(name)}", getattr(self, name), 0)
+        if self.trim_fraction >= 0.5:
+            raise ConfigError(
+                f"trunk.trim-fraction must be below 0.5; it is {self.trim_fraction!r}: no rule "
+                "withstands a majority."
+            )
         for name in ("join_timeout", "window_timeout", "call_timeout", "activation_memory"):
             _above(f"trunk.{_kebab(name)}", getattr(self, name), 0)
         _at_least("trunk.num-threads", self.num_threads, 1)
@@ -244,6 +257,9 @@ class RunConfig:
     join_timeout: float = 180.0  # seconds to wait for num-clients SuperNodes
     round_timeout: float = 1800.0  # seconds for one training or evaluation phase
     run_dir: str = ""  # where the run's artifacts go; empty: runs/<time>-<id> where flwr runs
+    round_retries: int = 2  # how often a round is tried again after a process was lost
+    resume: str = ""  # a run directory to go on with after its last committed round; empty: new run
+    resume_previous: bool = False  # with resume: go on from the committed round before the last
     local_only_baseline: bool = False  # also train every client alone, for comparison
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfigs = field(default_factory=LoraConfigs)
@@ -257,6 +273,9 @@ class RunConfig:
         _one_of("mode", self.mode, MODES)
         _at_least("num-server-rounds", self.num_server_rounds, 1)
         _at_least("num-clients", self.num_clients, 1)
+        _at_least("round-retries", self.round_retries, 0)
+        if self.resume_previous and not self.resume:
+            raise ConfigError("resume-previous needs resume: the run directory to go on with.")
         _share("fraction-train", self.fraction_train)
         _share("fraction-evaluate", self.fraction_evaluate, zero=True)
         _above("join-timeout", self.join_timeout, 0)

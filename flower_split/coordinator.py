@@ -14,6 +14,7 @@ from flower_split.trunk.messages import plan_to_proto, report_from_proto, status
 from flower_split.wire.channel import TrunkChannel
 from flower_split.wire.frames import Incoming
 
+_SHORT_SECONDS = 10.0  # for calls that must not hold up the coordinator when the trunk is gone
 _MAX_ADAPTER_BYTES = 1 << 36  # a fully trained trunk may be large; its server is trusted
 
 
@@ -28,7 +29,7 @@ class TrunkCoordinator:
         address: ``host:port``.
         token: The trunk's coordinator token.
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
-        timeout: Seconds per call, retries included.
+        timeout: Seconds per call, retries included; at most 10 for status and abort.
 
     Raises:
         ConfigError: Plain text to another machine, or a PEM file that cannot be read.
@@ -38,6 +39,7 @@ class TrunkCoordinator:
         self, address: str, token: str, root_certificates: str = "", timeout: float = 150.0
     ) -> None:
         self.address = address
+        self._timeout = timeout
         self._channel = TrunkChannel(
             address, token=token, timeout=timeout, root_certificates=root_certificates
         )
@@ -66,11 +68,17 @@ class TrunkCoordinator:
         request = pb.AbortRoundRequest(
             experiment=experiment, server_round=server_round, attempt=attempt, why=why
         )
-        return self._channel.unary("AbortRound", request, pb.AbortRoundReply).version
+        timeout = min(self._timeout, _SHORT_SECONDS)
+        return self._channel.unary(
+            "AbortRound", request, pb.AbortRoundReply, timeout=timeout
+        ).version
 
     def status(self) -> TrunkStatus:
         """Where the trunk stands."""
-        return status_from_proto(self._channel.unary("Status", pb.StatusRequest(), pb.StatusReply))
+        timeout = min(self._timeout, _SHORT_SECONDS)
+        return status_from_proto(
+            self._channel.unary("Status", pb.StatusRequest(), pb.StatusReply, timeout=timeout)
+        )
 
     def get_adapter(self) -> dict[str, Tensor]:
         """The trunk's trainable parameters, fp32 on the CPU, by the unsplit model's names."""

@@ -13,6 +13,7 @@
     │   ├── TrunkRefused     the trunk answered no; carries a RefusalReason
     │   └── RoundAborted     the trunk gave the round up; nothing of it was kept
     ├── FederationError      the federation cannot run the job (too small, no replies, all failed)
+    │   └── RoundLost        a process or a connection was lost; the round may be tried again
     └── RunDirectoryError    a run directory is incomplete, damaged or not one of ours
 """
 
@@ -45,6 +46,10 @@ class CodecError(FlowerSplitError):
 
 class FederationError(FlowerSplitError):
     """The federation cannot run the job: too small, no replies, or every client failed."""
+
+
+class RoundLost(FederationError):
+    """A round failed only because processes or connections were lost: it may be tried again."""
 
 
 class RunDirectoryError(FlowerSplitError):

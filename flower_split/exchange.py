@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError
@@ -21,6 +22,18 @@ logger = logging.getLogger(__name__)
 # What stands before the words of an exception that a ClientApp raised, in Flower's own error reply.
 _WRAPPING = re.compile(r"^.*Exception ClientAppException occurred\. Message:\s*", re.DOTALL)
 _CLASS = re.compile(r"^<class '[^']*'>:<'(.*?)'>$", re.DOTALL)
+
+TRUNK_LOST = 70
+"""The error code of a reply whose client lost the trunk, or whose round was given up."""
+
+_LOSSES = (
+    TRUNK_LOST,
+    ErrorCode.UNKNOWN,  # a simulation's actor died
+    ErrorCode.MESSAGE_UNAVAILABLE,
+    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+    ErrorCode.NODE_UNAVAILABLE,
+    ErrorCode.CLIENT_APP_CRASHED,
+)
 
 Watch = Callable[[Sequence[Message]], bool]
 """Called after every poll with the replies that are new; True ends the wait."""
@@ -102,6 +115,19 @@ def exchange(
         time.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
         pause = min(pause * 1.5, 1.0)
     return replies
+
+
+def lost_slots(
+    federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
+) -> set[int]:
+    """Slots whose failure is the loss of a process or a connection, not of their own making."""
+    by_message = {message.metadata.message_id: message for message in sent}
+    lost = {federation.slot_of(message.metadata.dst_node_id) for message in sent}
+    for reply in replies:
+        message = by_message.get(reply.metadata.reply_to_message_id)
+        if message is not None and not (reply.has_error() and reply.error.code in _LOSSES):
+            lost.discard(federation.slot_of(message.metadata.dst_node_id))
+    return lost
 
 
 def by_slot(

@@ -51,12 +51,21 @@ class LoraFedAvg(FedAvg):
             config.aggregator, scales, learning_rate=config.server_learning_rate
         )
         self.aggregator.init(initial)
+        self._initial = dict(initial)
         self._slot_of = slot_of
         self._sent: dict[str, Tensor] = {}
 
     def initial_arrays(self) -> ArrayRecord:
         """What round 1 sends."""
         return to_arrays(self.aggregator.distribute())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The aggregator's state; see :class:`flower_split.checkpoint.Resumable`."""
+        return self.aggregator.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.aggregator.load_state_dict(state, self._initial)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

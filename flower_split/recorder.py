@@ -41,8 +41,35 @@ class Recorder:
         self._start = time.monotonic()
         self._held_out: dict[int, dict[int, HeldOut]] = {}  # round -> slot
         self._local_only: dict[int, dict[int, HeldOut]] = {}  # trained by -> evaluated on
+        self._rounds: set[int] = set()
         self._round_metrics: dict[int, list[Mapping[str, float]]] = {}
         self._totals = {"num_tokens": 0.0, "bytes_sent": 0.0, "bytes_received": 0.0}
+
+    def forget_after(self, server_round: int) -> None:
+        """Go on after a committed round: take up its records, drop those of later rounds."""
+        kept = [
+            record
+            for record in self.run.metrics()
+            if not isinstance(record.get("server_round"), int)
+            or int(str(record["server_round"])) <= server_round
+        ]
+        kept = [record for record in kept if not record.get("local_only")]
+        self.run.replace_metrics(kept)
+        for record in kept:
+            number = record.get("server_round")
+            if record["kind"] == "round" and isinstance(number, int):
+                self._rounds.add(number)
+                for name in self._totals:
+                    value = record.get(name)
+                    self._totals[name] += value if isinstance(value, (int, float)) else 0.0
+            elif record["kind"] == "evaluation" and isinstance(number, int):
+                loss, tokens = float(str(record["loss-sum"])), int(str(record["num-tokens"]))
+                slot = int(str(record["partition_id"]))
+                self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
+
+    def has_round(self, server_round: int) -> bool:
+        """Whether the round's evaluation and its line in the metrics are there."""
+        return server_round in self._rounds
 
     def steps(
         self,
@@ -124,6 +151,7 @@ class Recorder:
         parts.append(f"{outcome.seconds:.1f} s")
         logger.info("%s", "  ".join(parts))
         self.run.append("round", record)
+        self._rounds.add(server_round)
 
     def pooled(self, server_round: int) -> HeldOut | None:
         """All clients' held-out results of a round together; None where nobody evaluated."""

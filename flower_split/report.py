@@ -145,6 +145,12 @@ class RunDirectory:
                 records.append(record)
         return records
 
+    def replace_metrics(self, records: Sequence[Mapping[str, Json]]) -> None:
+        """Write ``metrics.jsonl`` anew, with ``records`` as :meth:`metrics` gave them."""
+        if records or (self.path / "metrics.jsonl").exists():
+            lines = [json.dumps(_finite(record), allow_nan=False) + "\n" for record in records]
+            _write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+
     def write_adapter(self, part: str, state: Mapping[str, Tensor]) -> Path:
         """Write ``adapters/<part>.safetensors``; tensors by their unsplit names, sorted."""
         path = self._adapter_path(part)

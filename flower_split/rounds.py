@@ -10,16 +10,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from flower_split.errors import TrunkError
+from flower_split.errors import RoundLost, TrunkError, TrunkUnavailable
 from flower_split.exchange import describe, exchange
 from flower_split.strategy import TrunkStrategy
 from flower_split.trunk.calls import TrunkStatus
 
 logger = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 _STATUS_SECONDS = 2.0  # between two looks at the trunk
 _GRACE_SECONDS = 20.0  # for the other clients' replies, once a phase cannot succeed any more
@@ -35,21 +38,56 @@ class RoundOutcome:
     seconds: float
 
 
+@dataclass(frozen=True, slots=True)
+class TrunkCare:
+    """How the round loop looks after the trunk's process."""
+
+    alive: Callable[[], bool] = lambda: True
+    """Whether the process that this app started still runs; True where another one did."""
+    revive: Callable[[], None] = lambda: None
+    """Make the trunk serve again, or wait until it does.
+
+    Raises:
+        TrunkUnavailable: It does not.
+    """
+
+
+def with_retries(
+    strategy: TrunkStrategy, run: Callable[[], Value], label: str, trunk: TrunkCare
+) -> Value:
+    """``run()``, again under a new attempt where a process or a connection was lost.
+
+    Raises:
+        RoundLost: It was lost once more than ``round-retries``.
+        FederationError: The round failed for another reason.
+    """
+    left = strategy.config.round_retries
+    while True:
+        try:
+            return run()
+        except (RoundLost, TrunkUnavailable) as error:
+            strategy.give_up(str(error))
+            if left == 0:
+                raise
+            left -= 1
+            trunk.revive()
+            strategy.attempt += 1
+            logger.warning("%s begins again (attempt %d): %s", label, strategy.attempt, error)
+
+
 class PhaseWatch:
     """Looks after one phase while its clients work: progress lines, and an early end.
 
     Args:
         strategy: Whose phase is open.
         label: Begins every progress line, such as ``round 2/3``.
-        trunk_alive: Whether the trunk process that this app started still runs.
+        trunk: How the trunk process is looked after.
     """
 
-    def __init__(
-        self, strategy: TrunkStrategy, label: str, trunk_alive: Callable[[], bool]
-    ) -> None:
+    def __init__(self, strategy: TrunkStrategy, label: str, trunk: TrunkCare) -> None:
         self._strategy = strategy
         self._label = label
-        self._trunk_alive = trunk_alive
+        self._trunk = trunk
         self._replies: list[Message] = []
         self._start = self._looked = time.monotonic()
         self._end = float("inf")
@@ -73,14 +111,18 @@ class PhaseWatch:
             self._stop(describe(failed, strategy.federation), now)
 
     def _look(self, now: float) -> None:
-        if not self._trunk_alive():
-            if self._end == float("inf"):
-                self._stop("the trunk process ended; its last log lines say why", now)
+        if not self._trunk.alive():
+            # Serving again at once, it tells the clients that wait for it that their round is over.
+            self._lose("the trunk process ended; its last log lines say why", now)
+            self._trunk.revive()
             return
         try:
             status = self._strategy.coordinator.status()
         except TrunkError as error:
             logger.warning("%s the trunk does not report its status: %s", self._label, error)
+            return
+        if status.epoch != self._strategy.epoch and self._end == float("inf"):
+            self._lose("the trunk restarted", now)
             return
         if status.phase == "aborted" and self._end == float("inf"):
             self._stop(f"the trunk gave the round up: {status.problem}", now)
@@ -104,6 +146,13 @@ class PhaseWatch:
             f"{rate:.0f} tokens/s {megabytes:.1f} MB"
         )
 
+    def _lose(self, why: str, now: float) -> None:
+        """The trunk that the phase ran on is no more: whoever has not answered has lost it."""
+        if self._end == float("inf"):
+            logger.warning("%s: %s", self._label, why)
+            self._strategy.lose_phase(why)
+            self._end = now + _GRACE_SECONDS
+
     def _stop(self, why: str, now: float) -> None:
         logger.warning("%s cannot succeed any more: %s", self._label, why)
         self._strategy.stop_phase(why)
@@ -116,17 +165,36 @@ def evaluate_clients(
     arrays: ArrayRecord,
     server_round: int,
     label: str,
-    trunk_alive: Callable[[], bool] = lambda: True,
+    trunk: TrunkCare = TrunkCare(),
 ) -> MetricRecord | None:
     """One evaluation phase; None where the run evaluates nothing."""
-    messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
-    replies = exchange(
-        grid,
-        messages,
-        timeout=strategy.config.round_timeout,
-        watch=PhaseWatch(strategy, label, trunk_alive),
-    )
-    return strategy.aggregate_evaluate(server_round, replies)
+
+    def run() -> MetricRecord | None:
+        messages = strategy.configure_evaluate(server_round, arrays, ConfigRecord(), grid)
+        timeout, watch = strategy.config.round_timeout, PhaseWatch(strategy, label, trunk)
+        replies = exchange(grid, messages, timeout=timeout, watch=watch)
+        return strategy.aggregate_evaluate(server_round, replies)
+
+    return with_retries(strategy, run, f"{label} evaluation", trunk)
+
+
+def train_clients(
+    strategy: TrunkStrategy,
+    grid: Grid,
+    arrays: ArrayRecord,
+    server_round: int,
+    label: str,
+    trunk: TrunkCare = TrunkCare(),
+) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    """One training phase."""
+
+    def run() -> tuple[ArrayRecord | None, MetricRecord | None]:
+        messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
+        timeout, watch = strategy.config.round_timeout, PhaseWatch(strategy, label, trunk)
+        replies = exchange(grid, messages, timeout=timeout, watch=watch)
+        return strategy.aggregate_train(server_round, replies)
+
+    return with_retries(strategy, run, label, trunk)
 
 
 def run_rounds(
@@ -136,7 +204,7 @@ def run_rounds(
     *,
     start_round: int = 1,
     on_round: Callable[[RoundOutcome], None],
-    trunk_alive: Callable[[], bool] = lambda: True,
+    trunk: TrunkCare = TrunkCare(),
 ) -> ArrayRecord:
     """Run the rounds ``start_round … num-server-rounds``.
 
@@ -146,7 +214,7 @@ def run_rounds(
         arrays: The global adapter that ``start_round`` begins with.
         start_round: From 1; above 1 when a run is resumed.
         on_round: Called after every round.
-        trunk_alive: Whether the trunk process that this app started still runs.
+        trunk: How the trunk process is looked after.
 
     Returns:
         The global adapter after the last round.
@@ -158,16 +226,9 @@ def run_rounds(
     last = strategy.config.num_server_rounds
     for server_round in range(start_round, last + 1):
         start, label = time.monotonic(), f"round {server_round}/{last}"
-        messages = strategy.configure_train(server_round, arrays, ConfigRecord(), grid)
-        replies = exchange(
-            grid,
-            messages,
-            timeout=strategy.config.round_timeout,
-            watch=PhaseWatch(strategy, label, trunk_alive),
-        )
-        aggregated, train = strategy.aggregate_train(server_round, replies)
+        aggregated, train = train_clients(strategy, grid, arrays, server_round, label, trunk)
         arrays = arrays if aggregated is None else aggregated
-        evaluation = evaluate_clients(strategy, grid, arrays, server_round, label, trunk_alive)
+        evaluation = evaluate_clients(strategy, grid, arrays, server_round, label, trunk)
         seconds = time.monotonic() - start
         on_round(RoundOutcome(server_round, train, evaluation, seconds))
     return arrays

@@ -4,19 +4,27 @@
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from torch import Tensor
 
-from flower_split.arrays import from_arrays
+from flower_split.arrays import from_arrays, to_arrays
 from flower_split.assets import resolve_model_path
 from flower_split.baseline import run_local_only
-from flower_split.config import RunConfig, parse_run_config
+from flower_split.checkpoint import FOLDER, Resumed, RunCheckpoints
+from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.coordinator import TrunkCoordinator
-from flower_split.errors import ConfigError, FlowerSplitError
+from flower_split.errors import (
+    ConfigError,
+    FlowerSplitError,
+    RunDirectoryError,
+    TrunkUnavailable,
+)
 from flower_split.exchange import Federation
 from flower_split.facts import ClientFacts
 from flower_split.handshake import describe_clients, shake_hands, wait_for_nodes
@@ -26,12 +34,32 @@ from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.parts import client_parts, model_cuts
 from flower_split.recorder import Recorder
 from flower_split.report import RunDirectory
-from flower_split.rounds import RoundOutcome, evaluate_clients, run_rounds
+from flower_split.rounds import (
+    RoundOutcome,
+    TrunkCare,
+    evaluate_clients,
+    run_rounds,
+    with_retries,
+)
 from flower_split.strategy import TrunkAccess, TrunkStrategy
+from flower_split.trunk.calls import RoundBase, RoundReport
 from flower_split.trunk.child import TrunkProcess
 
 logger = logging.getLogger(__name__)
 
+_MAY_DIFFER = (  # keys that a resumed run may change: none of them changes what is computed
+    "resume",
+    "run-dir",
+    "join-timeout",
+    "round-timeout",
+    "round-retries",
+    "trunk.address",
+    "trunk.token-file",
+    "trunk.root-certificates",
+    "trunk.join-timeout",
+    "trunk.window-timeout",
+    "trunk.call-timeout",
+)
 _CONTROL_SECONDS = 60.0  # deadline of one control call to the trunk
 
 app = ServerApp()
@@ -44,7 +72,7 @@ class ConnectedTrunk:
     coordinator: TrunkCoordinator
     access: TrunkAccess
     fingerprint: Mapping[str, str]
-    alive: Callable[[], bool]
+    care: TrunkCare
 
 
 @app.main()
@@ -69,22 +97,34 @@ def run(grid: Grid, config: RunConfig) -> None:
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
-    directory = RunDirectory.create(config)
-    logger.info("run directory: %s", directory.path)
+    directory = open_directory(config)
+    checkpoints = RunCheckpoints(directory.path / FOLDER)
+    resumed = checkpoints.latest(previous=config.resume_previous) if config.resume else None
+    done = resumed.entry.server_round if resumed else 0
     recorder = Recorder(directory, config)
+    recorder.forget_after(done)
     nodes = wait_for_nodes(grid, config)
-    with connect_trunk(config) as trunk:
+    with connect_trunk(config, checkpoints.directory) as trunk:
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
         recorder.names = {slot: item.name for slot, item in facts.items()}
-        strategy, arrays = make_strategy(config, trunk, federation, facts, recorder)
-        initial = evaluate_clients(strategy, grid, arrays, 0, "before round 1", trunk.alive)
-        recorder.round_done(RoundOutcome(0, None, initial, 0.0))
+        strategy, arrays = make_strategy(
+            config, trunk, federation, facts, recorder, checkpoints, resumed
+        )
+        if not recorder.has_round(done):  # nor if the run was lost while it evaluated this round
+            label = f"round {done}" if done else "before round 1"
+            evaluation = evaluate_clients(strategy, grid, arrays, done, label, trunk.care)
+            recorder.round_done(RoundOutcome(done, None, evaluation, 0.0))
         arrays = run_rounds(
-            strategy, grid, arrays, on_round=recorder.round_done, trunk_alive=trunk.alive
+            strategy,
+            grid,
+            arrays,
+            start_round=done + 1,
+            on_round=recorder.round_done,
+            trunk=trunk.care,
         )
         directory.write_adapter("client", from_arrays(arrays))
-        directory.write_adapter("trunk", trunk.coordinator.get_adapter())
+        directory.write_adapter("trunk", final_trunk_adapter(strategy, trunk))
     if config.local_only_baseline:
         run_local_only(grid, federation, recorder)
     recorder.finish({"clients": len(federation.nodes), "server rounds": config.num_server_rounds})
@@ -96,8 +136,10 @@ def make_strategy(
     federation: Federation,
     facts: Mapping[int, ClientFacts],
     recorder: Recorder,
+    checkpoints: RunCheckpoints,
+    resumed: Resumed | None,
 ) -> tuple[TrunkStrategy, ArrayRecord]:
-    """The run's strategy and the adapter it begins with."""
+    """The run's strategy and the adapter it begins with; both go on from ``resumed``."""
     state, scales = initial_client_adapter(
         resolve_model_path(config.model.name),
         model_cuts(config),
@@ -108,24 +150,92 @@ def make_strategy(
         attn_implementation=config.model.attn_implementation or None,
     )
     inner = LoraFedAvg(config.strategy, scales, state, federation.slot_of)
+    arrays, base, attempt = inner.initial_arrays(), RoundBase(0), 0
+    experiment = recorder.run.path.name + "-" + secrets.token_hex(4)
+    if resumed is not None:
+        entry = resumed.entry
+        inner.load_state_dict(resumed.strategy)
+        arrays, base = to_arrays(resumed.adapter), RoundBase(entry.server_round, entry.trunk_digest)
+        experiment, attempt = entry.experiment, entry.attempt + 1
+        logger.info("going on after round %d of experiment %s", entry.server_round, experiment)
+
+    def commit(server_round: int, report: RoundReport, adapter: ArrayRecord) -> None:
+        checkpoints.commit(
+            experiment=experiment,
+            server_round=server_round,
+            attempt=strategy.attempt,
+            trunk_digest=report.digest if server_round else "",
+            trunk_version=report.version,
+            adapter=from_arrays(adapter),
+            strategy=inner.state_dict(),
+        )
+
     strategy = TrunkStrategy(
         inner,
         trunk.coordinator,
         federation,
         config,
         access=trunk.access,
-        experiment=recorder.run.path.name + "-" + secrets.token_hex(4),
+        experiment=experiment,
         steps_per_round=max(item.planned_steps for item in facts.values()),
+        attempt=attempt,
+        base=base,
+        on_commit=commit,
         on_steps=recorder.steps,
         on_evaluation=recorder.evaluation,
     )
     strategy.summary()
-    return strategy, inner.initial_arrays()
+    if resumed is None:
+        nothing = RoundReport(
+            version=0, digest="", slots=(), optimizer_steps=0, compute_seconds=0.0
+        )
+        commit(0, nothing, arrays)
+    return strategy, arrays
+
+
+def open_directory(config: RunConfig) -> RunDirectory:
+    """A new run's directory, or that of the run to go on with.
+
+    Raises:
+        RunDirectoryError: It is no run directory, or its run had another configuration.
+    """
+    if not config.resume:
+        directory = RunDirectory.create(config)
+        logger.info("run directory: %s", directory.path)
+        return directory
+    directory = RunDirectory.open(config.resume)
+    mine, its = resolved_run_config(config), resolved_run_config(directory.config)
+    differing = [
+        f"{key} = {mine[key]!r}, was {its[key]!r}"
+        for key in mine
+        if mine[key] != its[key] and not key.startswith(_MAY_DIFFER)
+    ]
+    if differing:
+        raise RunDirectoryError(
+            f"the run in {directory.path} began with another configuration: {'; '.join(differing)}. "
+            "Resume it with its own, which is in its config.json, or begin a new run."
+        )
+    logger.info("going on with the run directory %s", directory.path)
+    return directory
+
+
+def final_trunk_adapter(strategy: TrunkStrategy, trunk: ConnectedTrunk) -> dict[str, Tensor]:
+    """The trunk's adapter after the last round, whatever happened to its process since."""
+
+    def fetch() -> dict[str, Tensor]:
+        strategy.settle_trunk(strategy.config.num_server_rounds)
+        return trunk.coordinator.get_adapter()
+
+    return with_retries(strategy, fetch, "the trunk's adapter", trunk.care)
 
 
 @contextlib.contextmanager
-def connect_trunk(config: RunConfig) -> Iterator[ConnectedTrunk]:
+def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTrunk]:
     """Start a trunk on loopback, or reach the one that ``trunk.address`` names.
+
+    Args:
+        config: The run's configuration.
+        checkpoints: Where a trunk that is started here keeps its rounds.
 
     Raises:
         TrunkUnavailable: It does not start, or does not answer.
@@ -135,12 +245,13 @@ def connect_trunk(config: RunConfig) -> Iterator[ConnectedTrunk]:
         if config.trunk.address:
             token = read_token(config.trunk.token_file)
             address, certificates = config.trunk.address, config.trunk.root_certificates
-            alive = _always
+            process = None
         else:
             logger.info("starting the trunk on loopback")
-            process = stack.enter_context(TrunkProcess.start(config, config.join_timeout))
+            process = stack.enter_context(
+                TrunkProcess.start(config, config.join_timeout, checkpoints)
+            )
             token, address, certificates = process.token, process.address, ""
-            alive = _alive_of(process)
         coordinator = TrunkCoordinator(
             address, token, root_certificates=certificates, timeout=_CONTROL_SECONDS
         )
@@ -149,7 +260,8 @@ def connect_trunk(config: RunConfig) -> Iterator[ConnectedTrunk]:
         logger.info("the trunk serves on %s", address)
         pem = _read_text(certificates, "trunk.root-certificates") if certificates else ""
         access = TrunkAccess(address=address, root_certificates=pem)
-        yield ConnectedTrunk(coordinator, access, status.fingerprint, alive)
+        care = _care_of(process, coordinator, config.join_timeout)
+        yield ConnectedTrunk(coordinator, access, status.fingerprint, care)
 
 
 def read_token(path: str) -> str:
@@ -178,9 +290,24 @@ def _read_text(path: str, key: str) -> str:
         ) from error
 
 
-def _always() -> bool:
-    return True
+def _care_of(
+    process: TrunkProcess | None, coordinator: TrunkCoordinator, timeout: float
+) -> TrunkCare:
+    """Restart the child if there is one; wait for a trunk of somebody else's."""
 
+    def alive() -> bool:
+        return process is None or process.alive
 
-def _alive_of(process: TrunkProcess) -> Callable[[], bool]:
-    return lambda: process.alive
+    def revive() -> None:
+        if process is not None and not process.alive:
+            process.restart()
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                coordinator.status()
+                return
+            except TrunkUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+
+    return TrunkCare(alive, revive)

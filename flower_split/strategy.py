@@ -18,7 +18,7 @@ import math
 import random
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -26,13 +26,23 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from flower_split import failpoints
+from flower_split.checkpoint import Resumable
 from flower_split.config import RunConfig
-from flower_split.errors import FederationError, FlowerSplitError, TrunkError
-from flower_split.exchange import Federation, by_slot, describe
+from flower_split.errors import (
+    FederationError,
+    FlowerSplitError,
+    RefusalReason,
+    RoundLost,
+    TrunkError,
+    TrunkRefused,
+    TrunkUnavailable,
+)
+from flower_split.exchange import Federation, by_slot, describe, lost_slots
 from flower_split.facts import STEPS
 from flower_split.handshake import num_participants
 from flower_split.node_view import NodeView
-from flower_split.trunk.calls import RoundPlan, RoundReport, TrunkStatus
+from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
 
 logger = logging.getLogger(__name__)
@@ -74,10 +84,16 @@ class _Phase:
     messages: list[Message]
     slots: list[int]
     cause: str = ""  # why the phase was ended before its clients were done
+    lost: set[int] = field(default_factory=set)  # slots whose process or connection was lost
+    trunk_lost: bool = False
 
 
 StepsSink = Callable[[int, int, Mapping[str, list[float]], Mapping[str, float]], None]
 """Receives ``(server_round, slot, per-step lists, metrics)`` of every accepted training reply."""
+
+CommitSink = Callable[[int, RoundReport, ArrayRecord], None]
+"""Receives ``(server_round, the trunk's report, the new adapter)`` of a round and makes it last: when
+it returns, the round is committed, and the trunk follows."""
 
 EvaluationSink = Callable[[int, int, Mapping[str, float]], None]
 """Receives ``(server_round, slot, metrics)`` of every evaluation reply."""
@@ -95,7 +111,9 @@ class TrunkStrategy(Strategy):
         access: How clients reach the trunk.
         experiment: Name of the run on the trunk; stays when a run is resumed.
         steps_per_round: Optimizer steps of the client that takes the most.
-        attempt: How often this run was started, from 0.
+        attempt: Of the next phase; every new try counts on.
+        base: The committed round that the next one begins with; None: whatever the trunk has.
+        on_commit: The commit point of a round; None: the trunk's commit is.
         on_steps: Receives the step metrics of accepted replies.
         on_evaluation: Receives the metrics of evaluation replies.
     """
@@ -111,6 +129,8 @@ class TrunkStrategy(Strategy):
         experiment: str,
         steps_per_round: int,
         attempt: int = 0,
+        base: RoundBase | None = None,
+        on_commit: CommitSink | None = None,
         on_steps: StepsSink | None = None,
         on_evaluation: EvaluationSink | None = None,
     ) -> None:
@@ -122,6 +142,9 @@ class TrunkStrategy(Strategy):
         self.experiment = experiment
         self.steps_per_round = steps_per_round
         self.attempt = attempt
+        self.base = base
+        self.epoch = 0  # of the trunk process that the open phase runs on
+        self._on_commit = on_commit
         self.last_report: RoundReport | None = None
         self._on_steps = on_steps
         self._on_evaluation = on_evaluation
@@ -155,6 +178,9 @@ class TrunkStrategy(Strategy):
                 aggregated. The trunk's round is aborted.
         """
         phase = self._current(server_round, evaluate=False)
+        replies = list(replies)
+        phase.lost = lost_slots(self.federation, phase.messages, replies)
+        before = self.inner.state_dict() if isinstance(self.inner, Resumable) else None
         try:
             good, problems = by_slot(self.federation, phase.messages, replies)
             self._require(good, problems, server_round)
@@ -170,9 +196,11 @@ class TrunkStrategy(Strategy):
                     f"{type(self.inner).__name__} returned no adapter from {len(kept)} replies; "
                     "see its messages in the log."
                 )
-            self.coordinator.commit_round(self.experiment, server_round, self.attempt)
+            self._commit(server_round, report, arrays)
         except BaseException as error:
             self.give_up(f"the ServerApp could not finish the round: {error}")
+            if before is not None and isinstance(self.inner, Resumable):
+                self.inner.load_state_dict(before)
             raise
         if problems:
             logger.warning(
@@ -181,6 +209,19 @@ class TrunkStrategy(Strategy):
         self._phase = None
         self.last_report = report
         return arrays, metrics
+
+    def _commit(self, server_round: int, report: RoundReport, arrays: ArrayRecord) -> None:
+        """Make the round last; after the commit point nothing undoes it, and nothing is raised."""
+        if self._on_commit is None:
+            self.coordinator.commit_round(self.experiment, server_round, self.attempt)
+            return
+        self._on_commit(server_round, report, arrays)
+        self.base = RoundBase(server_round, report.digest)
+        try:
+            self.coordinator.commit_round(self.experiment, server_round, self.attempt)
+        except TrunkError as error:  # the next phase names the round as its base, which commits it
+            logger.warning("round=%d the trunk will commit later: %s", server_round, error)
+        failpoints.reach("server.commit.after")
 
     # --------------------------------------------------------------- evaluate
 
@@ -205,10 +246,13 @@ class TrunkStrategy(Strategy):
         if self._phase is None:
             return None
         phase = self._current(server_round, evaluate=True)
+        replies = list(replies)
+        lost = phase.trunk_lost or lost_slots(self.federation, phase.messages, replies)
         good, problems = by_slot(self.federation, phase.messages, replies)
         self.give_up("the evaluation ended")
         if not good:
-            raise FederationError(
+            kind = RoundLost if lost is True or lost >= set(problems) else FederationError
+            raise kind(
                 f"round {server_round}: no client could evaluate. "
                 f"{describe(problems, self.federation)}"
             )
@@ -259,6 +303,31 @@ class TrunkStrategy(Strategy):
         except TrunkError as error:
             logger.warning("round=%d the trunk could not abort: %s", phase.server_round, error)
 
+    def lose_phase(self, why: str) -> None:
+        """The trunk that the open phase runs on is gone: who has not completed has lost it."""
+        if self._phase is not None:
+            self._phase.cause = self._phase.cause or why
+            self._phase.trunk_lost = True
+
+    def settle_trunk(self, server_round: int) -> None:
+        """Have the trunk stand at the committed round, whatever happened to it since.
+
+        Raises:
+            TrunkError: It does not answer, or cannot restore the round.
+        """
+        if self.base is None:
+            return
+        plan = RoundPlan(
+            experiment=self.experiment,
+            server_round=server_round,
+            attempt=self.attempt + 1,
+            participants={0: secrets.token_urlsafe(32)},
+            evaluate=True,
+            base=self.base,
+        )
+        self.coordinator.begin_round(plan)
+        self.coordinator.abort_round(self.experiment, server_round, plan.attempt, "it stands")
+
     def stop_phase(self, why: str) -> None:
         """Abort the trunk's round so that its clients end at once; the phase stays to be judged."""
         if self._phase is not None:
@@ -294,7 +363,7 @@ class TrunkStrategy(Strategy):
         chosen = {self.federation.slot_of(m.metadata.dst_node_id): m for m in inner}
         tokens = {slot: secrets.token_urlsafe(32) for slot in sorted(chosen)}
         trunk = self.config.trunk
-        self.coordinator.begin_round(
+        self.epoch, _ = self.coordinator.begin_round(
             RoundPlan(
                 experiment=self.experiment,
                 server_round=server_round,
@@ -307,6 +376,7 @@ class TrunkStrategy(Strategy):
                 join_seconds=trunk.join_timeout,
                 window_seconds=trunk.window_timeout,
                 evaluate=evaluate,
+                base=self.base,
             )
         )
         messages = [
@@ -356,7 +426,10 @@ class TrunkStrategy(Strategy):
             return self.coordinator.prepare_round(self.experiment, server_round, self.attempt)
         except FlowerSplitError as error:
             why = f" Clients: {describe(problems, self.federation)}." if problems else ""
-            raise FederationError(
+            lost = isinstance(error, TrunkUnavailable) or (
+                isinstance(error, TrunkRefused) and error.reason is RefusalReason.WRONG_ATTEMPT
+            )
+            raise (RoundLost if lost else FederationError)(
                 f"round {server_round}: the trunk cannot close the round: {error}{why}"
             ) from error
 
@@ -374,7 +447,9 @@ class TrunkStrategy(Strategy):
         )
         cause = self._phase.cause if self._phase is not None else ""
         why = cause or describe(problems, self.federation)
-        raise FederationError(
+        phase = self._phase
+        lost = phase is not None and (phase.trunk_lost or phase.lost >= set(problems))
+        raise (RoundLost if lost else FederationError)(
             f"round {server_round}: {len(good)} of {total} clients completed, and trunk.quorum = "
             f"{self.config.trunk.quorum:g} needs {required}. Cause: {why.rstrip('.')}. "
             f"Mend it and start the run again.{lower}"

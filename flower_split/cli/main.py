@@ -50,6 +50,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     trunk.add_argument("--tls-certificate", default="", help="PEM file; required off loopback")
     trunk.add_argument("--tls-key", default="", help="PEM file")
+    trunk.add_argument(
+        "--checkpoints",
+        default="",
+        metavar="DIR",
+        help="keep every round there, so that a run goes on after this process was lost",
+    )
     _add_run_config(trunk)
 
     export = commands.add_parser(
@@ -103,6 +109,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             token_file=arguments.token_file,
             tls_certificate=arguments.tls_certificate,
             tls_key=arguments.tls_key,
+            checkpoints=arguments.checkpoints,
             run_config=arguments.run_config,
         )
     from flower_split.export import export_adapter

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from flower_split import failpoints
 from flower_split.cli.app import load_app_config
 from flower_split.errors import ConfigError
 from flower_split.logs import log_to_stderr, quiet_libraries
@@ -23,6 +24,7 @@ def serve_trunk(
     token_file: Path,
     tls_certificate: str,
     tls_key: str,
+    checkpoints: str,
     run_config: Sequence[str] | None,
 ) -> int:
     """Serve until SIGINT or SIGTERM.
@@ -33,12 +35,14 @@ def serve_trunk(
     """
     log_to_stderr()
     quiet_libraries()
+    failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
     config = load_app_config(app, run_config)
     serving = Serving(
         listen=listen,
         token=token_from(token_file),
         tls_certificate=tls_certificate,
         tls_key=tls_key,
+        checkpoints=checkpoints,
     )
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -17,10 +17,11 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Self
 
+from flower_split import failpoints
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError, FlowerSplitError, TrunkUnavailable
 from flower_split.logs import quiet_libraries
@@ -107,57 +108,45 @@ class TrunkProcess:
         token: The coordinator's token; a fresh one for every process.
     """
 
-    def __init__(self, process: "subprocess.Popen[str]", token: str, port: int) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[str]", order: Mapping[str, object], timeout: float
+    ) -> None:
         self._process = process
-        self.token = token
-        self.address = f"127.0.0.1:{port}"
+        self._order = order
+        self._timeout = timeout
+        self.token = str(order["token"])
+        self.address = str(order["listen"])
 
     @classmethod
-    def start(cls, config: RunConfig, timeout: float) -> Self:
+    def start(cls, config: RunConfig, timeout: float, checkpoints: Path | None = None) -> Self:
         """Start the trunk that ``config`` describes and wait until it serves.
 
         Args:
             config: The run's configuration.
             timeout: Seconds until it must serve.
+            checkpoints: The directory of its checkpoints; None: it keeps none.
 
         Raises:
             TrunkUnavailable: It did not start; carries the reason in words.
         """
-        token = secrets.token_urlsafe(32)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flower_split.trunk.child"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
-        assert process.stdin and process.stdout and process.stderr
-        tail: deque[str] = deque(maxlen=20)
-        relay = threading.Thread(target=_relay, args=(process.stderr, tail), daemon=True)
-        relay.start()
-        order = {"config": resolved_run_config(config), "token": token}
-        try:
-            process.stdin.write(json.dumps(order) + "\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died at once; its answer, or its last log lines, say why
-        answer = _read_answer(process.stdout, timeout)
-        if "port" in answer:
-            return cls(process, token, int(str(answer["port"])))
-        process.kill()
-        process.wait()
-        relay.join(timeout=5.0)
-        for pipe in (process.stdin, process.stdout):
-            pipe.close()
-        why = answer.get("error") or " ".join(tail) or f"it ended with code {process.returncode}"
-        if answer.get("late"):
-            why = (
-                f"it does not serve after {timeout:g} s (join-timeout); "
-                + (f"its last line: {tail[-1]}" if tail else "it wrote nothing")
-                + ". Raise join-timeout if the model is large"
-            )
-        raise TrunkUnavailable(f"the trunk process did not start: {str(why).rstrip('.')}.")
+        order = {
+            "config": resolved_run_config(config),
+            "token": secrets.token_urlsafe(32),
+            "listen": "127.0.0.1:0",
+            "checkpoints": str(checkpoints or ""),
+        }
+        process, port = _launch(order, timeout)
+        return cls(process, {**order, "listen": f"127.0.0.1:{port}"}, timeout)
+
+    def restart(self) -> None:
+        """Start it again after it has died, at the same address and with the same token.
+
+        Raises:
+            TrunkUnavailable: It did not start.
+        """
+        self.stop()
+        logger.warning("the trunk process ended; it is started again")
+        self._process, _ = _launch(self._order, self._timeout)
 
     @property
     def alive(self) -> bool:
@@ -194,6 +183,43 @@ class TrunkProcess:
         self.stop()
 
 
+def _launch(order: Mapping[str, object], timeout: float) -> "tuple[subprocess.Popen[str], int]":
+    """Start a child, give it its order, and wait for its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flower_split.trunk.child"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+    )
+    assert process.stdin and process.stdout and process.stderr
+    tail: deque[str] = deque(maxlen=20)
+    relay = threading.Thread(target=_relay, args=(process.stderr, tail), daemon=True)
+    relay.start()
+    try:
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at once; its answer, or its last log lines, say why
+    answer = _read_answer(process.stdout, timeout)
+    if "port" in answer:
+        return process, int(str(answer["port"]))
+    process.kill()
+    process.wait()
+    relay.join(timeout=5.0)
+    for pipe in (process.stdin, process.stdout):
+        pipe.close()
+    why = answer.get("error") or " ".join(tail) or f"it ended with code {process.returncode}"
+    if answer.get("late"):
+        why = (
+            f"it does not serve after {timeout:g} s (join-timeout); "
+            + (f"its last line: {tail[-1]}" if tail else "it wrote nothing")
+            + ". Raise join-timeout if the model is large"
+        )
+    raise TrunkUnavailable(f"the trunk process did not start: {str(why).rstrip('.')}.")
+
+
 def _relay(lines: IO[str], tail: "deque[str]") -> None:
     """Pass the child's log on to this process's, whose output Flower streams to the user."""
     with lines:
@@ -228,8 +254,12 @@ def main() -> int:
         return 0
     order = json.loads(line)
     try:
+        failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
         config = parse_run_config(order["config"])
-        running = RunningTrunk(config, Serving(token=order["token"]))
+        serving = Serving(
+            token=order["token"], listen=order["listen"], checkpoints=order["checkpoints"]
+        )
+        running = RunningTrunk(config, serving)
     except FlowerSplitError as error:
         print(json.dumps({"error": str(error)}), file=answer, flush=True)
         return 1

@@ -7,8 +7,8 @@ import pytest
 from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from flower_split import rounds
-from flower_split.errors import FederationError
-from flower_split.rounds import RoundOutcome, run_rounds
+from flower_split.errors import FederationError, RoundLost
+from flower_split.rounds import RoundOutcome, TrunkCare, run_rounds
 from flower_split.trunk.calls import TrunkStatus
 from tests.flower.fakes import FakeCoordinator, FakeGrid, train_content
 from tests.flower.test_strategy import FEDERATION, NODES, SENT, arrays, make_config, make_strategy
@@ -84,8 +84,37 @@ def test_run_rounds_with_a_dead_trunk_process_ends(monkeypatch: pytest.MonkeyPat
             grid,
             SENT,
             on_round=print,
-            trunk_alive=lambda: False,
+            trunk=TrunkCare(alive=lambda: False),
         )
+
+
+def test_run_rounds_after_a_lost_client_begins_the_round_again_under_a_new_attempt(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lost = [Error(5, "node unavailable")]
+
+    def once(message: Message) -> RecordDict | Error | None:
+        return lost.pop() if lost else answer(message)
+
+    coordinator = FakeCoordinator()
+    grid = FakeGrid(NODES.values(), once)
+    result = run_rounds(make_strategy(coordinator), grid, SENT, on_round=lambda outcome: None)
+    assert result["w"].numpy().tolist() == [2.0]  # as if nothing had been lost
+    assert [call for call in coordinator.calls if call != "abort"][:3] == [
+        "begin",
+        "begin",
+        "prepare",
+    ]
+    assert [(plan.server_round, plan.attempt) for plan in coordinator.plans[:2]] == [(1, 0), (1, 1)]
+    assert "begins again (attempt 1)" in caplog.text
+
+
+def test_run_rounds_gives_up_after_the_retries() -> None:
+    grid = FakeGrid(NODES.values(), lambda _: Error(5, "node unavailable"))
+    coordinator = FakeCoordinator()
+    with pytest.raises(RoundLost, match="node unavailable"):
+        run_rounds(make_strategy(coordinator), grid, SENT, on_round=print)
+    assert len(coordinator.plans) == 1 + make_config().round_retries
 
 
 def test_run_rounds_logs_where_the_trunk_stands(
