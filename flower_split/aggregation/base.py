@@ -178,6 +178,19 @@ def checked_rank_scale(state: State, rank: int | None, scale: float | None) -> t
     return rank, scale
 
 
+def padded(factors: Factors, rank: int) -> Factors:
+    """The same ΔW with rows and columns of 0 up to ``rank``.
+
+    Needed where an orthonormal A of [r, in] cannot have r rows because r is above ``in``.
+    """
+    missing = rank - factors.rank
+    if missing <= 0:
+        return factors
+    a = factors.A.new_zeros(missing, factors.in_features)
+    b = factors.B.new_zeros(factors.out_features, missing)
+    return Factors(torch.cat([factors.A, a]), torch.cat([factors.B, b], dim=1), factors.scale)
+
+
 def only_own_rank(method: str, state: State, rank: int | None, scale: float | None) -> Factors:
     """``distribute`` of a method that has one rank for everybody.
 

@@ -19,7 +19,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
-from flower_split.aggregation.base import Aggregator, only_own_rank
+from flower_split.aggregation.base import Aggregator, only_own_rank, padded
 from flower_split.aggregation.checks import Share, check_updates, common_rank
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.lowrank import LowRankSum, row_length
@@ -98,5 +98,6 @@ class FedSB(Aggregator):
         length = row_length(state.basis)
         scale = state.factors.scale
         factors = Factors(q * length, p @ core / (length * scale), scale)
+        factors = padded(factors, state.factors.rank)
         extra = {"P": p, "Q": q, "core": core}
         return replace(state, factors=factors, extra=extra)

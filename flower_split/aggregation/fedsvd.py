@@ -14,7 +14,7 @@ from typing import ClassVar
 
 import torch
 
-from flower_split.aggregation.base import Aggregator, only_own_rank
+from flower_split.aggregation.base import Aggregator, only_own_rank, padded
 from flower_split.aggregation.checks import check_updates, common_rank
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.means import mean_b, note_frozen, step_towards
@@ -42,7 +42,7 @@ class FedSVD(Aggregator):
         rows, kept = int(vh.shape[0]), int(s.shape[0])
         scaled = b.new_zeros(state.out_features, rows, dtype=torch.float64)
         scaled[:, :kept] = left @ (u[:, :kept] * s)
-        factors = Factors(vh @ basis.T, scaled, old.scale)
+        factors = padded(Factors(vh @ basis.T, scaled, old.scale), old.rank)
         return AggregationResult(
             replace(state, factors=factors, server_round=state.server_round + 1)
         )

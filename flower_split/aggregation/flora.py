@@ -52,9 +52,9 @@ class FLoRA(Aggregator):
         return leading(state, rank, scale, self.seed)
 
     def _restarted(self, state: State) -> State:
-        """ΔW = 0 with new rows for A, drawn from the seed, the round, and the module's first A."""
+        """ΔW = 0 with new rows for A, drawn from the seed and the rows before them."""
         own = int(state.basis.view(torch.int32).sum(dtype=torch.int64))
-        generator = torch.Generator().manual_seed((self.seed + own + state.server_round) % 2**63)
+        generator = torch.Generator().manual_seed((self.seed + own) % 2**63)
         rows = torch.randn(state.basis.shape, generator=generator)
         basis = rows.to(state.basis.device) * (row_length(state.basis) / state.in_features**0.5)
         zero = Factors(basis[:0].clone(), basis.new_zeros(state.out_features, 0), 1.0)

@@ -429,3 +429,23 @@ def test_client_of_more_rank_than_the_server_gets_trainable_rows(name):
     assert (sent.A.norm(dim=1) > 0.05).all()
     assert torch.equal(sent.A, same.A)
     assert relative(dense(sent), dense(aggregator.delta(state))) < 1e-6
+
+
+@pytest.mark.parametrize(("out", "into"), [(2, 30), (30, 2), (1, 1)])
+@pytest.mark.parametrize("name", ALL)
+def test_rank_above_the_size_of_the_weight_keeps_its_shape_and_stays_finite(name, out, into):
+    rng = generator(1)
+    aggregator = make_aggregator(name)
+    start = Factors(torch.randn(5, into, generator=rng), torch.zeros(out, 5), 2.0)
+    state = aggregator.init(start)
+    for server_round in range(3):
+        received = aggregator.distribute(state, 5, 2.0)
+        assert (received.A.shape, received.B.shape) == ((5, into), (out, 5))
+        updates = [
+            Update(i, received, trained(name, server_round, received, rng), 1 + i) for i in range(3)
+        ]
+        result = aggregator.aggregate(state, updates)
+        state = result.state
+        for factors in (aggregator.delta(state), result.residual or received):
+            assert torch.isfinite(factors.A).all()
+            assert torch.isfinite(factors.B).all()
