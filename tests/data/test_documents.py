@@ -62,13 +62,13 @@ def test_held_out_split_changes_with_the_seed_and_only_with_it() -> None:
 
 
 def test_held_out_split_puts_equal_texts_on_one_side_on_every_client() -> None:
-    mine, theirs = _texts(300), [Text("other", t.text) for t in reversed(_texts(300, 100))]
+    mine, theirs = _texts(300), [Text("other", t.text) for t in reversed(_texts(350, 100))]
     train_mine, held_mine = split_held_out([*mine, *mine], 0.3, 5)
     train_theirs, held_theirs = split_held_out(theirs, 0.3, 5)
     trained = {d.text for d in [*train_mine, *train_theirs]}
     held = {d.text for d in [*held_mine, *held_theirs]}
     assert trained.isdisjoint(held)
-    assert len(trained | held) == 400
+    assert len(trained | held) == 450
 
 
 @pytest.mark.parametrize("fraction", [1e-9, 0.5, 1 - 1e-9])

@@ -6,7 +6,7 @@ from flower_split.config import DataConfig
 from flower_split.data.partitions import partition_rows
 from flower_split.errors import DataError
 
-KEYS = [str(row % 6) for row in range(120)]
+KEYS = [str(5 - row % 6) for row in range(120)]
 
 
 def _partition(name: str, number: int, count: int = 3, seed: int = 0) -> list[int]:
