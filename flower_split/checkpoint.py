@@ -99,9 +99,8 @@ class RunCheckpoints:
         failpoints.reach("server.commit.before")
         tensors = {_ADAPTER + name: tensor for name, tensor in adapter.items()}
         tensors |= {_STRATEGY + name: tensor for name, tensor in strategy.items()}
-        content = save(
-            {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-        )
+        # Cloned, because safetensors refuses tensors that share memory.
+        content = save({n: tensors[n].detach().cpu().contiguous().clone() for n in sorted(tensors)})
         sha256 = hashlib.sha256(content).hexdigest()
         entry = CommittedRound(
             experiment=experiment,
