@@ -94,6 +94,10 @@ class RemoteTrunk(nn.Module):
     Attributes:
         waiting: Entered around every call: give back there what other micro-batches need to
             compute. Does nothing by default.
+        always: An input of every training forward that always requires grad. Without it autograd
+            would skip the backward call wherever nothing of the bottom trains, and the trunk would
+            learn nothing. ``loss.backward()`` reaches it by itself; ``torch.autograd.grad`` must be
+            given it among its inputs (its gradient is ``None``).
 
     Raises:
         ConfigError: Plain text to another machine, a PEM file that cannot be read, or an unknown
@@ -117,6 +121,7 @@ class RemoteTrunk(nn.Module):
                 f"trunk.wire-dtype must be one of {', '.join(_WIRE_DTYPES)}; it is {wire_dtype!r}."
             )
         self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.always = torch.empty(0, requires_grad=True)
         self._channel = TrunkChannel(
             address, token=token, timeout=call_timeout, root_certificates=root_certificates
         )
@@ -161,6 +166,11 @@ class RemoteTrunk(nn.Module):
             reply.server_round,
             reply.version,
         )
+        return self._grant
+
+    @property
+    def grant(self) -> SessionGrant | None:
+        """What :meth:`open` returned; ``None`` without an open session."""
         return self._grant
 
     def close(self) -> None:
@@ -272,10 +282,7 @@ class RemoteTrunk(nn.Module):
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts and copies: autograd converts and carries the gradients back.
             smashed = _to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
-            # Without an input that requires grad autograd would skip the backward call wherever
-            # nothing of the bottom trains, and the trunk would silently learn nothing.
-            always = torch.empty(0, requires_grad=mode is ForwardMode.TRAIN)
-            output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
+            output: Tensor = _CallTrunk.apply(smashed, self.always, exchange)  # type: ignore[no-untyped-call]
             return _from_cpu(output, hidden_states.device).to(hidden_states.dtype)
 
     def _take_micro_batch(self) -> _MicroBatch:

@@ -216,8 +216,11 @@ class _StepTrainer:
         with self.turns.computing(seed), named:
             loss = causal_lm_loss(self.model, batch, total, self.device)
             objective = loss if self.auxiliary is None else loss + self.auxiliary.loss(batch, total)
-            gradients = torch.autograd.grad(objective, self.parameters, allow_unused=True)
-        return float(loss.detach()), list(gradients)
+            # The trunk's own input makes autograd call it even where the bottom trains nothing.
+            always = [self.trunk.always] if self.trunk is not None else []
+            inputs = [*self.parameters, *always]
+            gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
+        return float(loss.detach()), list(gradients[: len(self.parameters)])
 
     def _metrics(self, step: int, loss: float, num_tokens: int, seconds: float) -> StepMetrics:
         if self.trunk is None:
