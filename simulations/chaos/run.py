@@ -1,0 +1,240 @@
+"""Kill a small federated run anywhere, hundreds of times, and compare its final weights.
+
+    python simulations/chaos/run.py --faults 200 --seed 0
+
+A real job (tiny Llama, four clients, AdamW, dropout, schedules, seeded sampling) runs once without
+faults. Then it runs again and again under SIGKILLs of the trunk, the ServerApp's process and the
+clients, at random times and at every named failpoint, and under cut, refused and delayed connections to
+the trunk. Whoever dies is started again, as a supervisor would; the ServerApp resumes its run directory.
+Every run must end on the hash of the fault-free one. ``--no-dedupe`` switches the trunk's memory of calls
+off, and the same command must then find differences.
+
+The clients, the trunk and the ServerApp's code are the package's own, each in a process of its own and
+talking gRPC; only the SuperLink and the SuperNodes are replaced, by a grid of processes on Unix sockets
+(grid.py), because a real SuperLink's restarts would make hundreds of kills take hours.
+Exit status: 0 if every run ended on the expected hash, 1 otherwise.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from processes import Job, Role
+from proxy import Fault, Proxy
+from safetensors.torch import load_file
+from tiny import make_config
+
+# Imported here, before anything is forked: every process has them at once.
+import flower_split.client_app
+import flower_split.server_app
+import flower_split.trunk.assemble
+import flower_split.trunk.server  # noqa: F401
+from flower_split.config import Scalar
+
+_RUN_SECONDS = 240.0  # one run must end by then, whatever is done to it
+
+
+@dataclass
+class Outcome:
+    """One run of the job."""
+
+    seed: int
+    digest: str
+    seconds: float
+    faults: Counter[str] = field(default_factory=Counter)
+    starts: int = 0
+    problem: str = ""
+
+
+def digest_of(run_dir: Path) -> str:
+    """SHA-256 over the final adapters of clients and trunk."""
+    sha = hashlib.sha256()
+    for part in ("client", "trunk"):
+        for name, tensor in sorted(load_file(run_dir / "adapters" / f"{part}.safetensors").items()):
+            sha.update(name.encode() + tensor.numpy().tobytes())
+    return sha.hexdigest()
+
+
+class Chaos:
+    """One run under faults.
+
+    Args:
+        job: What runs.
+        chance: Decides everything that is random here.
+        faults: How many faults to inject; 0: none.
+        kinds: Of "kill" and "network".
+        places: Failpoints still to be fired, shared by all runs; the rarest come first.
+    """
+
+    def __init__(
+        self, job: Job, chance: random.Random, faults: int, kinds: list[str], places: Counter[str]
+    ) -> None:
+        self.job = job
+        self.chance = chance
+        self.left = faults
+        self.kinds = kinds
+        self.places = places
+        self.outcome = Outcome(0, "", 0.0)
+
+    def run(self) -> Outcome:
+        """To the end of the job."""
+        proxy = Proxy(("127.0.0.1", self.job.trunk_port))
+        self.job.config["trunk.address"] = f"127.0.0.1:{proxy.port}"
+        started = time.monotonic()
+        next_fault = started + self.chance.expovariate(1.0)
+        try:
+            for role in self.job.roles:
+                self._start(role)
+            while not self._finished():
+                now = time.monotonic()
+                if now - started > _RUN_SECONDS:
+                    self.outcome.problem = f"not done after {_RUN_SECONDS:g} s"
+                    break
+                self._start_again()
+                if self.outcome.problem:
+                    break
+                if self.left > 0 and now >= next_fault:
+                    self._inject(proxy)
+                    next_fault = now + 0.1 + self.chance.expovariate(1.2)
+                time.sleep(0.02)
+        finally:
+            for role in self.job.roles:
+                if role.alive:
+                    role.kill()
+            proxy.close()
+        for kind, count in proxy.fired.items():
+            self.outcome.faults[f"network {kind}"] += count
+        self.outcome.seconds = time.monotonic() - started
+        if not self.outcome.problem:
+            self.outcome.digest = digest_of(self.job.run_dir)
+        return self.outcome
+
+    def _finished(self) -> bool:
+        return self.job.server.exit_code == 0
+
+    def _start(self, role: Role) -> None:
+        """Start a process, every second time with a failpoint that will kill it."""
+        failpoint = ""
+        if self.left > 0 and "kill" in self.kinds and self.chance.random() < 0.6:
+            rare = min(self.places[place] for place in role.places)
+            place = self.chance.choice([p for p in role.places if self.places[p] == rare])
+            failpoint = f"{place}=kill@{self.chance.randint(1, 3)}"
+        role.start(failpoint)
+        self.outcome.starts += 1
+
+    def _start_again(self) -> None:
+        for role in self.job.roles:
+            if role.alive or role.exit_code == 0:
+                continue
+            if role.exit_code == -9:  # at its failpoint: nobody else kills behind this loop's back
+                place = role.failpoint.partition("=")[0]
+                self.places[place] += 1
+                self._count(f"{role.name.partition('-')[0]} failpoint")
+            else:
+                self.outcome.problem = f"{role.name} ended with {role.exit_code}; see {role.log}"
+                return
+            self._start(role)
+
+    def _inject(self, proxy: Proxy) -> None:
+        if self.chance.choice(self.kinds) == "network":
+            kind = self.chance.choice(["cut", "cut", "refuse", "delay"])
+            proxy.inject(
+                Fault(kind, after_bytes=self.chance.randint(1, 20_000), seconds=0.3)
+                if kind != "refuse"
+                else Fault(kind)
+            )
+            self.left -= 1
+            return
+        role = self.chance.choice(
+            [self.job.trunk, self.job.server, self.chance.choice(self.job.clients)]
+        )
+        if role.alive:
+            role.kill()
+            self._count(f"{role.name.partition('-')[0]} random")
+            self._start(role)
+
+    def _count(self, what: str) -> None:
+        self.outcome.faults[f"kill {what}"] += 1
+        self.left -= 1
+
+
+def main() -> int:
+    """Run, print the table, compare."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--faults", type=int, default=200, help="SIGKILLs to deliver, over all runs"
+    )
+    parser.add_argument("--faults-per-run", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument(
+        "--network", action="store_true", help="cut, refuse and delay connections too"
+    )
+    parser.add_argument("--no-kills", action="store_true", help="only the network fails")
+    parser.add_argument("--no-dedupe", action="store_true", help="let the trunk forget its calls")
+    parser.add_argument("--keep", type=Path, help="where the runs' directories stay")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    kinds = ["kill"] * (not arguments.no_kills) + ["network"] * (
+        arguments.network or arguments.no_kills
+    )
+    root = arguments.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
+    config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
+    places: Counter[str] = Counter()
+    expected = Chaos(
+        Job(root / "reference", config, dedupe=True), random.Random(0), 0, kinds, places
+    ).run()
+    if expected.problem:
+        print(f"the fault-free run failed: {expected.problem}", file=sys.stderr)
+        return 1
+    print(f"fault-free: {expected.digest[:16]}  {expected.seconds:.1f} s", flush=True)
+    outcomes: list[Outcome] = []
+    done: Counter[str] = Counter()
+    while sum(done.values()) < arguments.faults:
+        seed = arguments.seed * 10_000 + len(outcomes)
+        left = min(arguments.faults_per_run, arguments.faults - sum(done.values()))
+        job = Job(root / f"run-{seed}", config, dedupe=not arguments.no_dedupe)
+        outcome = Chaos(job, random.Random(seed), left, kinds, places).run()
+        outcome.seed = seed
+        outcomes.append(outcome)
+        done += outcome.faults
+        same = "same" if outcome.digest == expected.digest else "DIFFERENT"
+        faults = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.faults.items()))
+        print(
+            f"run {seed}: {outcome.digest[:16] or '-':16}  {same:9}  {outcome.seconds:5.1f} s  "
+            f"{outcome.starts} starts  {faults or 'no fault'}  {outcome.problem}",
+            flush=True,
+        )
+        if outcome.problem and not arguments.no_dedupe:
+            break
+        if not outcome.faults and len(outcomes) > 5 + arguments.faults:
+            break
+    wrong = [outcome for outcome in outcomes if outcome.digest != expected.digest]
+    print("\nfault                      count")
+    for kind, count in sorted(done.items()):
+        print(f"{kind:26} {count:5}")
+    for place, count in sorted(places.items()):
+        print(f"  killed at {place:30} {count:3}")
+    print(
+        f"\n{sum(done.values())} faults in {len(outcomes)} runs: {len(outcomes) - len(wrong)} on the "
+        f"expected hash, {len(wrong)} not"
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
