@@ -7,7 +7,9 @@ ids go with the forward; token ids and labels never leave the client.
 
 The function that makes the calls lives on the CPU, with the copies to and from a GPU around it: then
 autograd runs it on the thread that called ``backward``, not on the device's one backward thread, and
-micro-batches in flight do not wait for each other's calls. Next: :mod:`flower_split.wire.codec`.
+micro-batches in flight do not wait for each other's calls.
+
+Next: ``flower_split/wire/codec.py``.
 """
 
 import logging

@@ -1,12 +1,14 @@
 """The trunk's RPC shell: tokens, limits and deadlines in front of the engine, status codes behind it.
 
 A call is read, checked, handed to the engine and answered; nothing is computed or remembered here
-but which token opened which session. Next: :mod:`flower_split.trunk.engine`.
+but which token opened which session.
 
 Every call runs on a worker thread of one pool, and some calls wait there for other calls: a forward
 for the backwards that complete a window. Calls that may wait therefore get at most three quarters of
 the workers; one more is turned away with UNAVAILABLE, which clients try again. So a worker is always
 free for the backward that ends the wait, and for the coordinator.
+
+Next: ``flower_split/trunk/engine.py``.
 """
 
 import hashlib

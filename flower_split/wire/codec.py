@@ -2,7 +2,10 @@
 
 Bytes are little-endian, contiguous and row-major (``RAW``); booleans travel eight to a byte
 (``BITS``). bf16 is its raw 16-bit pattern. A description is checked in full before one byte is
-allocated for it, and a decoded tensor owns writable memory. Next: :mod:`flower_split.wire.frames`.
+allocated for it, and a decoded tensor owns writable memory. :mod:`flower_split.wire.frames` cuts
+the bytes into messages.
+
+Next: ``flower_split/trunk/server.py``.
 """
 
 from collections.abc import Iterable

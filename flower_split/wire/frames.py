@@ -4,7 +4,6 @@ A frame is a protobuf ``Frame`` whose last field is the payload, so that a sende
 ``header + tag + length + bytes`` joined once, and a receiver slices it without a copy; a frame that
 another implementation has written otherwise goes through the protobuf parser. The first frame
 carries the header; the payloads of all frames, joined, are the tensors in the header's order.
-Next: :mod:`flower_split.trunk.server`.
 """
 
 import hashlib
