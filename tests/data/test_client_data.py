@@ -89,6 +89,7 @@ def test_text_of_one_file_has_a_document_per_paragraph(
     data = load_client_data(_config(source="text", path=str(path)), tokenizer, 0, 1)
     packed = [i for e in [*data.train, *data.evaluate] for i in e.input_ids]
     assert packed.count(tokenizer.eos_token_id) == 6 and len(packed) == 3 + 5 + 6
+    assert tokenizer.unk_token_id not in packed  # the byte-order mark is no part of the text
 
 
 def test_text_of_a_directory_has_a_document_per_file_and_divides_by_folder(
