@@ -16,7 +16,7 @@ from flwr.superlink.grid import InMemoryGrid
 from flower_split.concurrency import pool_cap
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError
-from flower_split.exchange import Federation, by_slot, exchange
+from flower_split.exchange import Federation, by_slot, exchange, lost_slots
 from flower_split.facts import HANDSHAKE, ClientFacts
 from flower_split.fingerprint import differing_fields
 
@@ -102,23 +102,31 @@ def shake_hands(
     Raises:
         FederationError: A node failed, or the answers do not allow the run; see :func:`check_facts`.
     """
-    messages = [
-        Message(
-            RecordDict({"config": ConfigRecord({"purpose": HANDSHAKE})}),
-            node,
-            MessageType.QUERY,
-            ttl=config.round_timeout + 60.0,
-        )
-        for node in nodes
-    ]
-    replies = exchange(grid, messages, timeout=config.round_timeout)
     # No slots are known yet: number the nodes in the order of their ids to name them in errors.
     unnamed = Federation(dict(enumerate(sorted(nodes))))
-    good, problems = by_slot(unnamed, messages, replies)
-    if problems:
-        text = "; ".join(f"node {unnamed.nodes[slot]}: {why}" for slot, why in problems.items())
-        raise FederationError(f"{len(problems)} of {len(nodes)} clients cannot start. {text}")
-    answers = [(unnamed.nodes[index], ClientFacts.from_message(m)) for index, m in good.items()]
+    good: dict[int, Message] = {}
+    ask, left = list(nodes), config.round_retries
+    while ask:
+        messages = [
+            Message(
+                RecordDict({"config": ConfigRecord({"purpose": HANDSHAKE})}),
+                node,
+                MessageType.QUERY,
+                ttl=config.round_timeout + 60.0,
+            )
+            for node in ask
+        ]
+        replies = exchange(grid, messages, timeout=config.round_timeout)
+        answered, problems = by_slot(unnamed, messages, replies)
+        good |= answered
+        lost = lost_slots(unnamed, messages, replies)
+        if problems and (left == 0 or lost != set(problems) or len(replies) < len(messages)):
+            text = "; ".join(f"node {unnamed.nodes[slot]}: {why}" for slot, why in problems.items())
+            raise FederationError(f"{len(problems)} of {len(nodes)} clients cannot start. {text}")
+        ask, left = [unnamed.nodes[slot] for slot in problems], left - 1
+    answers = [
+        (unnamed.nodes[index], ClientFacts.from_message(m)) for index, m in sorted(good.items())
+    ]
     federation = check_facts(answers, config, trunk_fingerprint)
     facts = {answer.partition_id: answer for _, answer in answers}
     return federation, {slot: facts[slot] for slot in federation.slots}
