@@ -365,6 +365,15 @@ def test_fedsvd_keeps_orthonormal_rows_in_the_first_row_space():
     assert relative(a @ projection_on_rows(initial().A), a) < 1e-6
 
 
+def test_fedsvd_of_a_weight_of_few_rows_keeps_all_rows_of_a_trainable():
+    aggregator, rng = make_aggregator("fedsvd"), generator(1)
+    state = aggregator.init(Factors(torch.randn(5, 30, generator=rng), torch.zeros(2, 5), 2.0))
+    sent = aggregator.distribute(state)
+    returned = trained("fedsvd", 0, sent, rng)
+    a = aggregator.aggregate(state, [Update(0, sent, returned, 1)]).state.factors.A.double()
+    assert torch.allclose(a @ a.T, torch.eye(5, dtype=torch.float64), atol=1e-6)
+
+
 def test_rolora_trains_b_first_and_then_alternates():
     aggregator, state = started("rolora", rounds=0)
     assert aggregator.trainable(state) == {"B"}
