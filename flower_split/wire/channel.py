@@ -198,6 +198,10 @@ def error_of(error: grpc.RpcError, what: str) -> TrunkError:
         return TrunkRefused(RefusalReason.UNAUTHENTICATED, text)
     if code is grpc.StatusCode.INVALID_ARGUMENT:
         return TrunkRefused(RefusalReason.INVALID_REQUEST, text)
+    if code is grpc.StatusCode.CANCELLED:
+        return TrunkUnavailable(
+            f"{what} was cut off: {text}. The trunk or the connection has ended."
+        )
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return TrunkError(
             f"{what}: the server there is not a trunk of this protocol version ({text}). Run the "
@@ -249,6 +253,7 @@ class TrunkChannel:
         self.address = address
         self._timeout = timeout
         self._metadata = bearer(token)
+        self._jitter = random.Random()  # its own: a retry must not shift a seeded run's numbers
         self._control = open_channel(address, root_certificates)
         self._data = open_channel(address, root_certificates)
 
@@ -353,7 +358,7 @@ class TrunkChannel:
                     raise error_of(error, what) from None
             except ValueError as error:  # how grpc says that the channel is closed
                 raise TrunkError(f"{what}: the connection has been closed ({error}).") from error
-            pause = backoff * random.uniform(0.5, 1.5)
+            pause = backoff * self._jitter.uniform(0.5, 1.5)
             backoff = min(2 * backoff, _LAST_BACKOFF)
             if not retry or time.monotonic() + pause >= deadline:
                 raise TrunkUnavailable(

@@ -1,5 +1,6 @@
 """Nothing hangs and nothing counts twice: absent, slow, restarted and killed trunks."""
 
+import random
 import socket
 import subprocess
 import sys
@@ -90,6 +91,7 @@ def test_retry_repeats_the_same_key_and_digest(error: TrunkError) -> None:
             raise error
 
     engine = FakeEngine(on_call)
+    state = random.getstate(), torch.get_rng_state()
     with served(engine) as port, remote(port) as trunk:
         trunk.open(1)
         hidden = torch.ones(1, 2, HIDDEN, requires_grad=True)
@@ -98,6 +100,7 @@ def test_retry_repeats_the_same_key_and_digest(error: TrunkError) -> None:
         output.sum().backward()
         assert trunk.stats.calls == 2
     assert fired == ["forward"] * 2 + ["backward"] * 2
+    assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     assert torch.equal(hidden.grad, torch.full_like(hidden, 2.0))
     for method, key_at, digest_at in (("forward", 2, 6), ("backward", 2, 8)):
         attempts = [arguments for name, arguments in engine.calls if name == method]
@@ -217,6 +220,35 @@ def test_trunk_that_comes_up_late_is_found_by_the_retries() -> None:
             joining.join(10)
             assert opened == ["session-of-token-0"]
             trunk.close()
+
+
+def test_connection_closed_under_a_call_ends_it_as_unavailable() -> None:
+    started, go = threading.Event(), threading.Event()
+
+    def on_call(method: str, number: int) -> None:
+        if method == "forward":
+            started.set()
+            go.wait(10)
+
+    errors: list[TrunkError] = []
+    with served(FakeEngine(on_call)) as port, remote(port) as trunk:
+        trunk.open(1)
+
+        def forward() -> None:
+            try:
+                with torch.no_grad():
+                    trunk(torch.ones(1, 1, HIDDEN))
+            except TrunkError as error:
+                errors.append(error)
+
+        call = threading.Thread(target=forward)
+        call.start()
+        assert started.wait(10)
+        trunk._channel.close()
+        call.join(10)
+        go.set()
+    (error,) = errors
+    assert isinstance(error, TrunkUnavailable) and "cut off" in str(error)
 
 
 def test_closed_remote_trunk_raises_instead_of_calling() -> None:
