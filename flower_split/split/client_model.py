@@ -8,16 +8,23 @@ import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.cache import (
+    CacheBook,
+    CacheStep,
+    enter_place_holder,
+    find_cache,
+    keeps_only_keys_and_values,
+)
 from flower_split.split.cuts import CutLayers
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn, take_hidden_states
-from flower_split.split.trunk_model import TrunkModel
 
 # Arguments of the model that no layer computes with, or that the trunk is given or builds itself.
 _KNOWN_ARGUMENTS = frozenset(
@@ -39,12 +46,27 @@ class _Call:
 
     attention_mask: object
     position_ids: Tensor | None
-    use_cache: bool
+    use_cache: bool | None
+    has_past: bool  # whether it goes on with a key-value cache
     unknown: tuple[str, ...]  # tensors among the arguments that the trunk does not receive
     outer: "_Call | None"  # the call of a model around this one
 
 
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
+
+
+@runtime_checkable
+class CachingTrunk(Protocol):
+    """A trunk that keeps keys and values between calls, if the client asks for it.
+
+    It is called as ``trunk(hidden_states, attention_mask, position_ids, use_cache=..., cache=...)``.
+    With ``cache`` it goes on from the positions that it keeps under ``cache.id``: the hidden states,
+    the mask and the positions are those of the new positions only.
+    """
+
+    def release_cache(self, cache_id: int) -> None:
+        """The client's cache is gone: forget the trunk's. Called once, on any thread."""
+        ...
 
 
 class IdentityTrunk(nn.Module):
@@ -69,12 +91,15 @@ class TrunkSlot(StandIn):
     Args:
         layer: The layer that it replaces.
         output: The form of the family's layer outputs.
+        index: The layer's index in the model.
         trunk: The module that is called.
     """
 
-    def __init__(self, layer: nn.Module, output: LayerOutput, trunk: nn.Module) -> None:
-        super().__init__(layer, output)
+    def __init__(self, layer: nn.Module, output: LayerOutput, index: int, trunk: nn.Module) -> None:
+        super().__init__(layer, output, index)
         self._trunk = (trunk,)
+        self._book = CacheBook()
+        self._index = index
 
     @property
     def trunk(self) -> nn.Module:
@@ -104,17 +129,37 @@ class TrunkSlot(StandIn):
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # With nothing trainable below, autograd would skip a remote trunk's backward.
             hidden_states = hidden_states.detach().requires_grad_()
-        inputs: dict[str, Tensor | None] = {
-            "attention_mask": _padding_mask(call),
-            "position_ids": call.position_ids,
-        }
+        mask, positions = _padding_mask(call), call.position_ids
+        cache = find_cache(args, kwargs)
+        step = None if cache is None else self._step(cache, hidden_states)
+        if step is None and call.has_past:
+            raise SplitError(
+                "the trunk holds nothing of the key-value cache that the model was called with. A "
+                "cache can be gone on with where every call was made without autograd (torch.no_grad()"
+                ") and the trunk keeps caches; otherwise call the model, or its generate, with "
+                "use_cache=False."
+            )
         # Families with several streams of hidden states send them side by side.
         smashed = hidden_states.flatten(2)
-        if isinstance(self.trunk, TrunkModel):
-            result = self.trunk(smashed, **inputs, use_cache=call.use_cache)
+        trunk = self.trunk
+        if not isinstance(trunk, CachingTrunk):
+            result = trunk(smashed, attention_mask=mask, position_ids=positions)
+        elif step is None:
+            result = trunk(smashed, mask, positions, use_cache=call.use_cache)
         else:
-            result = self.trunk(smashed, **inputs)
-        return self.output.wrap(result.view(hidden_states.shape))
+            if mask is not None:
+                mask = mask[:, step.past_length :]
+            result = trunk(smashed, mask, positions, use_cache=True, cache=step)
+        return self._layer_output.wrap(result.reshape(hidden_states.shape))
+
+    def _step(self, cache: Cache, hidden_states: Tensor) -> CacheStep | None:
+        """The call with the trunk's side of ``cache``; None if the trunk is to keep nothing."""
+        trunk, step = self.trunk, None
+        if isinstance(trunk, CachingTrunk) and not torch.is_grad_enabled():
+            step = self._book.begin(cache, self._index, hidden_states, trunk, trunk.release_cache)
+        if not torch.is_grad_enabled():
+            enter_place_holder(cache, self._index, hidden_states)
+        return step
 
 
 @functools.lru_cache(maxsize=64)
@@ -129,14 +174,9 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
     named.update(named.pop("kwargs", {}))
     named.pop("self", None)
     cache = named.pop("past_key_values", None)
-    if cache is not None and cache.get_seq_length() > 0:
-        raise SplitError(
-            "a split model keeps no key-value cache. Call it, or its generate, with "
-            "use_cache=False."
-        )
     use_cache = named.get("use_cache")
-    if use_cache is None:
-        use_cache = getattr(model.config, "use_cache", False)
+    if use_cache is None and getattr(model.config, "use_cache", None) is False:
+        use_cache = False
     unknown = (
         name
         for name, value in named.items()
@@ -146,7 +186,8 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
         _Call(
             attention_mask=named.get("attention_mask"),
             position_ids=named.get("position_ids"),
-            use_cache=bool(use_cache),
+            use_cache=use_cache,
+            has_past=isinstance(cache, Cache) and bool(cache.get_seq_length() > 0),
             unknown=tuple(unknown),
             outer=_call.get(),
         )
@@ -205,10 +246,11 @@ def client_replacements(
     """
     layers = stack.layers(root)
     replacements: dict[str, nn.Module] = {
-        stack.layer_path(index): StandIn(layers[index], output)
+        stack.layer_path(index): StandIn(layers[index], output, index)
         for index in range(cuts.first + 1, cuts.second)
     }
-    replacements[stack.layer_path(cuts.first)] = TrunkSlot(layers[cuts.first], output, trunk)
+    first = layers[cuts.first]
+    replacements[stack.layer_path(cuts.first)] = TrunkSlot(first, output, cuts.first, trunk)
     return replacements
 
 
@@ -221,9 +263,18 @@ def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:
             note = _note_host_call if depth == len(parts) else _note_call
             model.register_forward_pre_hook(note, with_kwargs=True)
             model.register_forward_hook(_forget_call, always_call=True)
-    # generate() recomputes the prefix: the trunk keeps no key-value cache between calls.
-    if getattr(client, "generation_config", None) is not None:
-        client.generation_config.use_cache = False
+    _note_caching(client)
+
+
+def _note_caching(client: nn.Module) -> None:
+    """Let generate() keep keys and values where the trunk does; elsewhere it computes the prefix."""
+    generation_config = getattr(client, "generation_config", None)
+    model_config = getattr(client, "config", None)
+    if generation_config is not None and model_config is not None:
+        trunk = trunk_slot(client).trunk
+        generation_config.use_cache = isinstance(
+            trunk, CachingTrunk
+        ) and keeps_only_keys_and_values(model_config)
 
 
 def trunk_slot(client: nn.Module) -> TrunkSlot:
@@ -253,3 +304,4 @@ def set_trunk(client: nn.Module, trunk: nn.Module) -> None:
         SplitError: ``client`` is not a client model.
     """
     trunk_slot(client).replace(trunk)
+    _note_caching(client)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.errors import SplitError
+from flower_split.split.cache import enter_place_holder, find_cache
 
 # nn.Module's own bookkeeping, and what would make a stand-in take part in checkpointing.
 _NOT_COPIED = frozenset(nn.Module().__dict__) | {
@@ -79,13 +80,15 @@ class StandIn(nn.Module):
     Args:
         layer: The layer that it replaces; nothing of its weights is kept.
         output: The form of the family's layer outputs, shared by all stand-ins of a model.
+        index: The layer's index in the model, if it is to enter positions into key-value caches.
     """
 
-    def __init__(self, layer: nn.Module, output: LayerOutput) -> None:
+    def __init__(self, layer: nn.Module, output: LayerOutput, index: int | None = None) -> None:
         super().__init__()
         self._layer_class = type(layer)
         self.__dict__.update(vars(_attributes(layer)))
-        self.output = output
+        self._layer_output = output
+        self._layer_index = index
 
     def __getattr__(self, name: str) -> Any:
         """Class attributes of the replaced layer; methods are not carried over."""
@@ -98,19 +101,34 @@ class StandIn(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the first argument, in the form of the family's layer outputs."""
-        return self.output.wrap(take_hidden_states(args, kwargs))
+        hidden_states = take_hidden_states(args, kwargs)
+        # With autograd no call goes on with a cache, so there is nothing to keep count of.
+        counting = self._layer_index is not None and not torch.is_grad_enabled()
+        cache = find_cache(args, kwargs) if counting else None
+        if cache is not None and self._layer_index is not None:
+            enter_place_holder(cache, self._layer_index, hidden_states)
+        return self._layer_output.wrap(hidden_states)
 
 
 def _attributes(module: nn.Module) -> SimpleNamespace:
     """The plain attributes of a module and, nested, of its submodules: no tensors, no modules."""
-    values = {
+    values: dict[str, object] = {
         name: value
         for name, value in vars(module).items()
         if name not in _NOT_COPIED and not _holds_tensors(value)
     }
     for name, child in module.named_children():
-        values[name] = _attributes(child)
+        values[name] = _collected(child)
     return SimpleNamespace(**values)
+
+
+def _collected(module: nn.Module) -> object:
+    """As :func:`_attributes`; a dict or list of modules stays one, for its keys and its length."""
+    if isinstance(module, nn.ModuleDict):
+        return {name: _collected(child) for name, child in module.items()}
+    if isinstance(module, nn.ModuleList):
+        return [_collected(child) for child in module]
+    return _attributes(module)
 
 
 def _holds_tensors(value: object) -> bool:

@@ -15,9 +15,10 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.cache import CacheStep, TrunkCache
 from flower_split.split.cuts import CutLayers
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import (
@@ -27,6 +28,7 @@ from flower_split.split.stand_in import (
     StandIn,
     hidden_states_of,
     put_hidden_states,
+    replace_in_place,
     take_hidden_states,
 )
 
@@ -75,7 +77,7 @@ class TrunkModel(nn.Module):
     module.
 
     Args:
-        root: The model with everything outside the trunk replaced (:func:`trunk_replacements`).
+        root: The model with everything outside the trunk replaced (:func:`carve_trunk`).
         stack: Where its layers are.
         cuts: The cut layers.
         output: The form of the family's layer outputs, shared with the stand-ins; set here.
@@ -102,11 +104,9 @@ class TrunkModel(nn.Module):
         layers = stack.layers(root)
         layers[cuts.first].register_forward_pre_hook(_enter_trunk, with_kwargs=True)
         layers[cuts.second - 1].register_forward_hook(_leave_trunk)
-        for name, parameter in self.named_parameters():
-            if stack.index_of(name) is None:
-                parameter.requires_grad_(False)
         # The shape of one position's hidden states; families with several streams have two sizes.
         self._position_shape = tuple(self._probe(output).shape[2:])
+        self._caches: dict[int, TrunkCache] = {}  # of clients in this process
 
     @property
     def hidden_size(self) -> int:
@@ -154,6 +154,7 @@ class TrunkModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        cache: CacheStep | None = None,
     ) -> Tensor:
         """Run the trunk layers.
 
@@ -162,19 +163,71 @@ class TrunkModel(nn.Module):
             attention_mask: Padding mask, ``[batch, seq]``, nonzero where there is a token; None
                 where nothing is padded.
             position_ids: ``[batch or 1, seq]``; None: the model's own default.
-            use_cache: As the model's own argument; None: its configuration's. No cache outlives
-                the call, but some families' layers compute with another memory layout, and so
-                with other last bits, where there is one.
+            use_cache: As the model's own argument; None: its configuration's. Without ``cache``
+                nothing outlives the call, but a model may read the position ids otherwise, or
+                compute with another memory layout and so with other last bits.
+            cache: Go on from the keys and values kept in this process under its id.
 
         Returns:
             The last trunk layer's hidden states, ``[batch, seq, hidden]``.
 
         Raises:
-            SplitError: The model's forward ended without reaching the trunk's last layer.
+            SplitError: The model's forward ended without reaching the trunk's last layer, or there
+                is no such cache.
         """
+        if cache is None:
+            return self._run(hidden_states, attention_mask, position_ids, use_cache, None)
+        if cache.step == 0:
+            self._caches[cache.id] = TrunkCache(self.config)
+        kept = self._caches.get(cache.id)
+        if kept is None:
+            raise SplitError(
+                f"this trunk keeps no key-value cache {cache.id}. Begin generation anew."
+            )
+        kept.go_back(cache.past_length, cache.rows)
+        return self.run_cached(kept, hidden_states, attention_mask, position_ids)
+
+    def run_cached(
+        self,
+        kept: TrunkCache,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Tensor:
+        """Run the trunk layers on new positions, after those in ``kept``, which grows by them.
+
+        Args:
+            kept: Keys and values; of no use any more if this raises.
+            hidden_states: Smashed data of the new positions, ``[batch, seq, hidden]``.
+            attention_mask: Their padding mask, ``[batch, seq]``, or None.
+            position_ids: Theirs, ``[batch or 1, seq]``; None: the model's own default.
+
+        Returns:
+            The last trunk layer's hidden states, ``[batch, seq, hidden]``.
+        """
+        batch, seq = hidden_states.shape[:2]
+        mask = kept.extend_mask(attention_mask, batch, seq)
+        output = self._run(hidden_states, mask, position_ids, True, kept.cache)
+        kept.advance(hidden_states, range(self.cuts.first, self.cuts.second))
+        return output
+
+    def release_cache(self, cache_id: int) -> None:
+        """Forget the keys and values kept under ``cache_id``."""
+        self._caches.pop(cache_id, None)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        use_cache: bool | None,
+        past: DynamicCache | None,
+    ) -> Tensor:
         host = self._host[0]
         width = int(self.config.get_text_config(decoder=True).hidden_size)
         inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
+        if past is not None:
+            inputs["past_key_values"] = past
         token = _smashed.set(hidden_states.view(*hidden_states.shape[:2], *self._position_shape))
         try:
             host(**inputs)
@@ -230,8 +283,66 @@ def argument_names(forward: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(forward).parameters)
 
 
+def carve_trunk(
+    root: nn.Module,
+    stack: LayerStack,
+    cuts: CutLayers,
+    output: LayerOutput,
+    constants: frozenset[str],
+) -> None:
+    """Leave the trunk's weights alone in ``root``, in place.
+
+    Args:
+        root: The whole model.
+        stack: Where its layers are.
+        cuts: The cut layers.
+        output: The form of layer outputs that the stand-ins share.
+        constants: The embeddings that stay (:func:`constant_embeddings`).
+    """
+    replace_in_place(root, trunk_replacements(root, stack, cuts, output, constants))
+    drop_outer_weights(root, stack)
+
+
+def drop_outer_weights(root: nn.Module, stack: LayerStack) -> None:
+    """Let nothing outside the layers be a parameter.
+
+    Weights that lie directly in the modules around the layers become zeros, for what is computed
+    with them before the first trunk layer does not matter; constant embeddings become buffers.
+    """
+    parts = stack.path.split(".")[:-1]
+    for depth in range(len(parts) + 1):
+        module = root.get_submodule(".".join(parts[:depth]))
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, torch.zeros_like(parameter.data), persistent=False)
+    for name, module in list(root.named_modules()):
+        if isinstance(module, nn.Embedding) and stack.index_of(name) is None:
+            weight = module.weight.data
+            del module.weight
+            module.register_buffer("weight", weight)
+
+
+def constant_embeddings(fresh: nn.Module) -> frozenset[str]:
+    """The embeddings that a family never trains, such as tables of sinusoids, by name.
+
+    The layers may be given what is looked up in them, so the trunk keeps them.
+
+    Args:
+        fresh: A model as its class makes it, on any device.
+    """
+    return frozenset(
+        name
+        for name, module in fresh.named_modules()
+        if isinstance(module, nn.Embedding) and not module.weight.requires_grad
+    )
+
+
 def trunk_replacements(
-    root: nn.Module, stack: LayerStack, cuts: CutLayers, output: LayerOutput
+    root: nn.Module,
+    stack: LayerStack,
+    cuts: CutLayers,
+    output: LayerOutput,
+    constants: frozenset[str],
 ) -> dict[str, nn.Module]:
     """What to put where, so that ``root`` keeps the trunk's weights alone.
 
@@ -243,6 +354,7 @@ def trunk_replacements(
         stack: Where its layers are.
         cuts: The cut layers.
         output: The form of layer outputs that the stand-ins share.
+        constants: The embeddings that stay (:func:`constant_embeddings`).
 
     Returns:
         Dotted name in ``root`` -> replacement.
@@ -260,7 +372,8 @@ def trunk_replacements(
             if stack.path.startswith(child_path + "."):
                 walk(child, child_path)
             elif isinstance(child, nn.Embedding):
-                replacements[child_path] = AbsentEmbedding(child)
+                if child_path not in constants:
+                    replacements[child_path] = AbsentEmbedding(child)
             elif isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
                 replacements[child_path] = Absent()
 
