@@ -31,13 +31,13 @@ from flower_split.split.cuts import CutLayers
 from flower_split.split.self_check import check_client, check_splittable
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import LayerOutput, replace_in_place
-from flower_split.split.trunk_model import TrunkModel, trunk_replacements
+from flower_split.split.trunk_model import TrunkModel, carve_trunk, constant_embeddings
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 _SMALL_FILES = ("config.json", "generation_config.json")
 
-Replacements = Callable[[PreTrainedModel], dict[str, nn.Module]]
+Carve = Callable[[PreTrainedModel], None]  # takes out, in place, what another party owns
 
 
 def load_client_model(
@@ -74,13 +74,16 @@ def load_client_model(
     """
     output = LayerOutput()
     source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+    constants = constant_embeddings(source.skeleton)
 
-    def replacements(root: PreTrainedModel) -> dict[str, nn.Module]:
-        return client_replacements(root, source.stack, cuts, output, IdentityTrunk())
+    def carve(root: PreTrainedModel) -> None:
+        replace_in_place(
+            root, client_replacements(root, source.stack, cuts, output, IdentityTrunk())
+        )
 
-    client = source.load(replacements, device)
+    client = source.load(carve, device)
     wire_client(client, source.stack)
-    check_client(client, source.stack, cuts, output)
+    check_client(client, source.stack, cuts, output, constants)
     trunk_slot(client).replace(trunk)
     return client
 
@@ -112,11 +115,12 @@ def load_trunk_model(
     """
     output = LayerOutput()
     source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+    constants = constant_embeddings(source.skeleton)
 
-    def replacements(root: PreTrainedModel) -> dict[str, nn.Module]:
-        return trunk_replacements(root, source.stack, cuts, output)
+    def carve(root: PreTrainedModel) -> None:
+        carve_trunk(root, source.stack, cuts, output, constants)
 
-    return TrunkModel(source.load(replacements, device), source.stack, cuts, output).eval()
+    return TrunkModel(source.load(carve, device), source.stack, cuts, output).eval()
 
 
 def empty_model(
@@ -212,15 +216,13 @@ class _Source:
             check_splittable(source.skeleton, source.stack, cuts)
         return source
 
-    def load(
-        self, replacements: Replacements, device: torch.device | str | None
-    ) -> PreTrainedModel:
-        """Read the tensors that are left when ``replacements`` are made."""
-        replace_in_place(self.skeleton, replacements(self.skeleton))
+    def load(self, carve: Carve, device: torch.device | str | None) -> PreTrainedModel:
+        """Read the tensors that are left when ``carve`` has taken out the others."""
+        carve(self.skeleton)
         owned = set(self.skeleton.state_dict())
         with self._owned_shards(owned) as directory, _quiet_loading():
             try:
-                loaded: Any = _holed(self.model_class, replacements).from_pretrained(
+                loaded: Any = _holed(self.model_class, carve).from_pretrained(
                     str(directory),
                     config=self.config,
                     dtype=self.dtype if self.dtype is not None else "auto",
@@ -308,12 +310,12 @@ def _may_be_owned(key: str, owned: set[str], stack: LayerStack) -> bool:
     return bool(outside)
 
 
-def _holed(model_class: type[PreTrainedModel], replacements: Replacements) -> type[PreTrainedModel]:
+def _holed(model_class: type[PreTrainedModel], carve: Carve) -> type[PreTrainedModel]:
     """A subclass whose constructor leaves out what another party owns."""
 
     def construct(self: PreTrainedModel, config: PreTrainedConfig) -> None:
         model_class.__init__(self, config)
-        replace_in_place(self, replacements(self))
+        carve(self)
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         self.all_tied_weights_keys = {
             target: source

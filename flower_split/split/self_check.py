@@ -86,7 +86,11 @@ def check_chain(found: Trace, cuts: CutLayers, name: str) -> None:
 
 
 def check_client(
-    client: PreTrainedModel, stack: LayerStack, cuts: CutLayers, output: LayerOutput
+    client: PreTrainedModel,
+    stack: LayerStack,
+    cuts: CutLayers,
+    output: LayerOutput,
+    constants: frozenset[str],
 ) -> None:
     """Check a client model whose trunk is the identity, and learn the form of layer outputs.
 
@@ -98,6 +102,7 @@ def check_client(
         stack: Where its layers are.
         cuts: The cut layers.
         output: The form of layer outputs shared by the client's stand-ins; set here.
+        constants: The embeddings that the trunk keeps.
 
     Raises:
         SplitError: The family's layers cannot be stood in for.
@@ -107,7 +112,7 @@ def check_client(
         for batch in probe_batches(client):
             seen = _trace_learning(client, stack, cuts, batch, output)
             check_chain(seen, cuts, name)
-            as_trunk = _trace_as_trunk(client, stack, cuts, batch, output)
+            as_trunk = _trace_as_trunk(client, stack, cuts, batch, output, constants)
             prepared = {call.index: call.others for call in as_trunk}
             for call in seen.calls:
                 if cuts.part_of(call.index) == "trunk":
@@ -165,6 +170,7 @@ def _trace_as_trunk(
     cuts: CutLayers,
     batch: dict[str, Tensor],
     output: LayerOutput,
+    constants: frozenset[str],
 ) -> list[LayerCall]:
     """The layer calls when the client's forward is run as a trunk's is."""
     host = client.get_submodule(stack.host_path)
@@ -174,7 +180,7 @@ def _trace_as_trunk(
     smashed = torch.rand(shape, device=weight.device, dtype=weight.dtype)
     inputs = host_inputs(host, smashed, width, batch.get("attention_mask"), None, False)
     calls: list[LayerCall] = []
-    replaced = replace_in_place(client, trunk_replacements(client, stack, cuts, output))
+    replaced = replace_in_place(client, trunk_replacements(client, stack, cuts, output, constants))
     last = stack.layers(client)[cuts.second - 1]
     try:
         with recording(stack.layers(client), calls):

@@ -13,7 +13,12 @@ from flower_split.split.probe import probe_batches, quiet, same_bits, trace
 from flower_split.split.self_check import check_chain, check_splittable
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import LayerOutput
-from flower_split.split.trunk_model import TrunkModel, trunk_replacements
+from flower_split.split.trunk_model import (
+    TrunkModel,
+    constant_embeddings,
+    drop_outer_weights,
+    trunk_replacements,
+)
 
 
 def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedModel, TrunkModel]:
@@ -51,7 +56,9 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
             check_chain(found, cuts, name)
             output.learn(next(call.output for call in found.calls if call.index == cuts.second - 1))
     trunk_output = LayerOutput()
-    trunk_root = copy_with(model, trunk_replacements(model, stack, cuts, trunk_output))
+    outside = trunk_replacements(model, stack, cuts, trunk_output, _constants(model))
+    trunk_root = copy_with(model, outside)
+    drop_outer_weights(trunk_root, stack)
     trunk = TrunkModel(trunk_root, stack, cuts, trunk_output)
     client = copy_with(model, client_replacements(model, stack, cuts, output, trunk))
     wire_client(client, stack)
@@ -60,6 +67,15 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
             assert found.result is not None
             _compare(client, stack, batch, found.result, name)
     return client, trunk
+
+
+def _constants(model: PreTrainedModel) -> frozenset[str]:
+    """The embeddings that the class of ``model`` never trains, whatever is frozen in ``model``."""
+    try:
+        with torch.device("meta"):
+            return constant_embeddings(type(model)(model.config))
+    except Exception:  # a constructor of its own; the self-check will tell if it matters
+        return frozenset()
 
 
 def _compare(
