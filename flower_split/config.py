@@ -207,7 +207,7 @@ class DataConfig:
     subset: str = ""  # hub: the data set's configuration
     split: str = "train"  # hub
     text_field: str = "text"  # hub / jsonl: the field that holds the text
-    partitioner: str = "iid"  # flwr-datasets: iid, dirichlet, natural-id, shard, linear, ...
+    partitioner: str = "iid"  # of flwr-datasets, or "none": every client reads all of its own file
     partition_by: str = ""  # the column of dirichlet, natural-id and shard
     dirichlet_alpha: float = 0.5  # smaller: more unequal
     eval_fraction: float = 0.2  # share of a client's examples held out

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from flower_split.config import RunConfig
 from flower_split.errors import DataError, FlowerSplitError
+from flower_split.lora import output_embeddings
 from flower_split.optim import LearningRate, make_optimizer
 from flower_split.remote_trunk import RemoteTrunk
 from flower_split.turns import ComputeTurns
@@ -303,13 +304,13 @@ class AuxiliaryHead:
     """
 
     def __init__(self, model: PreTrainedModel, trunk: nn.Module) -> None:
-        embedding = model.get_output_embeddings()
+        embedding = output_embeddings(model)
         if embedding is None:
             raise FlowerSplitError(
                 f"train.auxiliary-head needs an output embedding, and {type(model).__name__} has none. "
                 "Set train.auxiliary-head = false."
             )
-        self._decode: nn.Module = embedding
+        self._decode = embedding
         self._model = model
         self._smashed: dict[int, Tensor] = {}
         trunk.register_forward_pre_hook(self._capture)
@@ -338,7 +339,7 @@ def evaluate(model: PreTrainedModel, batches: Iterable[Batch], device: torch.dev
         DataError: There is no batch.
         TrunkError: The trunk refused or did not answer in time.
     """
-    model.eval()
+    model.train(False)
     loss_sum, num_tokens, num_examples = 0.0, 0, 0
     for batch in batches:
         loss_sum += float(causal_lm_loss(model, batch, 1, device))
