@@ -34,6 +34,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="a SuperLink connection of Flower's config.toml; default: local",
     )
     run.add_argument("--federation-config", help="as for flwr run; default: what the job needs")
+    run.add_argument(
+        "--resume", type=Path, metavar="RUN", help="go on with the run of this run directory"
+    )
     run.add_argument("--stream", action="store_true", help="show every log line, not only progress")
     _add_run_config(run)
 
@@ -99,6 +102,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             run_config=arguments.run_config,
             federation_config=arguments.federation_config,
             stream=arguments.stream,
+            resume=arguments.resume,
         )
     if arguments.command == "trunk":
         from flower_split.cli.trunk import serve_trunk

@@ -16,6 +16,7 @@ from flwr.cli.flower_config import read_superlink_connection
 
 from flower_split.cli.app import load_app_config
 from flower_split.cli.checks import check_model, check_trunk, simulation_settings
+from flower_split.cli.paths import as_run_config, path_overrides
 from flower_split.errors import FederationError
 from flower_split.logs import MARK
 
@@ -32,6 +33,7 @@ def run_app(
     run_config: Sequence[str] | None,
     federation_config: str | None,
     stream: bool,
+    resume: Path | None = None,
 ) -> int:
     """Check, submit, follow, and tell the outcome.
 
@@ -41,6 +43,7 @@ def run_app(
         run_config: Values of ``--run-config``.
         federation_config: ``--federation-config``; None: what the job needs.
         stream: Show every line of the log.
+        resume: The directory of a run to go on with; None: a new run.
 
     Returns:
         0 if the run completed, 1 otherwise.
@@ -48,19 +51,28 @@ def run_app(
     Raises:
         FlowerSplitError: A check failed, or Flower did not take the run.
     """
-    config = load_app_config(app, run_config)
+    overrides = list(run_config or [])
+    if resume is not None:
+        overrides.append(as_run_config({"resume": str(resume.expanduser().absolute())}))
+    config = load_app_config(app, overrides)
     check_model(config)
     check_trunk(config)
     where = [superlink] if superlink else []
     command = ["run", str(app), *where, "--format", "json"]
-    for value in run_config or []:
-        command += ["--run-config", value]
     if _is_local(superlink):
         command += ["--federation-config", simulation_settings(config, federation_config)]
+        overrides.append(as_run_config(path_overrides(config, Path.cwd())))
     elif federation_config:
         command += ["--federation-config", federation_config]
-    run_id = _submit(command)
-    _follow(run_id, where, stream)
+    for value in overrides:
+        command += ["--run-config", value]
+    run_id = str(_ask(command, "start the run")["run-id"])
+    try:
+        _follow(run_id, where, stream)
+    except KeyboardInterrupt:
+        stop = " ".join(["flwr", "stop", run_id, *where])
+        print(f"flower-split: run {run_id} goes on; end it with: {stop}", file=sys.stderr)
+        return 1
     return _outcome(run_id, where)
 
 
@@ -100,10 +112,6 @@ def _ask(arguments: Sequence[str], what: str) -> dict[str, object]:
             f"Flower could not {what}: {' '.join(text.split()) or 'it gave no reason'}"
         )
     return answer
-
-
-def _submit(command: Sequence[str]) -> str:
-    return str(_ask(command, "start the run")["run-id"])
 
 
 def _follow(run_id: str, where: Sequence[str], stream: bool) -> None:

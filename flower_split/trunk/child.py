@@ -227,7 +227,9 @@ def _relay(lines: IO[str], tail: "deque[str]") -> None:
             text = line.rstrip()
             if text:
                 tail.append(text)
-                logger.info("trunk: %s", text)
+                # Its INFO lines repeat what the round loop says; a traceback has no level.
+                level = logging.DEBUG if text.startswith("INFO ") else logging.WARNING
+                logger.log(level, "trunk: %s", text)
 
 
 def _read_answer(output: IO[str], timeout: float) -> Mapping[str, object] | dict[str, object]:
@@ -245,7 +247,7 @@ def _read_answer(output: IO[str], timeout: float) -> Mapping[str, object] | dict
 
 def main() -> int:
     """Serve as a child: see the module's docstring."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     quiet_libraries()
     answer = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not stand where the answer is read

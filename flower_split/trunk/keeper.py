@@ -194,7 +194,8 @@ class RoundKeeper:
                 self.compute.restore(current.before)
                 self.activations.clear()
                 current.gradients.clear()
-                logger.warning("%s aborted: %s", current, current.windows.problem)
+                level = logging.INFO if current.plan.evaluate else logging.WARNING
+                logger.log(level, "%s aborted: %s", current, current.windows.problem)
             self.changed.notify_all()
 
     def _step_if_complete(self, current: Round) -> bool:

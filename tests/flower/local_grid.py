@@ -1,0 +1,40 @@
+"""The real ClientApp behind a grid in this process, one client after the other: no Ray, no SuperLink.
+
+For everything that needs no barrier between clients; joint training with a window per local step
+needs them at the same time, and runs this way with a single client.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from flwr.app import Context, Message, RecordDict
+
+from flower_split.client_app import app
+from flower_split.config import Scalar
+from tests.flower.fakes import FakeGrid
+
+
+class LocalGrid(FakeGrid):
+    """Nodes 100, 101, ... with partitions 0, 1, ...; the last answers first."""
+
+    def __init__(self, num_clients: int, config: Mapping[str, Scalar]) -> None:
+        super().__init__(range(100, 100 + num_clients), lambda _: None)
+        self.contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 100, "num-partitions": num_clients},
+                state=RecordDict(),
+                run_config=dict(config),
+            )
+            for node in self.nodes
+        }
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """One reply at a time, as a slow simulation would give them."""
+        for name in sorted(message_ids, reverse=True):
+            message = self._waiting.pop(name, None)
+            if message is not None:
+                reply = app(message, self.contexts[message.metadata.dst_node_id])
+                reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
+                return [reply]
+        return []
