@@ -39,6 +39,10 @@ class Factors:
                     tensor = tensor.to(torch.float32)
                 object.__setattr__(self, name, tensor)
 
+    def to(self, device: torch.device) -> "Factors":
+        """The same factors on a device; no copy if they are there."""
+        return Factors(self.A.to(device), self.B.to(device), self.scale)
+
     @property
     def rank(self) -> int:
         """The number of rows of A."""

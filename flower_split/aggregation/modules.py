@@ -34,7 +34,7 @@ from flower_split.aggregation.clients import (
     Transform,
     named,
 )
-from flower_split.aggregation.factors import Factors, State
+from flower_split.aggregation.factors import Factors, State, Update
 from flower_split.aggregation.lowrank import LowRankSum, factors_of
 from flower_split.aggregation.product import ProductAggregator
 from flower_split.aggregation.registry import make_aggregator
@@ -43,6 +43,7 @@ from flower_split.errors import AggregationError
 __all__ = ["AdapterAggregator", "AdapterUpdate", "RoundSummary"]
 
 SEPARATOR = "::"
+CPU = torch.device("cpu")
 
 SPARE_RANK = 4
 """Server rank in units of the adapter's largest rank, unless ``max_rank`` says otherwise."""
@@ -77,6 +78,7 @@ class AdapterAggregator:
         on_invalid: ``refuse`` raises at the first client whose update is malformed; ``exclude``
             leaves such clients out, and the result is that of the others alone.
         workers: Threads over modules; the result does not depend on it.
+        device: Where states live and sums run, such as ``cuda``; adapters come and go on the CPU.
         options: The method's own options.
     """
 
@@ -89,6 +91,7 @@ class AdapterAggregator:
         transforms: Sequence[Transform] = (),
         on_invalid: str = "refuse",
         workers: int = 1,
+        device: str = "cpu",
         **options: int | float | str | None,
     ) -> None:
         if on_invalid not in ("refuse", "exclude"):
@@ -98,6 +101,7 @@ class AdapterAggregator:
         self._transforms = tuple(transforms)
         self._exclude = on_invalid == "exclude"
         self._workers = workers
+        self._device = torch.device(device)
         self._layout = Layout({}, (), {})
         self._states: dict[str, State] = {}
         self._others: dict[str, Tensor] = {}
@@ -113,7 +117,7 @@ class AdapterAggregator:
         for module, suffixes in self._layout.modules.items():
             with named(module):
                 factors = factors_from(adapter, module, suffixes, self._scales[module])
-                self._states[module] = self.method.init(factors)
+                self._states[module] = self.method.init(factors.to(self._device))
         self._others = {name: adapter[name].detach().clone() for name in self._layout.others}
 
     def distribute(
@@ -137,7 +141,7 @@ class AdapterAggregator:
             scale = self._scale(module, scales)
             with named(module):
                 factors = self.method.distribute(state, rank, scale)
-            factors_into(adapter, module, self._layout, factors)
+            factors_into(adapter, module, self._layout, factors.to(CPU))
             if module + BIAS in adapter:  # the bias of B is multiplied by the scale as well
                 adapter[module + BIAS] = adapter[module + BIAS] * (self._scales[module] / scale)
         return {name: adapter[name].detach().clone() for name in sorted(adapter)}
@@ -160,7 +164,7 @@ class AdapterAggregator:
         modules = list(self._states)
 
         def one(module: str) -> tuple[State, Factors | None]:
-            of_module = [client.modules[module] for client in clients]
+            of_module = [self._on_device(client.modules[module]) for client in clients]
             with named(module):
                 result = self.method.aggregate(self._states[module], of_module)
             if result.residual is None:
@@ -199,7 +203,7 @@ class AdapterAggregator:
 
     def deltas(self) -> dict[str, Factors]:
         """Module name → the global ΔW as factors, without what went into the base."""
-        return {module: self.method.delta(state) for module, state in self._states.items()}
+        return {module: self.method.delta(state).to(CPU) for module, state in self._states.items()}
 
     def base_changes(self) -> dict[str, Factors]:
         """Module name → what clients add to their frozen base weight, over all rounds so far.
@@ -207,7 +211,7 @@ class AdapterAggregator:
         Empty unless the method changes the base. It is kept apart, in fp32, because a base in bf16
         would swallow most of it; it belongs into every exported adapter.
         """
-        return dict(self._base)
+        return {module: base.to(CPU) for module, base in self._base.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, as named tensors."""
@@ -219,7 +223,7 @@ class AdapterAggregator:
         for module, base in self._base.items():
             tensors[SEPARATOR.join(("base", module, "A"))] = base.A
             tensors[SEPARATOR.join(("base", module, "B"))] = base.B
-        return {name: tensors[name].contiguous() for name in sorted(tensors)}
+        return {name: tensors[name].to(CPU).contiguous() for name in sorted(tensors)}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`, bit for bit.
@@ -239,11 +243,14 @@ class AdapterAggregator:
             groups.setdefault((kind, owner), {})[key] = value
         for module in self._layout.modules:
             with named(module):
-                state = self.method.load_state_dict(groups.get(("lora", module), {}))
+                stored_state = groups.get(("lora", module), {})
+                state = self.method.load_state_dict(
+                    {key: value.to(self._device) for key, value in stored_state.items()}
+                )
             self._states[module] = state
             if ("base", module) in groups:
                 base = groups["base", module]
-                self._base[module] = Factors(base["A"], base["B"])
+                self._base[module] = Factors(base["A"], base["B"]).to(self._device)
         stored = {owner: group[""] for (kind, owner), group in groups.items() if kind == "other"}
         check_names(stored, self._layout.others, "the checkpoint")
         self._others = {name: stored[name].clone() for name in self._layout.others}
@@ -289,6 +296,15 @@ class AdapterAggregator:
         }
         optional = frozenset(self._layout.shapes) - set(self.trainable()) | set(self.private())
         return Admission(self._layout, self._scales, shapes, optional)
+
+    def _on_device(self, update: Update) -> Update:
+        if self._device == CPU:
+            return update
+        return replace(
+            update,
+            received=update.received.to(self._device),
+            returned=update.returned.to(self._device),
+        )
 
     def _mean_others(self, clients: Sequence[ClientUpdate]) -> dict[str, Tensor]:
         """The weighted mean of every tensor that is no LoRA factor, summed in fp64."""

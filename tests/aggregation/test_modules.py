@@ -322,3 +322,24 @@ def test_server_keeps_four_times_the_adapters_rank_unless_told():
         aggregator.aggregate(played(aggregator, seed=server_round))
     ranks = {module: factors.rank for module, factors in aggregator.deltas().items()}
     assert ranks == {Q: 10, EMB: 12, CONV: 6}  # 4 · 3, or what the layer's size allows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ALL)
+def test_sums_on_the_gpu_equal_those_on_the_cpu(name):
+    one, two = started(name), started(name, device="cuda")
+    for server_round in range(3):
+        updates = played(one, seed=server_round)
+        one.aggregate(updates)
+        two.aggregate(updates)
+    for module, delta in one.deltas().items():
+        other = two.deltas()[module]
+        expected = delta.scale * delta.B.double() @ delta.A.double()
+        found = other.scale * other.B.double() @ other.A.double()
+        assert float((found - expected).norm()) <= 1e-5 * float(expected.norm())
+    stored = two.state_dict()
+    assert all(value.device.type == "cpu" for value in stored.values())
+    back = AdapterAggregator(name, SCALES, device="cuda")
+    back.load_state_dict(stored, adapter())
+    first, second = two.distribute(), back.distribute()
+    assert all(torch.equal(first[key], second[key]) for key in first)
