@@ -19,7 +19,6 @@ STEP_EVERY = ("local-step", "server-round", "contribution")
 DTYPES = ("float32", "bfloat16", "float16")
 WIRE_DTYPES = ("native", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adam", "sgd")
-REDUCTIONS = ("mean", "trimmed-mean", "median", "krum")
 DATA_SOURCES = ("stdlib-docs", "text", "jsonl", "hub")
 
 
@@ -169,8 +168,9 @@ class TrunkConfig:
     activation_memory: float = 4.0  # GiB of saved activations, over all clients
     activation_memory_per_client: float = 0.0  # GiB of one client; 0: no limit of its own
     max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
-    reduction: str = "mean"  # over clients: mean (by tokens), trimmed-mean, median or krum
-    trim_fraction: float = 0.2  # trimmed-mean, krum: share of the clients that may be bad
+    reduction: str = (
+        "mean"  # over clients: mean (by tokens), or robust rules: trimmed-mean=0.2, ...
+    )
     wire_dtype: str = "native"  # dtype of the activations on the wire: native, float32 or bfloat16
     device: str = "auto"
     num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
@@ -181,15 +181,9 @@ class TrunkConfig:
         _one_of("trunk.train", self.train, ("lora", "full"))
         _one_of("trunk.step-every", self.step_every, STEP_EVERY)
         _one_of("trunk.wire-dtype", self.wire_dtype, WIRE_DTYPES)
-        _one_of("trunk.reduction", self.reduction, REDUCTIONS)
         _share("trunk.quorum", self.quorum)
-        for name in ("activation_memory_per_client", "max_client_grad_norm", "trim_fraction"):
+        for name in ("activation_memory_per_client", "max_client_grad_norm"):
             _at_least(f"trunk.{_kebab(name)}", getattr(self, name), 0)
-        if self.trim_fraction >= 0.5:
-            raise ConfigError(
-                f"trunk.trim-fraction must be below 0.5; it is {self.trim_fraction!r}: no rule "
-                "withstands a majority."
-            )
         for name in ("join_timeout", "window_timeout", "call_timeout", "activation_memory"):
             _above(f"trunk.{_kebab(name)}", getattr(self, name), 0)
         _at_least("trunk.num-threads", self.num_threads, 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.trunk.calls import ActivationReport
 
 Key = tuple[int, int, int]  # slot, window, micro-batch
 
@@ -51,12 +52,54 @@ class SavedBytes:
 
 
 class ActivationCache:
-    """Activations by key, in at most ``budget`` bytes."""
+    """Activations by key, in at most ``budget`` bytes.
 
-    def __init__(self, budget: int) -> None:
+    Args:
+        budget: Bytes over all clients.
+        per_client: Bytes of one client; 0: no limit of its own.
+    """
+
+    def __init__(self, budget: int, per_client: int = 0) -> None:
         self.budget = budget
+        self.per_client = per_client or budget
         self.num_bytes = 0
+        self._peak = self._recomputes = self._refusals = 0
+        self._of_slot: dict[int, int] = {}  # bytes
         self._entries: dict[Key, Activation] = {}
+
+    def report(self) -> ActivationReport:
+        """The cache's figures since :meth:`clear`."""
+        return ActivationReport(
+            num_bytes=self.num_bytes,
+            peak_bytes=self._peak,
+            budget_bytes=self.budget,
+            recomputes=self._recomputes,
+            refusals=self._refusals,
+        )
+
+    def require_room(self, slot: int, num_bytes: int) -> None:
+        """Refuse a forward whose input alone does not fit, before anything is computed.
+
+        Raises:
+            TrunkRefused: The budget is used up (OVER_BUDGET).
+        """
+        if self._fits(slot, num_bytes):
+            return
+        self._refusals += 1
+        own = self._of_slot.get(slot, 0)
+        of = f"slot {slot} keeps {own} bytes of activations of its {self.per_client}"
+        if own + num_bytes <= self.per_client:
+            of = f"the trunk keeps {self.num_bytes} bytes of activations of its {self.budget}"
+        raise TrunkRefused(
+            RefusalReason.OVER_BUDGET,
+            f"{of}, and this micro-batch of slot {slot} needs {num_bytes} more even without its "
+            "graph. Raise trunk.activation-memory or trunk.activation-memory-per-client, or lower "
+            "train.batch-size or train.micro-batches-in-flight.",
+        )
+
+    def _fits(self, slot: int, num_bytes: int) -> bool:
+        own = self._of_slot.get(slot, 0)
+        return self.num_bytes + num_bytes <= self.budget and own + num_bytes <= self.per_client
 
     def put(self, key: Key, activation: Activation) -> None:
         """Keep ``activation``, without its graph if the graph does not fit.
@@ -64,19 +107,16 @@ class ActivationCache:
         Raises:
             TrunkRefused: Not even its input fits (OVER_BUDGET).
         """
-        if self.num_bytes + activation.num_bytes > self.budget:
+        slot = key[0]
+        if not self._fits(slot, activation.num_bytes):
             activation.output = None
             activation.hidden = activation.hidden.detach()
             activation.num_bytes = activation.hidden.nbytes
-        if self.num_bytes + activation.num_bytes > self.budget:
-            raise TrunkRefused(
-                RefusalReason.OVER_BUDGET,
-                f"the trunk keeps {self.num_bytes} bytes of activations of a budget of {self.budget}, "
-                f"and this micro-batch needs {activation.num_bytes} more even without its graph. Raise "
-                "trunk.activation-memory, or lower train.batch-size or "
-                "train.micro-batches-in-flight.",
-            )
+            self.require_room(slot, activation.num_bytes)
+            self._recomputes += 1
         self.num_bytes += activation.num_bytes
+        self._peak = max(self._peak, self.num_bytes)
+        self._of_slot[slot] = self._of_slot.get(slot, 0) + activation.num_bytes
         self._entries[key] = activation
 
     def get(self, key: Key) -> Activation | None:
@@ -88,6 +128,7 @@ class ActivationCache:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.num_bytes -= entry.num_bytes
+            self._of_slot[key[0]] -= entry.num_bytes
 
     def release_slot(self, slot: int) -> None:
         """A client has left: free all that it left behind."""
@@ -100,6 +141,7 @@ class ActivationCache:
             self.release(key)
 
     def clear(self) -> None:
-        """The round is over."""
+        """A round is over, or one begins."""
         self._entries.clear()
-        self.num_bytes = 0
+        self._of_slot.clear()
+        self.num_bytes = self._peak = self._recomputes = self._refusals = 0

@@ -7,10 +7,15 @@ loss, ``d · g`` is the gradient of the sum, and the step's gradient over everyt
 and clients.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+from flower_split.aggregation.clients import ClientUpdate
+from flower_split.aggregation.rules import Rule
 
 
 @dataclass(slots=True)
@@ -79,3 +84,79 @@ def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | Non
             for total, gradient in zip(result, slots[slot].total, strict=True)
         ]
     return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduction:
+    """How the clients' gradients of a window become one.
+
+    A client's gradient is the mean over its label tokens. It is clipped first; then come the rules,
+    which are those that the strategy offers for the adapters; what is left is averaged by tokens.
+
+    Args:
+        max_client_norm: L2 norm of one client's gradient over all parameters; 0: no clipping.
+        rules: In their order; none: the token-weighted mean alone.
+    """
+
+    max_client_norm: float = 0.0
+    rules: tuple[Rule, ...] = ()
+
+    def __call__(self, slots: Mapping[int, SlotGradient]) -> list[Tensor | None]:
+        """The window's gradient: one fp32 tensor per parameter, or None where nobody has one.
+
+        Raises:
+            AggregationError: A rule cannot work on so few clients.
+        """
+        if not self.rules:
+            return reduce_in_slot_order(
+                {slot: self._clipped(gradient) for slot, gradient in slots.items()}
+            )
+        clients = _as_clients({slot: self._clipped(slots[slot]) for slot in sorted(slots)})
+        for rule in self.rules:
+            clients = rule(clients)
+        total = math.fsum(client.weight for client in clients)
+        count = len(next(iter(slots.values())).total)
+        result: list[Tensor | None] = [None] * count
+        for name in clients[0].others:
+            mean = sum(client.others[name][1] * (client.weight / total) for client in clients)
+            assert isinstance(mean, Tensor)
+            result[int(name)] = mean.float()
+        return result
+
+    def _clipped(self, gradient: SlotGradient) -> SlotGradient:
+        if self.max_client_norm == 0:
+            return gradient
+        norms = [torch.linalg.vector_norm(total) for total in gradient.total if total is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        norm *= gradient.denominator / gradient.num_tokens
+        if norm <= self.max_client_norm:
+            return gradient
+        return SlotGradient(
+            denominator=gradient.denominator * self.max_client_norm / norm,
+            num_tokens=gradient.num_tokens,
+            total=gradient.total,
+        )
+
+
+def _as_clients(slots: Mapping[int, SlotGradient]) -> list[ClientUpdate]:
+    """The slots' token-mean gradients as the rules take them: changes from zero, in fp64."""
+    names = [
+        index
+        for index in range(len(next(iter(slots.values())).total))
+        if any(gradient.total[index] is not None for gradient in slots.values())
+    ]
+    shapes = {
+        index: next(g.total[index] for g in slots.values() if g.total[index] is not None)
+        for index in names
+    }
+    clients = []
+    for slot, gradient in slots.items():
+        scale = gradient.denominator / gradient.num_tokens
+        others = {}
+        for index in names:
+            like, mine = shapes[index], gradient.total[index]
+            assert like is not None
+            zero = torch.zeros_like(like, dtype=torch.float64)
+            others[str(index)] = (zero, zero if mine is None else mine.double() * scale)
+        clients.append(ClientUpdate(slot, gradient.num_tokens, {}, others))
+    return clients

@@ -37,7 +37,8 @@ class Ledger(Generic[Reply]):
 
     def __init__(self) -> None:
         self._entries: dict[CallName, tuple[bytes, Future[Reply]]] = {}
-        self._acknowledged: dict[int, int] = {}  # slot -> windows below this are answered
+        # Slot -> (window, micro-batch): everything before has been answered.
+        self._acknowledged: dict[int, tuple[int, int]] = {}
 
     def claim(self, name: CallName, digest: bytes) -> tuple[Future[Reply], bool]:
         """The future of this call's reply, and whether the caller must run it.
@@ -49,11 +50,11 @@ class Ledger(Generic[Reply]):
         Raises:
             TrunkRefused: The name came before with other content, or its reply has been released.
         """
-        if name.window < self._acknowledged.get(name.slot, 0):
+        if (name.window, name.micro_batch) < self._acknowledged.get(name.slot, (0, 0)):
             raise TrunkRefused(
                 RefusalReason.STALE_VERSION,
-                f"slot {name.slot} repeats a {name.kind.value} of window {name.window}, whose replies "
-                "it has acknowledged by going on to a later window.",
+                f"slot {name.slot} repeats the {name.kind.value} of micro-batch {name.micro_batch} in "
+                f"window {name.window}, whose reply it has acknowledged.",
             )
         entry = self._entries.get(name)
         if entry is None:
@@ -76,10 +77,16 @@ class Ledger(Generic[Reply]):
         """A call failed without effect: let a retry run it again."""
         self._entries.pop(name, None)
 
-    def acknowledge(self, slot: int, window: int) -> None:
-        """``slot`` has gone on to ``window``: replies of earlier windows are no longer needed."""
-        if window <= self._acknowledged.get(slot, 0):
+    def acknowledge(self, slot: int, window: int, micro_batch: int = 0) -> None:
+        """``slot`` has every reply before ``micro_batch`` of ``window``: they are released.
+
+        A client says so with a later forward: one of a later window for all windows before, and
+        within a long window by the forward's own count.
+        """
+        here = (window, micro_batch)
+        if here <= self._acknowledged.get(slot, (0, 0)):
             return
-        self._acknowledged[slot] = window
-        for name in [n for n in self._entries if n.slot == slot and n.window < window]:
-            del self._entries[name]
+        self._acknowledged[slot] = here
+        for name in [n for n in self._entries if n.slot == slot]:
+            if (name.window, name.micro_batch) < here:
+                del self._entries[name]

@@ -42,6 +42,7 @@ import flower_split.client_app
 import flower_split.server_app
 import flower_split.trunk.assemble
 import flower_split.trunk.server  # noqa: F401
+from flower_split import failpoints
 from flower_split.config import Scalar
 
 _RUN_SECONDS = 240.0  # one run must end by then, whatever is done to it
@@ -75,7 +76,7 @@ class Chaos:
         job: What runs.
         chance: Decides everything that is random here.
         faults: How many faults to inject; 0: none.
-        kinds: Of "kill" and "network".
+        kinds: Of "random" (kills at random times), "failpoint" (kills at named places) and "network".
         places: Failpoints still to be fired, shared by all runs; the rarest come first.
     """
 
@@ -126,9 +127,9 @@ class Chaos:
         return self.job.server.exit_code == 0
 
     def _start(self, role: Role) -> None:
-        """Start a process, every second time with a failpoint that will kill it."""
+        """Start a process; where failpoints are asked for, with one that will kill it."""
         failpoint = ""
-        if self.left > 0 and "kill" in self.kinds and self.chance.random() < 0.6:
+        if self.left > 0 and "failpoint" in self.kinds:
             rare = min(self.places[place] for place in role.places)
             place = self.chance.choice([p for p in role.places if self.places[p] == rare])
             failpoint = f"{place}=kill@{self.chance.randint(1, 3)}"
@@ -149,7 +150,8 @@ class Chaos:
             self._start(role)
 
     def _inject(self, proxy: Proxy) -> None:
-        if self.chance.choice(self.kinds) == "network":
+        kind = self.chance.choice([kind for kind in self.kinds if kind != "failpoint"] or [""])
+        if kind == "network":
             kind = self.chance.choice(["cut", "cut", "refuse", "delay"])
             proxy.inject(
                 Fault(kind, after_bytes=self.chance.randint(1, 20_000), seconds=0.3)
@@ -157,6 +159,8 @@ class Chaos:
                 else Fault(kind)
             )
             self.left -= 1
+            return
+        if kind == "":
             return
         role = self.chance.choice(
             [self.job.trunk, self.job.server, self.chance.choice(self.job.clients)]
@@ -189,14 +193,12 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="where the runs' directories stay")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    kinds = ["kill"] * (not arguments.no_kills) + ["network"] * (
-        arguments.network or arguments.no_kills
-    )
+    network = ["network"] * (arguments.network or arguments.no_kills)
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
     places: Counter[str] = Counter()
     expected = Chaos(
-        Job(root / "reference", config, dedupe=True), random.Random(0), 0, kinds, places
+        Job(root / "reference", config, dedupe=True), random.Random(0), 0, [], places
     ).run()
     if expected.problem:
         print(f"the fault-free run failed: {expected.problem}", file=sys.stderr)
@@ -207,6 +209,9 @@ def main() -> int:
     while sum(done.values()) < arguments.faults:
         seed = arguments.seed * 10_000 + len(outcomes)
         left = min(arguments.faults_per_run, arguments.faults - sum(done.values()))
+        # By turns: kills at random times, kills at named places.
+        kills = [] if arguments.no_kills else [["random"], ["failpoint"]][len(outcomes) % 2]
+        kinds = kills + network
         job = Job(root / f"run-{seed}", config, dedupe=not arguments.no_dedupe)
         outcome = Chaos(job, random.Random(seed), left, kinds, places).run()
         outcome.seed = seed
@@ -227,8 +232,8 @@ def main() -> int:
     print("\nfault                      count")
     for kind, count in sorted(done.items()):
         print(f"{kind:26} {count:5}")
-    for place, count in sorted(places.items()):
-        print(f"  killed at {place:30} {count:3}")
+    for place in failpoints.PLACES:
+        print(f"  killed at {place:32} {places[place]:3}")
     print(
         f"\n{sum(done.values())} faults in {len(outcomes)} runs: {len(outcomes) - len(wrong)} on the "
         f"expected hash, {len(wrong)} not"
