@@ -213,6 +213,20 @@ class AdapterAggregator:
         """
         return {module: base.to(CPU) for module, base in self._base.items()}
 
+    def totals(self) -> dict[str, Factors]:
+        """Module name → everything the run has learnt: the global ΔW and the base's change.
+
+        For an export that stands on the plain base weights; its rank may differ by module.
+        """
+        deltas, totals = self.deltas(), {}
+        for module, base in self.base_changes().items():
+            delta = deltas[module]
+            total = LowRankSum(delta.out_features, delta.in_features)
+            total.add(delta, 1.0)
+            total.add(base, 1.0)
+            totals[module] = factors_of(total.spectrum(), 1.0)
+        return deltas | totals
+
     def state_dict(self) -> dict[str, Tensor]:
         """Everything a checkpoint needs, as named tensors."""
         self._ready()
