@@ -18,6 +18,9 @@ from flower_split.aggregation.factors import Factors
 RELATIVE_CUT = 1e-10
 """Singular values below this share of the largest are rounding noise and are dropped."""
 
+CANCELLATION_CUT = 1e-12
+"""So are those below this share of the sides' sizes: what is left where terms cancel."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Spectrum:
@@ -56,7 +59,10 @@ def svd_of_product(p: Tensor, q: Tensor, max_rank: int | None = None) -> Spectru
     """
     r_left, r_right = _upper(p), _upper(q.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    keep = int((s > s[:1] * RELATIVE_CUT).sum()) if s.numel() and float(s[0]) > 0 else 0
+    floor = max(
+        float(s[0]) * RELATIVE_CUT, float(r_left.norm() * r_right.norm()) * CANCELLATION_CUT
+    )
+    keep = int((s > floor).sum())
     keep = keep if max_rank is None else min(keep, max_rank)
     u, s, vh = u[:, :keep], s[:keep], vh[:keep]
     # With P = L r_left and Q = r_right.T M.T: P r_right.T v = L (r_left r_right.T) v = L u s.

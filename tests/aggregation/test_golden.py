@@ -458,3 +458,14 @@ def test_rank_above_the_size_of_the_weight_keeps_its_shape_and_stays_finite(name
         for factors in (aggregator.delta(state), result.residual or received):
             assert torch.isfinite(factors.A).all()
             assert torch.isfinite(factors.B).all()
+
+
+def test_update_that_undoes_everything_leaves_no_rounding_noise_behind():
+    aggregator = make_aggregator("product-delta")
+    state = aggregator.init(initial(trained=True))
+    sent = aggregator.distribute(state, 4, 2.0)
+    undone = Factors(sent.A, torch.zeros_like(sent.B), 2.0)
+    updates = [Update(i, sent, undone, 1) for i in range(3)]
+    after = aggregator.aggregate(state, updates).state
+    assert aggregator.delta(after).rank == 0
+    assert torch.equal(aggregator.distribute(after, 4, 2.0).A, initial().A)
