@@ -99,6 +99,7 @@ class TrunkSlot(StandIn):
         super().__init__(layer, output, index)
         self._trunk = (trunk,)
         self._book = CacheBook()
+        self.runs_with_cache = True  # whether the family's cache takes the place holders
         self._index = index
 
     @property
@@ -272,9 +273,11 @@ def _note_caching(client: nn.Module) -> None:
     model_config = getattr(client, "config", None)
     if generation_config is not None and model_config is not None:
         trunk = trunk_slot(client).trunk
-        generation_config.use_cache = isinstance(
-            trunk, CachingTrunk
-        ) and keeps_only_keys_and_values(model_config)
+        generation_config.use_cache = (
+            trunk_slot(client).runs_with_cache
+            and isinstance(trunk, CachingTrunk)
+            and keeps_only_keys_and_values(model_config)
+        )
 
 
 def trunk_slot(client: nn.Module) -> TrunkSlot:

@@ -28,7 +28,7 @@ from flower_split.split.client_model import (
     wire_client,
 )
 from flower_split.split.cuts import CutLayers
-from flower_split.split.self_check import check_client, check_splittable
+from flower_split.split.self_check import check_client, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import LayerOutput, replace_in_place
 from flower_split.split.trunk_model import TrunkModel, carve_trunk, constant_embeddings
@@ -84,6 +84,7 @@ def load_client_model(
     client = source.load(carve, device)
     wire_client(client, source.stack)
     check_client(client, source.stack, cuts, output, constants)
+    settle_cache(client, source.stack)
     trunk_slot(client).replace(trunk)
     return client
 

@@ -64,14 +64,27 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-def trace(model: PreTrainedModel, stack: LayerStack, batch: dict[str, Tensor]) -> Trace:
+def trace(
+    model: PreTrainedModel,
+    stack: LayerStack,
+    batch: dict[str, Tensor],
+    *,
+    use_cache: bool | None = False,
+) -> Trace:
     """Run ``model`` on ``batch`` and record every call of every layer of the stack.
+
+    Args:
+        model: Whole or split.
+        stack: Where its layers are.
+        batch: Its inputs.
+        use_cache: As the model's argument, where it has one; None: its default.
 
     Raises:
         SplitError: The model does not run on the probe.
     """
     found = Trace()
-    options = {"use_cache": False} if "use_cache" in argument_names(type(model).forward) else {}
+    accepted = "use_cache" in argument_names(type(model).forward)
+    options = {"use_cache": use_cache} if accepted else {}
     with recording(stack.layers(model), found.calls):
         try:
             found.result = model(**batch, **options)[0]

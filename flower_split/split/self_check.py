@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.client_model import trunk_slot
 from flower_split.split.cuts import CutLayers
 from flower_split.split.probe import (
     LayerCall,
@@ -22,7 +23,7 @@ from flower_split.split.probe import (
 )
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn, hidden_states_of, replace_in_place
-from flower_split.split.trunk_model import host_inputs, trunk_replacements
+from flower_split.split.trunk_model import forbid_cache, host_inputs, trunk_replacements
 
 
 def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
@@ -117,6 +118,27 @@ def check_client(
             for call in seen.calls:
                 if cuts.part_of(call.index) == "trunk":
                     _compare_arguments(call, prepared.get(call.index, {}), name)
+
+
+def settle_cache(client: PreTrainedModel, stack: LayerStack) -> None:
+    """Let a client model whose stand-ins cannot fill the family's cache run without one."""
+    slot = trunk_slot(client)
+    with quiet(client, slot.trunk):
+        batch = probe_batches(client)[-1]
+        try:
+            with_cache = trace(client, stack, batch, use_cache=None).result
+        except SplitError:
+            with_cache = None
+        without = trace(client, stack, batch).result
+    if (
+        with_cache is None
+        or without is None
+        or not torch.allclose(with_cache, without, rtol=1e-2, atol=1e-2, equal_nan=True)
+    ):
+        slot.runs_with_cache = False
+        for module in (client, client.get_submodule(stack.host_path)):
+            forbid_cache(module)
+        client.generation_config.use_cache = False
 
 
 def _compare_arguments(call: LayerCall, prepared: dict[str, Tensor], name: str) -> None:

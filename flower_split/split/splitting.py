@@ -10,7 +10,7 @@ from flower_split.errors import SplitError
 from flower_split.split.client_model import client_replacements, wire_client
 from flower_split.split.cuts import CutLayers
 from flower_split.split.probe import probe_batches, quiet, same_bits, trace
-from flower_split.split.self_check import check_chain, check_splittable
+from flower_split.split.self_check import check_chain, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import LayerOutput
 from flower_split.split.trunk_model import (
@@ -66,6 +66,7 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
         for batch, found in zip(batches, traces, strict=True):
             assert found.result is not None
             _compare(client, stack, batch, found.result, name)
+    settle_cache(client, stack)
     return client, trunk
 
 

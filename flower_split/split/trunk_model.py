@@ -9,6 +9,7 @@ takes the place of whatever the prologue made, and where the last one ends, the 
 
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -122,14 +123,16 @@ class TrunkModel(nn.Module):
         problem: Exception | None = None
         token = _probing.set(True)
         try:
-            for length in (1, None, 2, 3, 4):
+            for use_cache, length in itertools.product((None, False), (1, None, 2, 3, 4)):
                 output.length = length
                 try:
                     with torch.no_grad():
-                        host(**host_inputs(host, smashed, width, None, None, None))
+                        host(**host_inputs(host, smashed, width, None, None, use_cache))
                 except _TrunkInput as reached:
                     found = reached.hidden_states
                     if found.dim() >= 3 and found.shape[:2] == _PROBE_SHAPE:
+                        if use_cache is False:  # its stand-ins cannot fill the family's cache
+                            forbid_cache(host)
                         return found
                 except Exception as error:
                     problem = problem or error
@@ -239,6 +242,13 @@ class TrunkModel(nn.Module):
             f"{type(host).__name__}'s forward ended without calling layer "
             f"{self.cuts.second - 1}. This family does not run its layers as a chain."
         )
+
+
+def forbid_cache(host: nn.Module) -> None:
+    """Let a model run without a cache unless it is told otherwise."""
+    config = getattr(host, "config", None)
+    if config is not None:
+        config.use_cache = False
 
 
 def host_inputs(

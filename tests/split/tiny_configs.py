@@ -19,7 +19,15 @@ _SMALL: dict[str, object] = {
     "type_vocab_size": 2,
     # width
     **dict.fromkeys(
-        ("hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"),
+        (
+            "hidden_size",
+            "n_embd",
+            "d_model",
+            "dim",
+            "emb_dim",
+            "embedding_size",
+            "word_embed_proj_dim",
+        ),
         _HIDDEN,
     ),
     **dict.fromkeys(
@@ -122,6 +130,9 @@ _FAMILY: dict[str, dict[str, object]] = {
     "bailing_hybrid": {"layer_group_size": 2, "linear_head_dim": 8, "linear_num_heads": 4}
     | {"num_experts_per_token": 2, "num_expert_group": 1},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8},
+    "blt": {"encoder_hash_byte_group_vocab": 64, "patch_in_forward": False},
+    "blt_local_encoder": {"hidden_size_global": _HIDDEN},
+    "blt_local_decoder": {"hidden_size_global": _HIDDEN},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {
@@ -138,6 +149,9 @@ _FAMILY: dict[str, dict[str, object]] = {
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "o_groups": 2}
     | {"o_lora_rank": 8, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "dots3_note_vision_encoder": {"adapter_in_dim": _HIDDEN, "adapter_out_dim": _HIDDEN}
+    | {"pyramid_num_routed": [-1, -1, 4, 4], "adapter_merge_size": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": _HIDDEN, "adapter_out_dim": _HIDDEN},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 48}
     | {"vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
@@ -195,13 +209,14 @@ _FAMILY: dict[str, dict[str, object]] = {
     },
     # Halving the hidden states between layers is a trick for half precision.
     "rwkv": {"rescale_every": 0, "attention_hidden_size": _HIDDEN, "context_length": 64},
-    "xlstm": {"ffn_round_up_to_multiple_of": 8, "embedding_dim": _HIDDEN}
-    | {"qk_dim_factor": 1.0, "chunk_size": 16},
+    # Its widths are rounded up to multiples of 64.
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0} | {"chunk_size": 16},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 64, "attention_head_dim": 16, "mamba_dt_rank": 4}
     | {"attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 4},
     "zamba2": {
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        # The hybrid layers share one block, so they cannot be on two machines.
+        "layers_block_type": ["hybrid", "linear_attention", "linear_attention", "hybrid"],
         "attention_hidden_size": 64,
         "attention_head_dim": 16,
         "num_key_value_heads": 4,
@@ -239,7 +254,9 @@ def _shrunk(default: PreTrainedConfig, changes: dict[str, object]) -> dict[str, 
     for name in getattr(default, "sub_configs", {}):
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
-            settings[name] = _shrunk(part, _FAMILY.get(part.model_type, {})) | {"model_type": part.model_type}
+            settings[name] = _shrunk(part, _FAMILY.get(part.model_type, {})) | {
+                "model_type": part.model_type
+            }
     return settings | changes
 
 
