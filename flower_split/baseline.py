@@ -6,7 +6,7 @@ how well does what one client could learn alone serve the other clients' areas?
 
 # ruff: noqa: TID251
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -57,7 +57,16 @@ def _ask(
         Message(content, federation.nodes[slot], message_type, ttl=timeout + 60.0)
         for slot in federation.slots
     ]
-    replies = exchange(grid, messages, timeout=timeout)
+    done = 0
+
+    def watch(new: Sequence[Message]) -> bool:
+        nonlocal done
+        if new:
+            done += len(new)
+            logger.info("local-only baseline: %d of %d clients done", done, len(messages))
+        return False
+
+    replies = exchange(grid, messages, timeout=timeout, watch=watch)
     good, problems = by_slot(federation, messages, replies)
     if problems:
         raise FederationError(

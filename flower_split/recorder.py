@@ -122,7 +122,8 @@ class Recorder:
         server_round = outcome.server_round
         clients = self._round_metrics.get(server_round, [])
         record: dict[str, float] = {"server_round": server_round, "seconds": outcome.seconds}
-        parts = [f"round {server_round}/{self.config.num_server_rounds} done"]
+        last = self.config.num_server_rounds
+        parts = [f"round {server_round}/{last} done" if server_round else "before round 1"]
         tokens = sum(item.get("num-tokens", 0) for item in clients)
         if tokens:
             loss = sum(i.get("train_loss", 0) * i.get("num-tokens", 0) for i in clients) / tokens
@@ -148,7 +149,8 @@ class Recorder:
             rate = tokens / max(outcome.seconds, 1e-9)
             megabytes = (record["bytes_sent"] + record["bytes_received"]) / 1e6
             parts += [f"{rate:.0f} tokens/s", f"{megabytes:.1f} MB on the wire"]
-        parts.append(f"{outcome.seconds:.1f} s")
+        if server_round:
+            parts.append(f"{outcome.seconds:.1f} s")
         logger.info("%s", "  ".join(parts))
         self.run.append("round", record)
         self._rounds.add(server_round)
