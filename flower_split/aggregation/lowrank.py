@@ -15,11 +15,9 @@ from torch import Tensor
 
 from flower_split.aggregation.factors import Factors
 
-RELATIVE_CUT = 1e-10
-"""Singular values below this share of the largest are rounding noise and are dropped."""
-
-CANCELLATION_CUT = 1e-12
-"""So are those below this share of the sides' sizes: what is left where terms cancel."""
+ROUNDING_CUT = 1e-12
+"""Singular values below this share of the sides' sizes are dropped: fp64 rounding noise, such as
+what is left where terms of a sum cancel."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,9 +57,7 @@ def svd_of_product(p: Tensor, q: Tensor, max_rank: int | None = None) -> Spectru
     """
     r_left, r_right = _upper(p), _upper(q.T)
     u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
-    floor = max(
-        float(s[0]) * RELATIVE_CUT, float(r_left.norm() * r_right.norm()) * CANCELLATION_CUT
-    )
+    floor = float(r_left.norm() * r_right.norm()) * ROUNDING_CUT
     keep = int((s > floor).sum())
     keep = keep if max_rank is None else min(keep, max_rank)
     u, s, vh = u[:, :keep], s[:keep], vh[:keep]
