@@ -120,6 +120,7 @@ def train_round(
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(parameters, config.train.optimizer)
+    optimizer.zero_grad(set_to_none=True)  # a round that was lost may have left some behind
     rate = LearningRate(config.train.optimizer, place.total_steps)
     trainer = _StepTrainer(model, parameters, config, place, trunk)
     steps, num_examples = [], 0
