@@ -167,6 +167,7 @@ class TrunkConfig:
     call_timeout: float = 150.0  # seconds a client waits for one call, retries included
     activation_memory: float = 4.0  # GiB of saved activations, over all clients
     activation_memory_per_client: float = 0.0  # GiB of one client; 0: no limit of its own
+    cache_memory: float = 1.0  # GiB of key-value caches of generation, over all clients
     max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
     reduction: str = (
         "mean"  # over clients: mean (by tokens), or robust rules: trimmed-mean=0.2, ...
@@ -184,7 +185,13 @@ class TrunkConfig:
         _share("trunk.quorum", self.quorum)
         for name in ("activation_memory_per_client", "max_client_grad_norm"):
             _at_least(f"trunk.{_kebab(name)}", getattr(self, name), 0)
-        for name in ("join_timeout", "window_timeout", "call_timeout", "activation_memory"):
+        for name in (
+            "join_timeout",
+            "window_timeout",
+            "call_timeout",
+            "activation_memory",
+            "cache_memory",
+        ):
             _above(f"trunk.{_kebab(name)}", getattr(self, name), 0)
         _at_least("trunk.num-threads", self.num_threads, 1)
         if self.address and ":" not in self.address:

@@ -87,6 +87,8 @@ class RefusalReason(Enum):
     """No round is open."""
     NO_CHECKPOINT = 14
     """The trunk does not have, and cannot restore, the weights that a round begins with."""
+    UNKNOWN_CACHE = 15
+    """The trunk holds no such key-value cache: never begun, released, or its lease ended."""
 
 
 class TrunkError(FlowerSplitError):

@@ -12,11 +12,13 @@ micro-batches in flight do not wait for each other's calls.
 Next: ``flower_split/wire/codec.py``.
 """
 
+import itertools
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -27,8 +29,9 @@ from torch.autograd.function import once_differentiable
 
 from flower_split.errors import CodecError, ConfigError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import ContributionKey, ForwardMode, SessionGrant
-from flower_split.trunk.messages import grant_from_proto, key_to_proto
+from flower_split.trunk.messages import cache_to_proto, grant_from_proto, key_to_proto
 from flower_split.wire.buffers import Allocate
 from flower_split.wire.channel import TrunkChannel
 from flower_split.wire.frames import Incoming, Outgoing
@@ -135,8 +138,10 @@ class RemoteTrunk(nn.Module):
         self._evaluate = False
         self._max_tensor_bytes = 0
         self._current = threading.local()  # .micro_batch, of the thread that is inside one
+        self._released: deque[int] = deque()  # key-value caches that the trunk may forget
         self._stats = WireStats()
         self._stats_lock = threading.Lock()
+        self._answered: dict[int, set[int]] = {}  # window -> micro-batches whose backward is done
 
     # ------------------------------------------------------------------ the session
 
@@ -254,6 +259,8 @@ class RemoteTrunk(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: CacheStep | None = None,
     ) -> Tensor:
         """``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
 
@@ -261,6 +268,9 @@ class RemoteTrunk(nn.Module):
             hidden_states: The smashed data, [batch, seq, hidden].
             attention_mask: The padding mask of zeros and ones, [batch, seq].
             position_ids: [batch or 1, seq].
+            use_cache: As the model's own argument; ``None``: its configuration's.
+            cache: Go on from the key-value cache that the trunk keeps under its id: the tensors are
+                those of the new positions only. Not in training.
 
         Raises:
             TrunkError: Called outside :meth:`micro_batch` in training, twice within one, or without
@@ -274,18 +284,34 @@ class RemoteTrunk(nn.Module):
             extras["attention_mask"] = _padding_mask(attention_mask)
         if position_ids is not None:
             extras["position_ids"] = to_host(position_ids).to(torch.int64)
+        if cache is not None and cache.rows is not None:
+            extras["cache_rows"] = cache.rows
         if self._evaluate or not torch.is_grad_enabled():
             mode, micro_batch = ForwardMode.EVALUATE, None
         else:
             train = self._mode != "forward-only"
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
             micro_batch = self._take_micro_batch()
-        exchange = _Exchange(self, mode, micro_batch, extras, allocator(hidden_states.device))
+        caching = _Caching(use_cache, cache, self._take_released() if cache else [])
+        exchange = _Exchange(
+            self, mode, micro_batch, extras, allocator(hidden_states.device), caching
+        )
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts and copies: autograd converts and carries the gradients back.
             smashed = _to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
             output: Tensor = _CallTrunk.apply(smashed, self.always, exchange)  # type: ignore[no-untyped-call]
             return _from_cpu(output, hidden_states.device).to(hidden_states.dtype)
+
+    def release_cache(self, cache_id: int) -> None:
+        """The trunk may forget a key-value cache; it is told with the next call that uses one."""
+        self._released.append(cache_id)
+
+    def _take_released(self) -> list[int]:
+        taken: list[int] = []
+        with suppress(IndexError):  # deques are safe between threads: caches end on any
+            while True:
+                taken.append(self._released.popleft())
+        return taken
 
     def _take_micro_batch(self) -> _MicroBatch:
         micro_batch: _MicroBatch | None = getattr(self._current, "micro_batch", None)
@@ -316,6 +342,16 @@ class RemoteTrunk(nn.Module):
         with self._stats_lock:
             taken, self._stats = self._stats, WireStats()
             return taken
+
+    def _answered_below(self, window: int) -> int:
+        """The first micro-batch of ``window`` that still waits for a reply."""
+        with self._stats_lock:
+            answered = self._answered.get(window, set())
+            return next(index for index in itertools.count() if index not in answered)
+
+    def _note_answered(self, window: int, index: int) -> None:
+        with self._stats_lock:
+            self._answered = {window: self._answered.get(window, set()) | {index}}
 
     def _count(self, sent: int, received: int, seconds: float, reply: pb.ReplyHeader) -> None:
         elsewhere = reply.compute_seconds + reply.queue_seconds
@@ -386,6 +422,15 @@ class RemoteTrunk(nn.Module):
         return tensor, reply.version
 
 
+@dataclass(frozen=True, slots=True)
+class _Caching:
+    """What one forward says about key-value caches."""
+
+    use_cache: bool | None
+    step: CacheStep | None
+    released: list[int]
+
+
 class _Exchange:
     """The calls of one micro-batch: a forward, then at most one backward."""
 
@@ -396,8 +441,10 @@ class _Exchange:
         micro_batch: _MicroBatch | None,
         extras: Mapping[str, Tensor],
         allocate: Allocate,
+        caching: _Caching,
     ) -> None:
         self._remote = remote
+        self._caching = caching
         self._grant = grant = remote._session()
         self._mode = mode
         self._micro_batch = micro_batch
@@ -415,6 +462,12 @@ class _Exchange:
         )
         if self._micro_batch is not None:
             header.key.CopyFrom(self._key(self._micro_batch))
+            header.acknowledged = self._remote._answered_below(self._micro_batch.window)
+        if self._caching.use_cache is not None:
+            header.use_cache = self._caching.use_cache
+        if self._caching.step is not None:
+            header.cache.CopyFrom(cache_to_proto(self._caching.step))
+            header.released_caches.extend(self._caching.released)
         output, self._version = self._remote._call(
             "Forward",
             pb.Header(forward=header),
@@ -450,6 +503,7 @@ class _Exchange:
             ("smashed_grad", trunk_output_grad),
             self._allocate,
         )
+        self._remote._note_answered(micro_batch.window, micro_batch.index)
         return smashed_grad
 
     def _key(self, micro_batch: _MicroBatch) -> pb.ContributionKey:

@@ -106,20 +106,36 @@ class ContributionKey(_message.Message):
     def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., window: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class ForwardHeader(_message.Message):
-    __slots__ = ("session", "trunk_epoch", "key", "version", "mode", "acknowledged")
+    __slots__ = ("session", "trunk_epoch", "key", "version", "mode", "acknowledged", "use_cache", "cache", "released_caches")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODE_FIELD_NUMBER: _ClassVar[int]
     ACKNOWLEDGED_FIELD_NUMBER: _ClassVar[int]
+    USE_CACHE_FIELD_NUMBER: _ClassVar[int]
+    CACHE_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_CACHES_FIELD_NUMBER: _ClassVar[int]
     session: str
     trunk_epoch: int
     key: ContributionKey
     version: int
     mode: ForwardMode
     acknowledged: int
-    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ..., acknowledged: _Optional[int] = ...) -> None: ...
+    use_cache: bool
+    cache: CacheUse
+    released_caches: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ..., acknowledged: _Optional[int] = ..., use_cache: _Optional[bool] = ..., cache: _Optional[_Union[CacheUse, _Mapping]] = ..., released_caches: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CacheUse(_message.Message):
+    __slots__ = ("id", "step", "past_length")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    PAST_LENGTH_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    step: int
+    past_length: int
+    def __init__(self, id: _Optional[int] = ..., step: _Optional[int] = ..., past_length: _Optional[int] = ...) -> None: ...
 
 class BackwardHeader(_message.Message):
     __slots__ = ("session", "trunk_epoch", "key", "version", "num_tokens", "loss_denominator", "last")
@@ -426,6 +442,7 @@ class Refusal(_message.Message):
         INVALID_REQUEST: _ClassVar[Refusal.Reason]
         NO_ROUND: _ClassVar[Refusal.Reason]
         NO_CHECKPOINT: _ClassVar[Refusal.Reason]
+        UNKNOWN_CACHE: _ClassVar[Refusal.Reason]
     REASON_UNSPECIFIED: Refusal.Reason
     UNAUTHENTICATED: Refusal.Reason
     FINGERPRINT_MISMATCH: Refusal.Reason
@@ -441,6 +458,7 @@ class Refusal(_message.Message):
     INVALID_REQUEST: Refusal.Reason
     NO_ROUND: Refusal.Reason
     NO_CHECKPOINT: Refusal.Reason
+    UNKNOWN_CACHE: Refusal.Reason
     REASON_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     reason: Refusal.Reason

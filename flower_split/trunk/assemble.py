@@ -4,15 +4,18 @@ from pathlib import Path
 
 import torch
 
+from flower_split.aggregation.robust import parse_rules
 from flower_split.assets import resolve_model_path
-from flower_split.config import RunConfig
+from flower_split.config import RunConfig, TrunkConfig
 from flower_split.devices import resolve_device
+from flower_split.errors import AggregationError, ConfigError
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora
 from flower_split.split import CutLayers, load_trunk_model
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.engine import TrunkEngine
+from flower_split.trunk.gradients import Reduction
 
 _GIB = 2**30
 
@@ -50,5 +53,22 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         hidden_size=trunk.hidden_size,
         fingerprint=fingerprint(config),
         activation_bytes=int(config.trunk.activation_memory * _GIB),
+        activation_bytes_per_client=int(config.trunk.activation_memory_per_client * _GIB),
+        cache_bytes=int(config.trunk.cache_memory * _GIB),
+        reduction=_reduction(config.trunk),
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
     )
+
+
+def _reduction(config: TrunkConfig) -> Reduction:
+    """What ``trunk.reduction`` and ``trunk.max-client-grad-norm`` say.
+
+    Raises:
+        ConfigError: A rule is unknown.
+    """
+    text = "" if config.reduction == "mean" else config.reduction
+    try:
+        rules = parse_rules(text)
+    except AggregationError as error:
+        raise ConfigError(f"trunk.reduction = {config.reduction!r}: {error}") from error
+    return Reduction(max_client_norm=config.max_client_grad_norm, rules=rules)

@@ -17,6 +17,8 @@ from flower_split import failpoints
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.optim import LearningRate, make_optimizer
+from flower_split.split import TrunkModel
+from flower_split.split.cache import TrunkCache, keeps_only_keys_and_values
 from flower_split.trunk.activations import Activation, SavedBytes
 from flower_split.trunk.checks import check_finite
 
@@ -61,29 +63,79 @@ class TrunkCompute:
         """Place the learning-rate schedule over ``total_steps`` optimizer steps of the whole run."""
         self._rate = LearningRate(self._config, total_steps)
 
-    def forward(self, tensors: Mapping[str, Tensor], *, train: bool, seed_of: str) -> Tensor:
+    def forward(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        train: bool,
+        seed_of: str,
+        use_cache: bool | None = None,
+    ) -> Tensor:
         """``trunk_output`` without a graph.
 
         Args:
             tensors: ``hidden_states`` and optionally ``attention_mask``, ``position_ids``.
             train: Dropout as in training.
             seed_of: Names the micro-batch; the same name gives the same dropout mask.
+            use_cache: As the model's own argument; nothing outlives the call.
         """
         hidden = tensors["hidden_states"]
         with torch.no_grad():
-            output = self._run(hidden.to(self.device, self.dtype), tensors, train, seed_of)
+            output = self._run(
+                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache
+            )
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
 
+    def new_cache(self) -> TrunkCache:
+        """An empty key-value cache of the trunk's layers.
+
+        Raises:
+            TrunkRefused: The trunk keeps other states than keys and values (INVALID_REQUEST).
+        """
+        if isinstance(self.trunk, TrunkModel) and keeps_only_keys_and_values(self.trunk.config):
+            return TrunkCache(self.trunk.config)
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST,
+            "this trunk's layers keep other states between calls than keys and values. Generate with "
+            "use_cache=False.",
+        )
+
+    def forward_cached(self, tensors: Mapping[str, Tensor], kept: TrunkCache) -> Tensor:
+        """``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
+        assert isinstance(self.trunk, TrunkModel)  # which made ``kept``
+        hidden = tensors["hidden_states"]
+        self.trunk.train(False)
+        with torch.no_grad():
+            output = self.trunk.run_cached(
+                kept,
+                hidden.to(self.device, self.dtype),
+                _moved(tensors.get("attention_mask"), self.device),
+                _moved(tensors.get("position_ids"), self.device),
+            )
+        check_finite("trunk_output", output)
+        return output.to(hidden.dtype)
+
+    def cache_bytes_per_position(self) -> int:
+        """Bytes that one position of one row takes in a key-value cache, at most."""
+        kept = self.new_cache()
+        assert isinstance(self.trunk, TrunkModel)
+        probe = torch.zeros(1, 1, self.trunk.hidden_size, device=self.device, dtype=self.dtype)
+        mask = torch.ones(1, 1, dtype=torch.int64, device=self.device)
+        self.trunk.train(False)
+        with torch.no_grad():
+            self.trunk.run_cached(kept, probe, mask, None)
+        return kept.num_bytes
+
     def forward_train(
-        self, tensors: Mapping[str, Tensor], *, seed_of: str
+        self, tensors: Mapping[str, Tensor], *, seed_of: str, use_cache: bool | None = None
     ) -> tuple[Tensor, Activation]:
         """``trunk_output`` and what its backward needs."""
         smashed = tensors["hidden_states"]
         extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
 
         def run(leaf: Tensor) -> Tensor:
-            return self._run(leaf, extras, True, seed_of)
+            return self._run(leaf, extras, True, seed_of, use_cache)
 
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
         with torch.enable_grad(), SavedBytes(self._storages) as saved:
@@ -218,9 +270,15 @@ class TrunkCompute:
         return sha.hexdigest()
 
     def _run(
-        self, hidden: Tensor, tensors: Mapping[str, Tensor], train: bool, seed_of: str
+        self,
+        hidden: Tensor,
+        tensors: Mapping[str, Tensor],
+        train: bool,
+        seed_of: str,
+        use_cache: bool | None,
     ) -> Tensor:
         self.trunk.train(train)
+        options = {"use_cache": use_cache} if isinstance(self.trunk, TrunkModel) else {}
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             if train:
@@ -229,6 +287,7 @@ class TrunkCompute:
                 hidden,
                 attention_mask=_moved(tensors.get("attention_mask"), self.device),
                 position_ids=_moved(tensors.get("position_ids"), self.device),
+                **options,
             )
         return output
 

@@ -14,7 +14,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
@@ -25,7 +25,9 @@ from torch import Tensor
 
 from flower_split import failpoints
 from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.split.cache import CacheStep
 from flower_split.trunk.activations import ActivationCache
+from flower_split.trunk.caches import CacheStore
 from flower_split.trunk.calls import (
     CallResult,
     ContributionKey,
@@ -38,6 +40,7 @@ from flower_split.trunk.calls import (
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_fingerprint, check_tensors
 from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.gradients import Reduction
 from flower_split.trunk.keeper import RoundKeeper
 from flower_split.trunk.ledger import CallKind, CallName
 from flower_split.trunk.round import (
@@ -64,6 +67,9 @@ class TrunkEngine:
         hidden_size: Width of the hidden states; anything else is refused.
         fingerprint: What a client must agree with, field by field.
         activation_bytes: Budget of saved activations, over all clients.
+        activation_bytes_per_client: Of one client; 0: no limit of its own.
+        reduction: How the clients' gradients of a window become one.
+        cache_bytes: Budget of the key-value caches of generation, over all clients.
         checkpoints: Where rounds are kept before they are committed; None: a trunk that restarts
             can go on only with a new experiment.
         clock: Monotonic seconds; tests pass their own.
@@ -77,6 +83,9 @@ class TrunkEngine:
         hidden_size: int,
         fingerprint: Mapping[str, str],
         activation_bytes: int,
+        activation_bytes_per_client: int = 0,
+        reduction: Reduction | None = None,
+        cache_bytes: int = 1 << 30,
         checkpoints: CheckpointStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,12 +99,14 @@ class TrunkEngine:
         self._keeper = RoundKeeper(
             compute,
             trains=mode == "joint",
-            activations=ActivationCache(activation_bytes),
+            activations=ActivationCache(activation_bytes, activation_bytes_per_client),
+            reduction=reduction or Reduction(),
             epoch=self.epoch,
             changed=self._changed,
             checkpoints=checkpoints,
             clock=clock,
         )
+        self._caches = CacheStore(compute, cache_bytes, clock)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk-compute")
         self._closed = False
         self._watchdog = threading.Thread(target=self._watch, name="trunk-deadlines", daemon=True)
@@ -162,6 +173,10 @@ class TrunkEngine:
         tensors: Mapping[str, Tensor],
         digest: bytes,
         deadline: float,
+        acknowledged: int = 0,
+        use_cache: bool | None = None,
+        cache: CacheStep | None = None,
+        released: Sequence[int] = (),
     ) -> CallResult:
         """``trunk_output`` of one micro-batch.
 
@@ -177,6 +192,11 @@ class TrunkEngine:
             tensors: ``hidden_states``, and optionally ``attention_mask`` and ``position_ids``.
             digest: Of the request's content.
             deadline: When to give up waiting.
+            acknowledged: The client has the replies of all micro-batches of this window below it;
+                they are released.
+            use_cache: As the model's own argument.
+            cache: In evaluation: go on from this key-value cache, and keep it.
+            released: The session's key-value caches that the client is done with.
 
         Raises:
             TrunkRefused: With its reason.
@@ -187,14 +207,27 @@ class TrunkEngine:
         with self._changed:
             current, member = self._keeper.member(session, epoch)
         if mode is ForwardMode.EVALUATE:
-            return self._submit(
-                lambda: self._compute.forward(tensors, train=False, seed_of=""), deadline
+            lease = current.plan.window_seconds
+
+            def evaluate() -> Tensor:
+                self._caches.release(session, released)
+                if cache is not None:
+                    return self._caches.forward(session, cache, tensors, digest, lease)
+                return self._compute.forward(tensors, train=False, seed_of="", use_cache=use_cache)
+
+            return self._submit(evaluate, deadline)
+        if cache is not None:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST, "only an evaluation may keep a key-value cache."
             )
         name = self._name(current, member, key, CallKind.FORWARD)
         if mode is ForwardMode.NO_GRAD:
             seed_of = seed_name(current, name)
             result = self._submit(
-                lambda: self._compute.forward(tensors, train=True, seed_of=seed_of), deadline
+                lambda: self._compute.forward(
+                    tensors, train=True, seed_of=seed_of, use_cache=use_cache
+                ),
+                deadline,
             )
             with self._changed:
                 current.windows.slots[member.slot].contributions += 1
@@ -209,7 +242,7 @@ class TrunkEngine:
             current,
             name,
             digest,
-            lambda: self._keeper.forward_train(current, name, tensors),
+            lambda: self._keeper.forward_train(current, name, tensors, acknowledged, use_cache),
             deadline,
         )
 
@@ -282,6 +315,7 @@ class TrunkEngine:
             member = current.sessions.get(session) if current else None
             if current is None or member is None or epoch != self.epoch:
                 return
+            current.closed.add(session)
             if current.plan.evaluate or self.mode != "joint":
                 current.windows.slots[member.slot].finished = True
                 return
@@ -290,6 +324,15 @@ class TrunkEngine:
         self._on_worker(
             lambda: self._keeper.drop(current, member.slot, "it closed its session early")
         )
+
+    def cache_bytes(self) -> int:
+        """Bytes of key-value caches, after freeing those of closed sessions and ended leases."""
+
+        def run() -> int:
+            self._caches.expire(self._is_open)
+            return self._caches.num_bytes
+
+        return self._on_worker(run)
 
     def count_bytes(self, session: str, received: int, sent: int) -> None:
         """Add a call's bytes on the wire to its slot's totals."""
@@ -384,6 +427,7 @@ class TrunkEngine:
                 bytes_sent=sum(current.sent.values()),
                 slots=slots,
                 problem=current.windows.problem,
+                activations=self._keeper.activations.report(),
             )
 
     def adapter(self) -> dict[str, Tensor]:
@@ -517,7 +561,7 @@ class TrunkEngine:
         except BaseException as error:
             with self._changed:
                 current.ledger.forget(name)
-            future.set_exception(error)
+            future.set_exception(_naming(error, name.slot))
             return
         if name.kind is CallKind.FORWARD:
             failpoints.reach("trunk.forward.computed")
@@ -546,6 +590,16 @@ class TrunkEngine:
                 "the deadline passed while waiting for the trunk's compute thread."
             ) from None
 
+    def _is_open(self, session: str) -> bool:
+        with self._changed:
+            current = self._keeper.round
+            return (
+                current is not None
+                and not current.over
+                and session in current.sessions
+                and session not in current.closed
+            )
+
     def _on_worker(self, run: Callable[[], Value]) -> Value:
         return self._worker.submit(run).result()
 
@@ -562,6 +616,16 @@ class TrunkEngine:
                 left = deadline - self._clock()
                 if left > 0:
                     self._changed.wait(min(left, 1.0))
-                    continue
+            if left > 0:
+                if self._caches.num_bytes and not self._closed:
+                    self.cache_bytes()
+                continue
             if current is not None:
                 self._on_worker(partial(self._keeper.expire, current))
+
+
+def _naming(error: BaseException, slot: int) -> BaseException:
+    """A refusal of NaN or Inf says whose tensor it was."""
+    if isinstance(error, TrunkRefused) and error.reason is RefusalReason.NON_FINITE:
+        return TrunkRefused(error.reason, f"slot {slot}: {error}")
+    return error

@@ -18,7 +18,7 @@ from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_weights
 from flower_split.trunk.compute import TrunkCompute
-from flower_split.trunk.gradients import SlotGradient, reduce_in_slot_order
+from flower_split.trunk.gradients import Reduction, SlotGradient
 from flower_split.trunk.ledger import CallName
 from flower_split.trunk.round import Round, Session, hashed, seed_name, slot_reports
 from flower_split.trunk.windows import Phase, StepEvery, WindowMachine
@@ -33,6 +33,7 @@ class RoundKeeper:
         compute: The trunk module and its optimizer.
         trains: Whether the trunk's weights train (mode joint).
         activations: What is kept between forward and backward.
+        reduction: How the clients' gradients of a window become one.
         epoch: Of this process.
         changed: Guards the round; notified at every transition.
         checkpoints: Where rounds are kept before they are committed.
@@ -45,6 +46,7 @@ class RoundKeeper:
         *,
         trains: bool,
         activations: ActivationCache,
+        reduction: Reduction,
         epoch: int,
         changed: threading.Condition,
         checkpoints: CheckpointStore | None,
@@ -53,6 +55,7 @@ class RoundKeeper:
         self.compute = compute
         self.trains = trains
         self.activations = activations
+        self.reduction = reduction
         self.epoch = epoch
         self.changed = changed
         self.clock = clock
@@ -122,13 +125,23 @@ class RoundKeeper:
     # ------------------------------------------------------------------ on the compute thread
 
     def forward_train(
-        self, current: Round, name: CallName, tensors: Mapping[str, Tensor]
+        self,
+        current: Round,
+        name: CallName,
+        tensors: Mapping[str, Tensor],
+        acknowledged: int,
+        use_cache: bool | None = None,
     ) -> Tensor:
         """Run a forward and keep what its backward needs."""
         with self.changed:
             self.require_open(current)
-            current.ledger.acknowledge(name.slot, name.window)
-        output, activation = self.compute.forward_train(tensors, seed_of=seed_name(current, name))
+            current.ledger.acknowledge(name.slot, name.window, min(acknowledged, name.micro_batch))
+        self.activations.require_room(
+            name.slot, tensors["hidden_states"].numel() * self.compute.dtype.itemsize
+        )
+        output, activation = self.compute.forward_train(
+            tensors, seed_of=seed_name(current, name), use_cache=use_cache
+        )
         self.activations.put((name.slot, name.window, name.micro_batch), activation)
         return output
 
@@ -208,7 +221,7 @@ class RoundKeeper:
             return False
         if self.trains:
             gradients = {slot: current.gradients[slot] for slot in slots}
-            self.compute.step(reduce_in_slot_order(gradients))
+            self.compute.step(self.reduction(gradients))
         current.gradients.clear()
         if windows.step_every is not StepEvery.CONTRIBUTION:
             windows.seal(self.clock())
@@ -369,6 +382,7 @@ class RoundKeeper:
                 slots=slot_reports(current),
                 optimizer_steps=self.compute.version - current.before.version,
                 compute_seconds=current.compute_seconds,
+                activations=self.activations.report(),
             )
         failpoints.reach("trunk.prepare.answering")
         return current.report

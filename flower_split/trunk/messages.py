@@ -3,8 +3,11 @@
 The shell uses one direction of each pair, the coordinator the other.
 """
 
+from torch import Tensor
+
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import (
     ActivationReport,
     ContributionKey,
@@ -44,6 +47,16 @@ def key_from_proto(key: pb.ContributionKey) -> ContributionKey:
         window=key.window,
         micro_batch=key.micro_batch,
     )
+
+
+def cache_to_proto(step: CacheStep) -> pb.CacheUse:
+    """A call with a key-value cache; its rows travel as a tensor."""
+    return pb.CacheUse(id=step.id, step=step.step, past_length=step.past_length)
+
+
+def cache_from_proto(cache: pb.CacheUse, rows: Tensor | None) -> CacheStep:
+    """A call with a key-value cache."""
+    return CacheStep(cache.id, cache.step, cache.past_length, rows)
 
 
 def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSessionReply:

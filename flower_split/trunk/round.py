@@ -29,6 +29,7 @@ class Round:
     slots_by_token: dict[bytes, int]
     ledger: Ledger[CallResult] = field(default_factory=Ledger)
     sessions: dict[str, Session] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)  # sessions whose client has left
     gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
     received: dict[int, int] = field(default_factory=dict)  # bytes on the wire, by slot
     sent: dict[int, int] = field(default_factory=dict)

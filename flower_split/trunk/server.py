@@ -48,6 +48,7 @@ from flower_split.trunk.answers import (
 from flower_split.trunk.calls import CallResult, ForwardMode
 from flower_split.trunk.engine import TrunkEngine
 from flower_split.trunk.messages import (
+    cache_from_proto,
     grant_to_proto,
     key_from_proto,
     plan_from_proto,
@@ -247,8 +248,10 @@ class _Shell:
             key = key_from_proto(call.key) if call.HasField("key") else None
             if key is None and mode is not ForwardMode.EVALUATE:
                 raise CodecError(f"a forward in mode {mode.name} must carry a contribution key.")
-            received = self._receive(incoming, digest=mode is not ForwardMode.EVALUATE)
+            cached = call.HasField("cache")
+            received = self._receive(incoming, digest=cached or mode is not ForwardMode.EVALUATE)
             tensors = received.tensors
+            rows = tensors.pop("cache_rows", None)
             mask = tensors.get("attention_mask")
             if mask is not None and mask.dtype == torch.bool:
                 tensors["attention_mask"] = mask.to(torch.int64)  # as tokenizers give it
@@ -261,6 +264,10 @@ class _Shell:
                 tensors,
                 received.digest,
                 deadline,
+                call.acknowledged,
+                call.use_cache if call.HasField("use_cache") else None,
+                cache_from_proto(call.cache, rows) if cached else None,
+                list(call.released_caches),
             )
             return self._reply("trunk_output", result, call.session, received)
 
