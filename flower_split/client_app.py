@@ -13,6 +13,7 @@ from collections.abc import Callable
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from flower_split import failpoints
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.client import Client, TrunkOrder, planned_steps
 from flower_split.concurrency import simulated_clients_at_once
@@ -104,7 +105,9 @@ def train(message: Message, context: Context) -> RecordDict:
     """One round of training with the trunk, from the adapter in the message."""
     _, client = _client(context)
     order = _order(message)
+    failpoints.reach("client.train.begin")
     result = client.train(from_arrays(_arrays(message)), order)
+    failpoints.reach("client.train.end")
     content = RecordDict(
         {
             "arrays": to_arrays(adapter_state(client.model)),

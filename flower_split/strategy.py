@@ -188,6 +188,7 @@ class TrunkStrategy(Strategy):
             kept, problems = _completed(good, problems, report)
             self._require(kept, problems, server_round)
             self._check_values(kept, server_round)
+            failpoints.reach("server.aggregate.before")
             contents = {slot: self._strip(server_round, slot, kept[slot]) for slot in kept}
             arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
             if arrays is None or len(arrays) == 0:
