@@ -331,10 +331,9 @@ def test_server_keeps_four_times_the_adapters_rank_unless_told():
 @pytest.mark.parametrize("name", ALL)
 def test_sums_on_the_gpu_equal_those_on_the_cpu(name):
     one, two = started(name), started(name, device="cuda")
-    for server_round in range(3):
-        updates = played(one, seed=server_round)
-        one.aggregate(updates)
-        two.aggregate(updates)
+    updates = played(one)  # one round: the signs of singular vectors may differ from then on
+    one.aggregate(updates)
+    two.aggregate(updates)
     for module, delta in one.deltas().items():
         other = two.deltas()[module]
         expected = delta.scale * delta.B.double() @ delta.A.double()
