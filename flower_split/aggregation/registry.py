@@ -76,4 +76,7 @@ def make_aggregator(
             raise AggregationError(
                 f"{name} has no option {option!r}; its options are {', '.join(known)}."
             )
-    return method(max_rank=max_rank, **options)  # type: ignore[arg-type]
+    try:
+        return method(max_rank=max_rank, **options)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise AggregationError(f"{name}: an option has the wrong type: {error}") from error

@@ -268,6 +268,11 @@ def test_learning_rate_scales_the_step_on_the_global_update(name):
     assert relative(found, 0.5 * full) < 1e-5
 
 
+def test_option_of_the_wrong_type_is_refused():
+    with pytest.raises(AggregationError, match="product-delta: an option has the wrong type"):
+        make_aggregator("product-delta", learning_rate="fast")
+
+
 @pytest.mark.parametrize("options", [{"max_rank": 0}, {"learning_rate": 0}, {"learning_rate": -1}])
 def test_option_out_of_range_is_refused(options):
     with pytest.raises(AggregationError, match=next(iter(options))):
