@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # What stands before the words of an exception that a ClientApp raised, in Flower's own error reply.
 _WRAPPING = re.compile(r"^.*Exception ClientAppException occurred\. Message:\s*", re.DOTALL)
+_DEAD_ACTOR = "The actor died unexpectedly"  # what Ray says, at length, of a killed client
 _CLASS = re.compile(r"^<class '[^']*'>:<'(.*?)'>$", re.DOTALL)
 
 TRUNK_LOST = 70
@@ -76,6 +77,11 @@ def failure_text(message: Message) -> str:
     reason = (message.error.reason or "").strip()
     wrapped = _CLASS.match(reason)
     text = _WRAPPING.sub("", wrapped.group(1) if wrapped else reason)
+    if _DEAD_ACTOR in text:
+        return (
+            "its process died: killed, crashed, or out of memory (a simulation does not replace "
+            "it; a new run can resume this one)"
+        )
     return " ".join(text.split()) or f"no reason given (Flower's error code {message.error.code})"
 
 

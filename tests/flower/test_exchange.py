@@ -68,3 +68,10 @@ def test_describe_says_equal_reasons_once() -> None:
     assert text == (
         "partitions 0 (node 30), 2 (node 20): no disk; partition 1 (node 10): no memory"
     )
+
+
+def test_failure_text_of_a_dead_actor_is_short() -> None:
+    text = (
+        "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before " + "x" * 900
+    )
+    assert len(failure_text(reply(messages()[0], Error(0, text + "'>")))) < 200
