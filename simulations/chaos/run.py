@@ -152,7 +152,7 @@ class Chaos:
     def _inject(self, proxy: Proxy) -> None:
         kind = self.chance.choice([kind for kind in self.kinds if kind != "failpoint"] or [""])
         if kind == "network":
-            kind = self.chance.choice(["cut", "cut", "refuse", "delay"])
+            kind = self.chance.choice(["cut", "cut", "cut", "cut", "refuse", "delay"])
             proxy.inject(
                 Fault(kind, after_bytes=self.chance.randint(1, 20_000), seconds=0.3)
                 if kind != "refuse"

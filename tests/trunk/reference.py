@@ -39,7 +39,7 @@ class ReferenceRound:
         self.aborted = False
         self.steps: list[Step] = []
         self.calls: dict[tuple[str, int, int, int], int] = {}  # answered call -> content
-        self.frontier = dict.fromkeys(slots, 0)  # slot -> latest window it ran a forward in
+        self.frontier = dict.fromkeys(slots, (0, 0))  # everything before is acknowledged
         self.open_forwards: dict[tuple[int, int, int], int] = {}  # -> content
 
     # ---- the clients
@@ -55,11 +55,25 @@ class ReferenceRound:
         member.plan = plan
         return "ok"
 
-    def forward(self, slot: int, window: int, micro_batch: int, lag: int, content: int) -> str:
-        """``lag``: how many steps the version asked for is behind that of the window."""
+    def forward(
+        self,
+        slot: int,
+        window: int,
+        micro_batch: int,
+        lag: int,
+        content: int,
+        acknowledged: int = 0,
+    ) -> str:
+        """``lag``: how many steps the version asked for is behind that of the window.
+
+        ``acknowledged``: the client has every reply of this window before that micro-batch.
+        """
         if self.aborted:
             return "ABORTED"
         name = ("forward", slot, window, micro_batch)
+        if self.frontier[slot][0] == window and micro_batch < self.frontier[slot][1]:
+            if not self._refused(slot, window):
+                return "STALE_VERSION"
         if name in self.calls:
             return "repeat" if self.calls[name] == content else "DIGEST_MISMATCH"
         refused = self._refused(slot, window)
@@ -69,9 +83,11 @@ class ReferenceRound:
             return refused
         if lag:
             return "STALE_VERSION"
-        self.frontier[slot] = window
-        for old in [call for call in self.calls if call[1] == slot and call[2] < window]:
-            del self.calls[old]
+        here = (window, min(acknowledged, micro_batch))
+        self.frontier[slot] = max(self.frontier[slot], here)
+        for old in [call for call in self.calls if call[1] == slot]:
+            if old[2:] < self.frontier[slot]:
+                del self.calls[old]
         self.calls[name] = content
         self.open_forwards[name[1:]] = content
         return "ok"
@@ -82,7 +98,7 @@ class ReferenceRound:
         if self.aborted:
             return "ABORTED"
         name = ("backward", slot, window, micro_batch)
-        if window < self.frontier[slot]:
+        if (window, micro_batch) < self.frontier[slot]:
             return "STALE_VERSION"
         if name in self.calls:
             return "repeat" if self.calls[name] == content else "DIGEST_MISMATCH"

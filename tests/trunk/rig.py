@@ -138,11 +138,18 @@ class Rig:
             self.compare()
 
     def forward(
-        self, slot: int, window: int, micro_batch: int, *, lag: int = 0, content: int = 0
+        self,
+        slot: int,
+        window: int,
+        micro_batch: int,
+        *,
+        lag: int = 0,
+        content: int = 0,
+        acknowledged: int = 0,
     ) -> str:
         grant = self.grants[self.server_round, self.attempt, slot]
         name = (slot, window, micro_batch)
-        expected = self._word(self._model.forward, *name, lag, content)
+        expected = self._word(self._model.forward, *name, lag, content, acknowledged)
         wait = 0.0 if expected == "wait" else 50.0
         return self._same(
             f"forward({slot}, {window}, {micro_batch}, lag={lag}, content={content})",
@@ -156,6 +163,7 @@ class Rig:
                 {"hidden_states": smashed(content)},
                 str(content).encode(),
                 self.clock.now + wait,
+                acknowledged,
             ),
             ("forward", *name),
         )

@@ -49,10 +49,14 @@ class EngineMachine(RuleBasedStateMachine):
             self.rig.join(slot, plan)
 
     @rule(slot=slots, window=windows, micro_batch=micro_batches, lag=st.sampled_from([0, 0, 0, 1]),
-          content=st.sampled_from([0, 0, 0, 1]))  # fmt: skip
-    def forward(self, slot: int, window: int, micro_batch: int, lag: int, content: int) -> None:
+          content=st.sampled_from([0, 0, 0, 1]), acknowledged=st.sampled_from([0, 0, 0, 1, 2]))  # fmt: skip
+    def forward(
+        self, slot: int, window: int, micro_batch: int, lag: int, content: int, acknowledged: int
+    ) -> None:
         if slot in self.joined:
-            self.rig.forward(slot, window, micro_batch, lag=lag, content=content)
+            self.rig.forward(
+                slot, window, micro_batch, lag=lag, content=content, acknowledged=acknowledged
+            )
 
     @rule(slot=slots, window=windows, micro_batch=micro_batches, last=st.booleans(),
           content=st.sampled_from([0, 0, 0, 1]), tokens=st.sampled_from([1.0, 2.0]))  # fmt: skip
@@ -151,7 +155,7 @@ def lossy_run(operations: int, seed: int) -> Rig:
             late += [(slot, call)] * (chance.random() < 0.2)
             if chance.random() < 0.2:
                 continue  # lost on its way to the trunk
-            word = _send(rig, slot, call)
+            word = _send(rig, slot, call, _acknowledged(call, todo[slot]))
             if chance.random() < 0.2:
                 continue  # the reply is lost
             if word in ("ok", "repeat"):
@@ -183,11 +187,16 @@ def _ready(calls):
     return [call for call in same if call[2] // 2 == index // 2]
 
 
-def _send(rig: Rig, slot: int, call: tuple[str, int, int, bool]) -> str:
+def _acknowledged(call, calls) -> int:
+    """The first micro-batch of the call's window that has not had all its replies."""
+    return min(index for _, window, index, _ in calls if window == call[1])
+
+
+def _send(rig: Rig, slot: int, call: tuple[str, int, int, bool], acknowledged: int = 0) -> str:
     kind, window, index, last = call
     content = 100 * slot + 10 * window + index
     if kind == "forward":
-        return rig.forward(slot, window, index, content=content)
+        return rig.forward(slot, window, index, content=content, acknowledged=acknowledged)
     tokens = 1.0 + slot % 2
     return rig.backward(slot, window, index, content=content, tokens=tokens, last=last)
 

@@ -11,6 +11,7 @@ from flower_split.trunk.calls import ContributionKey, ForwardMode, RoundPlan
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.engine import TrunkEngine
+from flower_split.trunk.gradients import Reduction
 
 HIDDEN = 3
 SGD = OptimizerConfig(name="sgd", learning_rate=0.5, max_grad_norm=0.0)
@@ -41,6 +42,8 @@ def make_engine(
     mode: str = "joint",
     dropout: float = 0.0,
     activation_bytes: int = 2**20,
+    activation_bytes_per_client: int = 0,
+    reduction: Reduction | None = None,
     checkpoints: CheckpointStore | None = None,
     clock=time.monotonic,
 ) -> TrunkEngine:
@@ -52,6 +55,8 @@ def make_engine(
         hidden_size=HIDDEN,
         fingerprint={"model": "toy"},
         activation_bytes=activation_bytes,
+        activation_bytes_per_client=activation_bytes_per_client,
+        reduction=reduction,
         checkpoints=checkpoints,
         clock=clock,
     )
@@ -97,6 +102,7 @@ class ToyClient:
         version: int | None = None,
         digest: bytes = b"f",
         timeout: float = 20.0,
+        acknowledged: int = 0,
         **tensors: Tensor,
     ):
         return self.engine.forward(
@@ -108,6 +114,7 @@ class ToyClient:
             {"hidden_states": hidden, **tensors},
             digest,
             time.monotonic() + timeout,
+            acknowledged,
         )
 
     def backward(
