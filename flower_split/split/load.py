@@ -30,7 +30,7 @@ from flower_split.split.client_model import (
 from flower_split.split.cuts import CutLayers
 from flower_split.split.self_check import check_client, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
-from flower_split.split.stand_in import LayerOutput, replace_in_place
+from flower_split.split.stand_in import PLACE_HOLDERS, LayerOutput, replace_in_place
 from flower_split.split.trunk_model import TrunkModel, carve_trunk, constant_embeddings
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -324,8 +324,14 @@ def _holed(model_class: type[PreTrainedModel], carve: Carve) -> type[PreTrainedM
             if target in names and source in names
         }
 
+    def initialize(self: PreTrainedModel, module: nn.Module) -> None:
+        # What is around stand-ins has no weights of its own, but a family may reach into it.
+        if not any(isinstance(part, PLACE_HOLDERS) for part in module.modules()):
+            model_class._init_weights(self, module)  # type: ignore[no-untyped-call]
+
     body = {
         "__init__": construct,
+        "_init_weights": initialize,
         "__module__": model_class.__module__,
         "__qualname__": model_class.__qualname__,
         "_keys_to_ignore_on_load_unexpected": [".*"],

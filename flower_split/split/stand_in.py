@@ -180,6 +180,10 @@ class AbsentEmbedding(nn.Module):
         return self.zero.expand(1, self.embedding_dim)
 
 
+# What holds the place of another party's module.
+PLACE_HOLDERS = (StandIn, Absent, AbsentEmbedding)
+
+
 def replace_in_place(root: nn.Module, replacements: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Put modules in place of others.
 

@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +34,17 @@ from flower_split.split.stand_in import (
     take_hidden_states,
 )
 
-# The smashed data of the trunk forward that is running in this context.
-_smashed: ContextVar[Tensor | None] = ContextVar("smashed", default=None)
+
+@dataclass(frozen=True, slots=True)
+class _Smashed:
+    """What the first trunk layer begins with."""
+
+    hidden_states: Tensor
+    random_state: list[Tensor] | None  # of the CPU, and of the GPU if there is one
+
+
+# What the trunk forward that is running in this context begins with.
+_smashed: ContextVar[_Smashed | None] = ContextVar("smashed", default=None)
 # Whether that forward only finds out what reaches the first trunk layer.
 _probing: ContextVar[bool] = ContextVar("probing", default=False)
 _PROBE_SHAPE = (2, 3)  # batch, sequence
@@ -62,7 +72,24 @@ def _enter_trunk(
     smashed = _smashed.get()
     if _probing.get():
         raise _TrunkInput(take_hidden_states(args, kwargs))
-    return None if smashed is None else put_hidden_states(args, kwargs, smashed)
+    if smashed is None:
+        return None
+    if smashed.random_state is not None:
+        _restore_random_state(smashed.random_state, smashed.hidden_states.device)
+    return put_hidden_states(args, kwargs, smashed.hidden_states)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _restore_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _leave_trunk(module: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -231,7 +258,10 @@ class TrunkModel(nn.Module):
         inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
         if past is not None:
             inputs["past_key_values"] = past
-        token = _smashed.set(hidden_states.view(*hidden_states.shape[:2], *self._position_shape))
+        begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)
+        # A model's prologue may draw random numbers for dropout; the layers get those it left.
+        state = _random_state(begin.device) if self.training else None
+        token = _smashed.set(_Smashed(begin, state))
         try:
             host(**inputs)
         except _TrunkOutput as reached:

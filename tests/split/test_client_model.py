@@ -44,7 +44,8 @@ def test_split_model_leaves_the_given_model_alone() -> None:
 
 
 def test_split_model_leaves_the_random_state_alone() -> None:
-    model = tiny_model("gpt2", resid_pdrop=0.1)
+    model = tiny_model("gpt2")
+    model.transformer.wte.register_forward_hook(lambda *call: torch.rand(1) and None)
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)

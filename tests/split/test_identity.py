@@ -82,6 +82,22 @@ def test_split_model_packed_positions_match_unsplit() -> None:
     assert not torch.equal(loss, model(**unpacked).loss)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gpt_neox", "falcon", "bloom"])
+def test_split_model_with_dropout_and_equal_seeds_matches_unsplit(family: str) -> None:
+    names = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "hidden_dropout")
+    changes = dict.fromkeys((*names, "attention_dropout"), 0.2)
+    model = tiny_model(family, **changes)
+    client, trunk = split_model(model, CUTS)
+    torch.manual_seed(8)
+    loss, gradients = loss_and_gradients(model, padded_batch())
+    torch.manual_seed(8)
+    split_loss, split_gradients = loss_and_gradients(client, padded_batch(), trunk)
+    assert torch.equal(loss, split_loss)
+    assert_same_bits(gradients, split_gradients)
+    torch.manual_seed(9)
+    assert not torch.equal(loss, loss_and_gradients(model, padded_batch())[0])
+
+
 def test_tiny_mistral_window_is_active() -> None:
     windowed, full = tiny_model("mistral"), tiny_model("mistral", sliding_window=None)
     batch = padded_batch()

@@ -1,0 +1,113 @@
+"""Families beyond those that the package was built with: split alike, or refused, never wrong."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from flower_split.errors import SplitError
+from flower_split.split import CutLayers, load_client_model, load_trunk_model, split_model
+from flower_split.split.client_model import IdentityTrunk
+from tests.split.coverage import Row, check_families, families, markdown, summary
+from tests.split.tiny import loss_and_gradients, padded_batch
+from tests.split.tiny_configs import tiny_config
+
+# Each with something of its own: a mask per layer type, recurrent layers, latent attention,
+# several streams of hidden states, encoder-style modules, cross attention, positions looked up per
+# layer, adapters per language, shared blocks.
+VARIED = (
+    *("smollm3", "cohere2", "exaone4", "gpt_oss", "llama4_text"),
+    *("jamba", "mamba2", "qwen3_next", "rwkv", "deepseek_v3", "deepseek_v4"),
+    *("bert", "modernbert-decoder", "whisper", "roformer", "xmod", "zamba2", "gemma3"),
+)
+REFUSED = ("gemma3n_text", "hrm_text", "inkling2_text", "prophetnet", "xlm", "xlnet", "zaya")
+# Their trunk layers are given token ids or embeddings that they do not look at. With the model in
+# memory this shows; of a checkpoint neither party alone can tell.
+REFUSED_WHEN_LOADING = ("deepseek_v4", "zamba2")
+CUTS = CutLayers(1, 3)
+
+
+@pytest.fixture(autouse=True)
+def _silent() -> None:
+    transformers.utils.logging.set_verbosity(50)
+
+
+@pytest.mark.parametrize("family", VARIED)
+def test_split_model_family_of_another_kind_matches_unsplit_bitwise(family: str) -> None:
+    (row,) = check_families([family])
+    assert row.outcome == "identical", row
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_split_model_family_that_does_not_fit_is_refused(family: str) -> None:
+    (row,) = check_families([family])
+    assert row.outcome == "refused", row
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", REFUSED + REFUSED_WHEN_LOADING)
+def test_loading_family_that_does_not_fit_is_refused(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(tmp_path)
+    with pytest.raises(SplitError):
+        load_trunk_model(str(tmp_path), CUTS)
+        load_client_model(str(tmp_path), CUTS, IdentityTrunk())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", [name for name in VARIED if name not in REFUSED_WHEN_LOADING])
+def test_loaded_family_of_another_kind_matches_the_whole_model(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family)).train()
+    model.save_pretrained(tmp_path)
+    trunk = load_trunk_model(str(tmp_path), CUTS).train()
+    client = load_client_model(str(tmp_path), CUTS, trunk).train()
+    loss, gradients = loss_and_gradients(model, padded_batch())
+    split_loss, split_gradients = loss_and_gradients(client, padded_batch(), trunk)
+    assert torch.equal(loss, split_loss)
+    for name, value in gradients.items():
+        assert (value is None) == (split_gradients[name] is None)
+        assert value is None or torch.equal(value, split_gradients[name]), name
+
+
+def test_coverage_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_split(model: torch.nn.Module, cuts: CutLayers) -> tuple[torch.nn.Module, ...]:
+        client, trunk = split_model(model, cuts)
+        for parameter in trunk.parameters():
+            parameter.data.mul_(1.01)
+        return client, trunk
+
+    monkeypatch.setattr("tests.split.coverage.split_model", wrong_split)
+    (row,) = check_families(["llama"])
+    assert row.outcome == "failed" and "differs by" in row.remark
+
+
+def test_coverage_table_counts_and_puts_problems_first() -> None:
+    rows = [
+        Row("a", "identical", "x"),
+        Row("b", "failed", "y"),
+        Row("c", "not run", "z"),
+        Row("d", "refused", "w"),
+    ]
+    assert summary(rows) == {
+        "tried": 3,
+        "identical": 1,
+        "within tolerance": 0,
+        "refused": 1,
+        "failed": 1,
+        "not run": 1,
+    }
+    table = markdown(rows).splitlines()
+    assert "| 3 | 1 | 0 | 1 | 1 | 1 |" in table
+    assert [line.split()[1] for line in table[-4:]] == ["c", "b", "d", "a"]
+
+
+@pytest.mark.slow
+def test_coverage_of_transformers_is_95_percent_and_nothing_is_wrong() -> None:
+    rows = check_families(families())
+    counts = summary(rows)
+    assert counts["failed"] == 0, [row for row in rows if row.outcome == "failed"]
+    assert counts["within tolerance"] == 0
+    assert counts["tried"] >= 150
+    assert counts["identical"] >= 0.95 * counts["tried"], counts
