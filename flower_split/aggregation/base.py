@@ -118,7 +118,7 @@ class Aggregator(ABC):
         return frozenset({"A", "B"})
 
     def state_dict(self, state: State) -> dict[str, Tensor]:
-        """The state as named tensors, for a checkpoint."""
+        """The state as named tensors that share no memory, for a checkpoint."""
         tensors = {
             "factors.A": state.factors.A,
             "factors.B": state.factors.B,
@@ -127,7 +127,11 @@ class Aggregator(ABC):
             "scale": torch.tensor(state.scale, dtype=torch.float64),
             "server_round": torch.tensor(state.server_round, dtype=torch.int64),
         }
-        return tensors | {f"extra.{name}": tensor for name, tensor in state.extra.items()}
+        tensors |= {f"extra.{name}": tensor for name, tensor in state.extra.items()}
+        return {
+            name: tensor.clone(memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> State:
         """The inverse of :meth:`state_dict`, bit for bit.

@@ -35,7 +35,10 @@ def _finite(value: object) -> float | None:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the range of floats
+        return None
     return number if math.isfinite(number) else None
 
 
@@ -125,9 +128,9 @@ def check_updates(state: State, updates: Sequence[Update]) -> list[Share]:
     Raises:
         AggregationError: There is none, or one is malformed; the client is named.
     """
-    if not updates:
-        raise AggregationError("no client update to aggregate; a round needs at least one.")
     ordered = sorted(updates, key=lambda update: client_order(update.client_id))
+    if not ordered:
+        raise AggregationError("no client update to aggregate; a round needs at least one.")
     expected = [state.out_features, state.in_features]
     for update in ordered:
         for verb, factors in (("received", update.received), ("returned", update.returned)):

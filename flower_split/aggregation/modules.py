@@ -228,7 +228,7 @@ class AdapterAggregator:
         return deltas | totals
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs, as named tensors."""
+        """Everything a checkpoint needs, as named tensors that share no memory."""
         self._ready()
         tensors = {f"other{SEPARATOR}{name}": value for name, value in self._others.items()}
         for module, state in self._states.items():
@@ -237,7 +237,10 @@ class AdapterAggregator:
         for module, base in self._base.items():
             tensors[SEPARATOR.join(("base", module, "A"))] = base.A
             tensors[SEPARATOR.join(("base", module, "B"))] = base.B
-        return {name: tensors[name].to(CPU).contiguous() for name in sorted(tensors)}
+        return {
+            name: tensors[name].to(CPU).clone(memory_format=torch.contiguous_format)
+            for name in sorted(tensors)
+        }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`, bit for bit.

@@ -8,6 +8,7 @@ import torch
 from dense_reference import IN, OUT, dense, initial, merged, play, relative
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flower_split.aggregation import METHODS, Factors, Update, make_aggregator
@@ -41,7 +42,7 @@ def test_non_finite_factors_are_refused_and_name_the_client(name, part, value):
         aggregator.aggregate(state, updates)
 
 
-@pytest.mark.parametrize("weight", [-1, -0.5, float("nan"), float("inf"), "3", None, True])
+@pytest.mark.parametrize("weight", [-1, -0.5, float("nan"), float("inf"), 10**400, "3", None, True])
 @pytest.mark.parametrize("name", ALL)
 def test_invalid_weight_is_refused_and_names_the_client(name, weight):
     aggregator, state, updates = round_of(name)
@@ -221,9 +222,8 @@ def test_no_operation_makes_a_tensor_of_the_weights_size(name):
 def test_state_survives_a_checkpoint_bit_for_bit(name):
     aggregator, state, updates = round_of(name)
     state = aggregator.aggregate(state, updates).state
-    stored = {key: value.clone() for key, value in aggregator.state_dict(state).items()}
-    assert all(isinstance(value, torch.Tensor) for value in stored.values())
-    back = make_aggregator(name).load_state_dict(stored)
+    stored = aggregator.state_dict(state)
+    back = make_aggregator(name).load_state_dict(load(save(stored)))
     updates = play(name, aggregator, state, server_round=1)
     first = aggregator.state_dict(aggregator.aggregate(state, updates).state)
     second = aggregator.state_dict(aggregator.aggregate(back, updates).state)
