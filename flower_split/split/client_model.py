@@ -38,6 +38,8 @@ _KNOWN_ARGUMENTS = frozenset(
         "num_items_in_batch",
     }
 )
+# Where packed sequences begin: told by the position ids as well, which the trunk is given.
+_PACKING_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +180,11 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
     use_cache = named.get("use_cache")
     if use_cache is None and getattr(model.config, "use_cache", None) is False:
         use_cache = False
+    known = _KNOWN_ARGUMENTS | {model.main_input_name}
+    if isinstance(named.get("position_ids"), Tensor) and keeps_only_keys_and_values(model.config):
+        known |= _PACKING_ARGUMENTS
     unknown = (
-        name
-        for name, value in named.items()
-        if isinstance(value, Tensor) and name not in _KNOWN_ARGUMENTS
+        name for name, value in named.items() if isinstance(value, Tensor) and name not in known
     )
     _call.set(
         _Call(

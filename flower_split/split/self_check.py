@@ -5,6 +5,8 @@ chain of hidden states, and when what it hands to them beside the hidden states 
 padding mask and the position ids alone.
 """
 
+import contextvars
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -113,7 +115,8 @@ def check_client(
         for batch in probe_batches(client):
             seen = _trace_learning(client, stack, cuts, batch, output)
             check_chain(seen, cuts, name)
-            as_trunk = _trace_as_trunk(client, stack, cuts, batch, output, constants)
+            shape = seen.calls[0].hidden_states.shape
+            as_trunk = _trace_as_trunk(client, stack, cuts, batch, shape, output, constants)
             prepared = {call.index: call.others for call in as_trunk}
             for call in seen.calls:
                 if cuts.part_of(call.index) == "trunk":
@@ -191,6 +194,7 @@ def _trace_as_trunk(
     stack: LayerStack,
     cuts: CutLayers,
     batch: dict[str, Tensor],
+    smashed_shape: torch.Size,
     output: LayerOutput,
     constants: frozenset[str],
 ) -> list[LayerCall]:
@@ -198,7 +202,7 @@ def _trace_as_trunk(
     host = client.get_submodule(stack.host_path)
     weight = next(client.parameters())
     width = int(client.config.get_text_config(decoder=True).hidden_size)
-    shape = (*batch["input_ids"].shape, width)
+    shape = (*smashed_shape[:2], width)
     smashed = torch.rand(shape, device=weight.device, dtype=weight.dtype)
     inputs = host_inputs(host, smashed, width, batch.get("attention_mask"), None, False)
     calls: list[LayerCall] = []
@@ -208,7 +212,8 @@ def _trace_as_trunk(
         with recording(stack.layers(client), calls):
             handle = last.register_forward_hook(_stop)  # after the recorder
             try:
-                host(**inputs)
+                # In a context of its own: a forward that _Stop ends does not take back what it noted.
+                contextvars.copy_context().run(lambda: host(**inputs))
             except _Stop:
                 pass
             except Exception as error:
