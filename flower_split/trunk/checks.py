@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
 
@@ -32,6 +32,14 @@ def check_finite(what: str, tensor: Tensor) -> None:
             f"{what} holds NaN or Inf, and nothing of it was used. Lower the learning rate, clip the "
             "gradients, or look at the client's data.",
         )
+
+
+def check_all_finite(tensors: Mapping[str, Tensor]) -> None:
+    """As :func:`check_finite` for each, by name, but looking only once: on a GPU a look is a wait."""
+    largest = nn.utils.get_total_norm(list(tensors.values()), norm_type=math.inf)
+    if not bool(torch.isfinite(largest)):
+        for what, tensor in tensors.items():
+            check_finite(what, tensor)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], hidden_size: int) -> None:

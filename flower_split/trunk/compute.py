@@ -20,7 +20,7 @@ from flower_split.optim import LearningRate, make_optimizer
 from flower_split.split import TrunkModel
 from flower_split.split.cache import TrunkCache, keeps_only_keys_and_values
 from flower_split.trunk.activations import Activation, SavedBytes
-from flower_split.trunk.checks import check_finite
+from flower_split.trunk.checks import check_all_finite, check_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,10 +176,11 @@ class TrunkCompute:
                 trunk_output_grad.to(output.device, output.dtype),
                 allow_unused=True,
             )
-        check_finite("smashed_grad", smashed_grad)
+        computed = {"smashed_grad": smashed_grad}
         for (name, _), gradient in zip(self.named, gradients, strict=True):
             if gradient is not None:
-                check_finite(f"the gradient of {name}", gradient)
+                computed[f"the gradient of {name}"] = gradient
+        check_all_finite(computed)
         return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
