@@ -251,6 +251,7 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
             process = stack.enter_context(
                 TrunkProcess.start(config, config.join_timeout, checkpoints)
             )
+            process.supervise()
             token, address, certificates = process.token, process.address, ""
         coordinator = TrunkCoordinator(
             address, token, root_certificates=certificates, timeout=_CONTROL_SECONDS
@@ -293,14 +294,14 @@ def _read_text(path: str, key: str) -> str:
 def _care_of(
     process: TrunkProcess | None, coordinator: TrunkCoordinator, timeout: float
 ) -> TrunkCare:
-    """Restart the child if there is one; wait for a trunk of somebody else's."""
+    """A child is started again by its supervisor; for a trunk of somebody else's we wait."""
 
     def alive() -> bool:
-        return process is None or process.alive
+        return process is None or not process.given_up
 
     def revive() -> None:
-        if process is not None and not process.alive:
-            process.restart()
+        if not alive():
+            raise TrunkUnavailable("the trunk process ended, and could not be started again.")
         deadline = time.monotonic() + timeout
         while True:
             try:

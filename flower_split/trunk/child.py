@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _WORKERS = 256  # threads of the RPC shell; a waiting forward must never starve a backward
 _GRACE_SECONDS = 2.0
+_LOOK_SECONDS = 0.2  # between two looks at a supervised process
+_TRIES = 3  # to start a process that has died
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +107,8 @@ class TrunkProcess:
 
     Attributes:
         address: ``127.0.0.1:port``.
-        token: The coordinator's token; a fresh one for every process.
+        token: The coordinator's token; made for this run.
+        given_up: It died, and could not be started again.
     """
 
     def __init__(
@@ -114,6 +117,9 @@ class TrunkProcess:
         self._process = process
         self._order = order
         self._timeout = timeout
+        self._stopping = threading.Event()
+        self._supervisor: threading.Thread | None = None
+        self.given_up = False
         self.token = str(order["token"])
         self.address = str(order["listen"])
 
@@ -144,9 +150,34 @@ class TrunkProcess:
         Raises:
             TrunkUnavailable: It did not start.
         """
-        self.stop()
+        self._end(0.0)
         logger.warning("the trunk process ended; it is started again")
         self._process, _ = _launch(self._order, self._timeout)
+
+    def supervise(self) -> None:
+        """Restart it whenever it dies, until :meth:`stop`.
+
+        What waits for the trunk meanwhile tries again, and the new process tells it that its round
+        is over. After three failures to start, one after the other, ``given_up`` is set.
+        """
+        self._supervisor = threading.Thread(target=self._supervise, name="trunk-supervisor")
+        self._supervisor.daemon = True
+        self._supervisor.start()
+
+    def _supervise(self) -> None:
+        failures = 0
+        while not self._stopping.wait(_LOOK_SECONDS):
+            if self.alive:
+                continue
+            try:
+                self.restart()
+                failures = 0
+            except TrunkUnavailable as error:
+                failures += 1
+                logger.error("%s", error)
+                if failures == _TRIES:
+                    self.given_up = True
+                    return
 
     @property
     def alive(self) -> bool:
@@ -155,6 +186,12 @@ class TrunkProcess:
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the process: by the end of its standard input, after ``timeout`` seconds by force."""
+        self._stopping.set()
+        if self._supervisor is not None:
+            self._supervisor.join()
+        self._end(timeout)
+
+    def _end(self, timeout: float) -> None:
         if self._process.stdin is not None:
             try:
                 self._process.stdin.close()

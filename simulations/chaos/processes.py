@@ -80,9 +80,17 @@ class Job:
         root: Of this run alone.
         config: Of the job; addresses and directories are filled in.
         dedupe: Whether the trunk remembers calls.
+        supervised: The trunk is the ServerApp's own child, as in a simulation.
     """
 
-    def __init__(self, root: Path, config: Mapping[str, Scalar], *, dedupe: bool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        config: Mapping[str, Scalar],
+        *,
+        dedupe: bool = True,
+        supervised: bool = False,
+    ) -> None:
         root.mkdir(parents=True)
         self.root = root
         self.run_dir = root / "run"
@@ -96,6 +104,7 @@ class Job:
         self.num_clients = int(config["num-clients"])
         self.nodes = {1000 + i: root / f"{i}.socket" for i in range(self.num_clients)}
         self._dedupe = dedupe
+        self.supervised = supervised
         files = failpoints.FILE_PLACES
         self.trunk = self._role("trunk", self._run_trunk, failpoints.TRUNK_PLACES + files)
         self.server = self._role("server", self._run_server, failpoints.SERVER_PLACES + files)
@@ -106,8 +115,25 @@ class Job:
 
     @property
     def roles(self) -> list[Role]:
-        """All processes."""
-        return [self.trunk, self.server, *self.clients]
+        """All processes that are started here."""
+        trunk = [] if self.supervised else [self.trunk]
+        return [*trunk, self.server, *self.clients]
+
+    def kill_child_trunk(self) -> bool:
+        """SIGKILL the trunk that the ServerApp has started; False where it runs none now."""
+        server = self.server.process
+        for entry in Path("/proc").iterdir():
+            if server is None or not entry.name.isdigit():
+                continue
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                command = (entry / "cmdline").read_bytes()
+            except (OSError, ValueError):
+                continue
+            if parent == server.pid and b"flower_split.trunk.child" in command:
+                os.kill(int(entry.name), signal.SIGKILL)
+                return True
+        return False
 
     def _role(self, name: str, run: Callable[[], None], places: tuple[str, ...]) -> Role:
         return Role(name, run, places, log=self.root / f"{name}.log")

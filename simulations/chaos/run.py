@@ -93,9 +93,11 @@ class Chaos:
     def run(self) -> Outcome:
         """To the end of the job."""
         proxy = Proxy(("127.0.0.1", self.job.trunk_port))
-        self.job.config["trunk.address"] = f"127.0.0.1:{proxy.port}"
+        if not self.job.supervised:
+            self.job.config["trunk.address"] = f"127.0.0.1:{proxy.port}"
         started = time.monotonic()
-        next_fault = started + self.chance.expovariate(1.0)
+        # A trunk that is killed before it serves is an error: the run has not begun.
+        next_fault = started + 10.0 * self.job.supervised + self.chance.expovariate(1.0)
         try:
             for role in self.job.roles:
                 self._start(role)
@@ -109,7 +111,8 @@ class Chaos:
                     break
                 if self.left > 0 and now >= next_fault:
                     self._inject(proxy)
-                    next_fault = now + 0.1 + self.chance.expovariate(1.2)
+                    pause = 8.0 if self.job.supervised else 0.1  # a real child starts slowly
+                    next_fault = now + pause + self.chance.expovariate(1.2)
                 time.sleep(0.02)
         finally:
             for role in self.job.roles:
@@ -162,6 +165,10 @@ class Chaos:
             return
         if kind == "":
             return
+        if self.job.supervised:
+            if self.job.kill_child_trunk():
+                self._count("child trunk")
+            return
         role = self.chance.choice(
             [self.job.trunk, self.job.server, self.chance.choice(self.job.clients)]
         )
@@ -190,6 +197,9 @@ def main() -> int:
     )
     parser.add_argument("--no-kills", action="store_true", help="only the network fails")
     parser.add_argument("--no-dedupe", action="store_true", help="let the trunk forget its calls")
+    parser.add_argument(
+        "--supervised", action="store_true", help="kill the trunk that the ServerApp looks after"
+    )
     parser.add_argument("--keep", type=Path, help="where the runs' directories stay")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -197,9 +207,7 @@ def main() -> int:
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
     places: Counter[str] = Counter()
-    expected = Chaos(
-        Job(root / "reference", config, dedupe=True), random.Random(0), 0, [], places
-    ).run()
+    expected = Chaos(Job(root / "reference", config), random.Random(0), 0, [], places).run()
     if expected.problem:
         print(f"the fault-free run failed: {expected.problem}", file=sys.stderr)
         return 1
@@ -210,9 +218,15 @@ def main() -> int:
         seed = arguments.seed * 10_000 + len(outcomes)
         left = min(arguments.faults_per_run, arguments.faults - sum(done.values()))
         # By turns: kills at random times, kills at named places.
-        kills = [] if arguments.no_kills else [["random"], ["failpoint"]][len(outcomes) % 2]
+        turn = 0 if arguments.supervised else len(outcomes) % 2
+        kills = [] if arguments.no_kills else [["random"], ["failpoint"]][turn]
         kinds = kills + network
-        job = Job(root / f"run-{seed}", config, dedupe=not arguments.no_dedupe)
+        job = Job(
+            root / f"run-{seed}",
+            config,
+            dedupe=not arguments.no_dedupe,
+            supervised=arguments.supervised,
+        )
         outcome = Chaos(job, random.Random(seed), left, kinds, places).run()
         outcome.seed = seed
         outcomes.append(outcome)
