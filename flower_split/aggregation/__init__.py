@@ -7,6 +7,10 @@
     sent = aggregator.distribute(state, rank=8, scale=2.0)   # for a client of that rank and scale
     result = aggregator.aggregate(state, [Update("a", sent, returned, weight=12), ...])
     aggregator.delta(result.state)                           # the new global ΔW as factors
+
+One module per method, named after its paper; ``lowrank`` has the linear algebra, ``checks`` the
+refusals. ``modules`` aggregates whole adapters, which is what the strategy uses; ``robust`` names
+the rules that may come before any method.
 """
 
 from flower_split.aggregation.base import Aggregator

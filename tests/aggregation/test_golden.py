@@ -469,3 +469,13 @@ def test_update_that_undoes_everything_leaves_no_rounding_noise_behind():
     after = aggregator.aggregate(state, updates).state
     assert aggregator.delta(after).rank == 0
     assert torch.equal(aggregator.distribute(after, 4, 2.0).A, initial().A)
+
+
+def test_product_delta_adds_a_late_clients_own_change_to_what_came_meanwhile():
+    aggregator, state = started("product-delta", rounds=1)
+    late = play("product-delta", aggregator, state, server_round=1, seed=5)[0]
+    meanwhile = play("product-delta", aggregator, state, server_round=1)
+    newer = aggregator.aggregate(state, meanwhile).state
+    found = aggregator.aggregate(newer, [late]).state
+    expected = dense(aggregator.delta(newer)) + dense(late.returned) - dense(late.received)
+    assert relative(dense(aggregator.delta(found)), expected) < 1e-6
