@@ -1,5 +1,6 @@
-"""The whole ServerApp with real clients and a real trunk process, one client after the other."""
+"""The whole ServerApp with real clients and a real trunk, one client after the other."""
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from torch import Tensor
 
 from flower_split.config import Scalar, parse_run_config
-from flower_split.errors import FederationError, FlowerSplitError, TrunkUnavailable
+from flower_split.errors import FederationError, FlowerSplitError, SplitError
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
-from tests.flower.local_grid import LocalGrid
+from tests.flower.local_grid import LocalGrid, TrunkHere
+from tests.flower.test_runs import central_step
 from tests.flower.tiny import make_data, make_model, tiny_config
 
 
@@ -35,7 +37,8 @@ class Job:
 
 
 @pytest.fixture
-def job(tmp_path: Path, parts: tuple[Path, str]) -> Job:
+def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Job:
+    monkeypatch.setattr("flower_split.server_app.TrunkProcess", TrunkHere)
     return Job(tmp_path, *parts)
 
 
@@ -43,6 +46,12 @@ def job(tmp_path: Path, parts: tuple[Path, str]) -> Job:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     root = tmp_path_factory.mktemp("parts")
     return make_model(root / "model"), make_data(root / "data", 2)
+
+
+@pytest.fixture
+def job_with_process(tmp_path: Path, parts: tuple[Path, str]) -> Job:
+    """With the trunk in a process of its own: dropout needs its own random state on either side."""
+    return Job(tmp_path, *parts)
 
 
 def trained(state: dict[str, Tensor], layers: range) -> list[bool]:
@@ -93,7 +102,7 @@ def test_run_forward_only_with_the_auxiliary_head_trains_the_bottom(job: Job) ->
     assert "does not train" not in (done.path / "report.md").read_text()
 
 
-def test_run_twice_gives_the_same_bits(job: Job) -> None:
+def test_run_twice_gives_the_same_bits(job_with_process: Job) -> None:
     changes: dict[str, Scalar] = {
         "trunk__step_every": "server-round",
         "train__local_steps": 2,
@@ -102,11 +111,55 @@ def test_run_twice_gives_the_same_bits(job: Job) -> None:
         "lora__trunk__dropout": 0.2,
         "lora__top__dropout": 0.2,
     }
-    first, second = (job.run(name, **changes) for name in ("one", "two"))
+    first, second = (job_with_process.run(name, **changes) for name in ("one", "two"))
     for part in ("client", "trunk"):
         one, two = first.read_adapter(part), second.read_adapter(part)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def equal_count_data(path: Path) -> str:
+    """Five records for each of two clients (four to train on), of clearly unequal length."""
+    path.mkdir()
+    for partition in range(2):
+        lines = [
+            json.dumps(
+                {"prompt": f"{partition}{i}", "completion": "abcdefgh"[i:] * (partition + 1)}
+            )
+            for i in range(5)
+        ]
+        (path / f"{partition}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(path / "{partition_id}.jsonl")
+
+
+def distance_from_central(job: Job, tmp_path: Path, **changes: Scalar) -> float:
+    """Largest relative difference of an adapter weight from one step of the unsplit model."""
+    data = equal_count_data(tmp_path / "data")
+    done = job.run("run", data__path=data, trunk__step_every="server-round", **changes)
+    found = {**done.read_adapter("client"), **done.read_adapter("trunk")}
+    expected = central_step(done.config, 2)
+    assert found.keys() == expected.keys()
+    return max(
+        float((found[name] - tensor).norm() / tensor.norm()) for name, tensor in expected.items()
+    )
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_run_of_one_step_equals_the_unsplit_models_also_in_micro_batches(
+    job: Job, tmp_path: Path, batch_size: int, accumulation: int
+) -> None:
+    changes: dict[str, Scalar] = {
+        "train__batch_size": batch_size,
+        "train__gradient_accumulation_steps": accumulation,
+    }
+    assert distance_from_central(job, tmp_path, **changes) < 1e-5
+
+
+def test_run_of_one_step_with_unweighted_averaging_does_not_equal_the_unsplit_models(
+    job: Job, tmp_path: Path
+) -> None:
+    changes: dict[str, Scalar] = {"train__batch_size": 4, "strategy__weighting": "uniform"}
+    assert distance_from_central(job, tmp_path, **changes) > 1e-3
 
 
 def refused(job: Job, error: type[FlowerSplitError], **changes: Scalar) -> str:
@@ -117,7 +170,7 @@ def refused(job: Job, error: type[FlowerSplitError], **changes: Scalar) -> str:
 
 
 def test_run_with_cut_layers_beyond_the_model_names_the_range(job: Job) -> None:
-    text = refused(job, TrunkUnavailable, model__second_cut=9)
+    text = refused(job, SplitError, model__second_cut=9)
     assert "4 layers" in text and "second=9" in text
 
 
@@ -129,11 +182,9 @@ def test_run_with_an_empty_partition_names_it(job: Job, tmp_path: Path) -> None:
 
 
 def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path: Path) -> None:
-    from flower_split.trunk.child import TrunkProcess
-
     other = {**job.config("other"), "lora.trunk.r": 2}
     token = tmp_path / "token"
-    with TrunkProcess.start(parse_run_config(other), 120) as trunk:
+    with TrunkHere.start(parse_run_config(other), 0) as trunk:
         token.write_text(trunk.token)
         text = refused(
             job, FederationError, trunk__address=trunk.address, trunk__token_file=str(token)
