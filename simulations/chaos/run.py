@@ -96,8 +96,7 @@ class Chaos:
         if not self.job.supervised:
             self.job.config["trunk.address"] = f"127.0.0.1:{proxy.port}"
         started = time.monotonic()
-        # A trunk that is killed before it serves is an error: the run has not begun.
-        next_fault = started + 10.0 * self.job.supervised + self.chance.expovariate(1.0)
+        next_fault = started + self.chance.expovariate(1.0)
         try:
             for role in self.job.roles:
                 self._start(role)
@@ -166,7 +165,9 @@ class Chaos:
         if kind == "":
             return
         if self.job.supervised:
-            if self.job.kill_child_trunk():
+            # A trunk that is killed before the run has begun is an error, as it should be.
+            begun = (self.job.run_dir / "checkpoints" / "MANIFEST").exists()
+            if begun and self.job.kill_child_trunk():
                 self._count("child trunk")
             return
         role = self.chance.choice(
