@@ -31,6 +31,7 @@ _KNOWN_ARGUMENTS = frozenset(
     {
         "input_ids",
         "inputs_embeds",
+        "hidden_states",
         "attention_mask",
         "position_ids",
         "cache_position",

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.hub import cached_file
 
 from flower_split.errors import SplitError
@@ -49,6 +49,7 @@ def load_client_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     device: torch.device | str | None = None,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """Load a client's model: bottom and top of a checkpoint, with ``trunk`` called in between.
 
@@ -64,16 +65,18 @@ def load_client_model(
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
+        auto_class: Which kind of model, as one of transformers' auto classes. A head that the
+            checkpoint lacks is initialised anew, as by the auto class itself.
 
     Returns:
-        A model of the checkpoint's own class, in evaluation mode.
+        A model of the class that ``auto_class`` would load, in evaluation mode.
 
     Raises:
         SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
             missing from the checkpoint, or a family that cannot be split.
     """
     output = LayerOutput()
-    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
     constants = constant_embeddings(source.skeleton)
 
     def carve(root: PreTrainedModel) -> None:
@@ -97,6 +100,7 @@ def load_trunk_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
     device: torch.device | str | None = None,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
 ) -> TrunkModel:
     """Load the trunk of a checkpoint; only the trunk layers' tensors are read.
 
@@ -107,6 +111,7 @@ def load_trunk_model(
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
+        auto_class: Which kind of model; the clients' one.
 
     Returns:
         The trunk, in evaluation mode.
@@ -115,7 +120,7 @@ def load_trunk_model(
         SplitError: As for :func:`load_client_model`.
     """
     output = LayerOutput()
-    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision)
+    source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
     constants = constant_embeddings(source.skeleton)
 
     def carve(root: PreTrainedModel) -> None:
@@ -183,12 +188,14 @@ class _Source:
         model_class: type[PreTrainedModel],
         dtype: torch.dtype | None,
         revision: str | None,
+        new_head: bool,
     ) -> None:
         self.name_or_path = name_or_path
         self.config = config
         self.model_class = model_class
         self.dtype = dtype
         self.revision = revision
+        self.new_head = new_head  # whether the head may be missing from the checkpoint
         with torch.device("meta"):
             self.skeleton = model_class(config)
         self.stack: LayerStack = find_stack(self.skeleton)
@@ -201,18 +208,21 @@ class _Source:
         dtype: torch.dtype | str | None,
         attn_implementation: str | None,
         revision: str | None,
+        auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
     ) -> "_Source":
         config = load_model_config(
             name_or_path, revision=revision, attn_implementation=attn_implementation
         )
-        found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        mapping: Any = auto_class._model_mapping
+        found = mapping.get(type(config), None)
         model_class = found[0] if isinstance(found, tuple) else found
         if model_class is None:
             raise SplitError(
-                f"{name_or_path!r} is a {config.model_type!r} model, for which transformers has no "
-                "causal language model. Use a model that AutoModelForCausalLM loads."
+                f"{name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} "
+                "does not load. Use a model of the kind that is asked for."
             )
-        source = cls(name_or_path, config, model_class, _torch_dtype(dtype), revision)
+        new_head = auto_class is not AutoModelForCausalLM
+        source = cls(name_or_path, config, model_class, _torch_dtype(dtype), revision, new_head)
         if cuts is not None:
             check_splittable(source.skeleton, source.stack, cuts)
         return source
@@ -238,7 +248,11 @@ class _Source:
                     f"{INDEX_FILE})."
                 ) from error
         model: PreTrainedModel = loaded[0]
-        missing = sorted(loaded[1]["missing_keys"])
+        missing = sorted(
+            name
+            for name in loaded[1]["missing_keys"]
+            if not self.new_head or self.stack.index_of(name) is not None
+        )
         if missing:
             raise SplitError(
                 f"the checkpoint {self.name_or_path!r} lacks {len(missing)} tensors of this part, "

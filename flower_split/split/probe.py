@@ -1,6 +1,7 @@
 """Running a tiny batch through a model and recording what each of its layers is given."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -37,16 +38,30 @@ class Trace:
 def probe_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
     """Two tiny batches: one without a mask, one with a left- and a right-padded row."""
     device = next(model.parameters()).device
+    if model.main_input_name == "pixel_values":
+        return [{"pixel_values": _probe_images(model)}]
     vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
     ids = (torch.arange(3 * _SEQUENCE, device=device) * 7 + 3).remainder(vocab_size)
     ids = ids.view(3, _SEQUENCE)
-    batches = [{"input_ids": ids}]
+    # Of an encoder-decoder model it is the encoder that is cut.
+    given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    batches = [{"input_ids": ids, **given}]
     if "attention_mask" in argument_names(type(model).forward):
         mask = torch.ones_like(ids)
         mask[1, :2] = 0
         mask[2, -2:] = 0
-        batches.append({"input_ids": ids, "attention_mask": mask})
+        batches.append({"input_ids": ids, "attention_mask": mask, **given})
     return batches
+
+
+def _probe_images(model: PreTrainedModel) -> Tensor:
+    """Two images of the size that the model's configuration names."""
+    weight = next(model.parameters())
+    size = getattr(model.config, "image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    shape = (2, getattr(model.config, "num_channels", 3), height, width)
+    values = torch.arange(math.prod(shape), device=weight.device, dtype=torch.float32)
+    return values.mul(0.37).sin().view(shape).to(weight.dtype)
 
 
 @contextlib.contextmanager
@@ -92,8 +107,8 @@ def trace(
             raise
         except Exception as error:
             raise SplitError(
-                f"{type(model).__name__} does not run on a batch of 3 x {_SEQUENCE} token ids, "
-                f"which the self-check of a split needs: {type(error).__name__}: {error}"
+                f"{type(model).__name__} does not run on the tiny batch that the self-check of a "
+                f"split needs ({', '.join(batch)}): {type(error).__name__}: {error}"
             ) from error
     return found
 

@@ -55,13 +55,19 @@ def find_stack(root: nn.Module) -> LayerStack:
             "to cut. Use a model whose layers are a list, such as a decoder-only transformer."
         )
 
-    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, int]:
+    # Every decoder layer also needs the encoder's output, so it is the encoder that is cut.
+    encoder = None
+    if config is not None and config.is_encoder_decoder and isinstance(root, PreTrainedModel):
+        encoder = root.get_encoder()
+
+    def rank(item: tuple[str, nn.ModuleList]) -> tuple[bool, bool, bool, bool, int]:
         path, layers = item
+        in_encoder = encoder is not None and any(module is layers for module in encoder.modules())
         host_config = getattr(root.get_submodule(_host_path(root, path)), "config", None)
         already_cut = any(isinstance(layer, StandIn) for layer in layers)
         size = sum(parameter.numel() for parameter in layers.parameters())
         in_text_model = type(host_config) is type(text_config)
-        return already_cut, in_text_model, len(layers) == expected, size
+        return already_cut, in_encoder, in_text_model, len(layers) == expected, size
 
     path, layers = max(candidates, key=rank)
     return LayerStack(path, _host_path(root, path), len(layers))

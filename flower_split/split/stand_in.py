@@ -110,25 +110,31 @@ class StandIn(nn.Module):
         return self._layer_output.wrap(hidden_states)
 
 
-def _attributes(module: nn.Module) -> SimpleNamespace:
-    """The plain attributes of a module and, nested, of its submodules: no tensors, no modules."""
+def _attributes(module: nn.Module, *, weights: bool = False) -> SimpleNamespace:
+    """The plain attributes of a module and, nested, of its submodules: no tensors, no modules.
+
+    With ``weights`` there are also the parameters, on the meta device.
+    """
     values: dict[str, object] = {
         name: value
         for name, value in vars(module).items()
         if name not in _NOT_COPIED and not _holds_tensors(value)
     }
+    if weights:
+        for name, parameter in module.named_parameters(recurse=False):
+            values[name] = torch.empty_like(parameter, device="meta", requires_grad=False)
     for name, child in module.named_children():
-        values[name] = _collected(child)
+        values[name] = _collected(child, weights)
     return SimpleNamespace(**values)
 
 
-def _collected(module: nn.Module) -> object:
+def _collected(module: nn.Module, weights: bool) -> object:
     """As :func:`_attributes`; a dict or list of modules stays one, for its keys and its length."""
     if isinstance(module, nn.ModuleDict):
-        return {name: _collected(child) for name, child in module.items()}
+        return {name: _collected(child, weights) for name, child in module.items()}
     if isinstance(module, nn.ModuleList):
-        return [_collected(child) for child in module]
-    return _attributes(module)
+        return [_collected(child, weights) for child in module]
+    return _attributes(module, weights=weights)
 
 
 def _holds_tensors(value: object) -> bool:
@@ -140,7 +146,17 @@ def _holds_tensors(value: object) -> bool:
 
 
 class Absent(nn.Module):
-    """Stands in the trunk where a module of the bottom or top is; passes its input through."""
+    """Stands in the trunk where a module of the bottom or top is; passes its input through.
+
+    A forward that asks for the dtype of a weight inside it finds one without data.
+
+    Args:
+        module: The module that it replaces.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.__dict__.update(vars(_attributes(module, weights=True)))
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Return the first floating-point argument; the trunk ignores what is made of it."""

@@ -147,7 +147,7 @@ class TrunkModel(nn.Module):
         weight = next(self.parameters())
         width = int(self.config.get_text_config(decoder=True).hidden_size)
         smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=weight.dtype, device=weight.device)
-        problem: Exception | None = None
+        problems: dict[str, Exception] = {}
         token = _probing.set(True)
         try:
             for use_cache, length in itertools.product((None, False), (1, None, 2, 3, 4)):
@@ -162,15 +162,15 @@ class TrunkModel(nn.Module):
                             forbid_cache(host)
                         return found
                 except Exception as error:
-                    problem = problem or error
+                    problems.setdefault(f"{type(error).__name__}: {error}", error)
         finally:
             _probing.reset(token)
         raise SplitError(
             f"{type(host).__name__}'s forward does not bring hidden states of shape [batch, seq, "
             f"...] from its input embeddings to layer {self.cuts.first}"
-            + (f" ({type(problem).__name__}: {problem})" if problem else "")
+            + (f" ({'; or '.join(problems)})" if problems else "")
             + ". This family cannot be split."
-        ) from problem
+        ) from next(iter(problems.values()), None)
 
     def train(self, mode: bool = True) -> "TrunkModel":
         """Set training mode, also on the module whose forward is called."""
@@ -311,9 +311,15 @@ def host_inputs(
         "use_cache": use_cache,
     }
     inputs = {name: value for name, value in candidates.items() if name in accepted}
-    if "inputs_embeds" not in accepted:
-        shape = hidden_states.shape[:2]
-        inputs["input_ids"] = torch.zeros(shape, dtype=torch.long, device=hidden_states.device)
+    if "inputs_embeds" not in accepted and "hidden_states" in accepted:
+        inputs["hidden_states"] = embeddings
+    elif "inputs_embeds" not in accepted:
+        main_input = getattr(host, "main_input_name", "input_ids")
+        if main_input != "input_ids":  # pixels and the like, of which the absent module makes these
+            inputs[main_input] = embeddings
+        else:
+            ids = torch.zeros(embeddings.shape[:2], dtype=torch.long, device=embeddings.device)
+            inputs[main_input] = ids
     return inputs
 
 
@@ -415,7 +421,7 @@ def trunk_replacements(
                 if child_path not in constants:
                     replacements[child_path] = AbsentEmbedding(child)
             elif isinstance(child, nn.Dropout) or any(True for _ in child.parameters()):
-                replacements[child_path] = Absent()
+                replacements[child_path] = Absent(child)
 
     walk(root, "")
     return replacements

@@ -71,6 +71,23 @@ def test_loaded_family_of_another_kind_matches_the_whole_model(family: str, tmp_
         assert value is None or torch.equal(value, split_gradients[name]), name
 
 
+@pytest.mark.parametrize("family", ["bart", "biogpt", "xglm"])
+def test_split_model_whose_prologue_drops_out_draws_the_same_numbers(family: str) -> None:
+    config = tiny_config(family)
+    for name in ("dropout", "hidden_dropout_prob", "attention_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    client, trunk = split_model(model, CUTS)
+    losses = []
+    for module in (model, client, model):
+        torch.manual_seed(8)
+        losses.append(module(**padded_batch()).loss)
+    assert torch.equal(losses[0], losses[2])
+    assert torch.equal(losses[0], losses[1])
+
+
 def test_coverage_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_split(model: torch.nn.Module, cuts: CutLayers) -> tuple[torch.nn.Module, ...]:
         client, trunk = split_model(model, cuts)

@@ -1,0 +1,189 @@
+"""Other kinds of model than causal language models: heads on encoders, vision, encoder-decoder."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+
+from flower_split.errors import SplitError
+from flower_split.split import (
+    CutLayers,
+    TrunkModel,
+    load_client_model,
+    load_trunk_model,
+    split_model,
+)
+from tests.split.tiny import assert_same_bits, padded_batch, tiny_model
+from tests.split.tiny_configs import tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CUTS = CutLayers(1, 3)
+LABELS = torch.tensor([0, 1, 1])
+ENCODERS = ("bert", "roberta", "distilbert", "modernbert", "electra")
+DECODERS = ("llama", "gpt2", "qwen2")
+
+
+@pytest.fixture(autouse=True)
+def _silent() -> None:
+    transformers.utils.logging.set_verbosity(50)
+
+
+def _model(auto_class: type, family: str, **changes: object) -> PreTrainedModel:
+    config = tiny_config(family)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    return auto_class.from_config(config).train()
+
+
+def _text(**labels: Tensor) -> dict[str, Tensor]:
+    batch = padded_batch()
+    return {name: batch[name] for name in ("input_ids", "attention_mask")} | labels
+
+
+def _assert_split_matches(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
+    client, trunk = split_model(model, CUTS)
+    assert type(client) is type(model)
+    _assert_parts_match(model, client, trunk, batch)
+
+
+def _assert_parts_match(
+    model: PreTrainedModel, client: PreTrainedModel, trunk: TrunkModel, batch: dict[str, Tensor]
+) -> None:
+    losses = []
+    for module in (model, client):
+        torch.manual_seed(5)
+        losses.append(module(**batch).loss)
+        losses[-1].backward()
+    assert torch.equal(losses[0], losses[1])
+    split = {n: p.grad for part in (client, trunk) for n, p in part.named_parameters()}
+    whole = {n: p.grad for n, p in model.named_parameters()}
+    unused = {name for name, gradient in whole.items() if gradient is None}
+    assert all(split[name] is None for name in unused)
+    assert_same_bits(
+        {n: g for n, g in whole.items() if n not in unused},
+        {n: g for n, g in split.items() if n not in unused},
+    )
+
+
+@pytest.mark.parametrize("family", (*ENCODERS, *DECODERS))
+def test_sequence_classification_split_matches_unsplit(family: str) -> None:
+    _assert_split_matches(_model(AutoModelForSequenceClassification, family), _text(labels=LABELS))
+
+
+@pytest.mark.parametrize("family", (*ENCODERS, *DECODERS))
+def test_token_classification_split_matches_unsplit(family: str) -> None:
+    labels = padded_batch()["input_ids"] % 2
+    _assert_split_matches(_model(AutoModelForTokenClassification, family), _text(labels=labels))
+
+
+@pytest.mark.parametrize("family", (*ENCODERS, *DECODERS))
+def test_question_answering_split_matches_unsplit(family: str) -> None:
+    batch = _text(start_positions=LABELS + 3, end_positions=LABELS + 4)
+    _assert_split_matches(_model(AutoModelForQuestionAnswering, family), batch)
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_masked_lm_split_matches_unsplit(family: str) -> None:
+    labels = padded_batch()["labels"]
+    _assert_split_matches(_model(AutoModelForMaskedLM, family), _text(labels=labels))
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "beit"])
+def test_image_classification_split_matches_unsplit(family: str) -> None:
+    model = _model(AutoModelForImageClassification, family, image_size=16, patch_size=4)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    _assert_split_matches(model, {"pixel_values": pixels, "labels": LABELS})
+
+
+@pytest.mark.parametrize("family", ["bart", "marian", "pegasus"])
+def test_encoder_decoder_is_cut_in_its_encoder_and_matches_unsplit(family: str) -> None:
+    model = _model(AutoModelForSeq2SeqLM, family)
+    _, trunk = split_model(model, CUTS)
+    assert trunk.stack.path == "model.encoder.layers"
+    _assert_split_matches(model, _text(labels=padded_batch()["input_ids"]))
+
+
+def _image_model(family: str) -> PreTrainedModel:
+    config = tiny_config(family)
+    config.vision_config.image_size = 16
+    config.vision_config.patch_size = 4
+    config.image_token_id = config.image_token_index = 60
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config).train()
+
+
+def test_vision_language_model_with_images_split_matches_unsplit() -> None:
+    model = _image_model("llava")
+    # 16 patches of one image in each row, then text.
+    text = padded_batch()["input_ids"].clamp_min(3)
+    ids = torch.cat([torch.full((3, 16), 60), text], dim=1)
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": pixels,
+        "labels": ids.masked_fill(ids == 60, -100),
+    }
+    client, trunk = split_model(model, CUTS)
+    assert all("language_model" in name for name, _ in trunk.named_parameters())
+    _assert_parts_match(model, client, trunk, batch)
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava"])
+def test_vision_language_model_with_text_alone_split_matches_unsplit(family: str) -> None:
+    model = _model(AutoModelForImageTextToText, family)
+    _assert_split_matches(model, padded_batch())
+
+
+def test_client_with_images_whose_mask_the_trunk_cannot_make_is_refused() -> None:
+    client, _ = split_model(_model(AutoModelForImageTextToText, "gemma3"), CUTS)
+    batch = padded_batch()
+    types = torch.zeros_like(batch["input_ids"])
+    with pytest.raises(SplitError, match="token_type_ids"):
+        client(**batch, token_type_ids=types)
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "family"),
+    [
+        (AutoModelForSequenceClassification, "deberta-v2"),
+        (AutoModelForMaskedLM, "albert"),
+        (AutoModelForSeq2SeqLM, "mt5"),
+    ],
+)
+def test_split_model_family_that_does_not_fit_is_refused(auto_class: type, family: str) -> None:
+    with pytest.raises(SplitError):
+        split_model(_model(auto_class, family), CUTS)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_loaded_parts_with_a_new_head_match_the_whole_model(family: str, tmp_path: Path) -> None:
+    tiny = _model(AutoModelForMaskedLM, family) if family == "bert" else tiny_model(family)
+    tiny.save_pretrained(tmp_path)
+    auto_class = AutoModelForSequenceClassification
+    whole = auto_class.from_pretrained(tmp_path).train()
+    trunk = load_trunk_model(str(tmp_path), CUTS, auto_class=auto_class).train()
+    client = load_client_model(str(tmp_path), CUTS, trunk, auto_class=auto_class).train()
+    assert type(client) is type(whole)
+    # A new head is random: take the same one.
+    head = {n: p for n, p in whole.named_parameters() if n.startswith(("classifier", "score"))}
+    assert head
+    for name, parameter in head.items():
+        client.get_parameter(name).data.copy_(parameter.data)
+    for name, parameter in whole.named_parameters():
+        if "pooler" in name:  # the masked language model had none
+            client.get_parameter(name).data.copy_(parameter.data)
+    _assert_parts_match(whole, client, trunk, _text(labels=LABELS))
