@@ -82,8 +82,10 @@ def finished(flower: Flower, tiny: Tiny) -> RunDirectory:
     """One round of one step over four clients, with the baseline; checked by several tests."""
     config = tiny.config("central", num_clients=4, local_only_baseline=True)
     app = make_app(tiny.root / "app-central", config)
-    outcome = flower.run(app, {}, federation_config(4))
-    assert outcome.status == "finished:completed", outcome.output
+    done = flower.command("flower-split", "run", str(app))
+    assert done.returncode == 0, done.stdout
+    assert "round 1/1 done" in done.stdout and "all clients" in done.stdout
+    assert "ClientAppActor" not in done.stdout  # only this package's lines, without --stream
     return RunDirectory.open(tiny.root / "central")
 
 
@@ -140,6 +142,20 @@ def test_run_again_in_another_order_ends_on_the_same_adapters(
     assert outcome.status == "finished:completed", outcome.output
     again = RunDirectory.open(tiny.root / "again")
     assert digest(adapters_of(again)) == digest(adapters_of(finished))
+
+
+def test_flower_split_run_of_a_job_that_fails_exits_with_1_and_one_paragraph(
+    flower: Flower, tiny: Tiny
+) -> None:
+    data = make_data(tiny.root / "broken", 2)
+    Path(data.replace("{partition_id}", "1")).write_text("{no json\n")
+    config = {**tiny.config("broken-run"), "data.path": data}
+    app = make_app(tiny.root / "app-broken", config)
+    done = flower.command("flower-split", "run", str(app))
+    assert done.returncode == 1, done.stdout
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("flower-split: run ")
+    assert "line 1" in last and "1.jsonl" in last
 
 
 def test_run_with_too_few_clients_at_once_fails_at_once_with_the_line_to_use(
