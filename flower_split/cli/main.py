@@ -66,6 +66,33 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run", type=Path, help="the run directory")
     export.add_argument("--out", required=True, type=Path, help="where the adapter goes")
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt with the model that a run ended with",
+        description="Without --prompt it reads prompts line by line, until the input ends. Text is "
+        "shown as it comes.",
+    )
+    generate.add_argument("run", type=Path, help="the run directory")
+    generate.add_argument("--prompt", help="text to continue")
+    generate.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompts are messages of a conversation, in the tokenizer's chat template",
+    )
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--num-beams", type=int, default=1)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument(
+        "--trunk-address",
+        default="",
+        metavar="HOST:PORT",
+        help="of a trunk server that holds the run's trunk; default: load it here",
+    )
+    generate.add_argument("--token-file", default="", help="the trunk server's")
+    generate.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
     return parser
 
 
@@ -116,6 +143,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             checkpoints=arguments.checkpoints,
             run_config=arguments.run_config,
         )
+    if arguments.command == "generate":
+        from flower_split.cli.generate import generate
+
+        return generate(arguments)
     from flower_split.export import export_adapter
 
     print(export_adapter(arguments.run, arguments.out))

@@ -1,0 +1,78 @@
+"""``flower-split generate``: continue prompts with the model that a run ended with."""
+
+import argparse
+import sys
+
+from flower_split.errors import ConfigError
+from flower_split.generation import (
+    Message,
+    Sampling,
+    TextGenerator,
+    TrunkServer,
+    open_generator,
+)
+from flower_split.logs import quiet_libraries
+
+
+def generate(arguments: argparse.Namespace) -> int:
+    """Continue one prompt, or one line of standard input after the other.
+
+    Raises:
+        FlowerSplitError: The run, the model, the trunk or an option is wrong.
+    """
+    quiet_libraries()
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        num_beams=arguments.num_beams,
+        seed=arguments.seed,
+    )
+    with open_generator(arguments.run, _server(arguments)) as generator:
+        if arguments.prompt is not None:
+            _reply(generator, arguments.prompt, [], sampling, arguments.chat)
+        else:
+            _converse(generator, sampling, arguments.chat)
+    return 0
+
+
+def _server(arguments: argparse.Namespace) -> TrunkServer | None:
+    if not arguments.trunk_address:
+        return None
+    if not arguments.token_file:
+        raise ConfigError(
+            "--trunk-address needs --token-file: the file that the trunk was started with "
+            "(flower-split trunk … --token-file FILE)."
+        )
+    try:
+        with open(arguments.token_file, encoding="utf-8") as file:
+            token = file.read().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--token-file {arguments.token_file} cannot be read: {error}."
+        ) from error
+    return TrunkServer(arguments.trunk_address, token, arguments.root_certificates)
+
+
+def _converse(generator: TextGenerator, sampling: Sampling, chat: bool) -> None:
+    """Prompts from standard input until it ends; a conversation remembers what was said."""
+    said: list[Message] = []
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            said = _reply(generator, line.rstrip("\n"), said, sampling, chat)
+
+
+def _reply(
+    generator: TextGenerator, prompt: str, said: list[Message], sampling: Sampling, chat: bool
+) -> list[Message]:
+    if not chat:
+        generator.continue_text(prompt, sampling, show=True)
+        return said
+    said = [*said, {"role": "user", "content": prompt}]
+    text = generator.answer(said, sampling, show=True)
+    return [*said, {"role": "assistant", "content": text}]
