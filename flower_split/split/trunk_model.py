@@ -7,6 +7,7 @@ builds masks and rotary positions itself; where the first trunk layer begins, th
 takes the place of whatever the prologue made, and where the last one ends, the forward ends.
 """
 
+import copy
 import functools
 import inspect
 import itertools
@@ -37,9 +38,11 @@ from flower_split.split.stand_in import (
 
 @dataclass(frozen=True, slots=True)
 class _Smashed:
-    """What the first trunk layer begins with."""
+    """What the first trunk layer begins with, and which layers are first and last."""
 
     hidden_states: Tensor
+    first: nn.Module
+    last: nn.Module
     random_state: list[Tensor] | None  # of the CPU, and of the GPU if there is one
 
 
@@ -72,7 +75,7 @@ def _enter_trunk(
     smashed = _smashed.get()
     if _probing.get():
         raise _TrunkInput(take_hidden_states(args, kwargs))
-    if smashed is None:
+    if smashed is None or smashed.first is not module:
         return None
     if smashed.random_state is not None:
         _restore_random_state(smashed.random_state, smashed.hidden_states.device)
@@ -93,7 +96,8 @@ def _restore_random_state(states: list[Tensor], device: torch.device) -> None:
 
 
 def _leave_trunk(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-    if _smashed.get() is not None:
+    smashed = _smashed.get()
+    if smashed is not None and smashed.last is module:
         raise _TrunkOutput(hidden_states_of(output))
 
 
@@ -129,12 +133,57 @@ class TrunkModel(nn.Module):
         for name, child in root.named_children():
             if host is root or name == branch:
                 self.add_module(name, child)
-        layers = stack.layers(root)
-        layers[cuts.first].register_forward_pre_hook(_enter_trunk, with_kwargs=True)
-        layers[cuts.second - 1].register_forward_hook(_leave_trunk)
+        self._layer_output = output
+        self._hook_ends()
         # The shape of one position's hidden states; families with several streams have two sizes.
         self._position_shape = tuple(self._probe(output).shape[2:])
         self._caches: dict[int, TrunkCache] = {}  # of clients in this process
+        self._spans: dict[CutLayers, TrunkModel] = {}
+
+    def _hook_ends(self) -> None:
+        """Let the forward begin and end at this trunk's first and last layer."""
+        layers = self.stack.layers(self)
+        self._ends = (layers[self.cuts.first], layers[self.cuts.second - 1])
+        self._ends[0].register_forward_pre_hook(_enter_trunk, with_kwargs=True)
+        self._ends[1].register_forward_hook(_leave_trunk)
+
+    def span(self, cuts: CutLayers) -> "TrunkModel":
+        """The trunk for clients with other cut layers: some of these layers, the same weights.
+
+        What trains one trains the other. A client that holds some of this trunk's layers itself
+        trains those for itself; the trunk trains them on the other clients' data alone.
+
+        Args:
+            cuts: Cut layers within this trunk's.
+
+        Returns:
+            A trunk of the layers between ``cuts``, made once; this trunk itself if they are its
+            own. Attach adapters to this trunk, not to its spans.
+
+        Raises:
+            SplitError: The trunk does not hold all of these layers.
+        """
+        if cuts == self.cuts:
+            return self
+        if cuts.first < self.cuts.first or cuts.second > self.cuts.second:
+            raise SplitError(
+                f"this trunk holds layers {self.cuts.first} to {self.cuts.second - 1}; a client "
+                f"with first cut {cuts.first} and second cut {cuts.second} would need layers "
+                f"{cuts.first} to {cuts.second - 1}. Give the client more layers, or the trunk."
+            )
+        if cuts not in self._spans:
+            self._spans[cuts] = self._make_span(cuts)
+        return self._spans[cuts]
+
+    def _make_span(self, cuts: CutLayers) -> "TrunkModel":
+        memo: dict[int, object] = {id(self._spans): {}, id(self._caches): {}}
+        for index, layer in enumerate(self.stack.layers(self)):
+            shared = cuts.part_of(index) == "trunk"
+            memo[id(layer)] = layer if shared else StandIn(layer, self._layer_output)
+        span = copy.deepcopy(self, memo)
+        span.cuts = cuts
+        span._hook_ends()
+        return span
 
     @property
     def hidden_size(self) -> int:
@@ -172,10 +221,16 @@ class TrunkModel(nn.Module):
             + ". This family cannot be split."
         ) from next(iter(problems.values()), None)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrunkModel":
+        self._spans.clear()  # they have buffers of their own; span() makes them anew
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
     def train(self, mode: bool = True) -> "TrunkModel":
         """Set training mode, also on the module whose forward is called."""
         super().train(mode)
         self._host[0].training = mode
+        for span in self._spans.values():
+            span.train(mode)
         return self
 
     def forward(
@@ -261,7 +316,7 @@ class TrunkModel(nn.Module):
         begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)
         # A model's prologue may draw random numbers for dropout; the layers get those it left.
         state = _random_state(begin.device) if self.training else None
-        token = _smashed.set(_Smashed(begin, state))
+        token = _smashed.set(_Smashed(begin, *self._ends, state))
         try:
             host(**inputs)
         except _TrunkOutput as reached:
