@@ -47,7 +47,7 @@ class LocalGrid(FakeGrid):
 class TrunkHere:
     """What :class:`flower_split.trunk.child.TrunkProcess` offers, in this process: quicker to start."""
 
-    alive = True
+    alive, given_up = True, False
 
     def __init__(self, config: RunConfig, checkpoints: Path | None) -> None:
         self.token = secrets.token_urlsafe(32)
@@ -60,6 +60,9 @@ class TrunkHere:
         """As the process's; ``timeout`` is not needed."""
         del timeout
         return cls(config, checkpoints)
+
+    def supervise(self) -> None:
+        """Nothing to do: it lives as long as this process."""
 
     def __enter__(self) -> Self:
         return self

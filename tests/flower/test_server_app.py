@@ -13,9 +13,11 @@ from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import FederationError, FlowerSplitError, SplitError
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
+from flower_split.trunk.child import RunningTrunk, Serving
 from tests.flower.local_grid import LocalGrid, TrunkHere
 from tests.flower.test_runs import central_step
 from tests.flower.tiny import make_data, make_model, tiny_config
+from tests.remote.test_trunk_server import self_signed
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,21 @@ def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path
             job, FederationError, trunk__address=trunk.address, trunk__token_file=str(token)
         )
     assert "lora.trunk" in text and "r=2" in text and "r=4" in text
+
+
+def test_run_over_tls_hands_the_certificate_to_the_clients(job: Job, tmp_path: Path) -> None:
+    certificate, key = self_signed(tmp_path)
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    changes: dict[str, Scalar] = {
+        "trunk__token_file": str(token),
+        "trunk__root_certificates": str(certificate),
+        "trunk__step_every": "server-round",
+    }
+    serving = Serving(token="0123456789abcdef", tls_certificate=str(certificate), tls_key=str(key))
+    with RunningTrunk(parse_run_config(job.config("run", **changes)), serving) as trunk:
+        done = job.run("run", **changes, trunk__address=f"127.0.0.1:{trunk.port}")
+    assert all(trained(done.read_adapter("trunk"), TRUNK))
 
 
 def test_run_whose_clients_all_fail_in_training_is_an_error(
