@@ -81,7 +81,7 @@ class CallResult:
     tensor: Tensor
     version: int
     compute_seconds: float
-    queue_seconds: float
+    queue_seconds: float  # from arrival: for other clients of the window, and for the processor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -203,6 +203,7 @@ class TrunkEngine:
             RoundAborted: The round was given up while this call waited.
             TrunkUnavailable: The deadline passed first.
         """
+        arrived = self._clock()
         check_tensors(tensors, self.hidden_size)
         with self._changed:
             current, member = self._keeper.member(session, epoch)
@@ -244,6 +245,7 @@ class TrunkEngine:
             digest,
             lambda: self._keeper.forward_train(current, name, tensors, acknowledged, use_cache),
             deadline,
+            arrived,
         )
 
     def backward(
@@ -289,7 +291,7 @@ class TrunkEngine:
                 current, name, version, grad, num_tokens, loss_denominator, last
             )
 
-        return self._once(current, name, digest, run, deadline)
+        return self._once(current, name, digest, run, deadline, self._clock())
 
     def wait_version(self, session: str, epoch: int, version: int, deadline: float) -> int:
         """Wait until the weights have ``version``, and return the version they have.
@@ -536,14 +538,14 @@ class TrunkEngine:
         digest: bytes,
         run: Callable[[], Tensor],
         deadline: float,
+        arrived: float,
     ) -> CallResult:
         """Run a call that must have one effect, or wait for the reply of its first arrival."""
         with self._changed:
             self._keeper.require_open(current)
             future, mine = current.ledger.claim(name, digest)
         if mine:
-            submitted = self._clock()
-            self._worker.submit(self._run_once, current, name, digest, future, run, submitted)
+            self._worker.submit(self._run_once, current, name, digest, future, run, arrived)
         return self._result(future, deadline)
 
     def _run_once(
@@ -553,10 +555,10 @@ class TrunkEngine:
         digest: bytes,
         future: Future[CallResult],
         run: Callable[[], Tensor],
-        submitted: float,
+        arrived: float,
     ) -> None:
         try:
-            result = self._timed(run, submitted)
+            result = self._timed(run, arrived)
             current.compute_seconds += result.compute_seconds
         except BaseException as error:
             with self._changed:
