@@ -3,6 +3,7 @@
 # ruff: noqa: TID251
 import contextlib
 import logging
+import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
+from flower_split import failpoints
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.assets import resolve_model_path
 from flower_split.baseline import run_local_only
@@ -80,6 +82,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the whole job; see :func:`run`."""
     log_to_stderr()
     quiet_libraries()
+    failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
     try:
         run(grid, parse_run_config(context.run_config))
     except FlowerSplitError as error:
