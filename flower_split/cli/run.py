@@ -143,5 +143,10 @@ def _outcome(run_id: str, where: Sequence[str]) -> int:
     if status == "finished:completed":
         return 0
     text = " ".join(details.split()) or "Flower gave no details; see the log"
+    if "flower_split" in text and ("import" in text.lower() or "No module" in text):
+        text += (
+            " The local SuperLink keeps the Python environment that first started it; end that "
+            "process (flower-superlink) if it is another one than this, and run again."
+        )
     print(f"flower-split: run {run_id} is {status}. {text}", file=sys.stderr)
     return 1

@@ -80,6 +80,7 @@ def start_trunk(
     return process, line.split()[-1], token
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.slow  # a process for every message: two minutes on two idle cores
 def test_deployment_with_a_separate_trunk_ends_on_the_adapters_of_the_simulation(
     deployment: Deployment, flower: Flower, tmp_path: Path
@@ -108,7 +109,7 @@ def test_deployment_with_a_separate_trunk_ends_on_the_adapters_of_the_simulation
     done = Flower(deployment.home, deployment.env).command(
         *("flower-split", "run", str(app), "loopback", "--stream", "--run-config"),
         f"trunk.address={json.dumps(address)} trunk.token-file={json.dumps(str(token))}",
-        timeout=400,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout + deployment.tails()
     deployed = RunDirectory.open(tmp_path / "deployed")
