@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -39,9 +38,9 @@ from flower_split.errors import (
     TrunkUnavailable,
 )
 from flower_split.exchange import Federation, by_slot, describe, lost_slots
-from flower_split.facts import STEPS
 from flower_split.handshake import num_participants
 from flower_split.node_view import NodeView
+from flower_split.replies import check_values, completed, scalars, without_steps
 from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
 
@@ -185,11 +184,11 @@ class TrunkStrategy(Strategy):
             good, problems = by_slot(self.federation, phase.messages, replies)
             self._require(good, problems, server_round)
             report = self._prepare(server_round, problems)
-            kept, problems = _completed(good, problems, report)
+            kept, problems = completed(good, problems, report)
             self._require(kept, problems, server_round)
-            self._check_values(kept, server_round)
+            check_values(kept, self.federation, server_round)
             failpoints.reach("server.aggregate.before")
-            contents = {slot: self._strip(server_round, slot, kept[slot]) for slot in kept}
+            contents = {slot: self._for_inner(server_round, slot, kept[slot]) for slot in kept}
             arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
             if arrays is None or len(arrays) == 0:
                 raise FederationError(
@@ -263,7 +262,7 @@ class TrunkStrategy(Strategy):
             )
         for slot, reply in good.items():
             if self._on_evaluation is not None:
-                self._on_evaluation(server_round, slot, _scalars(reply))
+                self._on_evaluation(server_round, slot, scalars(reply.content))
         return self.inner.aggregate_evaluate(server_round, list(good.values()))
 
     # ---------------------------------------------------------------- shared
@@ -456,60 +455,10 @@ class TrunkStrategy(Strategy):
             f"Mend it and start the run again.{lower}"
         )
 
-    def _check_values(self, kept: Mapping[int, Message], server_round: int) -> None:
-        """Raise where a reply holds NaN or Inf, or all of them together trained on nothing."""
-        for slot, reply in kept.items():
-            for record in reply.content.array_records.values():
-                for name, array in record.items():
-                    if not np.isfinite(array.numpy()).all():
-                        raise FederationError(
-                            f"round {server_round}: partition {slot} (node "
-                            f"{self.federation.nodes[slot]}) returned NaN or Inf in {name}. Lower "
-                            "train.optimizer.learning-rate, or look at that client's data."
-                        )
-        tokens = [_scalars(reply).get("num-tokens") for reply in kept.values()]
-        if all(count == 0 for count in tokens):
-            raise FederationError(
-                f"round {server_round}: no client trained on a label token, so there is nothing to "
-                "aggregate. Give the clients examples with labels."
-            )
-
-    def _strip(self, server_round: int, slot: int, reply: Message) -> Message:
-        """Take the step metrics out of a reply; the inner strategy gets what Flower expects."""
-        content = RecordDict(dict(reply.content.items()))
-        steps = content.config_records.get(STEPS)
-        if steps is not None:
-            del content[STEPS]
-            if self._on_steps is not None:
-                lists = {
-                    name: [value for value in values if isinstance(value, (int, float))]
-                    for name, values in steps.items()
-                    if isinstance(values, list)
-                }
-                self._on_steps(server_round, slot, lists, _scalars(reply))
+    def _for_inner(self, server_round: int, slot: int, reply: Message) -> Message:
+        """The reply as Flower's strategies expect it; its step metrics go to the sink."""
+        content, steps = without_steps(reply.content)
+        if steps and self._on_steps is not None:
+            self._on_steps(server_round, slot, steps, scalars(reply.content))
         reply.content = content
         return reply
-
-
-def _completed(
-    good: Mapping[int, Message], problems: Mapping[int, str], report: RoundReport
-) -> tuple[dict[int, Message], dict[int, str]]:
-    """Drop the replies of slots whose contributions the trunk does not have in full."""
-    kept, left = dict(good), dict(problems)
-    for item in report.slots:
-        if item.slot in kept and not item.completed:
-            left[item.slot] = (
-                f"the trunk left it out: {item.problem or 'contributions are missing'}"
-            )
-            del kept[item.slot]
-    return kept, dict(sorted(left.items()))
-
-
-def _scalars(reply: Message) -> dict[str, float]:
-    """The numbers of a reply's MetricRecords."""
-    return {
-        name: value
-        for record in reply.content.metric_records.values()
-        for name, value in record.items()
-        if isinstance(value, (int, float))
-    }

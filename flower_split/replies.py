@@ -1,0 +1,80 @@
+"""What is looked at in the clients' training replies before the inner strategy sees them."""
+
+# ruff: noqa: TID251
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import Message, RecordDict
+
+from flower_split.errors import FederationError
+from flower_split.exchange import Federation
+from flower_split.facts import STEPS
+from flower_split.trunk.calls import RoundReport
+
+
+def completed(
+    good: Mapping[int, Message], problems: Mapping[int, str], report: RoundReport
+) -> tuple[dict[int, Message], dict[int, str]]:
+    """Drop the replies of slots whose contributions the trunk does not have in full.
+
+    Returns:
+        ``(kept replies, problems with the dropped ones added)``, by slot.
+    """
+    kept, left = dict(good), dict(problems)
+    for item in report.slots:
+        if item.slot in kept and not item.completed:
+            left[item.slot] = (
+                f"the trunk left it out: {item.problem or 'contributions are missing'}"
+            )
+            del kept[item.slot]
+    return kept, dict(sorted(left.items()))
+
+
+def check_values(replies: Mapping[int, Message], federation: Federation, server_round: int) -> None:
+    """Check that what is aggregated is finite and was trained on something.
+
+    Raises:
+        FederationError: A reply holds NaN or Inf, or no client trained on a label token.
+    """
+    for slot, reply in replies.items():
+        for record in reply.content.array_records.values():
+            for name, array in record.items():
+                if not np.isfinite(array.numpy()).all():
+                    raise FederationError(
+                        f"round {server_round}: partition {slot} (node {federation.nodes[slot]}) "
+                        f"returned NaN or Inf in {name}. Lower train.optimizer.learning-rate, or "
+                        "look at that client's data."
+                    )
+    if all(scalars(reply.content).get("num-tokens") == 0 for reply in replies.values()):
+        raise FederationError(
+            f"round {server_round}: no client trained on a label token, so there is nothing to "
+            "aggregate. Give the clients examples with labels."
+        )
+
+
+def without_steps(content: RecordDict) -> tuple[RecordDict, dict[str, list[float]]]:
+    """Take the per-step lists out of a reply's content.
+
+    Returns:
+        ``(a copy without them, the lists by name; empty where there were none)``.
+    """
+    rest = RecordDict(dict(content.items()))
+    steps = rest.config_records.get(STEPS)
+    if steps is None:
+        return rest, {}
+    del rest[STEPS]
+    return rest, {
+        name: [value for value in values if isinstance(value, (int, float))]
+        for name, values in steps.items()
+        if isinstance(values, list)
+    }
+
+
+def scalars(content: RecordDict) -> dict[str, float]:
+    """The numbers of a reply's MetricRecords."""
+    return {
+        name: value
+        for record in content.metric_records.values()
+        for name, value in record.items()
+        if isinstance(value, (int, float))
+    }
