@@ -164,14 +164,26 @@ def test_repeated_key_with_other_content_is_refused(engine):
         client.forward(batch(1), digest=b"two")
 
 
-def test_backward_after_the_weights_moved_is_refused():
+@pytest.mark.parametrize("kind", ["plain", "foreach", "fused"])
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_backward_after_the_weights_moved_is_refused(name, kind):
+    """Fused steps do not raise autograd's own version counter: the guard must not depend on it."""
     engine = make_engine(mode="joint")
+    compute = engine._compute
     engine.begin_round(make_plan((0,), step_every=StepEvery.SERVER_ROUND))
+    options = {} if kind == "plain" else {kind: True}
+    compute._optimizer = getattr(torch.optim, name)(compute.parameters, lr=0.1, **options)
     client = ToyClient(engine, 0)
     client.forward(batch(0))
-    engine._compute.step([torch.ones(HIDDEN, HIDDEN)])  # what must never happen under a graph
-    with refusal(RefusalReason.STALE_VERSION):
-        client.backward(batch(100))
+    before = engine.adapter()["weight"]
+    compute.step([torch.ones(HIDDEN, HIDDEN)])  # what must never happen under a graph
+    moved = engine.adapter()["weight"]
+    assert not torch.equal(before, moved)
+    for version in (None, compute.version):  # the honest client, and one that says what suits it
+        with refusal(RefusalReason.STALE_VERSION):
+            client.backward(batch(100), version=version)
+    assert engine.status().slots[0].contributions == 0
+    assert torch.equal(engine.adapter()["weight"], moved)
     engine.close()
 
 
