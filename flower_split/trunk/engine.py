@@ -151,7 +151,7 @@ class TrunkEngine:
             if session is None:
                 session = Session(secrets.token_hex(16), slot, planned_steps)
                 current.sessions[session.id] = session
-            self._keeper.touch(current)
+            self._keeper.touch(current, slot)
             return SessionGrant(
                 session=session.id,
                 epoch=self.epoch,
@@ -498,6 +498,7 @@ class TrunkEngine:
         mine = (name.slot, name.window, name.micro_batch)
 
         def free() -> bool:
+            self._keeper.touch(current, name.slot)  # who waits for its turn is not silent
             if current.turn not in (None, mine) and (
                 self._clock() > current.turn_since + current.plan.window_seconds
             ):
@@ -616,9 +617,10 @@ class TrunkEngine:
                     current.windows.deadline if current and not current.over else float("inf")
                 )
                 left = deadline - self._clock()
-                if left > 0:
+                silent = bool(current and self._keeper.silent(current))
+                if left > 0 and not silent:
                     self._changed.wait(min(left, 1.0))
-            if left > 0:
+            if left > 0 and not silent:
                 if self._caches.num_bytes and not self._closed:
                     self.cache_bytes()
                 continue

@@ -115,12 +115,30 @@ class RoundKeeper:
             raise TrunkRefused(
                 RefusalReason.UNKNOWN_SESSION, f"no such session in {current}; open one first."
             )
-        self.touch(current)
+        self.touch(current, member.slot)
         return current, member
 
-    def touch(self, current: Round) -> None:
-        """Note a call, so that a round at work is told from an abandoned one."""
-        current.last_activity = self.clock()
+    def touch(self, current: Round, slot: int) -> None:
+        """Note a call of ``slot``, so that who is at work is told from who has gone."""
+        current.last_activity = current.last_seen[slot] = self.clock()
+
+    def silent(self, current: Round) -> list[int]:
+        """The slots whose lease has ended: they joined, have not finished, and say nothing.
+
+        Where a window waits for all its participants, its own deadline does this.
+        """
+        plan = current.plan
+        if plan.evaluate or current.over or current.windows.step_every is StepEvery.LOCAL_STEP:
+            return []
+        ended = self.clock() - plan.window_seconds
+        return [
+            slot
+            for slot, seen in current.last_seen.items()
+            if seen < ended
+            and not current.windows.slots[slot].finished
+            and not current.windows.slots[slot].dropped
+            and not current.ledger.pending(slot)
+        ]
 
     # ------------------------------------------------------------------ on the compute thread
 
@@ -180,8 +198,10 @@ class RoundKeeper:
                 name.slot, name.window, name.micro_batch, num_tokens=num_tokens, last=last
             )
             if self.trains:
+                # Where every contribution is a step of its own, each is the first of its step.
+                alone = current.windows.step_every is StepEvery.CONTRIBUTION
                 current.gradients.setdefault(name.slot, SlotGradient()).add(
-                    name.micro_batch,
+                    0 if alone else name.micro_batch,
                     gradients,
                     num_tokens=num_tokens,
                     loss_denominator=loss_denominator,
@@ -244,6 +264,9 @@ class RoundKeeper:
             if current is not self.round or current.over:
                 return
             current.windows.expire(self.clock())
+            for slot in self.silent(current):
+                why = f"it was silent for {current.plan.window_seconds:g} s, so its lease ended"
+                current.windows.drop(slot, why, self.clock())
             self._release_dropped(current)
         self.settle(current)
 

@@ -69,6 +69,12 @@ class Ledger(Generic[Reply]):
             )
         return entry[1], False
 
+    def pending(self, slot: int) -> bool:
+        """Whether a call of ``slot`` is still being computed."""
+        return any(
+            name.slot == slot and not future.done() for name, (_, future) in self._entries.items()
+        )
+
     def knows(self, name: CallName) -> bool:
         """Whether this call has arrived before."""
         return name in self._entries

@@ -36,6 +36,7 @@ class Round:
     turn: tuple[int, int, int] | None = None  # step-every contribution: whose forward is open
     turn_since: float = 0.0
     last_activity: float = 0.0
+    last_seen: dict[int, float] = field(default_factory=dict)  # slot -> its latest call
     compute_seconds: float = 0.0
     ledger_hash: int = (
         0  # the contributions counted: their hashes, XORed, so that order is no matter

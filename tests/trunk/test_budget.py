@@ -144,3 +144,37 @@ def test_session_opened_again_gets_the_stored_replies():
     again.backward(INPUT)
     assert engine.status().slots[0].contributions == 1
     engine.close()
+
+
+class Clock:
+    """Seconds that pass only when the test says so."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("step_every", [StepEvery.SERVER_ROUND, StepEvery.CONTRIBUTION])
+def test_lease_of_a_silent_client_ends_and_the_others_go_on(step_every):
+    clock = Clock()
+    engine = make_engine(clock=clock)
+    engine.begin_round(make_plan((0, 1, 2), step_every=step_every, quorum=0.5, window_seconds=30.0))
+    silent, busy = (ToyClient(engine, slot, 2) for slot in (0, 1))
+    if step_every is StepEvery.SERVER_ROUND:
+        silent.forward(INPUT, timeout=1e9)
+    for index in range(3):
+        clock.now += 20.0
+        digest = str(index).encode()
+        version = busy.forward(INPUT, 0, index, digest=digest, timeout=1e9).version
+        busy.backward(INPUT, 0, index, last=False, version=version, digest=digest)
+    engine._on_worker(lambda: engine._keeper.expire(engine._keeper.round))
+    slots = {slot.slot: slot for slot in engine.status().slots}
+    assert slots[0].problem == "it was silent for 30 s, so its lease ended"
+    assert not slots[1].problem  # it has called all along
+    assert not slots[2].problem  # it has yet to begin: participants may run one after the other
+    assert engine.status().activations.num_bytes == 0
+    with pytest.raises(TrunkRefused) as info:
+        silent.forward(INPUT, 0, 1, digest=b"late", timeout=1e9)
+    assert info.value.reason is RefusalReason.DROPPED
+    engine.close()

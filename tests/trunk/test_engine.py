@@ -375,6 +375,24 @@ def test_contribution_mode_steps_after_every_backward(engine):
     assert torch.equal(engine.adapter()["weight"], reference.weight.detach())
 
 
+def test_contribution_mode_steps_after_every_micro_batch(engine):
+    engine.begin_round(make_plan((0,), step_every=StepEvery.CONTRIBUTION))
+    reference = ToyTrunk()
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.5)
+    client = ToyClient(engine, 0)
+    for index in range(2):
+        optimizer.zero_grad()
+        reference(batch(index)).backward(batch(index + 100))
+        optimizer.step()
+        digest = bytes([index])
+        version = client.forward(batch(index), 0, index, digest=digest).version
+        client.backward(
+            batch(index + 100), 0, index, last=index == 1, version=version, digest=digest
+        )
+    assert engine.prepare_round("test", 1, 0, time.monotonic() + 5).optimizer_steps == 2
+    assert torch.equal(engine.adapter()["weight"], reference.weight.detach())
+
+
 def test_contribution_mode_forward_waits_for_the_others_backward(engine):
     engine.begin_round(make_plan(step_every=StepEvery.CONTRIBUTION))
     first, second = (ToyClient(engine, slot) for slot in (0, 1))
