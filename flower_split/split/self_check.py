@@ -208,6 +208,8 @@ def _trace_as_trunk(
     calls: list[LayerCall] = []
     replaced = replace_in_place(client, trunk_replacements(client, stack, cuts, output, constants))
     last = stack.layers(client)[cuts.second - 1]
+    # A trunk has weights, of which a forward may ask the dtype; here there are none left.
+    last.register_parameter("weight_of_trunk", nn.Parameter(weight.detach().new_empty(0)))
     try:
         with recording(stack.layers(client), calls):
             handle = last.register_forward_hook(_stop)  # after the recorder
@@ -224,6 +226,7 @@ def _trace_as_trunk(
             finally:
                 handle.remove()
     finally:
+        del last.weight_of_trunk
         replace_in_place(client, replaced)
     return calls
 

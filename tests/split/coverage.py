@@ -30,7 +30,7 @@ from flower_split.errors import SplitError
 from flower_split.split import CutLayers, split_model
 from flower_split.split.stack import find_stack
 from tests.split.tiny import loss_and_gradients, padded_batch
-from tests.split.tiny_configs import tiny_config
+from tests.split.tiny_configs import NOTES, tiny_config
 
 OUTCOMES = ("identical", "within tolerance", "refused", "failed", "not run")
 _TOLERANCE = 1e-5
@@ -75,6 +75,8 @@ def check_family(family: str) -> Row:
     except Exception as error:
         return Row(family, "failed", _reason(error))
     where = f"layers {cuts.first} to {cuts.second - 1} of {stack.num_layers} in {stack.path}"
+    if family in NOTES:
+        where += f"; {NOTES[family]}"
     return Row(family, *_compare(expected, actual, where))
 
 

@@ -18,7 +18,7 @@ from tests.split.tiny_configs import tiny_config
 # layer, adapters per language, shared blocks.
 VARIED = (
     *("smollm3", "cohere2", "exaone4", "gpt_oss", "llama4_text"),
-    *("jamba", "mamba2", "qwen3_next", "rwkv", "deepseek_v3", "deepseek_v4"),
+    *("ctrl", "openai-gpt", "jamba", "mamba2", "qwen3_next", "rwkv", "deepseek_v3", "deepseek_v4"),
     *("bert", "modernbert-decoder", "whisper", "roformer", "xmod", "zamba2", "gemma3"),
 )
 REFUSED = ("gemma3n_text", "hrm_text", "inkling2_text", "prophetnet", "xlm", "xlnet", "zaya")
@@ -43,6 +43,15 @@ def test_split_model_family_of_another_kind_matches_unsplit_bitwise(family: str)
 def test_split_model_family_that_does_not_fit_is_refused(family: str) -> None:
     (row,) = check_families([family])
     assert row.outcome == "refused", row
+
+
+def test_split_model_with_per_layer_embeddings_of_token_ids_is_refused() -> None:
+    config = tiny_config("gemma4_text")
+    torch.manual_seed(0)
+    split_model(transformers.AutoModelForCausalLM.from_config(config), CUTS)
+    config.hidden_size_per_layer_input = 8
+    with pytest.raises(SplitError):
+        split_model(transformers.AutoModelForCausalLM.from_config(config), CUTS)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -229,6 +229,16 @@ _FAMILY: dict[str, dict[str, object]] = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
+# Where the tiny configuration is not of the kind that the family's own default is.
+NOTES = {
+    "deepseek_v4": "the layers that look up experts by token id in the bottom",
+    "gemma4": "without per-layer embeddings of the token ids, as in the larger models",
+    "gemma4_text": "without per-layer embeddings of the token ids, as in the larger models",
+    "hy_v4": "no layer shares another's index across a cut",
+    "rwkv": "rescale_every = 0",
+    "zamba2": "the hybrid layers, which share weights, outside the trunk",
+}
+
 _DROPOUT_WORDS = ("dropout", "pdrop", "drop_rate", "layerdrop", "drop_path")
 
 
