@@ -472,12 +472,14 @@ class TrunkEngine:
     def _await_weights(self, current: Round, name: CallName, version: int, deadline: float) -> None:
         """Return when a training forward may run: at its version, or holding the turn."""
         with self._changed:
-            if current.ledger.knows(name) or not self._keeper.trains:
+            if current.ledger.knows(name):
+                return
+            current.windows.check_planned(name.slot, name.window)
+            if not self._keeper.trains:
                 return
             if current.windows.step_every is StepEvery.CONTRIBUTION:
                 self._take_turn(current, name, deadline)
                 return
-            current.windows.check_planned(name.slot, name.window)
             self._wait_until(
                 current,
                 lambda: self._compute.version >= version or self._is_dropped(current, name.slot),
