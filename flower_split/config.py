@@ -19,6 +19,7 @@ STEP_EVERY = ("local-step", "server-round", "contribution")
 DTYPES = ("float32", "bfloat16", "float16")
 WIRE_DTYPES = ("native", "float32", "bfloat16")
 OPTIMIZERS = ("adamw", "adam", "sgd")
+LORA_INITS = ("kaiming", "gaussian")
 DATA_SOURCES = ("stdlib-docs", "text", "jsonl", "hub")
 
 
@@ -40,6 +41,27 @@ def _above(key: str, value: float, bound: float) -> None:
 def _share(key: str, value: float, *, zero: bool = False) -> None:
     if not (0 < value <= 1 or (zero and value == 0)):
         raise ConfigError(f"{key} must be in {'[' if zero else '('}0, 1]; it is {value!r}.")
+
+
+def _pattern(key: str, text: str) -> dict[str, float]:
+    """``"name=value, name=value"`` as a mapping."""
+    values: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        try:
+            values[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(
+                f'{key} must read "name=value, name=value"; {item!r} in it does not.'
+            ) from None
+        _above(key, values[name.strip()], 0)
+    return values
+
+
+def _longest(values: Mapping[str, float], module: str) -> float | None:
+    """The value of the longest name that ``module`` is, or ends with after a dot."""
+    names = [name for name in values if module == name or module.endswith("." + name)]
+    return values[max(names, key=len)] if names else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +99,11 @@ class LoraPartConfig:
         "all-linear"  # PEFT's rule: "all-linear", or comma-separated name suffixes
     )
     use_rslora: bool = False
+    rank_pattern: str = (
+        ""  # "name=rank, ...": other ranks, by name suffix; the longest match counts
+    )
+    alpha_pattern: str = ""  # "name=alpha, ...": other alphas, in the same way
+    init: str = "kaiming"  # of A, where B is zero: PEFT's kaiming (uniform) or gaussian
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -84,6 +111,31 @@ class LoraPartConfig:
         _above("lora.*.alpha", self.alpha, 0)
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.*.dropout must be in [0, 1); it is {self.dropout!r}.")
+        _one_of("lora.*.init", self.init, LORA_INITS)
+        for name, rank in self.ranks.items():
+            if rank != int(rank):
+                raise ConfigError(
+                    f"lora.*.rank-pattern gives {name} the rank {rank}; use integers."
+                )
+        if self.r == 0 and self.rank_pattern:
+            raise ConfigError(
+                "lora.*.r is 0, so the part has no LoRA, but lora.*.rank-pattern is set. Set r."
+            )
+
+    @property
+    def ranks(self) -> dict[str, float]:
+        """Name suffix -> rank, of ``rank_pattern``."""
+        return _pattern("lora.*.rank-pattern", self.rank_pattern)
+
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Name suffix -> alpha, of ``alpha_pattern``."""
+        return _pattern("lora.*.alpha-pattern", self.alpha_pattern)
+
+    def setting_of(self, module: str) -> tuple[int, float]:
+        """``(rank, alpha)`` of a module, by its unsplit name."""
+        rank, alpha = _longest(self.ranks, module), _longest(self.alphas, module)
+        return (self.r if rank is None else int(rank), self.alpha if alpha is None else alpha)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,6 +393,30 @@ def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str = "
     return section(**arguments)
 
 
+# PEFT's options that a part cannot have, and why.
+_REFUSED_LORA = {
+    "use-dora": "DoRA's magnitudes are norms of the base weights plus each client's own update: their "
+    "mean is not the magnitude of the mean, so they cannot be aggregated",
+    "modules-to-save": "whole modules would have to be read from the base weights by the ServerApp, "
+    'which holds none. Use LoRA on them (target-modules), or trunk.train = "full" for the trunk',
+    "bias": "biases of the base would have to be read from the base weights by the ServerApp, which "
+    "holds none",
+    "init-lora-weights": "initial values that need base weights or data (pissa, olora, loftq, eva, "
+    "corda) are not known to the ServerApp, which holds none. Use lora.*.init: kaiming or gaussian",
+    "layer-replication": "replicated layers would change the layers' indices, by which the model is cut",
+    "use-qalora": "its factors do not have the shape that aggregation needs",
+    "lora-bias": "biases of B are not aggregated by every method",
+    "trainable-token-indices": "new token rows would have to be read from the base weights",
+}
+
+
+def _refuse_peft_option(key: str) -> None:
+    """Say why a part cannot have this option of PEFT's, if it is one."""
+    group, _, name = key.rpartition(".")
+    if group in ("lora.bottom", "lora.trunk", "lora.top") and name in _REFUSED_LORA:
+        raise ConfigError(f"{key} is not supported: {_REFUSED_LORA[name]}.")
+
+
 def parse_run_config(run_config: Mapping[str, Scalar]) -> RunConfig:
     """Parse Flower's flat run config.
 
@@ -354,6 +430,7 @@ def parse_run_config(run_config: Mapping[str, Scalar]) -> RunConfig:
     known = [key for key, _, _ in _leaves(RunConfig)]
     for key in run_config:
         if key not in known:
+            _refuse_peft_option(key)
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown run-config key {key!r}.{hint}")

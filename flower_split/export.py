@@ -101,7 +101,7 @@ def _peft_config(
     for name, tensor in state.items():
         module = next((name[: -len(end)] for end in _A_WEIGHT if name.endswith(end)), None)
         if module is not None:
-            scale = _scale(settings[part_of(module, stack, cuts, embeddings)])
+            scale = _scale(settings[part_of(module, stack, cuts, embeddings)], module)
             shapes[module] = (tensor.shape[0], scale * tensor.shape[0])
     if not shapes:
         raise RunDirectoryError(
@@ -124,8 +124,9 @@ def _peft_config(
     )
 
 
-def _scale(part: LoraPartConfig) -> float:
-    return part.alpha / (part.r**0.5 if part.use_rslora else part.r)
+def _scale(part: LoraPartConfig, module: str) -> float:
+    rank, alpha = part.setting_of(module)
+    return alpha / (rank**0.5 if part.use_rslora else rank)
 
 
 def _number(alpha: float) -> int:

@@ -65,7 +65,11 @@ def _lora_text(part: LoraPartConfig) -> str:
         return "none"
     targets = ",".join(sorted(name.strip() for name in part.target_modules.split(",")))
     rule = "rslora" if part.use_rslora else "lora"
-    return f"{rule} r={part.r} alpha={part.alpha:g} dropout={part.dropout:g} targets={targets}"
+    text = f"{rule} r={part.r} alpha={part.alpha:g} dropout={part.dropout:g} targets={targets}"
+    for label, values in (("ranks", part.ranks), ("alphas", part.alphas)):
+        if values:
+            text += f" {label}=" + ",".join(f"{n}:{v:g}" for n, v in sorted(values.items()))
+    return text if part.init == "kaiming" else f"{text} init={part.init}"
 
 
 def _model_config_digest(name: str, revision: str | None) -> str:

@@ -61,11 +61,12 @@ def attach_lora(
         config = parts.get(part)
         if config is not None and config.r > 0:
             _inject(model, config, _targets(model, stack, cuts, part, config), meta)
+    init_of = _Inits(model, stack, cuts, parts)
     for name, parameter in _lora_parameters(model):
         parameter.data = parameter.data.to(torch.float32)  # PEFT gives them the base's dtype
         if not meta:
             with torch.no_grad():
-                parameter.copy_(_initial_value(seed, name, parameter.shape))
+                parameter.copy_(_initial_value(seed, name, parameter.shape, init_of(name)))
         parameter.requires_grad_(True)
 
 
@@ -154,8 +155,9 @@ def initial_client_adapter(
         name_or_path, cuts, revision=revision, attn_implementation=attn_implementation
     )
     attach_lora(model, cuts, parts, seed=seed)
+    init_of = _Inits(model, stack_of(model), cuts, parts)
     state = {
-        name: _initial_value(seed, name, parameter.shape)
+        name: _initial_value(seed, name, parameter.shape, init_of(name))
         for name, parameter in sorted(_lora_parameters(model))
     }
     return state, lora_scales(model)
@@ -198,13 +200,16 @@ def _targets(
     if wanted == "all-linear":
         # As in PEFT: every linear layer except the output embeddings.
         head = output_embeddings(model)
-        return {name: module for name, module in linear.items() if module is not head}
+        found: dict[str, nn.Module] = {n: m for n, m in linear.items() if m is not head}
+        _check_patterns(part, config, found)
+        return found
     suffixes = [suffix.strip() for suffix in wanted.split(",") if suffix.strip()]
     found = {
         name: module
         for name, module in own.items()
         if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
     }
+    _check_patterns(part, config, found)
     unmatched = [s for s in suffixes if not any(n == s or n.endswith("." + s) for n in found)]
     if unmatched or not suffixes:
         known = sorted({name.rsplit(".", 1)[-1] for name in linear})
@@ -213,6 +218,39 @@ def _targets(
             f'module of the {part}. Use "all-linear", or names among: {", ".join(known)}.'
         )
     return found
+
+
+def _check_patterns(part: str, config: LoraPartConfig, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse a pattern that matches nothing: most likely it is misspelt."""
+    for key, names in (("rank-pattern", config.ranks), ("alpha-pattern", config.alphas)):
+        for name in names:
+            if not any(target == name or target.endswith("." + name) for target in targets):
+                raise ConfigError(
+                    f"lora.{part}.{key} names {name}, which is no module with LoRA in the {part}."
+                )
+
+
+class _Inits:
+    """How the A of every LoRA weight begins, by the weight's name."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stack: LayerStack,
+        cuts: CutLayers,
+        parts: Mapping[str, LoraPartConfig],
+    ) -> None:
+        self._stack, self._cuts, self._parts = stack, cuts, parts
+        self._embeddings = frozenset(
+            name
+            for name, layer in _lora_layers(model)
+            if isinstance(layer.get_base_layer(), nn.Embedding)
+        )
+
+    def __call__(self, name: str) -> str:
+        module = name.split(".lora_", 1)[0]
+        part = self._parts.get(part_of(module, self._stack, self._cuts, self._embeddings))
+        return part.init if part is not None else "kaiming"
 
 
 def _inject(
@@ -233,6 +271,8 @@ def _inject(
             lora_alpha=cast(int, config.alpha),  # PEFT computes with any number
             lora_dropout=config.dropout,
             use_rslora=config.use_rslora,
+            rank_pattern={name: config.setting_of(name)[0] for name in sorted(names)},
+            alpha_pattern={name: cast(int, config.setting_of(name)[1]) for name in sorted(names)},
             target_modules="|".join(name.replace(".", r"\.") for name in sorted(names)),
             fan_in_fan_out=fan_in_fan_out,
         )
@@ -260,7 +300,7 @@ def _lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 yield f"{module_name}.{name.replace(f'.{ADAPTER_NAME}', '')}", parameter
 
 
-def _initial_value(seed: int, name: str, shape: torch.Size) -> Tensor:
+def _initial_value(seed: int, name: str, shape: torch.Size, init: str) -> Tensor:
     """The initial value of the LoRA weight ``name``, fp32 on CPU; PEFT's distributions."""
     if name.endswith(("lora_B.weight", "lora_embedding_A")):
         return torch.zeros(shape)
@@ -269,6 +309,8 @@ def _initial_value(seed: int, name: str, shape: torch.Size) -> Tensor:
     if name.endswith("lora_embedding_B"):
         return torch.randn(shape, generator=generator)
     value = torch.empty(shape)
+    if init == "gaussian":
+        return nn.init.normal_(value, std=1 / shape[0], generator=generator)
     nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
 
