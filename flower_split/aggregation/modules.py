@@ -171,8 +171,15 @@ class AdapterAggregator:
                 return result.state, self._base.get(module)
             return result.state, self._grown_base(module, result.residual)
 
-        with ThreadPoolExecutor(self._workers) as pool:
-            results = list(pool.map(one, modules))
+        if self._workers == 1:
+            results = [one(module) for module in modules]
+        else:
+            # A new thread's first BLAS call does not know the thread count set in this one.
+            threads = torch.get_num_threads()
+            with ThreadPoolExecutor(
+                self._workers, initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool:
+                results = list(pool.map(one, modules))
         others = self._mean_others(clients)
         for module, (state, base) in zip(modules, results, strict=True):
             self._states[module] = state
