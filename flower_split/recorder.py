@@ -13,6 +13,7 @@ from flower_split.config import RunConfig
 from flower_split.report import RunDirectory
 from flower_split.rounds import RoundOutcome
 from flower_split.summary import ClientOutcome, HeldOut, print_summary, summarize
+from flower_split.trunk.calls import RoundReport
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,27 @@ class Recorder:
                 {"server_round": server_round, "partition_id": slot, "step": index, **values},
             )
         self._round_metrics.setdefault(server_round, []).append(dict(metrics))
+
+    def trunk_round(self, server_round: int, attempt: int, report: RoundReport) -> None:
+        """What a round was on the trunk: steps, time, activation memory, and who was left out."""
+        activations = report.activations
+        self.run.append(
+            "trunk",
+            {
+                "server_round": server_round,
+                "attempt": attempt,
+                "version": report.version,
+                "optimizer_steps": report.optimizer_steps,
+                "compute_seconds": report.compute_seconds,
+                "activation_peak_bytes": activations.peak_bytes,
+                "activation_budget_bytes": activations.budget_bytes,
+                "activation_recomputes": activations.recomputes,
+                "activation_refusals": activations.refusals,
+                "left_out": {
+                    str(item.slot): item.problem for item in report.slots if not item.completed
+                },
+            },
+        )
 
     def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
         """One client's held-out result after a round; round 0 is before the first."""

@@ -163,6 +163,8 @@ def make_strategy(
         logger.info("going on after round %d of experiment %s", entry.server_round, experiment)
 
     def commit(server_round: int, report: RoundReport, adapter: ArrayRecord) -> None:
+        if server_round:
+            recorder.trunk_round(server_round, strategy.attempt, report)
         checkpoints.commit(
             experiment=experiment,
             server_round=server_round,
