@@ -7,7 +7,9 @@ from pathlib import Path
 
 def block(text: str, name: str) -> str:
     """The named block's lines."""
-    found = re.search(rf"<!-- block: {re.escape(name)} -->\s*```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+    found = re.search(
+        rf"<!-- block: {re.escape(name)} -->\s*```(?:bash|sh)\n(.*?)```", text, re.DOTALL
+    )
     if found is None:
         raise SystemExit(f"no shell block follows '<!-- block: {name} -->'")
     return found.group(1)
