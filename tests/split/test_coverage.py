@@ -97,6 +97,16 @@ def test_split_model_whose_prologue_drops_out_draws_the_same_numbers(family: str
     assert torch.equal(losses[0], losses[1])
 
 
+@pytest.mark.parametrize("family", ["longcat_flash", "rwkv", "xlstm", "jamba", "llama"])
+def test_client_in_evaluation_by_default_runs_whatever_cache_the_family_has(family: str) -> None:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    client, _ = split_model(model, CUTS)
+    with torch.no_grad():
+        expected = model(**padded_batch(), use_cache=False).logits
+        torch.testing.assert_close(client(**padded_batch()).logits, expected)
+
+
 def test_coverage_finds_a_wrong_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_split(model: torch.nn.Module, cuts: CutLayers) -> tuple[torch.nn.Module, ...]:
         client, trunk = split_model(model, cuts)
