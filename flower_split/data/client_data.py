@@ -120,15 +120,17 @@ def _documents(
         area = area_docstrings(partition_id, num_partitions)
         return area.name, [Text(f"{area.name}, docstring", text) for text in area.docstrings]
     records: Sequence[Record]
+    where = data.dataset
     if data.source == "hub":
         records = read_hub(data)
     else:
         path = Path(data.path.replace(PARTITION_FIELD, str(partition_id))).expanduser()
+        where = str(path)
         records = read_text(path) if data.source == "text" else read_jsonl(path)
     if len(records) == 0:
         raise DataError(
             f"partition {partition_id}: the data must hold at least one record; "
-            f"{data.path or data.dataset} holds none. Check data.path or data.dataset."
+            f"{where} holds none. Check data.path or data.dataset."
         )
     if PARTITION_FIELD in data.path:
         rows = list(range(len(records)))
