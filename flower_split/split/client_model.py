@@ -182,8 +182,10 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
     if use_cache is None and getattr(model.config, "use_cache", None) is False:
         use_cache = False
     known = _KNOWN_ARGUMENTS | {model.main_input_name}
-    if isinstance(named.get("position_ids"), Tensor) and keeps_only_keys_and_values(model.config):
-        known |= _PACKING_ARGUMENTS
+    if _PACKING_ARGUMENTS & named.keys() and isinstance(named.get("position_ids"), Tensor):
+        # Layers of other kinds, such as linear attention, need them themselves.
+        if keeps_only_keys_and_values(model.config):
+            known |= _PACKING_ARGUMENTS
     unknown = (
         name for name, value in named.items() if isinstance(value, Tensor) and name not in known
     )

@@ -38,7 +38,7 @@ class _Entry:
 
 
 class CacheStore:
-    """The caches of all sessions. Only the compute thread calls it.
+    """The caches of all sessions. Only the compute thread calls it, but for ``is_empty``.
 
     Args:
         compute: What runs the trunk.
@@ -52,6 +52,11 @@ class CacheStore:
         self._clock = clock
         self._entries: dict[tuple[str, int], _Entry] = {}
         self._bytes_per_position: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no cache; any thread may ask."""
+        return not self._entries
 
     @property
     def num_bytes(self) -> int:

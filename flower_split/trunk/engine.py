@@ -151,6 +151,7 @@ class TrunkEngine:
             if session is None:
                 session = Session(secrets.token_hex(16), slot, planned_steps)
                 current.sessions[session.id] = session
+            current.closed.discard(session.id)  # a client may come back with its token
             self._keeper.touch(current, slot)
             return SessionGrant(
                 session=session.id,
@@ -623,7 +624,7 @@ class TrunkEngine:
                 if left > 0 and not silent:
                     self._changed.wait(min(left, 1.0))
             if left > 0 and not silent:
-                if self._caches.num_bytes and not self._closed:
+                if not self._caches.is_empty and not self._closed:
                     self.cache_bytes()
                 continue
             if current is not None:

@@ -170,6 +170,15 @@ def test_cache_of_an_abandoned_session_is_freed_when_its_lease_ends() -> None:
         other.close()
 
 
+def test_client_that_comes_back_to_its_session_generates_again() -> None:
+    model = lively_model("llama")
+    with served(model) as fed:
+        fed.connect().close()
+        with fed.connect():
+            assert torch.equal(generated(fed.client, "greedy"), generated(model, "greedy"))
+            assert fed.engine.cache_bytes() > 0
+
+
 def test_cache_over_the_budget_is_refused_and_what_is_there_stays() -> None:
     model = lively_model("llama")
     per_token = 2 * 2 * 2 * 8 * 4
