@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -28,6 +28,7 @@ from flower_split.errors import DataError, FlowerSplitError
 from flower_split.lora import output_embeddings
 from flower_split.optim import LearningRate, make_optimizer
 from flower_split.remote_trunk import RemoteTrunk
+from flower_split.threads import pinned_pool
 from flower_split.turns import ComputeTurns
 
 logger = logging.getLogger(__name__)
@@ -122,20 +123,21 @@ def train_round(
     optimizer = make_optimizer(parameters, config.train.optimizer)
     optimizer.zero_grad(set_to_none=True)  # a round that was lost may have left some behind
     rate = LearningRate(config.train.optimizer, place.total_steps)
-    trainer = _StepTrainer(model, parameters, config, place, trunk)
-    steps, num_examples = [], 0
-    for step in range(place.num_steps):
-        micro_batches = [next(batches) for _ in range(config.train.gradient_accumulation_steps)]
-        rate.apply(optimizer, place.first_step + step)
-        steps.append(trainer.step(step, micro_batches, optimizer))
-        num_examples += sum(len(batch["input_ids"]) for batch in micro_batches)
-        logger.debug(
-            "partition=%d round=%d step=%d loss=%.4f",
-            place.partition_id,
-            place.server_round,
-            step,
-            steps[-1].loss,
-        )
+    steps, num_examples, accumulate = [], 0, config.train.gradient_accumulation_steps
+    with pinned_pool(min(config.train.micro_batches_in_flight, accumulate), "micro-batch") as pool:
+        trainer = _StepTrainer(model, parameters, config, place, trunk, pool)
+        for step in range(place.num_steps):
+            micro_batches = [next(batches) for _ in range(accumulate)]
+            rate.apply(optimizer, place.first_step + step)
+            steps.append(trainer.step(step, micro_batches, optimizer))
+            num_examples += sum(len(batch["input_ids"]) for batch in micro_batches)
+            logger.debug(
+                "partition=%d round=%d step=%d loss=%.4f",
+                place.partition_id,
+                place.server_round,
+                step,
+                steps[-1].loss,
+            )
     return TrainResult(steps, num_examples)
 
 
@@ -149,12 +151,14 @@ class _StepTrainer:
         config: RunConfig,
         place: RoundPlace,
         trunk: RemoteTrunk | None,
+        pool: Executor,
     ) -> None:
         self.model = model
         self.parameters = parameters
         self.config = config
         self.place = place
         self.trunk = trunk
+        self.pool = pool
         self.device = next(iter(parameters)).device
         self.turns = ComputeTurns(self.device)
         self.auxiliary = (
@@ -187,15 +191,13 @@ class _StepTrainer:
             return self._micro_batch(step, index, micro_batches[index], tokens)
 
         total = 0.0
-        in_flight = min(self.config.train.micro_batches_in_flight, len(micro_batches))
-        with ThreadPoolExecutor(in_flight, thread_name_prefix="micro-batch") as pool:
-            for loss, gradients in pool.map(run, range(len(micro_batches))):
-                total += loss
-                for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                    if gradient is not None:
-                        parameter.grad = (
-                            gradient if parameter.grad is None else parameter.grad + gradient
-                        )
+        for loss, gradients in self.pool.map(run, range(len(micro_batches))):
+            total += loss
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = (
+                        gradient if parameter.grad is None else parameter.grad + gradient
+                    )
         return total
 
     def _micro_batch(

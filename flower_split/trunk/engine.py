@@ -15,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from torch import Tensor
 from flower_split import failpoints
 from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.split.cache import CacheStep
+from flower_split.threads import pinned_pool
 from flower_split.trunk.activations import ActivationCache
 from flower_split.trunk.caches import CacheStore
 from flower_split.trunk.calls import (
@@ -107,7 +108,7 @@ class TrunkEngine:
             clock=clock,
         )
         self._caches = CacheStore(compute, cache_bytes, clock)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trunk-compute")
+        self._worker = pinned_pool(1, "trunk-compute")
         self._closed = False
         self._watchdog = threading.Thread(target=self._watch, name="trunk-deadlines", daemon=True)
         self._watchdog.start()
