@@ -188,6 +188,13 @@ def test_the_two_latest_rounds_are_kept(tmp_path):
     run.engine.close()
 
 
+def first_data_byte(content: bytearray) -> int:
+    """Of a safetensors file: in an optimizer tensor, which no digest of the parameters covers."""
+    if content[:1] == b"{":
+        return len(content) // 2
+    return 8 + int.from_bytes(content[:8], "little")
+
+
 @pytest.mark.parametrize("file", ["trunk-2.json", "trunk-2.*.safetensors"])
 @pytest.mark.parametrize("damage", ["torn", "bit-flipped", "missing"])
 def test_damaged_checkpoint_is_named_and_the_one_before_is_used_on_request(
@@ -202,7 +209,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_used_on_request(
     if damage == "torn":
         path.write_bytes(content[: len(content) // 2])
     elif damage == "bit-flipped":
-        content[len(content) // 2] ^= 1
+        content[first_data_byte(content)] ^= 1
         path.write_bytes(content)
     else:
         path.unlink()

@@ -52,6 +52,21 @@ def test_forward_over_the_budget_is_refused_before_it_is_computed():
     engine.close()
 
 
+def test_forwards_of_a_window_that_is_over_are_freed():
+    engine = make_engine()
+    engine.begin_round(make_plan())
+    first, second = (ToyClient(engine, slot, 2) for slot in (0, 1))
+    first.forward(INPUT, 0, 0)
+    first.backward(INPUT, 0, 0)
+    first.forward(INPUT, 0, 1, digest=b"after its last one")
+    assert engine.status().activations.num_bytes > 0
+    second.forward(INPUT)
+    second.backward(INPUT)
+    engine.wait_version(first.grant.session, first.grant.epoch, 1, time.monotonic() + 10)
+    assert engine.status().activations.num_bytes == 0
+    engine.close()
+
+
 def test_report_of_a_round_tells_peak_recomputes_and_refusals():
     engine = make_engine(activation_bytes=3 * INPUT.nbytes, dropout=0.5)  # a graph takes two
     engine.begin_round(make_plan((0,), step_every=StepEvery.SERVER_ROUND))
