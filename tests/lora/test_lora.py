@@ -117,6 +117,12 @@ def test_attach_lora_rank_zero_adds_nothing() -> None:
     assert list(lora_scales(model)) == ["model.layers.3.mlp.down_proj"]
 
 
+def test_attach_lora_to_no_part_freezes_the_model() -> None:
+    model = tiny_model("llama")
+    attach_lora(model, CUTS, {"bottom": LoraPartConfig(r=0)}, seed=0)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_attach_lora_all_linear_leaves_the_output_embeddings() -> None:
     model = tiny_model("llama", tie_word_embeddings=False)
     attach_lora(model, CUTS, {"top": LoraPartConfig(r=2)}, seed=0)

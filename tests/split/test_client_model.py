@@ -30,6 +30,18 @@ def test_parts_names_are_the_unsplit_ones_and_disjoint() -> None:
     }
 
 
+def test_trunk_has_no_parameter_outside_its_layers() -> None:
+    model = tiny_model("llama")
+    model.model.scale = nn.Parameter(torch.ones(32))
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, args, output: output * model.model.scale
+    )
+    client, trunk = split_model(model, CUTS)
+    assert "model.scale" in dict(client.named_parameters())
+    assert all(trunk.stack.index_of(name) in (1, 2) for name, _ in trunk.named_parameters())
+    assert all(trunk.stack.index_of(name) in (1, 2) for name in trunk.state_dict())
+
+
 def test_split_model_leaves_the_given_model_alone() -> None:
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())
