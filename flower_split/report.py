@@ -31,6 +31,7 @@ from torch import Tensor
 
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError, RunDirectoryError
+from flower_split.files import write_atomically
 from flower_split.summary import SummaryRow, markdown_table, summary_cells
 
 Json: TypeAlias = "bool | int | float | str | None | Sequence[Json] | Mapping[str, Json]"
@@ -149,13 +150,13 @@ class RunDirectory:
         """Write ``metrics.jsonl`` anew, with ``records`` as :meth:`metrics` gave them."""
         if records or (self.path / "metrics.jsonl").exists():
             lines = [json.dumps(_finite(record), allow_nan=False) + "\n" for record in records]
-            _write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
+            write_atomically(self.path / "metrics.jsonl", "".join(lines).encode())
 
     def write_adapter(self, part: str, state: Mapping[str, Tensor]) -> Path:
         """Write ``adapters/<part>.safetensors``; tensors by their unsplit names, sorted."""
         path = self._adapter_path(part)
         tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
-        _write_atomically(path, save(tensors, metadata={"format": "pt"}))
+        write_atomically(path, save(tensors, metadata={"format": "pt"}))
         return path
 
     def read_adapter(self, part: str) -> dict[str, Tensor]:
@@ -201,7 +202,7 @@ class RunDirectory:
                 "notes": list(notes),
             },
         )
-        _write_atomically(self.path / "report.md", self._report(rows, facts, notes).encode())
+        write_atomically(self.path / "report.md", self._report(rows, facts, notes).encode())
 
     def summary(self) -> dict[str, Json]:
         """The content of ``summary.json``.
@@ -241,7 +242,7 @@ class RunDirectory:
 
     def _write_json(self, name: str, content: Mapping[str, Json]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-        _write_atomically(self.path / name, (text + "\n").encode())
+        write_atomically(self.path / name, (text + "\n").encode())
 
 
 def _read_json(path: Path) -> dict[str, Json]:
@@ -273,24 +274,6 @@ def software_versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name.replace("-", "_")] = "absent"
     return found
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path``: readers see the old file or the new one, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def _ends_with_newline(file: BinaryIO) -> bool:
