@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -30,7 +30,7 @@ from flower_split.data import (
 from flower_split.devices import resolve_device
 from flower_split.errors import TrunkError
 from flower_split.fingerprint import fingerprint
-from flower_split.lora import adapter_state, attach_lora, load_adapter_state
+from flower_split.lora import adapter_state, attach_lora, load_adapter_state, set_trainable
 from flower_split.parts import all_parts, client_parts, model_cuts
 from flower_split.remote_trunk import RemoteTrunk
 from flower_split.split import load_client_model, set_trunk
@@ -192,13 +192,24 @@ class Client:
             _cache.model = model
         return _cache.model
 
-    def train(self, adapter: Mapping[str, Tensor], order: TrunkOrder) -> TrainReply:
+    def train(
+        self,
+        adapter: Mapping[str, Tensor],
+        order: TrunkOrder,
+        trainable: Collection[str] | None = None,
+    ) -> TrainReply:
         """One round with the trunk, from ``adapter``; the model holds the result afterwards.
+
+        Args:
+            adapter: Full weights of the client's LoRA.
+            order: How to reach the trunk.
+            trainable: Names of the weights that train in this round; None: all.
 
         Raises:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
+        set_trainable(self.model, trainable)
         place = self._place(order.server_round)
         with self._trunk(order) as trunk:
             trunk.open(place.num_steps)

@@ -27,7 +27,7 @@ from flower_split.errors import (
     TrunkUnavailable,
 )
 from flower_split.exchange import TRUNK_LOST
-from flower_split.facts import HANDSHAKE, STEPS, ClientFacts
+from flower_split.facts import HANDSHAKE, STEPS, TRAINABLE, ClientFacts
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
 
@@ -106,7 +106,7 @@ def train(message: Message, context: Context) -> RecordDict:
     _, client = _client(context)
     order = _order(message)
     failpoints.reach("client.train.begin")
-    result = client.train(from_arrays(_arrays(message)), order)
+    result = client.train(from_arrays(_arrays(message)), order, _trainable(message))
     failpoints.reach("client.train.end")
     content = RecordDict(
         {
@@ -177,6 +177,15 @@ def _arrays(message: Message) -> ArrayRecord:
             "strategy of flwr.serverapp.strategy."
         )
     return records[0]
+
+
+def _trainable(message: Message) -> list[str] | None:
+    """The weights that train in this round, where the strategy's method freezes others."""
+    for record in message.content.config_records.values():
+        names = record.get(TRAINABLE)
+        if isinstance(names, list):
+            return [str(name) for name in names]
+    return None
 
 
 def _order(message: Message) -> TrunkOrder:

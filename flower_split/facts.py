@@ -15,6 +15,9 @@ HANDSHAKE = "handshake"
 STEPS = "steps"
 """The ConfigRecord of per-step lists in a training reply; stripped before the inner strategy."""
 
+TRAINABLE = "trainable"
+"""Key in a training message's ConfigRecord: names of the weights that train; absent: all."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientFacts:

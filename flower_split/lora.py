@@ -9,7 +9,7 @@ rsLoRA: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import cast
 
 import torch
@@ -79,6 +79,17 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, parameter in sorted(_lora_parameters(model))
     }
+
+
+def set_trainable(model: nn.Module, names: Collection[str] | None) -> None:
+    """Let only these LoRA weights require grad; None: all of them.
+
+    Args:
+        model: A model with LoRA attached.
+        names: As :func:`adapter_state` names them; some aggregation methods freeze a factor.
+    """
+    for name, parameter in _lora_parameters(model):
+        parameter.requires_grad_(names is None or name in names)
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -13,12 +13,31 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
+from flower_split.aggregation import METHODS
 from flower_split.aggregation.modules import AdapterAggregator, AdapterUpdate
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
+from flower_split.facts import TRAINABLE
 
 _WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
+
+
+def _check_method(name: str) -> None:
+    """Refuse a method that needs clients to keep what they cannot keep here.
+
+    Raises:
+        AggregationError: The method changes the clients' base weights, or keeps factors private.
+    """
+    method = METHODS[name]
+    usable = [n for n, m in METHODS.items() if not m.changes_base and not m.private]
+    needs = "a change of every client's base weights" if method.changes_base else ""
+    needs = "factors that stay with each client" if method.private else needs
+    if needs:
+        raise AggregationError(
+            f'strategy.aggregator = "{name}" needs {needs}, which the ClientApp does not do; it is '
+            f"there for use in code, in flower_split.aggregation. Use one of {', '.join(usable)}."
+        )
 
 
 class LoraFedAvg(FedAvg):
@@ -50,6 +69,7 @@ class LoraFedAvg(FedAvg):
         self.aggregator = AdapterAggregator(
             config.aggregator, scales, learning_rate=config.server_learning_rate
         )
+        _check_method(config.aggregator)
         self.aggregator.init(initial)
         self._initial = dict(initial)
         self._slot_of = slot_of
@@ -70,8 +90,11 @@ class LoraFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg; remembers what is sent."""
+        """As FedAvg; remembers what is sent, and says what trains where the method freezes some."""
         self._sent = from_arrays(arrays)
+        trainable = self.aggregator.trainable()
+        if set(trainable) != set(self._initial):
+            config = ConfigRecord({**dict(config.items()), TRAINABLE: trainable})
         return super().configure_train(server_round, arrays, config, grid)
 
     def aggregate_train(

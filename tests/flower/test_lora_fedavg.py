@@ -9,6 +9,7 @@ from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.exchange import Federation, exchange
+from flower_split.facts import TRAINABLE
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.node_view import NodeView
 from tests.flower.fakes import FakeGrid, train_content
@@ -67,3 +68,29 @@ def test_initial_arrays_are_the_initial_adapter() -> None:
     assert sorted(state) == sorted(INITIAL)
     assert torch.equal(state["m.lora_A.weight"], A0)
     assert state["m.lora_B.weight"].count_nonzero() == 0
+
+
+@pytest.mark.parametrize(
+    ("aggregator", "expected"), [("ffa-lora", ["m.lora_B.weight"]), ("product-delta", None)]
+)
+def test_configure_train_says_what_trains_where_the_method_freezes_a_factor(
+    aggregator: str, expected: list[str] | None
+) -> None:
+    strategy = LoraFedAvg(
+        StrategyConfig(aggregator=aggregator), {"m": 2.0}, INITIAL, FEDERATION.slot_of
+    )
+    config = ConfigRecord({"kept": 1})
+    grid = FakeGrid([9, 4], lambda message: None)
+    messages = list(
+        strategy.configure_train(1, strategy.initial_arrays(), config, NodeView(grid, [9, 4]))
+    )
+    (record,) = messages[0].content.config_records.values()
+    assert record["kept"] == 1
+    assert record.get(TRAINABLE) == expected
+    assert TRAINABLE not in config
+
+
+@pytest.mark.parametrize("aggregator", ["flora", "fedex-lora", "fedsa-lora"])
+def test_method_that_clients_cannot_follow_is_refused_by_name(aggregator: str) -> None:
+    with pytest.raises(AggregationError, match=f'"{aggregator}" needs .*product-delta'):
+        LoraFedAvg(StrategyConfig(aggregator=aggregator), {"m": 2.0}, INITIAL, FEDERATION.slot_of)

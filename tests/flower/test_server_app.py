@@ -79,6 +79,28 @@ def test_run_joint_trains_all_three_parts(job: Job, step_every: str) -> None:
     assert [r["server_round"] for r in done.metrics("round")] == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "aggregator",
+    [
+        "ffa-lora",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fedit", "rolora", "flexlora", "florist", "hetlora", "lora-fair")
+        ),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fed-sb", "fedsvd", "raflora")),
+    ],
+)
+def test_run_with_each_aggregator_trains_the_clients(job: Job, aggregator: str) -> None:
+    done = job.run(
+        "run",
+        strategy__aggregator=aggregator,
+        trunk__step_every="server-round",
+        num_server_rounds=2,
+    )
+    client = done.read_adapter("client")
+    assert any(trained(client, BOTTOM)) and any(trained(client, TOP))
+
+
 def test_run_frozen_trains_bottom_and_top_only(job: Job) -> None:
     done = job.run("run", mode="frozen", train__local_steps=2)
     client = done.read_adapter("client")

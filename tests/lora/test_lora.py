@@ -14,6 +14,7 @@ from flower_split.lora import (
     initial_client_adapter,
     load_adapter_state,
     lora_scales,
+    set_trainable,
 )
 from flower_split.split import CutLayers, split_model
 from tests.split.tiny import padded_batch, tiny_model
@@ -219,3 +220,12 @@ def test_initial_client_adapter_is_the_clients_without_its_weights(
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert scales == lora_scales(client)
+
+
+def test_set_trainable_freezes_the_others_and_none_frees_them_again() -> None:
+    model = _unsplit_with_lora()
+    names = [name for name in adapter_state(model) if name.endswith("lora_B.weight")]
+    set_trainable(model, names)
+    assert {".lora_B." in name for name, p in model.named_parameters() if p.requires_grad} == {True}
+    set_trainable(model, None)
+    assert sum(p.requires_grad for p in model.parameters()) == 2 * len(names)
