@@ -218,7 +218,7 @@ class TrunkConfig:
     window_timeout: float = 120.0  # seconds from a window's opening until it is complete
     call_timeout: float = 150.0  # seconds a client waits for one call, retries included
     activation_memory: float = 4.0  # GiB of saved activations, over all clients
-    activation_memory_per_client: float = 0.0  # GiB of one client; 0: no limit of its own
+    activation_memory_per_client: float = 0.0  # GiB of one client; 0: an equal share of it
     cache_memory: float = 1.0  # GiB of key-value caches of generation, over all clients
     max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
     reduction: str = (

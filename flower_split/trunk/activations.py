@@ -56,12 +56,13 @@ class ActivationCache:
 
     Args:
         budget: Bytes over all clients.
-        per_client: Bytes of one client; 0: no limit of its own.
+        per_client: Bytes of one client; 0: an equal share (:meth:`begin`).
     """
 
     def __init__(self, budget: int, per_client: int = 0) -> None:
         self.budget = budget
         self.per_client = per_client or budget
+        self._limit = per_client
         self.num_bytes = 0
         self._peak = self._recomputes = self._refusals = 0
         self._of_slot: dict[int, int] = {}  # bytes
@@ -140,8 +141,18 @@ class ActivationCache:
         for key in [key for key in self._entries if key[1] < window]:
             self.release(key)
 
+    def begin(self, num_shares: int) -> None:
+        """A round begins.
+
+        Args:
+            num_shares: In how many parts the budget is divided where clients have no limit of
+                their own, so that one that never comes back cannot take what others need.
+        """
+        self.clear()
+        self.per_client = self._limit or self.budget // num_shares
+
     def clear(self) -> None:
-        """A round is over, or one begins."""
+        """A round is over."""
         self._entries.clear()
         self._of_slot.clear()
         self.num_bytes = self._peak = self._recomputes = self._refusals = 0

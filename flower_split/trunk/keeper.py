@@ -299,7 +299,7 @@ class RoundKeeper:
             if plan.step_every is StepEvery.CONTRIBUTION:
                 total *= len(plan.participants)
             self.compute.plan(total)
-            self.activations.clear()
+            self.activations.begin(_num_shares(plan))
             now = self.clock()
             self.round = Round(
                 plan=plan,
@@ -458,3 +458,9 @@ class RoundKeeper:
                 self._checkpoints.prune(current.plan.experiment, self.committed_round)
         self.activations.clear()
         self.changed.notify_all()
+
+
+def _num_shares(plan: RoundPlan) -> int:
+    """Parts of the activation budget: one a client where all run at once, else half for one."""
+    most = 2 if plan.step_every is StepEvery.SERVER_ROUND else len(plan.participants)
+    return min(most, len(plan.participants))

@@ -39,6 +39,18 @@ def test_flood_stays_in_its_own_budget_and_the_honest_client_never_notices():
     engine.close()
 
 
+@pytest.mark.parametrize("step_every", [StepEvery.LOCAL_STEP, StepEvery.SERVER_ROUND])
+def test_flood_without_limits_of_its_own_leaves_the_others_their_share(step_every):
+    engine = make_engine(activation_bytes=20 * INPUT.nbytes)
+    engine.begin_round(make_plan((0, 1), step_every=step_every))
+    flooding, honest = (ToyClient(engine, slot) for slot in (0, 1))
+    assert flood(flooding, 50) >= 40
+    assert engine.status().activations.num_bytes <= 10 * INPUT.nbytes
+    honest.forward(INPUT)
+    honest.backward(INPUT)
+    engine.close()
+
+
 def test_forward_over_the_budget_is_refused_before_it_is_computed():
     engine = make_engine(activation_bytes=INPUT.nbytes)
     engine.begin_round(make_plan((0,)))
@@ -83,7 +95,7 @@ def test_report_of_a_round_tells_peak_recomputes_and_refusals():
 
 def rate_of_honest(seconds: float, *, with_flood: bool) -> float:
     """Micro-batches per second of one client, beside another that floods or one that is idle."""
-    engine = make_engine(activation_bytes=2**20, activation_bytes_per_client=4 * INPUT.nbytes)
+    engine = make_engine(activation_bytes=8 * INPUT.nbytes)
     engine.begin_round(make_plan((0, 1), step_every=StepEvery.SERVER_ROUND))
     flooding, honest = (ToyClient(engine, slot) for slot in (0, 1))
     stop = threading.Event()
@@ -107,7 +119,7 @@ def rate_of_honest(seconds: float, *, with_flood: bool) -> float:
     if with_flood:
         thread.join()
         assert engine.status().activations.refusals > 0
-        assert engine.status().activations.peak_bytes < 2**20
+        assert engine.status().activations.peak_bytes <= 8 * INPUT.nbytes
     engine.close()
     return done / seconds
 
