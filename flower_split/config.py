@@ -214,6 +214,7 @@ class TrunkConfig:
     train: str = "lora"  # "lora", or "full": every trunk weight trains
     step_every: str = "local-step"  # local-step, server-round or contribution
     quorum: float = 1.0  # share of the participants whose contributions a window needs
+    quorum_count: int = 0  # the same as a number of clients; 0: trunk.quorum decides
     join_timeout: float = 120.0  # seconds from the round's start until every participant joined
     window_timeout: float = 120.0  # seconds from a window's opening until it is complete
     call_timeout: float = 150.0  # seconds a client waits for one call, retries included
@@ -229,12 +230,19 @@ class TrunkConfig:
     num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
+    def quorum_of(self, num_participants: int) -> float:
+        """The share of ``num_participants`` that a window needs, by share or by count."""
+        if self.quorum_count:
+            return min(1.0, self.quorum_count / num_participants)
+        return self.quorum
+
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         _one_of("trunk.train", self.train, ("lora", "full"))
         _one_of("trunk.step-every", self.step_every, STEP_EVERY)
         _one_of("trunk.wire-dtype", self.wire_dtype, WIRE_DTYPES)
         _share("trunk.quorum", self.quorum)
+        _at_least("trunk.quorum-count", self.quorum_count, 0)
         for name in ("activation_memory_per_client", "max_client_grad_norm"):
             _at_least(f"trunk.{_kebab(name)}", getattr(self, name), 0)
         for name in (

@@ -282,7 +282,8 @@ class TrunkStrategy(Strategy):
         """How many clients of the open phase must complete; one is enough to evaluate."""
         if self.evaluating:
             return 1
-        return max(1, math.ceil(len(self.participants) * self.config.trunk.quorum - 1e-9))
+        total = len(self.participants)
+        return max(1, math.ceil(total * self.config.trunk.quorum_of(max(total, 1)) - 1e-9))
 
     def failures(self, replies: Iterable[Message]) -> dict[int, str]:
         """Reasons of the failed replies among ``replies``, by slot (absent ones do not count)."""
@@ -372,7 +373,7 @@ class TrunkStrategy(Strategy):
                 step_every=StepEvery(trunk.step_every),
                 steps_per_round=self.steps_per_round,
                 num_server_rounds=self.config.num_server_rounds,
-                quorum=trunk.quorum,
+                quorum=trunk.quorum_of(len(chosen)),
                 join_seconds=trunk.join_timeout,
                 window_seconds=trunk.window_timeout,
                 evaluate=evaluate,
@@ -440,18 +441,14 @@ class TrunkStrategy(Strategy):
         if len(good) >= self.required:
             return
         total, required = len(self.participants), self.required
-        lower = (
-            " Or lower trunk.quorum to go on without them."
-            if self.config.trunk.quorum > 1 / max(total, 1)
-            else ""
-        )
+        lower = " Or lower trunk.quorum to go on without them." if required > 1 else ""
         cause = self._phase.cause if self._phase is not None else ""
         why = cause or describe(problems, self.federation)
         phase = self._phase
         lost = phase is not None and (phase.trunk_lost or phase.lost >= set(problems))
         raise (RoundLost if lost else FederationError)(
-            f"round {server_round}: {len(good)} of {total} clients completed, and trunk.quorum = "
-            f"{self.config.trunk.quorum:g} needs {required}. Cause: {why.rstrip('.')}. "
+            f"round {server_round}: {len(good)} of {total} clients completed, and the quorum "
+            f"(trunk.quorum, trunk.quorum-count) needs {required}. Cause: {why.rstrip('.')}. "
             f"Mend it and start the run again.{lower}"
         )
 

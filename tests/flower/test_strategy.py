@@ -155,6 +155,19 @@ def test_aggregate_train_drops_the_replies_of_slots_the_trunk_left_out() -> None
     assert result["w"].numpy().tolist() == pytest.approx([140 / 60])
 
 
+@pytest.mark.parametrize(("count", "enough"), [(3, True), (4, False), (9, False)])
+def test_quorum_as_a_count_decides_as_a_share_does(count: int, enough: bool) -> None:
+    coordinator = FakeCoordinator(incomplete={3: "it was late"})
+    strategy = make_strategy(coordinator, make_config(quorum=0.1, quorum_count=count))
+    grid = FakeGrid(NODES.values(), good_answer)
+    if enough:
+        assert train(strategy, grid)[0] is not None
+    else:
+        with pytest.raises(FederationError, match="3 of 4 clients completed.* needs 4"):
+            train(strategy, grid)
+    assert coordinator.plans[0].quorum == min(1.0, count / 4)
+
+
 def test_aggregate_train_with_a_failed_client_below_quorum_aborts_and_names_it() -> None:
     def answer(message: Message) -> RecordDict | Error:
         if message.metadata.dst_node_id == 700:
