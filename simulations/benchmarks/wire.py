@@ -10,7 +10,7 @@ import multiprocessing
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import cast
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flower_split.remote_trunk import RemoteTrunk
+from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import CallResult, ContributionKey, ForwardMode, SessionGrant
 from flower_split.trunk.engine import TrunkEngine
 from flower_split.trunk.server import TrunkServer
@@ -57,6 +58,10 @@ class EchoEngine:
         tensors: Mapping[str, Tensor],
         digest: bytes,
         deadline: float,
+        acknowledged: int = 0,
+        use_cache: bool | None = None,
+        cache: CacheStep | None = None,
+        released: Sequence[int] = (),
     ) -> CallResult:
         """The smashed data itself."""
         return CallResult(tensors["hidden_states"], 0, 0.0, 0.0)
