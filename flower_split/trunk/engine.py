@@ -206,9 +206,12 @@ class TrunkEngine:
             TrunkUnavailable: The deadline passed first.
         """
         arrived = self._clock()
-        check_tensors(tensors, self.hidden_size)
         with self._changed:
             current, member = self._keeper.member(session, epoch)
+        try:
+            check_tensors(tensors, self.hidden_size)
+        except TrunkRefused as error:
+            raise _naming(error, member.slot) from None
         if mode is ForwardMode.EVALUATE:
             lease = current.plan.window_seconds
 

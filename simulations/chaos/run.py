@@ -12,6 +12,7 @@ off, and the same command must then find differences.
 The clients, the trunk and the ServerApp's code are the package's own, each in a process of its own and
 talking gRPC; only the SuperLink and the SuperNodes are replaced, by a grid of processes on Unix sockets
 (grid.py), because a real SuperLink's restarts would make hundreds of kills take hours.
+Recovery is timed from a kill to the next commit of a round, process starts and the round itself included.
 Exit status: 0 if every run ended on the expected hash, 1 otherwise.
 """
 
@@ -57,6 +58,7 @@ class Outcome:
     seconds: float
     faults: Counter[str] = field(default_factory=Counter)
     starts: int = 0
+    recovery: float = 0.0  # longest time from a kill to the next commit, in seconds
     problem: str = ""
 
 
@@ -89,6 +91,8 @@ class Chaos:
         self.kinds = kinds
         self.places = places
         self.outcome = Outcome(0, "", 0.0)
+        self._killed: float | None = None  # when the last process died that no commit has followed
+        self._committed = 0  # time stamp of the manifest
 
     def run(self) -> Outcome:
         """To the end of the job."""
@@ -102,6 +106,7 @@ class Chaos:
                 self._start(role)
             while not self._finished():
                 now = time.monotonic()
+                self._watch_commits(now)
                 if now - started > _RUN_SECONDS:
                     self.outcome.problem = f"not done after {_RUN_SECONDS:g} s"
                     break
@@ -113,6 +118,7 @@ class Chaos:
                     pause = 8.0 if self.job.supervised else 0.1  # a real child starts slowly
                     next_fault = now + pause + self.chance.expovariate(1.2)
                 time.sleep(0.02)
+            self._recovered(time.monotonic())
         finally:
             for role in self.job.roles:
                 if role.alive:
@@ -124,6 +130,18 @@ class Chaos:
         if not self.outcome.problem:
             self.outcome.digest = digest_of(self.job.run_dir)
         return self.outcome
+
+    def _watch_commits(self, now: float) -> None:
+        manifest = self.job.run_dir / "checkpoints" / "MANIFEST"
+        stamp = manifest.stat().st_mtime_ns if manifest.exists() else 0
+        if stamp != self._committed:
+            self._committed = stamp
+            self._recovered(now)
+
+    def _recovered(self, now: float) -> None:
+        if self._killed is not None:
+            self.outcome.recovery = max(self.outcome.recovery, now - self._killed)
+            self._killed = None
 
     def _finished(self) -> bool:
         return self.job.server.exit_code == 0
@@ -180,6 +198,7 @@ class Chaos:
 
     def _count(self, what: str) -> None:
         self.outcome.faults[f"kill {what}"] += 1
+        self._killed = time.monotonic()
         self.left -= 1
 
 
@@ -236,7 +255,8 @@ def main() -> int:
         faults = ", ".join(f"{count} {kind}" for kind, count in sorted(outcome.faults.items()))
         print(
             f"run {seed}: {outcome.digest[:16] or '-':16}  {same:9}  {outcome.seconds:5.1f} s  "
-            f"{outcome.starts} starts  {faults or 'no fault'}  {outcome.problem}",
+            f"recovery {outcome.recovery:4.1f} s  {outcome.starts} starts  "
+            f"{faults or 'no fault'}  {outcome.problem}",
             flush=True,
         )
         if outcome.problem and not arguments.no_dedupe:
@@ -253,6 +273,8 @@ def main() -> int:
         f"\n{sum(done.values())} faults in {len(outcomes)} runs: {len(outcomes) - len(wrong)} on the "
         f"expected hash, {len(wrong)} not"
     )
+    slowest = max((outcome.recovery for outcome in outcomes), default=0.0)
+    print(f"slowest recovery, from the last kill to the next committed round: {slowest:.1f} s")
     return 1 if wrong else 0
 
 

@@ -177,16 +177,29 @@ class Federation:
         *,
         order: Sequence[int] | None = None,
         num_steps: int = 1,
+        poisoned: Mapping[int, Mapping[str, Tensor]] | None = None,
+        quorum: float = 1.0,
     ) -> tuple[dict[int, dict[str, Tensor]], dict[int, TrainResult], RoundReport]:
-        """One round of all clients at once; ``order``: who starts first."""
-        self.begin(sorted(batches))
+        """One round of all clients at once.
+
+        Args:
+            adapter: What everybody begins with.
+            batches: By slot.
+            order: Who starts first.
+            num_steps: Optimizer steps of each client.
+            poisoned: Slots that begin with another adapter, and whose failure is no error here.
+            quorum: Of the round.
+        """
+        poisoned = poisoned or {}
+        self.failed: dict[int, BaseException] = {}
+        self.begin(sorted(batches), quorum=quorum)
         for slot in batches:
             self.client_model(slot)
         started = threading.Semaphore(0)
 
         def run(slot: int) -> tuple[dict[str, Tensor], TrainResult]:
             model = self.client_model(slot)
-            load_adapter_state(model, adapter)
+            load_adapter_state(model, poisoned.get(slot, adapter))
             trunk = self.remote(slot)
             set_trunk(model, trunk)
             place = RoundPlace(
@@ -205,7 +218,15 @@ class Federation:
             for slot in order or sorted(batches):
                 futures[slot] = pool.submit(run, slot)
                 started.acquire(timeout=20)
-            done = {slot: future.result(timeout=60) for slot, future in futures.items()}
+            done = {}
+            for slot, future in futures.items():
+                error = future.exception(timeout=60)
+                if error is not None and slot not in poisoned:
+                    raise error
+                if error is not None:
+                    self.failed[slot] = error
+                else:
+                    done[slot] = future.result()
         report = self.coordinator.prepare_round("test", 1, 0)
         self.coordinator.commit_round("test", 1, 0)
         states = {slot: state for slot, (state, _) in sorted(done.items())}

@@ -1,5 +1,6 @@
 """The chaos command: a real job under kills and network faults ends on the hash of the fault-free run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def test_chaos_200_kills_at_random_times_and_at_every_failpoint(tmp_path):
         line for line in done.stdout.splitlines() if "killed at" in line and line.endswith(" 0")
     ]
     assert not never, done.stdout
+    slowest = re.search(r"slowest recovery, .*: ([0-9.]+) s", done.stdout)
+    assert slowest is not None and 0 < float(slowest.group(1)) < 30, done.stdout
 
 
 @pytest.mark.slow
