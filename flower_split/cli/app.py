@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 from flwr.common.config import flatten_dict, parse_config_args
 
-from flower_split.config import RunConfig, parse_run_config
+from flower_split.config import RunConfig, Scalar, parse_run_config
 from flower_split.errors import ConfigError
 
 
@@ -36,13 +36,7 @@ def load_app_config(app: Path, overrides: Sequence[str] | None) -> RunConfig:
     if not isinstance(table, dict):
         raise ConfigError(f"{path} has no [tool.flwr.app] section: it is no Flower app.")
     config = flatten_dict(table.get("config", {}))
-    try:
-        given = parse_config_args(list(overrides) if overrides else None)
-    except (ValueError, click.ClickException) as error:
-        raise ConfigError(
-            f"--run-config must hold KEY=VALUE pairs in TOML, separated by spaces: {error} "
-            "Example: --run-config 'num-server-rounds=5 mode=\"frozen\"'."
-        ) from error
+    given = parse_overrides(overrides)
     for key in given:
         if key not in config:
             parse_run_config({key: given[key]})  # an unknown key is told with its nearest name
@@ -51,3 +45,28 @@ def load_app_config(app: Path, overrides: Sequence[str] | None) -> RunConfig:
                 f"has. Add it to [tool.flwr.app.config] in {path}."
             )
     return parse_run_config({**config, **given})
+
+
+def parse_overrides(values: Sequence[str] | None) -> dict[str, Scalar]:
+    """The values of ``--run-config`` as flat keys; a later one wins, key by key.
+
+    Flower itself would let a second value replace a whole group of the first (with
+    ``data.source=…`` and then ``data.path=…``, the first would be lost), so each is read alone.
+
+    Args:
+        values: ``key=value`` pairs, or paths of TOML files.
+
+    Raises:
+        ConfigError: A value cannot be read.
+    """
+    merged: dict[str, Scalar] = {}
+    for value in values or []:
+        try:
+            merged |= parse_config_args([value])
+        except (OSError, ValueError, click.ClickException) as error:
+            raise ConfigError(
+                f"--run-config must hold KEY=VALUE pairs in TOML, separated by spaces, or name a "
+                f"TOML file: {error} "
+                "Example: --run-config 'num-server-rounds=5 mode=\"frozen\"'."
+            ) from error
+    return merged

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from flower_split.config import RunConfig, Scalar, resolved_run_config
+from flower_split.errors import ConfigError
 
 _FILES = ("data.path", "trunk.token-file", "trunk.root-certificates", "resume", "run-dir")
 _FILES_OR_NAMES = ("model.name", "data.dataset")  # a path only where there is one of that name
@@ -39,5 +40,20 @@ def path_overrides(config: RunConfig, here: Path) -> dict[str, str]:
 
 
 def as_run_config(overrides: Mapping[str, Scalar]) -> str:
-    """A value for ``--run-config``."""
-    return " ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items())
+    """A value for ``--run-config``: all overrides in one, as Flower reads them.
+
+    Raises:
+        ConfigError: A text holds both kinds of quotes, which Flower cannot read.
+    """
+    return " ".join(f"{key}={_as_toml(key, value)}" for key, value in overrides.items())
+
+
+def _as_toml(key: str, value: Scalar) -> str:
+    if not isinstance(value, str) or '"' not in value:
+        return json.dumps(value, ensure_ascii=False)
+    if "'" in value:
+        raise ConfigError(
+            f"{key} must not hold both single and double quotes, or Flower cannot read it; it is "
+            f"{value!r}."
+        )
+    return f"'{value}'"

@@ -14,7 +14,7 @@ from flwr.cli.constant import (
 )
 from flwr.cli.flower_config import read_superlink_connection
 
-from flower_split.cli.app import load_app_config
+from flower_split.cli.app import load_app_config, parse_overrides
 from flower_split.cli.checks import check_model, check_trunk, simulation_settings
 from flower_split.cli.paths import as_run_config, path_overrides
 from flower_split.errors import FederationError
@@ -51,21 +51,21 @@ def run_app(
     Raises:
         FlowerSplitError: A check failed, or Flower did not take the run.
     """
-    overrides = list(run_config or [])
+    overrides = parse_overrides(run_config)
     if resume is not None:
-        overrides.append(as_run_config({"resume": str(resume.expanduser().absolute())}))
-    config = load_app_config(app, overrides)
+        overrides["resume"] = str(resume.expanduser().absolute())
+    config = load_app_config(app, [as_run_config(overrides)])
     check_model(config)
     check_trunk(config)
     where = [superlink] if superlink else []
     command = ["run", str(app), *where, "--format", "json"]
     if _is_local(superlink):
         command += ["--federation-config", simulation_settings(config, federation_config)]
-        overrides.append(as_run_config(path_overrides(config, Path.cwd())))
+        overrides |= path_overrides(config, Path.cwd())
     elif federation_config:
         command += ["--federation-config", federation_config]
-    for value in overrides:
-        command += ["--run-config", value]
+    if overrides:
+        command += ["--run-config", as_run_config(overrides)]
     run_id = str(_ask(command, "start the run")["run-id"])
     try:
         _follow(run_id, where, stream)
