@@ -169,11 +169,26 @@ def by_slot(
 
 def describe(problems: Mapping[int, str], federation: Federation) -> str:
     """Reasons of failure in one paragraph: equal texts once, with all partitions they concern."""
+    return "; ".join(
+        f"partition{'s' if len(slots) > 1 else ''} "
+        + ", ".join(f"{slot} (node {federation.nodes[slot]})" for slot in slots)
+        + f": {text}"
+        for text, slots in _by_text(problems).items()
+    )
+
+
+def describe_nodes(problems: Mapping[int, str], federation: Federation) -> str:
+    """As :func:`describe`, before the partitions are known: by node ids."""
+    return "; ".join(
+        f"node{'s' if len(slots) > 1 else ''} "
+        + ", ".join(str(federation.nodes[slot]) for slot in slots)
+        + f": {text}"
+        for text, slots in _by_text(problems).items()
+    )
+
+
+def _by_text(problems: Mapping[int, str]) -> dict[str, list[int]]:
     by_text: dict[str, list[int]] = {}
     for slot, text in sorted(problems.items()):
         by_text.setdefault(text, []).append(slot)
-    parts = []
-    for text, slots in by_text.items():
-        who = ", ".join(f"{slot} (node {federation.nodes[slot]})" for slot in slots)
-        parts.append(f"partition{'s' if len(slots) > 1 else ''} {who}: {text}")
-    return "; ".join(parts)
+    return by_text

@@ -16,7 +16,7 @@ from flwr.superlink.grid import InMemoryGrid
 from flower_split.concurrency import pool_cap
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError
-from flower_split.exchange import Federation, by_slot, exchange, lost_slots
+from flower_split.exchange import Federation, by_slot, describe_nodes, exchange, lost_slots
 from flower_split.facts import HANDSHAKE, ClientFacts
 from flower_split.fingerprint import differing_fields
 
@@ -121,8 +121,10 @@ def shake_hands(
         good |= answered
         lost = lost_slots(unnamed, messages, replies)
         if problems and (left == 0 or lost != set(problems) or len(replies) < len(messages)):
-            text = "; ".join(f"node {unnamed.nodes[slot]}: {why}" for slot, why in problems.items())
-            raise FederationError(f"{len(problems)} of {len(nodes)} clients cannot start. {text}")
+            raise FederationError(
+                f"{len(problems)} of {len(nodes)} clients cannot start. "
+                f"{describe_nodes(problems, unnamed)}"
+            )
         ask, left = [unnamed.nodes[slot] for slot in problems], left - 1
     answers = [
         (unnamed.nodes[index], ClientFacts.from_message(m)) for index, m in sorted(good.items())

@@ -4,7 +4,14 @@ import time
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from flower_split.exchange import Federation, by_slot, describe, exchange, failure_text
+from flower_split.exchange import (
+    Federation,
+    by_slot,
+    describe,
+    describe_nodes,
+    exchange,
+    failure_text,
+)
 from tests.flower.fakes import FakeGrid, reply
 
 FEDERATION = Federation({0: 30, 1: 10, 2: 20})
@@ -75,3 +82,10 @@ def test_failure_text_of_a_dead_actor_is_short() -> None:
         "<class 'ray.exceptions.ActorDiedError'>:<'The actor died unexpectedly before " + "x" * 900
     )
     assert len(failure_text(reply(messages()[0], Error(0, text + "'>")))) < 200
+
+
+def test_describe_nodes_tells_an_equal_reason_once() -> None:
+    text = describe_nodes(
+        {0: "no data.", 1: "no disk.", 2: "no data."}, Federation({0: 7, 1: 8, 2: 9})
+    )
+    assert text == "nodes 7, 9: no data.; node 8: no disk."
