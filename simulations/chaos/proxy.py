@@ -1,10 +1,11 @@
-"""A TCP proxy in this process that a test lets fail: cut after so many bytes, delay, or refuse."""
+"""A TCP proxy in this process that a test lets fail: cut, delay, refuse or duplicate."""
 
 import socket
 import threading
 from dataclasses import dataclass
 
 _CHUNK = 65536
+_MIRROR_SECONDS = 2.0  # a duplicate that its receiver does not take is given up
 
 
 @dataclass(slots=True)
@@ -13,7 +14,9 @@ class Fault:
 
     Args:
         kind: ``cut`` ends a connection after ``after_bytes`` in either direction; ``delay`` holds
-            its bytes back once for ``seconds``; ``refuse`` ends a new connection at once.
+            its bytes back once for ``seconds``; ``refuse`` ends a new connection at once;
+            ``duplicate`` delivers all that a new connection sends twice, the second time over a
+            connection of its own whose answers nobody reads, so that every call on it arrives twice.
         after_bytes: From the fault's beginning, over one direction of one connection.
         seconds: Of a delay.
         times: How often it happens.
@@ -81,10 +84,34 @@ class Proxy:
             server.settimeout(None)
             with self._lock:
                 self._open |= {client, server}
-            for source, sink in ((client, server), (server, client)):
-                threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+            mirror = self._mirror() if self._take("duplicate") else None
+            for source, sink, copy in ((client, server, mirror), (server, client, None)):
+                threading.Thread(
+                    target=self._forward, args=(source, sink, copy), daemon=True
+                ).start()
 
-    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+    def _mirror(self) -> socket.socket:
+        """A second connection to the target; what it answers is thrown away."""
+        mirror = socket.create_connection(self.target, timeout=_MIRROR_SECONDS)
+        with self._lock:
+            self._open.add(mirror)
+
+        def drain() -> None:
+            while not self._closed.is_set():
+                try:
+                    if not mirror.recv(_CHUNK):
+                        return
+                except TimeoutError:
+                    continue
+                except OSError:
+                    return
+
+        threading.Thread(target=drain, daemon=True).start()
+        return mirror
+
+    def _forward(
+        self, source: socket.socket, sink: socket.socket, copy: socket.socket | None
+    ) -> None:
         passed, watched = 0, None
         try:
             while data := source.recv(_CHUNK):
@@ -97,14 +124,26 @@ class Proxy:
                 if fault is not None:
                     self._closed.wait(fault.seconds)
                 sink.sendall(data)
+                copy = _deliver(copy, data)
         except OSError:
             pass  # the other direction has ended it
         finally:
-            for end in (source, sink):
+            for end in (source, sink) if copy is None else (source, sink, copy):
                 try:
                     end.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass
                 end.close()
             with self._lock:
-                self._open -= {source, sink}
+                self._open -= {source, sink, copy}
+
+
+def _deliver(copy: socket.socket | None, data: bytes) -> socket.socket | None:
+    """Send a duplicate; ``None`` once it cannot be delivered any more."""
+    if copy is not None:
+        try:
+            copy.sendall(data)
+        except OSError:
+            copy.close()
+            return None
+    return copy

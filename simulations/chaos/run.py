@@ -4,8 +4,9 @@
 
 A real job (tiny Llama, four clients, AdamW, dropout, schedules, seeded sampling) runs once without
 faults. Then it runs again and again under SIGKILLs of the trunk, the ServerApp's process and the
-clients, at random times and at every named failpoint, and under cut, refused and delayed connections to
-the trunk. Whoever dies is started again, as a supervisor would; the ServerApp resumes its run directory.
+clients, at random times and at every named failpoint, and under cut, refused, delayed and duplicated
+connections to the trunk. Whoever dies is started again, as a supervisor would; the ServerApp resumes its
+run directory.
 Every run must end on the hash of the fault-free one. ``--no-dedupe`` switches the trunk's memory of calls
 off, and the same command must then find differences.
 
@@ -172,10 +173,10 @@ class Chaos:
     def _inject(self, proxy: Proxy) -> None:
         kind = self.chance.choice([kind for kind in self.kinds if kind != "failpoint"] or [""])
         if kind == "network":
-            kind = self.chance.choice(["cut", "cut", "cut", "cut", "refuse", "delay"])
+            kind = self.chance.choice(["cut", "cut", "cut", "cut", "refuse", "delay", "duplicate"])
             proxy.inject(
                 Fault(kind, after_bytes=self.chance.randint(1, 20_000), seconds=0.3)
-                if kind != "refuse"
+                if kind in ("cut", "delay")
                 else Fault(kind)
             )
             self.left -= 1
@@ -213,7 +214,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument(
-        "--network", action="store_true", help="cut, refuse and delay connections too"
+        "--network", action="store_true", help="cut, refuse, delay and duplicate connections too"
     )
     parser.add_argument("--no-kills", action="store_true", help="only the network fails")
     parser.add_argument("--no-dedupe", action="store_true", help="let the trunk forget its calls")

@@ -6,6 +6,18 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.remote.harness import (
+    HIDDEN,
+    Recorder,
+    TinyTrunk,
+    coordinator,
+    make_engine,
+    plan,
+    remote,
+    served,
+)
 
 PATH = Path(__file__).parents[2] / "simulations" / "chaos" / "proxy.py"
 
@@ -87,3 +99,56 @@ def test_proxy_delays_and_passes(module, proxy):
     proxy.inject(module.Fault("delay", seconds=0.05))
     assert talk(proxy, b"hello") == b"hello"
     assert proxy.fired == {"delay": 1}
+
+
+def test_proxy_delivers_a_connection_twice(module):
+    received: list[bytes] = []
+    done = threading.Semaphore(0)
+
+    def take(connection: socket.socket) -> None:
+        with connection:
+            data = b"".join(iter(lambda: connection.recv(4096), b""))
+        received.append(data)
+        done.release()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = module.Proxy(listener.getsockname())
+        proxy.inject(module.Fault("duplicate"))
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=10) as client:
+            for _ in range(2):
+                threading.Thread(target=take, args=listener.accept()[:1], daemon=True).start()
+            client.sendall(b"x" * 50_000)
+            client.shutdown(socket.SHUT_WR)
+            assert done.acquire(timeout=10) and done.acquire(timeout=10)
+        proxy.close()
+    assert received == [b"x" * 50_000] * 2
+    assert proxy.fired == {"duplicate": 1}
+
+
+def test_calls_that_arrive_twice_count_once(module):
+    hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    adapters, arrived = [], []
+    for twice in (False, True):
+        recorder, engine = Recorder(), make_engine(TinyTrunk())
+        with served(engine, interceptors=[recorder]) as port:
+            proxy = module.Proxy(("127.0.0.1", port))
+            if twice:
+                proxy.inject(module.Fault("duplicate", times=2))  # control and data connection
+            with coordinator(port) as control:
+                control.begin_round(plan(1))
+                trunk = remote(proxy.port)
+                trunk.open(2)
+                for window in range(2):
+                    with trunk.micro_batch(window, 0, num_tokens=4, loss_denominator=4, last=True):
+                        output = trunk(hidden.clone().requires_grad_())
+                        output.square().sum().backward()
+                report = control.prepare_round("e", 1, 0)
+            trunk.close()
+            proxy.close()
+            assert report.slots[0].contributions == 2
+            assert report.optimizer_steps == 2
+            adapters.append(engine.adapter())
+            arrived.append(len(recorder.requests))
+            assert proxy.fired == ({"duplicate": 2} if twice else {})
+    assert arrived[1] > arrived[0]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
