@@ -2,6 +2,7 @@
 
 import socket
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _CHUNK = 65536
@@ -29,10 +30,19 @@ class Fault:
 
 
 class Proxy:
-    """Forwards ``127.0.0.1:port`` to ``target``; serves from its construction until :meth:`close`."""
+    """Forwards ``127.0.0.1:port`` to ``target``; serves from its construction until :meth:`close`.
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    Args:
+        target: Host and port.
+        duplicates: Asked of every new connection whether to duplicate it, beside the faults that
+            are injected one by one; None: never.
+    """
+
+    def __init__(
+        self, target: tuple[str, int], duplicates: Callable[[], bool] | None = None
+    ) -> None:
         self.target = target
+        self._duplicates = duplicates
         self.fired: dict[str, int] = {}
         self._fault: Fault | None = None
         self._lock = threading.Lock()
@@ -84,7 +94,11 @@ class Proxy:
             server.settimeout(None)
             with self._lock:
                 self._open |= {client, server}
-            mirror = self._mirror() if self._take("duplicate") else None
+            twice = self._take("duplicate") is not None
+            if not twice and self._duplicates is not None and self._duplicates():
+                twice = True
+                self.fired["duplicate"] = self.fired.get("duplicate", 0) + 1
+            mirror = self._mirror() if twice else None
             for source, sink, copy in ((client, server, mirror), (server, client, None)):
                 threading.Thread(
                     target=self._forward, args=(source, sink, copy), daemon=True

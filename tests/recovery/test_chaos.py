@@ -28,6 +28,7 @@ def test_chaos_sample_of_kills_and_network_faults_ends_on_the_expected_hash(tmp_
     assert done.returncode == 0, done.stdout
     assert "on the expected hash, 0 not" in done.stdout
     assert "kill" in done.stdout  # something has died, or the sample shows nothing
+    assert re.search(r"and [1-9][0-9]* duplicated connections", done.stdout), done.stdout
 
 
 @pytest.mark.slow
@@ -50,9 +51,8 @@ def test_chaos_of_a_supervised_trunk_recovers_by_itself(tmp_path):
     assert "kill child trunk" in done.stdout
 
 
-@pytest.mark.slow
 def test_chaos_without_dedupe_reports_differences(tmp_path):
-    options = ["--no-kills", "--no-dedupe", "--faults-per-run", "14", "--seed", "2"]
-    done = chaos("--faults", "60", *options, "--keep", str(tmp_path / "runs"), timeout=1500)
+    options = ["--faults-per-run", "8", "--rounds", "3", "--seed", "7"]
+    done = chaos("--faults", "8", *options, "--no-dedupe", "--keep", str(tmp_path), timeout=280)
     assert done.returncode == 1, done.stdout
     assert "DIFFERENT" in done.stdout

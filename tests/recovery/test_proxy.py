@@ -152,3 +152,18 @@ def test_calls_that_arrive_twice_count_once(module):
             assert proxy.fired == ({"duplicate": 2} if twice else {})
     assert arrived[1] > arrived[0]
     assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_proxy_duplicates_the_connections_it_is_told_to(module):
+    answers = iter([True, False, True])
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        proxy = module.Proxy(listener.getsockname(), lambda: next(answers))
+        counts = []
+        for twice in (2, 1, 2):
+            with socket.create_connection(("127.0.0.1", proxy.port), timeout=10):
+                listener.settimeout(10)
+                for _ in range(twice):
+                    listener.accept()[0].close()
+            counts.append(proxy.fired.get("duplicate", 0))
+        proxy.close()
+    assert counts == [1, 1, 2]
