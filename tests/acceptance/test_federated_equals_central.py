@@ -147,3 +147,19 @@ def test_joint_step_gives_every_lora_parameter_a_gradient_and_a_change(checkpoin
     }
     assert len(names) == 6
     assert all(not torch.equal(federated[name], start[name]) for name in federated)
+
+
+def test_one_client_over_grpc_with_lora_steps_bit_for_bit_as_the_unsplit_model(checkpoint):
+    config = make_config(checkpoint)
+    with federation(config) as run:
+        client0 = perturbed(adapter_of(run), 7)
+        trunk0 = perturbed(run.engine.adapter(), 8)
+        run.load_trunk(trunk0)
+        returned, _, _ = run.train(client0, {0: [BATCHES[2]]})
+        split = {**returned[0], **run.engine.adapter()}
+    reference = Whole(config)
+    reference.load(client0, trunk0)
+    unsplit = reference.sgd_step([BATCHES[2]], SGD.learning_rate)
+    assert split.keys() == unsplit.keys()
+    assert all(torch.equal(split[name], unsplit[name]) for name in unsplit)
+    assert all(not torch.equal(split[name], {**client0, **trunk0}[name]) for name in split)
