@@ -379,9 +379,10 @@ class TrunkEngine:
         Raises:
             RoundAborted: The round was given up, or has no quorum without the unfinished clients.
             TrunkRefused: That round is not open.
+            TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
         """
-        del deadline  # what it waits for is the compute thread, whose jobs are bounded
-        return self._on_worker(lambda: self._keeper.prepare(experiment, server_round, attempt))
+        prepared = self._worker.submit(self._keeper.prepare, experiment, server_round, attempt)
+        return self._result(prepared, deadline)
 
     def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
         """Keep what the round did; return the weights' version. Safe to retry.

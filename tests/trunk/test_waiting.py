@@ -3,6 +3,9 @@
 import threading
 import time
 
+import pytest
+
+from flower_split.errors import TrunkUnavailable
 from tests.trunk.test_engine import batch, contribute
 from tests.trunk.toy import ToyClient, make_engine, make_plan
 
@@ -31,4 +34,18 @@ def test_wait_for_the_other_clients_is_reported_as_queue_seconds():
     ahead.join(timeout=20)
     assert 10.0 <= results[0].queue_seconds < 40.0
     assert results[0].compute_seconds < 5.0
+    engine.close()
+
+
+def test_prepare_past_its_deadline_says_so_and_its_retry_succeeds():
+    engine = make_engine()
+    engine.begin_round(make_plan((0,)))
+    contribute(ToyClient(engine, 0), 0)
+    free = threading.Event()
+    busy = engine._worker.submit(free.wait, 20)
+    with pytest.raises(TrunkUnavailable, match="waiting for the trunk's compute thread"):
+        engine.prepare_round("test", 1, 0, time.monotonic() + 0.05)
+    free.set()
+    assert busy.result(timeout=20)
+    assert engine.prepare_round("test", 1, 0, time.monotonic() + 20).optimizer_steps == 1
     engine.close()
