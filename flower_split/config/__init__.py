@@ -1,0 +1,42 @@
+"""The run's configuration: frozen dataclasses, parsed once at the edge and passed down.
+
+A field ``trunk.optimizer.learning_rate`` is the run-config key ``trunk.optimizer.learning-rate``.
+Every rule that a value must keep is checked on construction; nothing below reads the environment.
+"""
+
+from flower_split.config.data import DATA_SOURCES, DataConfig
+from flower_split.config.lora import LORA_INITS, LoraConfigs, LoraPartConfig
+from flower_split.config.model import DTYPES, ModelConfig
+from flower_split.config.parse import (
+    Scalar,
+    parse_run_config,
+    resolved_run_config,
+    run_config_keys,
+)
+from flower_split.config.run import MODES, RunConfig
+from flower_split.config.strategy import StrategyConfig
+from flower_split.config.train import OPTIMIZERS, OptimizerConfig, TrainConfig
+from flower_split.config.trunk import STEP_EVERY, WIRE_DTYPES, TrunkConfig
+
+__all__ = [
+    "DATA_SOURCES",
+    "DTYPES",
+    "LORA_INITS",
+    "MODES",
+    "OPTIMIZERS",
+    "STEP_EVERY",
+    "WIRE_DTYPES",
+    "DataConfig",
+    "LoraConfigs",
+    "LoraPartConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RunConfig",
+    "Scalar",
+    "StrategyConfig",
+    "TrainConfig",
+    "TrunkConfig",
+    "parse_run_config",
+    "resolved_run_config",
+    "run_config_keys",
+]

@@ -1,0 +1,55 @@
+"""Rules that values keep, with the errors that say so."""
+
+from collections.abc import Mapping
+
+from flower_split.errors import ConfigError
+
+
+def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Refuse a value that is not among ``allowed``."""
+    if value not in allowed:
+        raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.")
+
+
+def at_least(key: str, value: float, minimum: float) -> None:
+    """Refuse a value below ``minimum``, and NaN."""
+    if not value >= minimum:
+        raise ConfigError(f"{key} must be at least {minimum}; it is {value!r}.")
+
+
+def above(key: str, value: float, bound: float) -> None:
+    """Refuse a value that is not above ``bound``."""
+    if not value > bound:
+        raise ConfigError(f"{key} must be above {bound}; it is {value!r}.")
+
+
+def share(key: str, value: float, *, zero: bool = False) -> None:
+    """Refuse a value outside (0, 1], or [0, 1] with ``zero``."""
+    if not (0 < value <= 1 or (zero and value == 0)):
+        raise ConfigError(f"{key} must be in {'[' if zero else '('}0, 1]; it is {value!r}.")
+
+
+def pattern(key: str, text: str) -> dict[str, float]:
+    """``"name=value, name=value"`` as a mapping."""
+    values: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = item.partition("=")
+        try:
+            values[name.strip()] = float(value)
+        except ValueError:
+            raise ConfigError(
+                f'{key} must read "name=value, name=value"; {item!r} in it does not.'
+            ) from None
+        above(key, values[name.strip()], 0)
+    return values
+
+
+def longest(values: Mapping[str, float], module: str) -> float | None:
+    """The value of the longest name that ``module`` is, or ends with after a dot."""
+    names = [name for name in values if module == name or module.endswith("." + name)]
+    return values[max(names, key=len)] if names else None
+
+
+def kebab(name: str) -> str:
+    """A field's name as its key is spelled."""
+    return name.replace("_", "-")

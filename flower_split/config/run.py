@@ -1,0 +1,66 @@
+"""The whole run."""
+
+from dataclasses import dataclass, field
+
+from flower_split.config.data import DataConfig
+from flower_split.config.lora import LoraConfigs
+from flower_split.config.model import ModelConfig
+from flower_split.config.rules import above, at_least, one_of, share
+from flower_split.config.strategy import StrategyConfig
+from flower_split.config.train import TrainConfig
+from flower_split.config.trunk import TrunkConfig
+from flower_split.errors import ConfigError
+
+MODES = ("joint", "frozen", "forward-only")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything a run needs; equal configs and seeds give equal runs."""
+
+    seed: int = 0
+    mode: str = "joint"  # joint, frozen or forward-only
+    num_server_rounds: int = 3
+    num_clients: int = 4  # SuperNodes that must be there before round 1
+    fraction_train: float = 1.0  # share of the clients that train in a round, seeded
+    fraction_evaluate: float = 1.0  # share of the clients that evaluate after a round; 0: none
+    join_timeout: float = 180.0  # seconds to wait for num-clients SuperNodes
+    round_timeout: float = 1800.0  # seconds for one training or evaluation phase
+    run_dir: str = ""  # where the run's artifacts go; empty: runs/<time>-<id> where flwr runs
+    round_retries: int = 2  # how often a round is tried again after a process was lost
+    resume: str = ""  # a run directory to go on with after its last committed round; empty: new run
+    resume_previous: bool = False  # with resume: go on from the committed round before the last
+    local_only_baseline: bool = False  # also train every client alone, for comparison
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfigs = field(default_factory=LoraConfigs)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+
+    def __post_init__(self) -> None:
+        """Check choices, ranges, and rules that span sections."""
+        one_of("mode", self.mode, MODES)
+        at_least("num-server-rounds", self.num_server_rounds, 1)
+        at_least("num-clients", self.num_clients, 1)
+        at_least("round-retries", self.round_retries, 0)
+        if self.resume_previous and not self.resume:
+            raise ConfigError("resume-previous needs resume: the run directory to go on with.")
+        share("fraction-train", self.fraction_train)
+        share("fraction-evaluate", self.fraction_evaluate, zero=True)
+        above("join-timeout", self.join_timeout, 0)
+        above("round-timeout", self.round_timeout, 0)
+        if self.train.auxiliary_head and self.mode != "forward-only":
+            raise ConfigError(
+                "train.auxiliary-head trains the bottom where no gradient arrives, in mode "
+                f'"forward-only"; the mode is {self.mode!r}.'
+            )
+        if self.mode == "joint" and self.trunk.train == "lora" and self.lora.trunk.r == 0:
+            raise ConfigError(
+                'mode "joint" trains the trunk, but lora.trunk.r is 0 and trunk.train is "lora". '
+                'Set lora.trunk.r, or trunk.train = "full", or mode = "frozen".'
+            )
+        if self.lora.top.r == 0 and self.lora.bottom.r == 0:
+            raise ConfigError(
+                "lora.bottom.r and lora.top.r are both 0: a client would have nothing to train."
+            )

@@ -1,0 +1,65 @@
+"""What a client does in a round, and optimizers."""
+
+from dataclasses import dataclass, field
+
+from flower_split.config.rules import above, at_least, kebab, one_of
+from flower_split.errors import ConfigError
+
+OPTIMIZERS = ("adamw", "adam", "sgd")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    """An optimizer, its learning-rate schedule over the whole run, and gradient clipping."""
+
+    name: str = "adamw"  # adamw, adam or sgd (torch.optim, foreach off)
+    learning_rate: float = 2e-3  # peak, in the units of the optimizer
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # L2 norm over all parameters of the part; 0: no clipping
+    schedule: str = "constant"  # a name of transformers' get_scheduler
+    warmup_ratio: float = 0.0  # share of all optimizer steps of the run
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        one_of("*.optimizer.name", self.name, OPTIMIZERS)
+        above("*.optimizer.learning-rate", self.learning_rate, 0)
+        at_least("*.optimizer.weight-decay", self.weight_decay, 0)
+        at_least("*.optimizer.max-grad-norm", self.max_grad_norm, 0)
+        if not 0 <= self.warmup_ratio < 1:
+            raise ConfigError(
+                f"*.optimizer.warmup-ratio must be in [0, 1); it is {self.warmup_ratio!r}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """What a client does in one round."""
+
+    local_steps: int = 20  # optimizer steps per round; 0: use local-epochs
+    local_epochs: int = 0  # passes over the client's data per round; 0: use local-steps
+    batch_size: int = 8  # sequences per micro-batch
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    micro_batches_in_flight: int = 2  # of one optimizer step, at once on the wire
+    sequence_length: int = 128  # tokens; longer examples are cut
+    device: str = "auto"  # "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
+    num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
+    auxiliary_head: bool = False  # forward-only mode: train the bottom with a local head and loss
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def __post_init__(self) -> None:
+        """Check ranges and that exactly one of local-steps and local-epochs is used."""
+        for name in ("local_steps", "local_epochs"):
+            at_least(f"train.{kebab(name)}", getattr(self, name), 0)
+        if (self.local_steps > 0) == (self.local_epochs > 0):
+            raise ConfigError(
+                "exactly one of train.local-steps and train.local-epochs must be above 0; they are "
+                f"{self.local_steps} and {self.local_epochs}. Set the one you do not use to 0."
+            )
+        for name in (
+            "batch_size",
+            "gradient_accumulation_steps",
+            "micro_batches_in_flight",
+            "num_threads",
+        ):
+            at_least(f"train.{kebab(name)}", getattr(self, name), 1)
+        at_least("train.sequence-length", self.sequence_length, 2)

@@ -1,0 +1,64 @@
+"""The trunk server."""
+
+from dataclasses import dataclass, field
+
+from flower_split.config.rules import above, at_least, kebab, one_of, share
+from flower_split.config.train import OptimizerConfig
+from flower_split.errors import ConfigError
+
+STEP_EVERY = ("local-step", "server-round", "contribution")
+WIRE_DTYPES = ("native", "float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkConfig:
+    """The trunk server: where it is, how it steps, how long it waits."""
+
+    address: str = ""  # host:port of a running trunk; empty: the ServerApp starts one on loopback
+    token_file: str = ""  # file with the coordinator token of a running trunk
+    root_certificates: str = ""  # PEM file of the CA for TLS; empty: plain text, loopback only
+    train: str = "lora"  # "lora", or "full": every trunk weight trains
+    step_every: str = "local-step"  # local-step, server-round or contribution
+    quorum: float = 1.0  # share of the participants whose contributions a window needs
+    quorum_count: int = 0  # the same as a number of clients; 0: trunk.quorum decides
+    join_timeout: float = 120.0  # seconds from the round's start until every participant joined
+    window_timeout: float = 120.0  # seconds from a window's opening until it is complete
+    call_timeout: float = 150.0  # seconds a client waits for one call, retries included
+    activation_memory: float = 4.0  # GiB of saved activations, over all clients
+    activation_memory_per_client: float = 0.0  # GiB of one client; 0: an equal share of it
+    cache_memory: float = 1.0  # GiB of key-value caches of generation, over all clients
+    max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
+    reduction: str = (
+        "mean"  # over clients: mean (by tokens), or robust rules: trimmed-mean=0.2, ...
+    )
+    wire_dtype: str = "native"  # dtype of the activations on the wire: native, float32 or bfloat16
+    device: str = "auto"
+    num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+    def quorum_of(self, num_participants: int) -> float:
+        """The share of ``num_participants`` that a window needs, by share or by count."""
+        if self.quorum_count:
+            return min(1.0, self.quorum_count / num_participants)
+        return self.quorum
+
+    def __post_init__(self) -> None:
+        """Check choices and ranges."""
+        one_of("trunk.train", self.train, ("lora", "full"))
+        one_of("trunk.step-every", self.step_every, STEP_EVERY)
+        one_of("trunk.wire-dtype", self.wire_dtype, WIRE_DTYPES)
+        share("trunk.quorum", self.quorum)
+        at_least("trunk.quorum-count", self.quorum_count, 0)
+        for name in ("activation_memory_per_client", "max_client_grad_norm"):
+            at_least(f"trunk.{kebab(name)}", getattr(self, name), 0)
+        for name in (
+            "join_timeout",
+            "window_timeout",
+            "call_timeout",
+            "activation_memory",
+            "cache_memory",
+        ):
+            above(f"trunk.{kebab(name)}", getattr(self, name), 0)
+        at_least("trunk.num-threads", self.num_threads, 1)
+        if self.address and ":" not in self.address:
+            raise ConfigError(f"trunk.address must be host:port; it is {self.address!r}.")
