@@ -21,6 +21,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.hub import cached_file
 
 from flower_split.errors import SplitError
+from flower_split.split.carve import carve_trunk, constant_embeddings
 from flower_split.split.client_model import (
     IdentityTrunk,
     client_replacements,
@@ -31,7 +32,7 @@ from flower_split.split.cuts import CutLayers
 from flower_split.split.self_check import check_client, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import PLACE_HOLDERS, LayerOutput, replace_in_place
-from flower_split.split.trunk_model import TrunkModel, carve_trunk, constant_embeddings
+from flower_split.split.trunk_model import TrunkModel
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"

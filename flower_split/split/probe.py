@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.host_call import argument_names
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import take_hidden_states
-from flower_split.split.trunk_model import argument_names
 
 _SEQUENCE = 6
 

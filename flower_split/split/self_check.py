@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.carve import trunk_replacements
 from flower_split.split.client_model import trunk_slot
 from flower_split.split.cuts import CutLayers
+from flower_split.split.host_call import forbid_cache, host_inputs
 from flower_split.split.probe import (
     LayerCall,
     Trace,
@@ -25,7 +27,6 @@ from flower_split.split.probe import (
 )
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn, hidden_states_of, replace_in_place
-from flower_split.split.trunk_model import forbid_cache, host_inputs, trunk_replacements
 
 
 def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:

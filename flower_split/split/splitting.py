@@ -7,18 +7,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.carve import (
+    constant_embeddings,
+    drop_outer_weights,
+    trunk_replacements,
+)
 from flower_split.split.client_model import client_replacements, wire_client
 from flower_split.split.cuts import CutLayers
 from flower_split.split.probe import probe_batches, quiet, same_bits, trace
 from flower_split.split.self_check import check_chain, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import LayerOutput
-from flower_split.split.trunk_model import (
-    TrunkModel,
-    constant_embeddings,
-    drop_outer_weights,
-    trunk_replacements,
-)
+from flower_split.split.trunk_model import TrunkModel
 
 
 def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedModel, TrunkModel]:
