@@ -2,19 +2,21 @@
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
 AISTATS 2017 (arXiv 1602.05629), over adapters: clients return full adapter weights, and the server
-computes each client's change against what it sent.
+computes each client's change against what it sent *to that client*: clients may hold other ranks,
+scales and modules than each other (:class:`flower_split.aggregation.modules.AdapterSpec`).
 """
 
 # ruff: noqa: TID251
 from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from flower_split.aggregation import METHODS
-from flower_split.aggregation.modules import AdapterAggregator, AdapterUpdate
+from flower_split.aggregation.modules import AdapterAggregator, AdapterSpec, AdapterUpdate
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
@@ -50,6 +52,8 @@ class LoraFedAvg(FedAvg):
         scales: Module name to ΔW scale, of the clients' adapters.
         initial: The adapter before round 1, by tensor name.
         slot_of: A node's slot; sums run in slot order, so that they are repeatable.
+        specs: Slot to what that client holds of the adapter; slots that are not named hold all of
+            it, at the initial ranks and scales.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class LoraFedAvg(FedAvg):
         scales: Mapping[str, float],
         initial: Mapping[str, Tensor],
         slot_of: Callable[[int], int],
+        specs: Mapping[int, AdapterSpec] = MappingProxyType({}),
     ) -> None:
         super().__init__(
             min_train_nodes=1,
@@ -73,10 +78,13 @@ class LoraFedAvg(FedAvg):
         self.aggregator.init(initial)
         self._initial = dict(initial)
         self._slot_of = slot_of
-        self._sent: dict[str, Tensor] = {}
+        self._specs = dict(specs)
+        self._sent: Mapping[int, Mapping[str, Tensor]] = {}  # slot -> what this round sent to it
+        for spec in self._specs.values():  # what cannot be served ends the run now
+            self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
 
     def initial_arrays(self) -> ArrayRecord:
-        """What round 1 sends."""
+        """The global adapter before round 1, of every module at its initial rank."""
         return to_arrays(self.aggregator.distribute())
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -90,12 +98,29 @@ class LoraFedAvg(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg; remembers what is sent, and says what trains where the method freezes some."""
-        self._sent = from_arrays(arrays)
-        trainable = self.aggregator.trainable()
-        if set(trainable) != set(self._initial):
-            config = ConfigRecord({**dict(config.items()), TRAINABLE: trainable})
-        return super().configure_train(server_round, arrays, config, grid)
+        """As FedAvg, but to each client its own adapter, and what trains where some is frozen.
+
+        What is sent is remembered until the next call: a client's change is measured against it.
+        """
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        trainable = set(self.aggregator.trainable())
+        self._sent = self._address(messages, arrays)
+        for message in messages:
+            sent = self._sent[self._slot_of(message.metadata.dst_node_id)]
+            if not sent.keys() <= trainable:
+                content = RecordDict(dict(message.content.items()))
+                own = {**dict(config.items()), TRAINABLE: sorted(sent.keys() & trainable)}
+                content[self.configrecord_key] = ConfigRecord(own)
+                message.content = content
+        return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg, but to each client its own adapter."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        self._address(messages, arrays)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -111,18 +136,47 @@ class LoraFedAvg(FedAvg):
             slot = self._slot_of(reply.metadata.src_node_id)
             (arrays,) = reply.content.array_records.values()
             (metrics,) = reply.content.metric_records.values()
+            spec = self._specs.get(slot, AdapterSpec())
             updates.append(
                 AdapterUpdate(
                     client_id=slot,
-                    received=self._sent,
+                    received=self._sent[slot],
                     returned=from_arrays(arrays),
                     weight=self._weight(metrics, slot),
+                    scales=spec.scales,
+                    modules=spec.modules,
                 )
             )
             contents.append(reply.content)
         self.aggregator.aggregate(updates)
         metrics_of_all = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
         return to_arrays(self.aggregator.distribute()), metrics_of_all
+
+    def _address(
+        self, messages: Iterable[Message], arrays: ArrayRecord
+    ) -> dict[int, Mapping[str, Tensor]]:
+        """Put each receiver's own adapter into its message; returns them by slot.
+
+        A client without a spec of its own gets ``arrays`` as they are. Clients of equal specs
+        share their tensors.
+        """
+        common = from_arrays(arrays)
+        kinds: list[tuple[AdapterSpec, Mapping[str, Tensor], ArrayRecord]] = []
+        sent: dict[int, Mapping[str, Tensor]] = {}
+        for message in messages:
+            slot = self._slot_of(message.metadata.dst_node_id)
+            spec = self._specs.get(slot)
+            if spec is None:
+                sent[slot] = common
+                continue
+            if not any(spec == known for known, _, _ in kinds):
+                state = self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
+                kinds.append((spec, state, to_arrays(state)))
+            sent[slot], own = next((s, a) for known, s, a in kinds if known == spec)
+            message.content = RecordDict(
+                {**dict(message.content.items()), self.arrayrecord_key: own}
+            )
+        return sent
 
     def _weight(self, metrics: MetricRecord, slot: int) -> float:
         key = _WEIGHT_KEYS[self.weighting]

@@ -33,6 +33,37 @@ class Layout:
     others: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
+    def held(self, modules: frozenset[str] | None, who: str) -> "Layout":
+        """The part of the layout that a client with these modules holds; None: all of it.
+
+        A bias of B goes with its module; tensors that belong to no module are everybody's.
+
+        Args:
+            modules: Names of modules.
+            who: The subject of the error's sentence.
+
+        Raises:
+            AggregationError: A module is none of this adapter's.
+        """
+        if modules is None:
+            return self
+        unknown = sorted(modules - self.modules.keys())
+        if unknown:
+            raise AggregationError(
+                f"{who} holds {', '.join(unknown[:4])}, which the initial adapter does not have; "
+                "it must cover the modules of every client."
+            )
+        left = {
+            module + suffix
+            for module in self.modules.keys() - modules
+            for suffix in (*self.modules[module], BIAS)
+        }
+        return Layout(
+            {module: self.modules[module] for module in self.modules if module in modules},
+            tuple(name for name in self.others if name not in left),
+            {name: shape for name, shape in self.shapes.items() if name not in left},
+        )
+
 
 def layout_of(adapter: Mapping[str, Tensor]) -> Layout:
     """Find the pairs.
@@ -108,5 +139,5 @@ def check_names(found: Iterable[str], expected: Iterable[str], who: str) -> None
     ]
     if problems:
         raise AggregationError(
-            f"{who} {' and '.join(problems)}; every client trains the same modules."
+            f"{who} {' and '.join(problems)}; a client returns exactly what it was sent."
         )

@@ -13,6 +13,23 @@ from flower_split.aggregation.factors import Update
 from flower_split.errors import AggregationError
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """What one client holds of the adapter: the server sends it exactly this.
+
+    Args:
+        ranks: The client's rank, one for all modules or per module; None, or a module that is not
+            named: the rank of the initial adapter.
+        scales: The client's scale of ΔW per module; None, or not named: the aggregator's.
+        modules: The modules it holds; None: all. A bias of B goes with its module; tensors that
+            belong to no module go to every client.
+    """
+
+    ranks: Mapping[str, int] | int | None = None
+    scales: Mapping[str, float] | None = None
+    modules: frozenset[str] | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class AdapterUpdate:
     """What one client did with its whole adapter in one round.
@@ -20,10 +37,12 @@ class AdapterUpdate:
     Args:
         client_id: Names the client in errors, and orders the sums; unique in a round.
         received: The adapter the server sent to this client, by tensor name.
-        returned: The adapter the client sent back. Tensors that the method freezes or that stay
-            with the client may be left out; what was received stands in for them.
+        returned: The adapter the client sent back: exactly the tensors that it received. Those
+            that the method freezes or that stay with the client may be left out; what was
+            received stands in for them.
         weight: Tokens, examples, or 1.
         scales: The client's own scale per module; None: those of the aggregator.
+        modules: The modules that the client holds, and so was sent; None: all.
     """
 
     client_id: str | int
@@ -31,6 +50,7 @@ class AdapterUpdate:
     returned: Mapping[str, Tensor]
     weight: float
     scales: Mapping[str, float] | None = None
+    modules: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,9 +60,10 @@ class ClientUpdate:
     Args:
         client_id: As in the adapter update.
         weight: As in the adapter update.
-        modules: Module name → its update; all carry this client's id and weight.
-        others: Name → (received, returned) of the tensors that are no LoRA factor, in fp64, at the
-            aggregator's scales.
+        modules: Module name → its update, of the modules that the client holds; all carry this
+            client's id and weight.
+        others: Name → (received, returned) of the tensors it holds that are no LoRA factor, in
+            fp64, at the aggregator's scales.
     """
 
     client_id: str | int
@@ -114,17 +135,17 @@ class Admission:
             AggregationError: It is malformed by itself; client and module are named.
         """
         who = f"client {client.client_id!r}"
-        expected = self.layout.shapes
+        held = self.layout.held(client.modules, who)
+        expected = held.shapes
         check_names(client.received, expected, f"{who} received an adapter that")
-        check_names(
-            set(client.returned) | self.optional, expected, f"{who} returned an adapter that"
-        )
+        returned = set(client.returned) | (self.optional & expected.keys())
+        check_names(returned, expected, f"{who} returned an adapter that")
         weight = check_weight(client.client_id, client.weight)
         modules = {}
-        for module in self.layout.modules:
+        for module in held.modules:
             with named(module):
                 modules[module] = self._module(client, module, weight, who)
-        others = {name: self._other(client, name, who) for name in self.layout.others}
+        others = {name: self._other(client, name, who) for name in held.others}
         return ClientUpdate(client.client_id, weight, modules, others)
 
     def _module(self, client: AdapterUpdate, module: str, weight: float, who: str) -> Update:

@@ -22,13 +22,14 @@ from flower_split.errors import AggregationError
 
 
 def _check_same_start(rule: str, clients: Sequence[ClientUpdate]) -> None:
-    first = clients[0]
-    for client in clients[1:]:
+    first: dict[str, ClientUpdate] = {}
+    for client in clients:
         for name, update in client.modules.items():
-            if not same_factors(update.received, first.modules[name].received):
+            other = first.setdefault(name, client)
+            if not same_factors(update.received, other.modules[name].received):
                 raise AggregationError(
                     f"{rule} compares the factors entry by entry, so all clients must have been "
-                    f"sent the same; client {client.client_id!r} and client {first.client_id!r} "
+                    f"sent the same; client {client.client_id!r} and client {other.client_id!r} "
                     "were not (mixed ranks or scales). Use krum or norm-clipping instead."
                 )
 
@@ -36,7 +37,7 @@ def _check_same_start(rule: str, clients: Sequence[ClientUpdate]) -> None:
 def _coordinate_wise(
     name: str, clients: Sequence[ClientUpdate], centre: Callable[[Tensor], Tensor]
 ) -> list[ClientUpdate]:
-    """One client whose every returned entry is the centre of all clients' entries.
+    """One client whose every returned entry is the centre of the entries of those who hold it.
 
     Args:
         name: The new client's id.
@@ -46,18 +47,19 @@ def _coordinate_wise(
     _check_same_start(name, clients)
     weight = math.fsum(client.weight for client in clients)
     modules = {}
-    for module, first in clients[0].modules.items():
-        returned = [client.modules[module].returned for client in clients]
+    for module in sorted({module for client in clients for module in client.modules}):
+        held = [client.modules[module] for client in clients if module in client.modules]
+        first, returned = held[0], [update.returned for update in held]
         centred = Factors(
             centre(torch.stack([one.A.double() for one in returned])),
             centre(torch.stack([one.B.double() for one in returned])),
             first.returned.scale,
         )
         modules[module] = Update(name, first.received, centred, weight)
-    others = {
-        key: (received, centre(torch.stack([client.others[key][1] for client in clients])))
-        for key, (received, _) in clients[0].others.items()
-    }
+    others = {}
+    for key in sorted({key for client in clients for key in client.others}):
+        pairs = [client.others[key] for client in clients if key in client.others]
+        others[key] = (pairs[0][0], centre(torch.stack([returned for _, returned in pairs])))
     return [ClientUpdate(name, weight, modules, others)]
 
 
@@ -78,10 +80,11 @@ class TrimmedMean(Rule):
 
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """See :class:`Rule`."""
-        cut = int(self.trim * len(clients) + 1e-9)
 
         def centre(values: Tensor) -> Tensor:
-            return values.sort(dim=0).values[cut : len(clients) - cut].mean(dim=0)
+            number = len(values)
+            cut = int(self.trim * number + 1e-9)
+            return values.sort(dim=0).values[cut : number - cut].mean(dim=0)
 
         return _coordinate_wise("trimmed-mean", clients, centre)
 
@@ -92,9 +95,9 @@ class Median(Rule):
 
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """See :class:`Rule`."""
-        low, high = (len(clients) - 1) // 2, len(clients) // 2
 
         def centre(values: Tensor) -> Tensor:
+            low, high = (len(values) - 1) // 2, len(values) // 2
             ordered = values.sort(dim=0).values
             return (ordered[low] + ordered[high]) / 2
 

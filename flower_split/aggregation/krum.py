@@ -77,6 +77,13 @@ class Krum(Rule):
                 f"krum against {self.malicious} malicious clients needs at least "
                 f"{2 * self.malicious + 3} clients in a round; there are {number}."
             )
+        for client in clients[1:]:
+            if client.modules.keys() != clients[0].modules.keys():
+                raise AggregationError(
+                    f"krum compares whole adapters, but client {client.client_id!r} and client "
+                    f"{clients[0].client_id!r} hold different modules; a client that holds fewer "
+                    "would seem nearer to everybody. Use norm-clipping, trimmed-mean or median."
+                )
         distances = squared_distances(clients)
         distances.fill_diagonal_(math.inf)
         nearest = distances.sort(dim=1).values[:, : number - self.malicious - 2]

@@ -7,7 +7,10 @@ A round, as the strategy drives it::
     sent = aggregator.distribute()                         # per client: its ranks and scales
     aggregator.aggregate([AdapterUpdate("a", sent, returned, weight=120), ...])
 
-Clients are summed in the order of their ids, whatever the order they are handed over in.
+Clients are summed in the order of their ids, whatever the order they are handed over in. Clients
+may hold only some of the modules: a module is aggregated over the clients that hold it, with their
+weights made to sum to 1 among them, and keeps its state, moments included, in a round in which
+nobody holds it (or nobody of weight above 0).
 """
 
 import time
@@ -28,6 +31,7 @@ from flower_split.aggregation.adapters import (
 )
 from flower_split.aggregation.checks import shares_of
 from flower_split.aggregation.clients import (
+    AdapterSpec,
     AdapterUpdate,
     Admission,
     ClientUpdate,
@@ -40,7 +44,7 @@ from flower_split.aggregation.product import ProductAggregator
 from flower_split.aggregation.registry import make_aggregator
 from flower_split.errors import AggregationError
 
-__all__ = ["AdapterAggregator", "AdapterUpdate", "RoundSummary"]
+__all__ = ["AdapterAggregator", "AdapterSpec", "AdapterUpdate", "RoundSummary"]
 
 SEPARATOR = "::"
 CPU = torch.device("cpu")
@@ -57,11 +61,13 @@ class RoundSummary:
         clients: The ids whose updates were used, in the order of summation.
         excluded: Client id → why its update was left out (policy "exclude" only).
         seconds: Wall-clock time of the aggregation.
+        unchanged: Modules that no client of the round held, which therefore stay as they were.
     """
 
     clients: tuple[str | int, ...]
     excluded: Mapping[str | int, str] = field(default_factory=dict)
     seconds: float = 0.0
+    unchanged: tuple[str, ...] = ()
 
 
 class AdapterAggregator:
@@ -124,19 +130,23 @@ class AdapterAggregator:
         self,
         ranks: Mapping[str, int] | int | None = None,
         scales: Mapping[str, float] | None = None,
+        modules: frozenset[str] | None = None,
     ) -> dict[str, Tensor]:
         """The adapter for one client, sorted by name; equal arguments give equal tensors.
 
         Args:
-            ranks: The client's rank, one for all modules or per module; None: the initial ranks.
-            scales: The client's scale per module; None: the aggregator's.
+            ranks: As in :class:`AdapterSpec`.
+            scales: As in :class:`AdapterSpec`.
+            modules: As in :class:`AdapterSpec`.
 
         Raises:
-            AggregationError: The method cannot serve a rank.
+            AggregationError: The method cannot serve a rank, or a module is unknown.
         """
         self._ready()
-        adapter = dict(self._others)
-        for module, state in self._states.items():
+        held = self._layout.held(modules, "a client")
+        adapter = {name: self._others[name] for name in held.others}
+        for module in held.modules:
+            state = self._states[module]
             rank = ranks.get(module) if isinstance(ranks, Mapping) else ranks
             scale = self._scale(module, scales)
             with named(module):
@@ -161,10 +171,16 @@ class AdapterAggregator:
         clients, excluded = self._admission().admit(updates, exclude=self._exclude)
         for transform in self._transforms:
             clients = list(transform(clients))
-        modules = list(self._states)
+        # The weights of everybody: a round must have some, whoever holds what.
+        shares_of([(client.client_id, client.weight) for client in clients])
+        modules = [module for module in self._states if _weight_of(module, clients) > 0]
 
         def one(module: str) -> tuple[State, Factors | None]:
-            of_module = [self._on_device(client.modules[module]) for client in clients]
+            of_module = [
+                self._on_device(client.modules[module])
+                for client in clients
+                if module in client.modules
+            ]
             with named(module):
                 result = self.method.aggregate(self._states[module], of_module)
             if result.residual is None:
@@ -187,7 +203,8 @@ class AdapterAggregator:
                 self._base[module] = base
         self._others = others
         ids = tuple(client.client_id for client in clients)
-        return RoundSummary(ids, excluded, time.perf_counter() - start)
+        unchanged = tuple(module for module in self._states if module not in set(modules))
+        return RoundSummary(ids, excluded, time.perf_counter() - start, unchanged)
 
     def trainable(self) -> list[str]:
         """Names of the tensors that clients train in the coming round; they freeze the others."""
@@ -332,11 +349,15 @@ class AdapterAggregator:
 
     def _mean_others(self, clients: Sequence[ClientUpdate]) -> dict[str, Tensor]:
         """The weighted mean of every tensor that is no LoRA factor, summed in fp64."""
-        shares = shares_of([(client.client_id, client.weight) for client in clients])
         means: dict[str, Tensor] = {}
         for name in self._layout.others:
+            holders = [client for client in clients if name in client.others]
+            if not any(client.weight > 0 for client in holders):
+                means[name] = self._others[name]
+                continue
+            shares = shares_of([(client.client_id, client.weight) for client in holders])
             total = torch.zeros(self._layout.shapes[name], dtype=torch.float64)
-            for client, share in zip(clients, shares, strict=True):
+            for client, share in zip(holders, shares, strict=True):
                 total += share * client.others[name][1]
             means[name] = total.to(self._others[name].dtype)
         return means
@@ -348,3 +369,8 @@ class AdapterAggregator:
             total.add(self._base[module], 1.0)
         total.add(residual, 1.0)
         return factors_of(total.spectrum(), 1.0)
+
+
+def _weight_of(module: str, clients: Sequence[ClientUpdate]) -> float:
+    """The largest weight among the clients that hold a module; 0: nobody does."""
+    return max((client.weight for client in clients if module in client.modules), default=0.0)
