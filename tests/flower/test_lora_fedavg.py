@@ -5,6 +5,7 @@ import torch
 from flwr.app import ConfigRecord, Message
 from torch import Tensor
 
+from flower_split.aggregation.modules import AdapterSpec
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
@@ -94,3 +95,81 @@ def test_configure_train_says_what_trains_where_the_method_freezes_a_factor(
 def test_method_that_clients_cannot_follow_is_refused_by_name(aggregator: str) -> None:
     with pytest.raises(AggregationError, match=f'"{aggregator}" needs .*product-delta'):
         LoraFedAvg(StrategyConfig(aggregator=aggregator), {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+
+
+TWO = {
+    "m.lora_A.weight": torch.tensor([[1.0, 2.0], [0.5, -1.0]]),
+    "m.lora_B.weight": torch.tensor([[1.0, 0.0], [2.0, 1.0]]),
+    "n.lora_A.weight": torch.tensor([[1.0], [3.0]]),
+    "n.lora_B.weight": torch.tensor([[1.0, -1.0]]),
+}
+SPECS = {0: AdapterSpec(ranks=1, scales={"m": 4.0}, modules=frozenset({"m"}))}
+
+
+def of_own_kind(aggregator: str = "product-delta") -> LoraFedAvg:
+    """Client 0 holds m only, at rank 1 and scale 4; client 1 holds all at rank 2 and scale 2."""
+    config = StrategyConfig(aggregator=aggregator)
+    scales = {"m": 2.0, "n": 1.0}
+    return LoraFedAvg(config, scales, TWO, FEDERATION.slot_of, SPECS)
+
+
+def sent_by(messages: list[Message]) -> dict[int, dict[str, Tensor]]:
+    return {
+        FEDERATION.slot_of(m.metadata.dst_node_id): from_arrays(m.content.array_records["arrays"])
+        for m in messages
+    }
+
+
+@pytest.mark.parametrize("phase", ["train", "evaluate"])
+def test_configure_sends_each_client_its_own_ranks_and_modules(phase: str) -> None:
+    strategy = of_own_kind()
+    grid = FakeGrid([9, 4], lambda message: None)
+    configure = strategy.configure_train if phase == "train" else strategy.configure_evaluate
+    messages = list(configure(1, strategy.initial_arrays(), ConfigRecord(), NodeView(grid, [9, 4])))
+    sent = sent_by(messages)
+    assert {name: tuple(value.shape) for name, value in sent[0].items()} == {
+        "m.lora_A.weight": (1, 2),
+        "m.lora_B.weight": (2, 1),
+    }
+    whole = 2.0 * TWO["m.lora_B.weight"].double() @ TWO["m.lora_A.weight"].double()
+    u, s, vh = torch.linalg.svd(whole)
+    best = 4.0 * sent[0]["m.lora_B.weight"].double() @ sent[0]["m.lora_A.weight"].double()
+    torch.testing.assert_close(best, s[0] * u[:, :1] @ vh[:1], atol=1e-5, rtol=0)
+    assert {name: tuple(value.shape) for name, value in sent[1].items()} == {
+        name: tuple(value.shape) for name, value in TWO.items()
+    }
+    assert all(list(m.content.config_records) == ["config"] for m in messages)
+
+
+def test_aggregate_measures_each_clients_change_against_what_it_was_sent() -> None:
+    strategy = of_own_kind()
+    moved: dict[int, Tensor] = {}
+
+    def answer(message: Message) -> object:
+        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
+        state = from_arrays(message.content.array_records["arrays"])
+        scale = 4.0 if slot == 0 else 2.0
+        before = scale * state["m.lora_B.weight"].double() @ state["m.lora_A.weight"].double()
+        state["m.lora_B.weight"] += 0.1 * (slot + 1)
+        after = scale * state["m.lora_B.weight"].double() @ state["m.lora_A.weight"].double()
+        moved[slot] = after - before
+        return train_content(to_arrays(state), tokens=TOKENS[slot])
+
+    grid = FakeGrid([9, 4], answer)  # type: ignore[arg-type]
+    messages = strategy.configure_train(
+        1, strategy.initial_arrays(), ConfigRecord(), NodeView(grid, [9, 4])
+    )
+    arrays, _ = strategy.aggregate_train(1, exchange(grid, messages, timeout=1))
+    assert arrays is not None
+    state = from_arrays(arrays)
+    whole = 2.0 * TWO["m.lora_B.weight"].double() @ TWO["m.lora_A.weight"].double()
+    expected = whole + 0.75 * moved[0] + 0.25 * moved[1]
+    torch.testing.assert_close(product(state).double(), expected, atol=1e-5, rtol=0)
+    of_n = state["n.lora_B.weight"].double() @ state["n.lora_A.weight"].double()
+    before = TWO["n.lora_B.weight"].double() @ TWO["n.lora_A.weight"].double()
+    torch.testing.assert_close(of_n, before, atol=1e-6, rtol=0)
+
+
+def test_a_rank_that_the_method_cannot_serve_ends_the_run_before_it_begins() -> None:
+    with pytest.raises(AggregationError, match="fedit has one rank for all clients"):
+        of_own_kind("fedit")
