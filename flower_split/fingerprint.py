@@ -17,6 +17,8 @@ from flower_split.errors import SplitError
 from flower_split.split.load import INDEX_FILE, WEIGHTS_FILE, fetch
 
 PROTOCOL_VERSION = "1"
+CUT_LAYERS = "cut-layers"
+"""The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
 _HASHED_WHOLE = 64 << 20  # bytes
 _BLOCK = 1 << 20  # bytes
 _NUM_BLOCKS = 64
@@ -43,7 +45,7 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
         "mode": config.mode,
         "model": _model_config_digest(name, revision),
         "weights": _weights_identity(name, revision),
-        "cut-layers": f"{config.model.first_cut}:{config.model.second_cut}",
+        CUT_LAYERS: f"{config.model.first_cut}:{config.model.second_cut}",
         "dtype": config.model.dtype,
         "attention": config.model.attn_implementation or "default",
         "trunk.train": config.trunk.train,
@@ -53,10 +55,21 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
     }
 
 
-def differing_fields(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """The names of the fields that differ or that only one side has, sorted."""
+def differing_fields(
+    mine: Mapping[str, str], theirs: Mapping[str, str], *, own_cuts: bool = False
+) -> list[str]:
+    """The names of the fields that differ or that only one side has, sorted.
+
+    Args:
+        mine: One party's.
+        theirs: The other's.
+        own_cuts: One of them names its own cut layers, which are checked against the other's span:
+            ``cut-layers`` does not count.
+    """
     return sorted(
-        name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+        name
+        for name in mine.keys() | theirs.keys()
+        if mine.get(name) != theirs.get(name) and not (own_cuts and name == CUT_LAYERS)
     )
 
 

@@ -29,9 +29,15 @@ from torch.autograd.function import once_differentiable
 
 from flower_split.errors import CodecError, ConfigError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import ContributionKey, ForwardMode, SessionGrant
-from flower_split.trunk.messages import cache_to_proto, grant_from_proto, key_to_proto
+from flower_split.trunk.messages import (
+    cache_to_proto,
+    cuts_to_proto,
+    grant_from_proto,
+    key_to_proto,
+)
 from flower_split.wire.buffers import Allocate
 from flower_split.wire.channel import TrunkChannel
 from flower_split.wire.frames import Incoming, Outgoing
@@ -95,6 +101,8 @@ class RemoteTrunk(nn.Module):
         wire_dtype: ``native`` sends activations and gradients as they are; ``float32`` and
             ``bfloat16`` convert them for the journey.
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
+        cuts: Where this client's model is cut, within the trunk's own span; None: where the
+            fingerprint says, which must then be the trunk's span.
 
     Attributes:
         waiting: Entered around every call: give back there what other micro-batches need to
@@ -119,6 +127,7 @@ class RemoteTrunk(nn.Module):
         call_timeout: float,
         wire_dtype: str = "native",
         root_certificates: str = "",
+        cuts: CutLayers | None = None,
     ) -> None:
         super().__init__()
         if wire_dtype not in _WIRE_DTYPES:
@@ -131,6 +140,7 @@ class RemoteTrunk(nn.Module):
             address, token=token, timeout=call_timeout, root_certificates=root_certificates
         )
         self._fingerprint = dict(fingerprint)
+        self._cuts = cuts
         self._mode = mode
         self._wire_dtype = _WIRE_DTYPES[wire_dtype]
         self._call_timeout = call_timeout
@@ -160,7 +170,10 @@ class RemoteTrunk(nn.Module):
         if self._grant is not None:
             raise TrunkError("this RemoteTrunk has a session already; make a new one per round.")
         request = pb.OpenSessionRequest(
-            fingerprint=self._fingerprint, planned_steps=planned_steps, evaluate=evaluate
+            fingerprint=self._fingerprint,
+            planned_steps=planned_steps,
+            evaluate=evaluate,
+            cuts=cuts_to_proto(self._cuts),
         )
         with self.waiting():
             reply = self._channel.unary("OpenSession", request, pb.OpenSessionReply)

@@ -182,7 +182,7 @@ class WaitVersionReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("fingerprint", "planned_steps", "evaluate")
+    __slots__ = ("fingerprint", "planned_steps", "evaluate", "cuts")
     class FingerprintEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -193,10 +193,20 @@ class OpenSessionRequest(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     PLANNED_STEPS_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
+    CUTS_FIELD_NUMBER: _ClassVar[int]
     fingerprint: _containers.ScalarMap[str, str]
     planned_steps: int
     evaluate: bool
-    def __init__(self, fingerprint: _Optional[_Mapping[str, str]] = ..., planned_steps: _Optional[int] = ..., evaluate: _Optional[bool] = ...) -> None: ...
+    cuts: CutLayers
+    def __init__(self, fingerprint: _Optional[_Mapping[str, str]] = ..., planned_steps: _Optional[int] = ..., evaluate: _Optional[bool] = ..., cuts: _Optional[_Union[CutLayers, _Mapping]] = ...) -> None: ...
+
+class CutLayers(_message.Message):
+    __slots__ = ("first", "second")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    SECOND_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    second: int
+    def __init__(self, first: _Optional[int] = ..., second: _Optional[int] = ...) -> None: ...
 
 class OpenSessionReply(_message.Message):
     __slots__ = ("session", "trunk_epoch", "version", "experiment", "server_round", "attempt", "max_tensor_bytes", "lease_seconds", "slot")

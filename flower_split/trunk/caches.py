@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, SplitError, TrunkRefused
+from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep, TrunkCache
 from flower_split.trunk.compute import TrunkCompute
 
@@ -51,7 +52,7 @@ class CacheStore:
         self._compute = compute
         self._clock = clock
         self._entries: dict[tuple[str, int], _Entry] = {}
-        self._bytes_per_position: int | None = None
+        self._bytes_per_position: dict[CutLayers | None, int] = {}
 
     @property
     def is_empty(self) -> bool:
@@ -70,6 +71,7 @@ class CacheStore:
         tensors: Mapping[str, Tensor],
         digest: bytes,
         lease_seconds: float,
+        cuts: CutLayers | None = None,
     ) -> Tensor:
         """``trunk_output`` of new positions; their keys and values are kept. Safe to retry.
 
@@ -79,6 +81,7 @@ class CacheStore:
             tensors: Of the new positions, as for any forward.
             digest: Of the request's content.
             lease_seconds: The cache is freed when it is silent for so long.
+            cuts: The session's; None: the trunk's.
 
         Raises:
             TrunkRefused: No such cache (UNKNOWN_CACHE), the weights have stepped since it began
@@ -94,7 +97,7 @@ class CacheStore:
                 )
             entry.expires = self._clock() + lease_seconds
             return entry.reply
-        kept, reply = self._advance(key, entry, step, tensors)
+        kept, reply = self._advance(key, entry, step, tensors, cuts)
         self._entries[key] = _Entry(
             kept=kept,
             version=self._compute.version,
@@ -124,6 +127,7 @@ class CacheStore:
         entry: _Entry | None,
         step: CacheStep,
         tensors: Mapping[str, Tensor],
+        cuts: CutLayers | None,
     ) -> tuple[TrunkCache, Tensor]:
         """Run one call that was not made before."""
         hidden = tensors["hidden_states"]
@@ -145,14 +149,14 @@ class CacheStore:
         kept = self._compute.new_cache() if entry is None else entry.kept
         rows_before = len(hidden) if entry is None else len(entry.reply)
         self._check_rows(step.rows, rows_before, len(hidden))
-        self._check_room(step, hidden, 0 if entry is None else entry.num_bytes)
+        self._check_room(step, hidden, 0 if entry is None else entry.num_bytes, cuts)
         # From here on the cache changes: a call that fails leaves none behind.
         self._entries.pop(key, None)
         try:
             kept.go_back(step.past_length, step.rows)
         except SplitError as error:
             raise _invalid(str(error)) from error
-        return kept, self._compute.forward_cached(tensors, kept)
+        return kept, self._compute.forward_cached(tensors, kept, cuts)
 
     def _check_rows(self, rows: Tensor | None, before: int, batch: int) -> None:
         if rows is None:
@@ -166,11 +170,13 @@ class CacheStore:
                 "each of them the row that it goes on from"
             )
 
-    def _check_room(self, step: CacheStep, hidden: Tensor, held: int) -> None:
-        if self._bytes_per_position is None:
-            self._bytes_per_position = self._compute.cache_bytes_per_position()
+    def _check_room(
+        self, step: CacheStep, hidden: Tensor, held: int, cuts: CutLayers | None
+    ) -> None:
+        if cuts not in self._bytes_per_position:
+            self._bytes_per_position[cuts] = self._compute.cache_bytes_per_position(cuts)
         rows, positions = len(hidden), step.past_length + hidden.shape[1]
-        needed = rows * positions * self._bytes_per_position + hidden.nbytes
+        needed = rows * positions * self._bytes_per_position[cuts] + hidden.nbytes
         others = self.num_bytes - held
         if others + needed > self.budget:
             raise TrunkRefused(

@@ -7,14 +7,25 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.fingerprint import CUT_LAYERS
 
 
-def check_fingerprint(mine: Mapping[str, str], theirs: Mapping[str, str], slot: int) -> None:
-    """Refuse a client that does not hold parts of the same model, naming the fields that differ."""
+def check_fingerprint(
+    mine: Mapping[str, str], theirs: Mapping[str, str], slot: int, *, own_cuts: bool = False
+) -> None:
+    """Refuse a client that does not hold parts of the same model, naming the fields that differ.
+
+    Args:
+        mine: The trunk's.
+        theirs: The client's.
+        slot: The client's.
+        own_cuts: The client names its own cut layers, which are checked elsewhere: the run's need
+            not be the trunk's.
+    """
     differing = [
         f"{name} (trunk: {mine.get(name)}, client: {theirs.get(name)})"
         for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
+        if mine.get(name) != theirs.get(name) and not (own_cuts and name == CUT_LAYERS)
     ]
     if differing:
         raise TrunkRefused(

@@ -17,10 +17,11 @@ from flower_split import failpoints
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.optim import LearningRate, make_optimizer
-from flower_split.split import TrunkModel
+from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.cache import TrunkCache, keeps_only_keys_and_values
 from flower_split.trunk.activations import Activation, SavedBytes
 from flower_split.trunk.checks import check_all_finite, check_finite
+from flower_split.trunk.spans import Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class TrunkCompute:
         self.parameters = [parameter for _, parameter in self.named]
         first = next(trunk.parameters())
         self.device, self.dtype = first.device, _float_dtype(trunk)
+        self.spans = Spans(trunk, self.device, self.dtype)
         self._config = optimizer
         self._optimizer = make_optimizer(self.parameters, optimizer) if self.parameters else None
         self._rate = LearningRate(optimizer, 1)
@@ -70,6 +72,7 @@ class TrunkCompute:
         train: bool,
         seed_of: str,
         use_cache: bool | None = None,
+        cuts: CutLayers | None = None,
     ) -> Tensor:
         """``trunk_output`` without a graph.
 
@@ -78,11 +81,12 @@ class TrunkCompute:
             train: Dropout as in training.
             seed_of: Names the micro-batch; the same name gives the same dropout mask.
             use_cache: As the model's own argument; nothing outlives the call.
+            cuts: The client's, which :attr:`spans` has admitted; None: the trunk's.
         """
         hidden = tensors["hidden_states"]
         with torch.no_grad():
             output = self._run(
-                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache
+                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache, cuts
             )
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
@@ -101,13 +105,16 @@ class TrunkCompute:
             "use_cache=False.",
         )
 
-    def forward_cached(self, tensors: Mapping[str, Tensor], kept: TrunkCache) -> Tensor:
+    def forward_cached(
+        self, tensors: Mapping[str, Tensor], kept: TrunkCache, cuts: CutLayers | None = None
+    ) -> Tensor:
         """``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
-        assert isinstance(self.trunk, TrunkModel)  # which made ``kept``
+        trunk = self.spans.of(cuts)
+        assert isinstance(trunk, TrunkModel)  # which made ``kept``
         hidden = tensors["hidden_states"]
         self.trunk.train(False)
         with torch.no_grad():
-            output = self.trunk.run_cached(
+            output = trunk.run_cached(
                 kept,
                 hidden.to(self.device, self.dtype),
                 _moved(tensors.get("attention_mask"), self.device),
@@ -116,26 +123,31 @@ class TrunkCompute:
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
 
-    def cache_bytes_per_position(self) -> int:
+    def cache_bytes_per_position(self, cuts: CutLayers | None = None) -> int:
         """Bytes that one position of one row takes in a key-value cache, at most."""
-        kept = self.new_cache()
-        assert isinstance(self.trunk, TrunkModel)
+        kept, trunk = self.new_cache(), self.spans.of(cuts)
+        assert isinstance(trunk, TrunkModel) and isinstance(self.trunk, TrunkModel)
         probe = torch.zeros(1, 1, self.trunk.hidden_size, device=self.device, dtype=self.dtype)
         mask = torch.ones(1, 1, dtype=torch.int64, device=self.device)
         self.trunk.train(False)
         with torch.no_grad():
-            self.trunk.run_cached(kept, probe, mask, None)
+            trunk.run_cached(kept, probe, mask, None)
         return kept.num_bytes
 
     def forward_train(
-        self, tensors: Mapping[str, Tensor], *, seed_of: str, use_cache: bool | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        seed_of: str,
+        use_cache: bool | None = None,
+        cuts: CutLayers | None = None,
     ) -> tuple[Tensor, Activation]:
         """``trunk_output`` and what its backward needs."""
         smashed = tensors["hidden_states"]
         extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
 
         def run(leaf: Tensor) -> Tensor:
-            return self._run(leaf, extras, True, seed_of, use_cache)
+            return self._run(leaf, extras, True, seed_of, use_cache, cuts)
 
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
         with torch.enable_grad(), SavedBytes(self._storages) as saved:
@@ -183,8 +195,15 @@ class TrunkCompute:
         check_all_finite(computed)
         return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
 
+    def covers(self, cuts: CutLayers | None) -> tuple[bool, ...] | None:
+        """Which of ``self.parameters`` a client's calls pass through; None: all."""
+        return self.spans.covers(cuts, [name for name, _ in self.named])
+
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """One optimizer step with ``gradients``, in the order of ``self.parameters``."""
+        """One optimizer step with ``gradients``, in the order of ``self.parameters``.
+
+        A parameter whose gradient is None stays as it is, its moments and decay included.
+        """
         if self._optimizer is None:
             return
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -277,6 +296,7 @@ class TrunkCompute:
         train: bool,
         seed_of: str,
         use_cache: bool | None,
+        cuts: CutLayers | None,
     ) -> Tensor:
         self.trunk.train(train)
         options = {"use_cache": use_cache} if isinstance(self.trunk, TrunkModel) else {}
@@ -284,7 +304,7 @@ class TrunkCompute:
         with torch.random.fork_rng(devices=devices):
             if train:
                 torch.manual_seed(_seed(self.seed, seed_of))
-            output: Tensor = self.trunk(
+            output: Tensor = self.spans.of(cuts)(
                 hidden,
                 attention_mask=_moved(tensors.get("attention_mask"), self.device),
                 position_ids=_moved(tensors.get("position_ids"), self.device),

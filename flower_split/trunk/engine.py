@@ -25,6 +25,7 @@ from torch import Tensor
 
 from flower_split import failpoints
 from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
 from flower_split.threads import pinned_pool
 from flower_split.trunk.activations import ActivationCache
@@ -116,7 +117,12 @@ class TrunkEngine:
     # ------------------------------------------------------------------ clients
 
     def open_session(
-        self, token: str, fingerprint: Mapping[str, str], planned_steps: int, evaluate: bool
+        self,
+        token: str,
+        fingerprint: Mapping[str, str],
+        planned_steps: int,
+        evaluate: bool,
+        cuts: CutLayers | None = None,
     ) -> SessionGrant:
         """A client joins the open round. Safe to retry: the same token gets the same session.
 
@@ -125,21 +131,22 @@ class TrunkEngine:
             fingerprint: Of the client's model and configuration.
             planned_steps: Optimizer steps it will take; ignored for evaluation.
             evaluate: Whether it only evaluates.
+            cuts: The client's own cut layers, within the trunk's: its calls run what is between
+                them. None: all of the trunk, and the fingerprint's cut layers must be the trunk's.
 
         Raises:
-            TrunkRefused: No round is open, the token is not of it, or the fingerprint differs.
+            TrunkRefused: No round is open, the token is not of it, the fingerprint differs, or the
+                trunk cannot run what is between ``cuts``.
             RoundAborted: The round was given up.
         """
         with self._changed:
+            self._slot_of(self._keeper.open_round(), token)
+        if cuts is not None and not self._compute.spans.is_admitted(cuts):
+            self._on_worker(lambda: self._compute.spans.admit(cuts))
+        with self._changed:
             current = self._keeper.open_round()
-            slot = current.slots_by_token.get(hashed(token))
-            if slot is None:
-                raise TrunkRefused(
-                    RefusalReason.UNAUTHENTICATED,
-                    f"the session token does not belong to {current}. Tokens are handed out by the "
-                    "strategy, one per client and round; this client's message is of another round.",
-                )
-            check_fingerprint(self.fingerprint, fingerprint, slot)
+            slot = self._slot_of(current, token)
+            check_fingerprint(self.fingerprint, fingerprint, slot, own_cuts=cuts is not None)
             if evaluate != current.plan.evaluate:
                 raise TrunkRefused(
                     RefusalReason.INVALID_REQUEST,
@@ -150,8 +157,15 @@ class TrunkEngine:
                 current.windows.join(slot, planned_steps, self._clock())
             session = next((s for s in current.sessions.values() if s.slot == slot), None)
             if session is None:
-                session = Session(secrets.token_hex(16), slot, planned_steps)
+                session = Session(secrets.token_hex(16), slot, planned_steps, cuts)
                 current.sessions[session.id] = session
+                current.cuts[slot] = cuts
+            elif session.cuts != cuts:
+                raise TrunkRefused(
+                    RefusalReason.INVALID_REQUEST,
+                    f"slot {slot} joined with cut layers {session.cuts} and now says {cuts}; they "
+                    "cannot change within a round.",
+                )
             current.closed.discard(session.id)  # a client may come back with its token
             self._keeper.touch(current, slot)
             return SessionGrant(
@@ -218,8 +232,10 @@ class TrunkEngine:
             def evaluate() -> Tensor:
                 self._caches.release(session, released)
                 if cache is not None:
-                    return self._caches.forward(session, cache, tensors, digest, lease)
-                return self._compute.forward(tensors, train=False, seed_of="", use_cache=use_cache)
+                    return self._caches.forward(session, cache, tensors, digest, lease, member.cuts)
+                return self._compute.forward(
+                    tensors, train=False, seed_of="", use_cache=use_cache, cuts=member.cuts
+                )
 
             return self._submit(evaluate, deadline)
         if cache is not None:
@@ -231,7 +247,11 @@ class TrunkEngine:
             seed_of = seed_name(current, name)
             result = self._submit(
                 lambda: self._compute.forward(
-                    tensors, train=True, seed_of=seed_of, use_cache=use_cache
+                    tensors,
+                    train=True,
+                    seed_of=seed_of,
+                    use_cache=use_cache,
+                    cuts=member.cuts,
                 ),
                 deadline,
             )
@@ -453,6 +473,16 @@ class TrunkEngine:
         self._worker.shutdown(wait=True, cancel_futures=True)
 
     # ------------------------------------------------------------------ waiting and running
+
+    def _slot_of(self, current: Round, token: str) -> int:
+        slot = current.slots_by_token.get(hashed(token))
+        if slot is None:
+            raise TrunkRefused(
+                RefusalReason.UNAUTHENTICATED,
+                f"the session token does not belong to {current}. Tokens are handed out by the "
+                "strategy, one per client and round; this client's message is of another round.",
+            )
+        return slot
 
     def _name(
         self, current: Round, member: Session, key: ContributionKey | None, kind: CallKind

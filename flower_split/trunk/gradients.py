@@ -5,6 +5,10 @@ micro-batch's own label tokens, or those of the whole optimizer step. With ``g``
 loss, ``d · g`` is the gradient of the sum, and the step's gradient over everything is
 ``Σ d·g / Σ n`` with ``n`` the label tokens: invariant to how examples are spread over micro-batches
 and clients.
+
+A client with cut layers of its own does not pass through all parameters. It gives nothing to the
+others, and its tokens do not count there: each parameter's gradient is that of the data that passed
+through it.
 """
 
 import math
@@ -24,8 +28,13 @@ class SlotGradient:
 
     The sum is kept in units of the first micro-batch's denominator, so that a single micro-batch, or
     several with one denominator, add exactly as ``loss.backward()`` would.
+
+    Args:
+        covers: Which parameters the slot's calls pass through; None: all of them. One that they pass
+            through may have no gradient all the same (an expert that got no token): it counts as 0.
     """
 
+    covers: tuple[bool, ...] | None = None
     denominator: float = 0.0
     num_tokens: float = 0.0
     total: list[Tensor | None] = field(default_factory=list)  # fp32, per parameter
@@ -58,6 +67,10 @@ class SlotGradient:
             for total, gradient in zip(self.total, gradients, strict=True)
         ]
 
+    def passes(self, index: int) -> bool:
+        """Whether the slot's calls pass through parameter ``index``."""
+        return self.covers is None or self.covers[index]
+
 
 def _sum(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
     if gradient is None:
@@ -73,15 +86,22 @@ def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | Non
         slots: Slot -> its gradient; ``num_tokens`` over all slots must be above 0.
 
     Returns:
-        One fp32 tensor per parameter, or ``None`` where no slot has a gradient.
+        One fp32 tensor per parameter, or ``None`` where no slot has a gradient. Both sums are over
+        the slots that pass through the parameter.
     """
-    tokens = sum(slots[slot].num_tokens for slot in sorted(slots))
-    result: list[Tensor | None] = [None] * len(next(iter(slots.values())).total)
+    count = len(next(iter(slots.values())).total)
+    tokens = [
+        sum(slots[slot].num_tokens for slot in sorted(slots) if slots[slot].passes(index))
+        for index in range(count)
+    ]
+    result: list[Tensor | None] = [None] * count
     for slot in sorted(slots):
-        weight = slots[slot].denominator / tokens
+        given = slots[slot]
         result = [
-            _sum(total, gradient, weight)
-            for total, gradient in zip(result, slots[slot].total, strict=True)
+            _sum(total, gradient, given.denominator / tokens[index])
+            if given.passes(index)
+            else total
+            for index, (total, gradient) in enumerate(zip(result, given.total, strict=True))
         ]
     return result
 
@@ -92,6 +112,8 @@ class Reduction:
 
     A client's gradient is the mean over its label tokens. It is clipped first; then come the rules,
     which are those that the strategy offers for the adapters; what is left is averaged by tokens.
+    Where clients pass through different parameters, the rules look at each group of parameters that
+    the same clients pass through by itself.
 
     Args:
         max_client_norm: L2 norm of one client's gradient over all parameters; 0: no clipping.
@@ -111,16 +133,17 @@ class Reduction:
             return reduce_in_slot_order(
                 {slot: self._clipped(gradient) for slot, gradient in slots.items()}
             )
-        clients = _as_clients({slot: self._clipped(slots[slot]) for slot in sorted(slots)})
-        for rule in self.rules:
-            clients = rule(clients)
-        total = math.fsum(client.weight for client in clients)
-        count = len(next(iter(slots.values())).total)
-        result: list[Tensor | None] = [None] * count
-        for name in clients[0].others:
-            mean = sum(client.others[name][1] * (client.weight / total) for client in clients)
-            assert isinstance(mean, Tensor)
-            result[int(name)] = mean.float()
+        clipped = {slot: self._clipped(slots[slot]) for slot in sorted(slots)}
+        result: list[Tensor | None] = [None] * len(next(iter(slots.values())).total)
+        for members, indices in _groups(clipped).items():
+            clients = _as_clients({slot: clipped[slot] for slot in members}, indices)
+            for rule in self.rules:
+                clients = rule(clients)
+            total = math.fsum(client.weight for client in clients)
+            for name in clients[0].others:
+                mean = sum(client.others[name][1] * (client.weight / total) for client in clients)
+                assert isinstance(mean, Tensor)
+                result[int(name)] = mean.float()
         return result
 
     def _clipped(self, gradient: SlotGradient) -> SlotGradient:
@@ -132,19 +155,30 @@ class Reduction:
         if norm <= self.max_client_norm:
             return gradient
         return SlotGradient(
+            covers=gradient.covers,
             denominator=gradient.denominator * self.max_client_norm / norm,
             num_tokens=gradient.num_tokens,
             total=gradient.total,
         )
 
 
-def _as_clients(slots: Mapping[int, SlotGradient]) -> list[ClientUpdate]:
-    """The slots' token-mean gradients as the rules take them: changes from zero, in fp64."""
-    names = [
-        index
-        for index in range(len(next(iter(slots.values())).total))
-        if any(gradient.total[index] is not None for gradient in slots.values())
-    ]
+def _groups(slots: Mapping[int, SlotGradient]) -> dict[tuple[int, ...], list[int]]:
+    """Slots -> the parameters that exactly those pass through, and of which one has a gradient."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index in range(len(next(iter(slots.values())).total)):
+        members = tuple(slot for slot in sorted(slots) if slots[slot].passes(index))
+        if any(slots[slot].total[index] is not None for slot in members):
+            groups.setdefault(members, []).append(index)
+    return groups
+
+
+def _as_clients(slots: Mapping[int, SlotGradient], names: Sequence[int]) -> list[ClientUpdate]:
+    """The slots' token-mean gradients as the rules take them: changes from zero, in fp64.
+
+    Args:
+        slots: Slot -> its gradient.
+        names: The parameters to look at; of each, some slot has a gradient.
+    """
     shapes = {
         index: next(g.total[index] for g in slots.values() if g.total[index] is not None)
         for index in names

@@ -158,7 +158,10 @@ class RoundKeeper:
             name.slot, tensors["hidden_states"].numel() * self.compute.dtype.itemsize
         )
         output, activation = self.compute.forward_train(
-            tensors, seed_of=seed_name(current, name), use_cache=use_cache
+            tensors,
+            seed_of=seed_name(current, name),
+            use_cache=use_cache,
+            cuts=current.cuts.get(name.slot),
         )
         self.activations.put((name.slot, name.window, name.micro_batch), activation)
         return output
@@ -200,7 +203,8 @@ class RoundKeeper:
             if self.trains:
                 # Where every contribution is a step of its own, each is the first of its step.
                 alone = current.windows.step_every is StepEvery.CONTRIBUTION
-                current.gradients.setdefault(name.slot, SlotGradient()).add(
+                covers = self.compute.covers(current.cuts.get(name.slot))
+                current.gradients.setdefault(name.slot, SlotGradient(covers)).add(
                     0 if alone else name.micro_batch,
                     gradients,
                     num_tokens=num_tokens,

@@ -5,8 +5,9 @@ The shell uses one direction of each pair, the coordinator the other.
 
 from torch import Tensor
 
-from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.errors import RefusalReason, SplitError, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import (
     ActivationReport,
@@ -57,6 +58,25 @@ def cache_to_proto(step: CacheStep) -> pb.CacheUse:
 def cache_from_proto(cache: pb.CacheUse, rows: Tensor | None) -> CacheStep:
     """A call with a key-value cache."""
     return CacheStep(cache.id, cache.step, cache.past_length, rows)
+
+
+def cuts_to_proto(cuts: CutLayers | None) -> pb.CutLayers | None:
+    """A client's own cut layers; None: it has none."""
+    return None if cuts is None else pb.CutLayers(first=cuts.first, second=cuts.second)
+
+
+def cuts_from_proto(request: pb.OpenSessionRequest) -> CutLayers | None:
+    """A client's own cut layers; None: it names none.
+
+    Raises:
+        TrunkRefused: They are none (INVALID_REQUEST).
+    """
+    if not request.HasField("cuts"):
+        return None
+    try:
+        return CutLayers(request.cuts.first, request.cuts.second)
+    except SplitError as error:
+        raise TrunkRefused(RefusalReason.INVALID_REQUEST, f"OpenSession: {error}") from error
 
 
 def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSessionReply:

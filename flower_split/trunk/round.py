@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass, field
 
+from flower_split.split import CutLayers
 from flower_split.trunk.calls import CallResult, RoundPlan, RoundReport, SlotReport
 from flower_split.trunk.compute import Snapshot
 from flower_split.trunk.gradients import SlotGradient
@@ -17,6 +18,7 @@ class Session:
     id: str
     slot: int
     planned_steps: int
+    cuts: CutLayers | None = None  # the client's own; None: the trunk's
 
 
 @dataclass(slots=True)
@@ -29,6 +31,7 @@ class Round:
     slots_by_token: dict[bytes, int]
     ledger: Ledger[CallResult] = field(default_factory=Ledger)
     sessions: dict[str, Session] = field(default_factory=dict)
+    cuts: dict[int, CutLayers | None] = field(default_factory=dict)  # of who has joined, by slot
     closed: set[str] = field(default_factory=set)  # sessions whose client has left
     gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
     received: dict[int, int] = field(default_factory=dict)  # bytes on the wire, by slot

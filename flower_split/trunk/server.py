@@ -49,6 +49,7 @@ from flower_split.trunk.calls import CallResult, ForwardMode
 from flower_split.trunk.engine import TrunkEngine
 from flower_split.trunk.messages import (
     cache_from_proto,
+    cuts_from_proto,
     grant_to_proto,
     key_from_proto,
     plan_from_proto,
@@ -212,7 +213,11 @@ class _Shell:
     def _open_session(self, request: pb.OpenSessionRequest, context: Context) -> Message:
         token = token_of(context)
         grant = self._engine.open_session(
-            token, dict(request.fingerprint), request.planned_steps, request.evaluate
+            token,
+            dict(request.fingerprint),
+            request.planned_steps,
+            request.evaluate,
+            cuts_from_proto(request),
         )
         with self._tokens_lock:
             self._tokens[grant.session] = token

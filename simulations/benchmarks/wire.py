@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from flower_split.remote_trunk import RemoteTrunk
+from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import CallResult, ContributionKey, ForwardMode, SessionGrant
 from flower_split.trunk.engine import TrunkEngine
@@ -34,7 +35,12 @@ class EchoEngine:
     epoch = 1
 
     def open_session(
-        self, token: str, fingerprint: Mapping[str, str], planned_steps: int, evaluate: bool
+        self,
+        token: str,
+        fingerprint: Mapping[str, str],
+        planned_steps: int,
+        evaluate: bool,
+        cuts: CutLayers | None = None,
     ) -> SessionGrant:
         """Take anyone."""
         return SessionGrant(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flower_split.config import OptimizerConfig
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.remote_trunk import RemoteTrunk
+from flower_split.split import CutLayers
 from flower_split.trunk.calls import CallResult, RoundPlan, SessionGrant, TrunkStatus
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.engine import TrunkEngine
@@ -123,9 +124,14 @@ class FakeEngine:
         return sum(name == method for name, _ in self.calls)
 
     def open_session(
-        self, token: str, fingerprint: Mapping[str, str], planned_steps: int, evaluate: bool
+        self,
+        token: str,
+        fingerprint: Mapping[str, str],
+        planned_steps: int,
+        evaluate: bool,
+        cuts: CutLayers | None = None,
     ) -> SessionGrant:
-        self._note("open_session", token, dict(fingerprint), planned_steps, evaluate)
+        self._note("open_session", token, dict(fingerprint), planned_steps, evaluate, cuts)
         return SessionGrant(
             session=f"session-of-{token}",
             epoch=self.epoch,

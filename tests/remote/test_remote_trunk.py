@@ -233,7 +233,7 @@ def test_remote_calls_carry_key_version_counts_and_content() -> None:
         stats = trunk.stats
     assert torch.equal(hidden.grad, torch.full_like(hidden, 6.0))
     calls = dict(engine.calls)
-    assert calls["open_session"] == ("token-0", {"model": "tiny", "protocol": "1"}, 3, False)
+    assert calls["open_session"] == ("token-0", {"model": "tiny", "protocol": "1"}, 3, False, None)
     session, epoch, key, version, mode, tensors, digest, *_ = calls["forward"]
     assert (session, epoch, version, mode) == ("session-of-token-0", 7, 11, ForwardMode.TRAIN)
     assert (key.experiment, key.server_round, key.attempt) == ("e", 1, 0)
