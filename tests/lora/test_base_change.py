@@ -149,8 +149,8 @@ def test_base_change_survives_a_bfloat16_base_that_swallows_what_is_merged() -> 
     attach_lora(model, CUTS, {"bottom": LoraPartConfig(r=1, target_modules="up_proj")}, seed=0)
     base = model.get_submodule(UP_PROJ).get_base_layer()
     weight = base.weight.detach().double()
-    # 0.4 % of the weight's size, about the rounding of bf16, at an output of about 0.
-    change = Factors(torch.randn(1, 32), torch.randn(48, 1) * float(weight.std()) * 4e-3)
+    torch.manual_seed(2)  # a tenth of a percent of the weight: below the rounding of bf16
+    change = Factors(torch.randn(1, 32), torch.randn(48, 1) * float(weight.std()) * 1e-3)
     dense = change.B.double() @ change.A.double()
     merged = (weight + dense).bfloat16().double() - weight
     assert (merged - dense).norm() > 0.3 * dense.norm()
