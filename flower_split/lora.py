@@ -29,7 +29,12 @@ PARTS = ("bottom", "trunk", "top")
 
 
 def attach_lora(
-    model: nn.Module, cuts: CutLayers, parts: Mapping[str, LoraPartConfig], *, seed: int
+    model: nn.Module,
+    cuts: CutLayers,
+    parts: Mapping[str, LoraPartConfig],
+    *,
+    seed: int,
+    incomplete: Collection[str] = (),
 ) -> None:
     """Inject LoRA into some parts of a model, in place, and freeze everything else.
 
@@ -43,6 +48,8 @@ def attach_lora(
         parts: Settings of each part that gets LoRA: a subset of ``bottom``, ``trunk``, ``top``. A
             part whose rank is 0 gets none.
         seed: Of the initial values.
+        incomplete: Parts of which the model holds only some layers: a name or pattern that matches
+            nothing there is no mistake.
 
     Raises:
         ConfigError: A part is unknown, or its target modules match nothing in it.
@@ -60,7 +67,8 @@ def attach_lora(
     for part in PARTS:
         config = parts.get(part)
         if config is not None and config.r > 0:
-            _inject(model, config, _targets(model, stack, cuts, part, config), meta)
+            targets = _targets(model, stack, cuts, part, config, strict=part not in incomplete)
+            _inject(model, config, targets, meta)
     init_of = _Inits(model, stack, cuts, parts)
     for name, parameter in _lora_parameters(model):
         parameter.data = parameter.data.to(torch.float32)  # PEFT gives them the base's dtype
@@ -197,9 +205,15 @@ def embedding_names(model: nn.Module) -> frozenset[str]:
 
 
 def _targets(
-    model: nn.Module, stack: LayerStack, cuts: CutLayers, part: str, config: LoraPartConfig
+    model: nn.Module,
+    stack: LayerStack,
+    cuts: CutLayers,
+    part: str,
+    config: LoraPartConfig,
+    *,
+    strict: bool,
 ) -> dict[str, nn.Module]:
-    """The modules of ``part`` that get LoRA, by name."""
+    """The modules of ``part`` that get LoRA, by name; ``strict``: every setting must match some."""
     embeddings = embedding_names(model)
     own = {
         name: module
@@ -212,7 +226,8 @@ def _targets(
         # As in PEFT: every linear layer except the output embeddings.
         head = output_embeddings(model)
         found: dict[str, nn.Module] = {n: m for n, m in linear.items() if m is not head}
-        _check_patterns(part, config, found)
+        if strict:
+            _check_patterns(part, config, found)
         return found
     suffixes = [suffix.strip() for suffix in wanted.split(",") if suffix.strip()]
     found = {
@@ -220,6 +235,8 @@ def _targets(
         for name, module in own.items()
         if any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
     }
+    if not strict:
+        return found
     _check_patterns(part, config, found)
     unmatched = [s for s in suffixes if not any(n == s or n.endswith("." + s) for n in found)]
     if unmatched or not suffixes:
