@@ -13,8 +13,9 @@ from flower_split.config.parse import (
     resolved_run_config,
     run_config_keys,
 )
+from flower_split.config.privacy import MECHANISMS, PrivacyConfig
 from flower_split.config.run import MODES, RunConfig
-from flower_split.config.strategy import StrategyConfig
+from flower_split.config.strategy import STRATEGIES, StrategyConfig
 from flower_split.config.train import OPTIMIZERS, OptimizerConfig, TrainConfig
 from flower_split.config.trunk import STEP_EVERY, WIRE_DTYPES, TrunkConfig
 
@@ -22,15 +23,18 @@ __all__ = [
     "DATA_SOURCES",
     "DTYPES",
     "LORA_INITS",
+    "MECHANISMS",
     "MODES",
     "OPTIMIZERS",
     "STEP_EVERY",
+    "STRATEGIES",
     "WIRE_DTYPES",
     "DataConfig",
     "LoraConfigs",
     "LoraPartConfig",
     "ModelConfig",
     "OptimizerConfig",
+    "PrivacyConfig",
     "RunConfig",
     "Scalar",
     "StrategyConfig",

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from flower_split.config.data import DataConfig
 from flower_split.config.lora import LoraConfigs
 from flower_split.config.model import ModelConfig
+from flower_split.config.privacy import PrivacyConfig
 from flower_split.config.rules import above, at_least, one_of, share
 from flower_split.config.strategy import StrategyConfig
 from flower_split.config.train import TrainConfig
@@ -37,6 +38,7 @@ class RunConfig:
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
 
     def __post_init__(self) -> None:
         """Check choices, ranges, and rules that span sections."""

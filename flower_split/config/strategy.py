@@ -2,18 +2,49 @@
 
 from dataclasses import dataclass
 
-from flower_split.config.rules import above, one_of
+from flower_split.config.rules import above, at_least, one_of
+
+STRATEGIES = (
+    "lora-fedavg",
+    "fedavg",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "fedadagrad",
+    "fedmedian",
+    "fedtrimmedavg",
+    "krum",
+    "multikrum",
+    "fedprox",
+)
+ON_INVALID = ("refuse", "exclude")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StrategyConfig:
-    """How the clients' adapters become the next global adapter."""
+    """How the clients' adapters become the next global adapter.
 
+    What a method, its options and the rules can do together is checked before the run begins, by
+    ``flower_split.aggregation.configured``, which knows them.
+    """
+
+    name: str = "lora-fedavg"  # lora-fedavg (an aggregator of this package) or a class of Flower's
     aggregator: str = "product-delta"  # a name of flower_split.aggregation
+    options: str = ""  # "name=value, ...": the method's own, such as "tau=0.9" of florist, or the class's
+    max_rank: int = 0  # that the server keeps ΔW at; 0: four times the adapter's largest
     weighting: str = "tokens"  # a client's weight: label tokens, examples, or uniform
+    rules: str = ""  # before the method, in order: "norm-clipping=1.0, trimmed-mean=0.2", ...
+    on_invalid: str = "refuse"  # a client whose update is malformed: refuse the round, or exclude
     server_learning_rate: float = 1.0  # on the aggregated delta
+    server_optimizer: str = "none"  # on ΔW: none, momentum, adam, yogi or adagrad
+    server_beta1: float = 0.9  # decay of its momentum
+    server_beta2: float = 0.99  # decay of its second moment
+    server_epsilon: float = 1e-3  # smallest root of its second moment
 
     def __post_init__(self) -> None:
         """Check choices and ranges; the aggregator's name is checked where they are made."""
+        one_of("strategy.name", self.name, STRATEGIES)
         one_of("strategy.weighting", self.weighting, ("tokens", "examples", "uniform"))
+        one_of("strategy.on-invalid", self.on_invalid, ON_INVALID)
+        at_least("strategy.max-rank", self.max_rank, 0)
         above("strategy.server-learning-rate", self.server_learning_rate, 0)
