@@ -7,7 +7,9 @@ scales and modules than each other (:class:`flower_split.aggregation.modules.Ada
 """
 
 # ruff: noqa: TID251
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -16,11 +18,15 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from flower_split.aggregation import METHODS
-from flower_split.aggregation.modules import AdapterAggregator, AdapterSpec, AdapterUpdate
+from flower_split.aggregation.configured import adapter_aggregator
+from flower_split.aggregation.modules import AdapterSpec, AdapterUpdate, RoundSummary
 from flower_split.arrays import from_arrays, to_arrays
+from flower_split.base_change import base_change_state
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
-from flower_split.facts import TRAINABLE
+from flower_split.facts import BASE_CHANGE, TRAINABLE
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
 
@@ -29,12 +35,11 @@ def _check_method(name: str) -> None:
     """Refuse a method that needs clients to keep what they cannot keep here.
 
     Raises:
-        AggregationError: The method changes the clients' base weights, or keeps factors private.
+        AggregationError: The method keeps factors private.
     """
     method = METHODS[name]
-    usable = [n for n, m in METHODS.items() if not m.changes_base and not m.private]
-    needs = "a change of every client's base weights" if method.changes_base else ""
-    needs = "factors that stay with each client" if method.private else needs
+    usable = [n for n, m in METHODS.items() if not m.private]
+    needs = "factors that stay with each client" if method.private else ""
     if needs:
         raise AggregationError(
             f'strategy.aggregator = "{name}" needs {needs}, which the ClientApp does not do; it is '
@@ -47,8 +52,18 @@ class LoraFedAvg(FedAvg):
 
     It takes everybody it is shown: the strategy around it samples the clients.
 
+    A malformed update refuses the round or excludes its client (``on-invalid``). What an excluded
+    client contributed to the trunk in that round stays: the trunk has checked every contribution by
+    its own rules (finite, clipped, reduced robustly) and has no reason to distrust it. The weights of
+    the others sum to 1 without it.
+
+    Attributes:
+        aggregator: The adapter over all rounds.
+        excludes_invalid: Whether malformed updates are left out instead of refused.
+        last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
+
     Args:
-        config: Aggregator, weighting and server learning rate.
+        config: Aggregator with its options, rules, weighting and server optimizer.
         scales: Module name to ΔW scale, of the clients' adapters.
         initial: The adapter before round 1, by tensor name.
         slot_of: A node's slot; sums run in slot order, so that they are repeatable.
@@ -71,21 +86,30 @@ class LoraFedAvg(FedAvg):
             weighted_by_key="num-tokens",
         )
         self.weighting = config.weighting
-        self.aggregator = AdapterAggregator(
-            config.aggregator, scales, learning_rate=config.server_learning_rate
-        )
+        self.aggregator = adapter_aggregator(config, scales)
         _check_method(config.aggregator)
         self.aggregator.init(initial)
         self._initial = dict(initial)
         self._slot_of = slot_of
         self._specs = dict(specs)
         self._sent: Mapping[int, Mapping[str, Tensor]] = {}  # slot -> what this round sent to it
+        self.excludes_invalid = config.on_invalid == "exclude"
+        self.last_summary = RoundSummary(())
         for spec in self._specs.values():  # what cannot be served ends the run now
             self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
 
     def initial_arrays(self) -> ArrayRecord:
         """The global adapter before round 1, of every module at its initial rank."""
         return to_arrays(self.aggregator.distribute())
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the method puts something into the clients' base weights."""
+        return self.aggregator.method.changes_base
+
+    def base_change(self) -> dict[str, Tensor]:
+        """What every client adds to its base by now; see :mod:`flower_split.base_change`."""
+        return base_change_state(self.aggregator.base_changes())
 
     def state_dict(self) -> dict[str, Tensor]:
         """The aggregator's state; see :class:`flower_split.checkpoint.Resumable`."""
@@ -112,6 +136,7 @@ class LoraFedAvg(FedAvg):
                 own = {**dict(config.items()), TRAINABLE: sorted(sent.keys() & trainable)}
                 content[self.configrecord_key] = ConfigRecord(own)
                 message.content = content
+        self._add_base_change(messages)
         return messages
 
     def configure_evaluate(
@@ -120,6 +145,7 @@ class LoraFedAvg(FedAvg):
         """As FedAvg, but to each client its own adapter."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self._address(messages, arrays)
+        self._add_base_change(messages)
         return messages
 
     def aggregate_train(
@@ -128,29 +154,51 @@ class LoraFedAvg(FedAvg):
         """Aggregate the adapters of ``replies``, which hold no errors.
 
         Raises:
-            AggregationError: There is no reply, the weights are all zero, or an update is invalid;
-                the client is named.
+            AggregationError: There is no usable reply, the weights are all zero, or an update is
+                invalid and not to be excluded; the client is named.
         """
-        updates, contents = [], []
+        updates: list[AdapterUpdate] = []
+        contents: dict[int, RecordDict] = {}
+        malformed: dict[str | int, str] = {}
         for reply in replies:
             slot = self._slot_of(reply.metadata.src_node_id)
-            (arrays,) = reply.content.array_records.values()
-            (metrics,) = reply.content.metric_records.values()
-            spec = self._specs.get(slot, AdapterSpec())
-            updates.append(
-                AdapterUpdate(
-                    client_id=slot,
-                    received=self._sent[slot],
-                    returned=from_arrays(arrays),
-                    weight=self._weight(metrics, slot),
-                    scales=spec.scales,
-                    modules=spec.modules,
-                )
+            try:
+                updates.append(self._update(slot, reply.content))
+                contents[slot] = reply.content
+            except AggregationError as error:
+                if not self.excludes_invalid:
+                    raise
+                malformed[slot] = str(error)
+        if not updates:
+            raise AggregationError("no client update to aggregate. " + " ".join(malformed.values()))
+        summary = self.aggregator.aggregate(updates)
+        excluded = dict(sorted({**malformed, **summary.excluded}.items(), key=lambda item: item[0]))
+        self.last_summary = replace(summary, excluded=excluded)
+        honest = [content for slot, content in contents.items() if slot not in excluded]
+        metrics = self.train_metrics_aggr_fn(honest, self.weighted_by_key)
+        return to_arrays(self.aggregator.distribute()), metrics
+
+    def _update(self, slot: int, content: RecordDict) -> AdapterUpdate:
+        """What a client returned, beside what it was sent.
+
+        Raises:
+            AggregationError: The reply does not hold one adapter and its weight.
+        """
+        records, metrics = content.array_records, content.metric_records
+        if len(records) != 1 or len(metrics) != 1:
+            raise AggregationError(
+                f"client {slot} returned {len(records)} ArrayRecords and {len(metrics)} "
+                "MetricRecords; it must be one of each."
             )
-            contents.append(reply.content)
-        self.aggregator.aggregate(updates)
-        metrics_of_all = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        return to_arrays(self.aggregator.distribute()), metrics_of_all
+        spec = self._specs.get(slot, AdapterSpec())
+        return AdapterUpdate(
+            client_id=slot,
+            received=self._sent[slot],
+            returned=from_arrays(next(iter(records.values()))),
+            weight=self._weight(next(iter(metrics.values())), slot),
+            scales=spec.scales,
+            modules=spec.modules,
+        )
 
     def _address(
         self, messages: Iterable[Message], arrays: ArrayRecord
@@ -177,6 +225,25 @@ class LoraFedAvg(FedAvg):
                 {**dict(message.content.items()), self.arrayrecord_key: own}
             )
         return sent
+
+    def _add_base_change(self, messages: Sequence[Message]) -> None:
+        """Put the base change into every message, as far as its receiver holds the modules.
+
+        All of it every time: a client may be a new process, or one that missed rounds.
+        """
+        changes = self.aggregator.base_changes()
+        records: dict[frozenset[str] | None, ArrayRecord] = {}
+        for message in messages if changes else ():
+            spec = self._specs.get(self._slot_of(message.metadata.dst_node_id), AdapterSpec())
+            if spec.modules not in records:
+                held = changes if spec.modules is None else changes.keys() & spec.modules
+                records[spec.modules] = to_arrays(base_change_state({n: changes[n] for n in held}))
+            message.content = RecordDict(
+                {**dict(message.content.items()), BASE_CHANGE: records[spec.modules]}
+            )
+        if changes:
+            size = max((record.count_bytes() for record in records.values()), default=0)
+            logger.info("every message carries the base change, %.1f MB", size / 1e6)
 
     def _weight(self, metrics: MetricRecord, slot: int) -> float:
         key = _WEIGHT_KEYS[self.weighting]

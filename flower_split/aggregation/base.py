@@ -32,13 +32,16 @@ class Aggregator(ABC):
         seed: For rows of A that the server must invent.
 
     Each method also says whether it takes a server learning rate, changes the clients' base
-    weights, serves mixed ranks, and which factors stay private to each client.
+    weights, serves mixed ranks, recompresses ΔW (so that ``max_rank`` means something), counts the
+    clients' weights, and which factors stay private to each client.
     """
 
     name: ClassVar[str]
     takes_learning_rate: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
+    recompresses: ClassVar[bool] = False
+    counts_weights: ClassVar[bool] = True
     private: ClassVar[frozenset[str]] = frozenset()
 
     max_rank: int | None = None

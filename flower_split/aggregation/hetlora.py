@@ -36,6 +36,7 @@ class HetLoRA(Aggregator):
 
     name: ClassVar[str] = "hetlora"
     mixed_ranks: ClassVar[bool] = True
+    counts_weights: ClassVar[bool] = False
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
         """One round; see :class:`Aggregator`."""

@@ -29,6 +29,7 @@ from flower_split.aggregation.adapters import (
     factors_into,
     layout_of,
 )
+from flower_split.aggregation.base import Aggregator
 from flower_split.aggregation.checks import shares_of
 from flower_split.aggregation.clients import (
     AdapterSpec,
@@ -74,23 +75,23 @@ class AdapterAggregator:
     """The server's adapter over all rounds.
 
     Args:
-        name: The method, as :func:`make_aggregator` knows it.
+        name: The method, as :func:`make_aggregator` knows it or made it.
         scales: Module name → ΔW scale of the adapter that :meth:`init` will get.
-        max_rank: The largest rank the server keeps per module; None: four times the largest rank
-            of the initial adapter for methods that keep ΔW itself, so that directions too faint
-            for this round's clients can add up over rounds.
+        max_rank: Of a method given by name: the largest rank the server keeps per module; None:
+            four times the largest rank of the initial adapter for methods that keep ΔW itself, so
+            that directions too faint for this round's clients can add up over rounds.
         transforms: What happens to the clients' updates before they are aggregated, in order, such
             as the rules of ``flower_split.aggregation.robust``.
         on_invalid: ``refuse`` raises at the first client whose update is malformed; ``exclude``
             leaves such clients out, and the result is that of the others alone.
         workers: Threads over modules; the result does not depend on it.
         device: Where states live and sums run, such as ``cuda``; adapters come and go on the CPU.
-        options: The method's own options.
+        options: Of a method given by name: its own options.
     """
 
     def __init__(
         self,
-        name: str,
+        name: str | Aggregator,
         scales: Mapping[str, float],
         *,
         max_rank: int | None = None,
@@ -102,7 +103,9 @@ class AdapterAggregator:
     ) -> None:
         if on_invalid not in ("refuse", "exclude"):
             raise AggregationError(f"on_invalid must be refuse or exclude; it is {on_invalid!r}.")
-        self.method = make_aggregator(name, max_rank=max_rank, **options)
+        self.method = (
+            make_aggregator(name, max_rank=max_rank, **options) if isinstance(name, str) else name
+        )
         self._scales = dict(scales)
         self._transforms = tuple(transforms)
         self._exclude = on_invalid == "exclude"
@@ -282,6 +285,7 @@ class AdapterAggregator:
             kind, _, rest = name.partition(SEPARATOR)
             owner, _, key = rest.partition(SEPARATOR)
             groups.setdefault((kind, owner), {})[key] = value
+        self._base = {}
         for module in self._layout.modules:
             with named(module):
                 stored_state = groups.get(("lora", module), {})

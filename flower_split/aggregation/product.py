@@ -40,6 +40,7 @@ class ProductAggregator(Aggregator):
 
     takes_learning_rate: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
+    recompresses: ClassVar[bool] = True
 
     working_rank: int | None = None
     server_optimizer: str = "none"

@@ -42,6 +42,7 @@ class RaFLoRA(Aggregator):
 
     name: ClassVar[str] = "raflora"
     mixed_ranks: ClassVar[bool] = True
+    recompresses: ClassVar[bool] = True
 
     def init(self, factors: Factors) -> State:
         """The initial state; see :class:`Aggregator`."""
