@@ -1,11 +1,13 @@
 """The base model and where it is cut."""
 
+import re
 from dataclasses import dataclass
 
 from flower_split.config.rules import at_least, one_of
 from flower_split.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+_OWN_CUTS = re.compile(r"(\d+)\s*=\s*(\d+)\s*:\s*(\d+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,6 +18,7 @@ class ModelConfig:
     revision: str = ""  # hub revision; empty: the default branch
     first_cut: int = 2  # the bottom is layers [0, first_cut)
     second_cut: int = 6  # the trunk is layers [first_cut, second_cut); the top is the rest
+    cuts_by_partition: str = ""  # "0=3:5, 2=4:6": cut layers of clients that keep more layers
     dtype: str = "float32"  # dtype of the base weights and of the activations
     attn_implementation: str = ""  # transformers' name; empty: the model's default
 
@@ -30,3 +33,45 @@ class ModelConfig:
                 f"they are {self.second_cut} and {self.first_cut}."
             )
         one_of("model.dtype", self.dtype, DTYPES)
+        for partition, (first, second) in self.own_cuts.items():
+            self.check_cuts(first, second, f"model.cuts-by-partition: partition {partition}")
+
+    @property
+    def own_cuts(self) -> dict[int, tuple[int, int]]:
+        """Partition -> ``(first, second)`` cut, of ``cuts_by_partition``.
+
+        Raises:
+            ConfigError: It does not read so, or names a partition twice.
+        """
+        found: dict[int, tuple[int, int]] = {}
+        for item in filter(None, (part.strip() for part in self.cuts_by_partition.split(","))):
+            match = _OWN_CUTS.fullmatch(item)
+            if match is None:
+                raise ConfigError(
+                    'model.cuts-by-partition must read "partition=first:second, …", such as '
+                    f'"0=3:5, 2=4:6"; {item!r} in it does not.'
+                )
+            partition, first, second = (int(number) for number in match.groups())
+            if partition in found:
+                raise ConfigError(f"model.cuts-by-partition names partition {partition} twice.")
+            found[partition] = (first, second)
+        return found
+
+    def check_cuts(self, first: int, second: int, who: str) -> None:
+        """Refuse cut layers of one client that do not lie within the trunk's.
+
+        Args:
+            first: The client's first cut.
+            second: Its second cut.
+            who: Whose they are, as the subject of the error's sentence.
+
+        Raises:
+            ConfigError: They do not, or leave the trunk no layer.
+        """
+        if not self.first_cut <= first < second <= self.second_cut:
+            raise ConfigError(
+                f"{who} has the cut layers {first}:{second}; they must lie within the trunk's, "
+                f"model.first-cut = {self.first_cut} and model.second-cut = {self.second_cut}, with "
+                "at least one layer between them: a client may keep more layers than the run says, "
+                "not fewer. Change its cut layers, or give the trunk a wider span."
+            )
