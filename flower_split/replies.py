@@ -2,10 +2,13 @@
 
 # ruff: noqa: TID251
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from flwr.app import Message, RecordDict
+from flwr.serverapp.strategy import Strategy
 
+from flower_split.aggregation.modules import RoundSummary
 from flower_split.errors import FederationError
 from flower_split.exchange import Federation
 from flower_split.facts import STEPS
@@ -30,14 +33,39 @@ def completed(
     return kept, dict(sorted(left.items()))
 
 
-def check_values(replies: Mapping[int, Message], federation: Federation, server_round: int) -> None:
+@runtime_checkable
+class Excluding(Protocol):
+    """What an inner strategy offers that can leave out malformed updates by itself."""
+
+    excludes_invalid: bool
+    """Whether it does; otherwise it refuses them."""
+    last_summary: RoundSummary
+    """Of the round it aggregated last; ``excluded`` is by slot."""
+
+
+def excluded_by(inner: Strategy) -> dict[int, str]:
+    """Why the inner strategy left out which clients' adapters of the round it has aggregated."""
+    if not isinstance(inner, Excluding):
+        return {}
+    return {
+        int(slot): f"its adapter was left out: {why}"
+        for slot, why in inner.last_summary.excluded.items()
+    }
+
+
+def check_values(
+    replies: Mapping[int, Message], federation: Federation, server_round: int, inner: Strategy
+) -> None:
     """Check that what is aggregated is finite and was trained on something.
+
+    Adapters are not looked at where ``inner`` does so itself and leaves out the malformed ones.
 
     Raises:
         FederationError: A reply holds NaN or Inf, or no client trained on a label token.
     """
+    looks = isinstance(inner, Excluding) and inner.excludes_invalid
     for slot, reply in replies.items():
-        for record in reply.content.array_records.values():
+        for record in () if looks else reply.content.array_records.values():
             for name, array in record.items():
                 if not np.isfinite(array.numpy()).all():
                     raise FederationError(

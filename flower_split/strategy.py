@@ -40,7 +40,13 @@ from flower_split.errors import (
 from flower_split.exchange import Federation, by_slot, describe, lost_slots
 from flower_split.handshake import num_participants
 from flower_split.node_view import NodeView
-from flower_split.replies import check_values, completed, scalars, without_steps
+from flower_split.replies import (
+    check_values,
+    completed,
+    excluded_by,
+    scalars,
+    without_steps,
+)
 from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
 
@@ -186,7 +192,7 @@ class TrunkStrategy(Strategy):
             report = self._prepare(server_round, problems)
             kept, problems = completed(good, problems, report)
             self._require(kept, problems, server_round)
-            check_values(kept, self.federation, server_round)
+            check_values(kept, self.federation, server_round, self.inner)
             failpoints.reach("server.aggregate.before")
             contents = {slot: self._for_inner(server_round, slot, kept[slot]) for slot in kept}
             arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
@@ -196,6 +202,7 @@ class TrunkStrategy(Strategy):
                     f"{type(self.inner).__name__} returned no adapter from {len(kept)} replies; "
                     "see its messages in the log."
                 )
+            problems |= excluded_by(self.inner)  # the quorum is about the trunk's windows
             self._commit(server_round, report, arrays)
         except BaseException as error:
             self.give_up(f"the ServerApp could not finish the round: {error}")
