@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 
+from flower_split.aggregation.modules import RoundSummary
 from flower_split.config import RunConfig
 from flower_split.report import RunDirectory
 from flower_split.rounds import RoundOutcome
@@ -110,6 +111,19 @@ class Recorder:
             },
         )
 
+    def aggregation(self, server_round: int, summary: RoundSummary) -> None:
+        """Whose adapters became the next one, and who was excluded why."""
+        self.run.append(
+            "aggregation",
+            {
+                "server_round": server_round,
+                "clients": [str(client) for client in summary.clients],
+                "excluded": {str(client): why for client, why in summary.excluded.items()},
+                "unchanged_modules": list(summary.unchanged),
+                "seconds": summary.seconds,
+            },
+        )
+
     def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
         """One client's held-out result after a round; round 0 is before the first."""
         held_out = HeldOut(metrics["loss-sum"], int(metrics["num-tokens"]))
@@ -207,13 +221,30 @@ class Recorder:
             "bytes received by clients": int(self._totals["bytes_received"]),
         }
         all_facts = {"seconds": round(seconds, 1), **totals, **facts}
-        self.run.write_outcome(rows, facts=all_facts, notes=self.notes)
+        notes = [*self.notes, *self._exclusions()]
+        self.run.write_outcome(rows, facts=all_facts, notes=notes)
         if rows:
             text = io.StringIO()
             print_summary(Console(file=text, width=110), rows, self.run.path)
             logger.info("\n%s", text.getvalue().rstrip())
         else:
             logger.info("run directory: %s", self.run.path)
+
+    def _exclusions(self) -> list[str]:
+        """One note for each client whose adapter was ever left out, with its first reason."""
+        rounds: dict[str, list[int]] = {}
+        reasons: dict[str, str] = {}
+        for record in self.run.metrics("aggregation"):
+            excluded, number = record["excluded"], record["server_round"]
+            if isinstance(excluded, Mapping) and isinstance(number, int):
+                for client, why in excluded.items():
+                    rounds.setdefault(client, []).append(number)
+                    reasons.setdefault(client, str(why))
+        return [
+            f"Partition {client}: its adapter was left out in round "
+            f"{', '.join(str(number) for number in rounds[client])}. {reasons[client]}"
+            for client in sorted(rounds)
+        ]
 
     def _by_own(self, slot: int) -> dict[int, HeldOut]:
         """Of the model that ``slot`` trained alone: its result on every partition's data."""

@@ -6,6 +6,7 @@ Layout::
     versions.json                  Python, this package and the libraries that computed the run
     metrics.jsonl                  one JSON object per line; "kind" is one of METRIC_KINDS
     adapters/client.safetensors    the clients' global adapter (bottom and top), fp32
+    adapters/base.safetensors      methods that change the base: the low-rank change beside it, fp32
     adapters/trunk.safetensors     the trunk's adapter, fp32
     summary.json, report.md        the outcome, for programs and for people
 
@@ -36,8 +37,8 @@ from flower_split.summary import SummaryRow, markdown_table, summary_cells
 
 Json: TypeAlias = "bool | int | float | str | None | Sequence[Json] | Mapping[str, Json]"
 
-METRIC_KINDS = ("step", "round", "evaluation", "trunk")
-ADAPTER_PARTS = ("client", "trunk")
+METRIC_KINDS = ("step", "round", "evaluation", "trunk", "aggregation")
+ADAPTER_PARTS = ("client", "base", "trunk")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flwr", "flwr-datasets", "grpcio")
 _ROUND_COLUMNS = ("server_round", "train_loss", "eval_loss", "perplexity", "num_tokens", "seconds")
 

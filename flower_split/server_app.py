@@ -15,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from flower_split import failpoints
+from flower_split.aggregation.configured import check_strategy
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.assets import resolve_model_path
 from flower_split.baseline import run_local_only
@@ -100,6 +101,7 @@ def run(grid: Grid, config: RunConfig) -> None:
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
+    check_strategy(config.strategy)
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
     resumed = checkpoints.latest(previous=config.resume_previous) if config.resume else None
@@ -127,6 +129,8 @@ def run(grid: Grid, config: RunConfig) -> None:
             trunk=trunk.care,
         )
         directory.write_adapter("client", from_arrays(arrays))
+        if isinstance(strategy.inner, LoraFedAvg) and strategy.inner.changes_base:
+            directory.write_adapter("base", strategy.inner.base_change())
         directory.write_adapter("trunk", final_trunk_adapter(strategy, trunk))
     if config.local_only_baseline:
         run_local_only(grid, federation, recorder)
@@ -165,6 +169,7 @@ def make_strategy(
     def commit(server_round: int, report: RoundReport, adapter: ArrayRecord) -> None:
         if server_round:
             recorder.trunk_round(server_round, strategy.attempt, report)
+            recorder.aggregation(server_round, inner.last_summary)
         checkpoints.commit(
             experiment=experiment,
             server_round=server_round,
