@@ -13,12 +13,14 @@ import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from flower_split.assets import resolve_model_path
+from flower_split.base_change import set_base_change
 from flower_split.config import RunConfig, resolved_run_config
 from flower_split.data import (
     ClientData,
@@ -44,6 +46,8 @@ from flower_split.training import (
 )
 
 logger = logging.getLogger(__name__)
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +201,7 @@ class Client:
         adapter: Mapping[str, Tensor],
         order: TrunkOrder,
         trainable: Collection[str] | None = None,
+        base_change: Mapping[str, Tensor] = NOTHING,
     ) -> TrainReply:
         """One round with the trunk, from ``adapter``; the model holds the result afterwards.
 
@@ -204,11 +209,13 @@ class Client:
             adapter: Full weights of the client's LoRA.
             order: How to reach the trunk.
             trainable: Names of the weights that train in this round; None: all.
+            base_change: What the method adds to the frozen base weights.
 
         Raises:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
+        set_base_change(self.model, base_change)
         set_trainable(self.model, trainable)
         place = self._place(order.server_round)
         with self._trunk(order) as trunk:
@@ -218,13 +225,19 @@ class Client:
             )
         return _train_reply(result)
 
-    def evaluate(self, adapter: Mapping[str, Tensor], order: TrunkOrder) -> dict[str, int | float]:
-        """Held-out loss of ``adapter`` with the trunk's current weights.
+    def evaluate(
+        self,
+        adapter: Mapping[str, Tensor],
+        order: TrunkOrder,
+        base_change: Mapping[str, Tensor] = NOTHING,
+    ) -> dict[str, int | float]:
+        """Held-out loss of ``adapter``, on the changed base, with the trunk's current weights.
 
         Raises:
             TrunkError: The trunk refused or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
+        set_base_change(self.model, base_change)
         with self._trunk(order) as trunk:
             trunk.open(0, evaluate=True)
             result = evaluate(self.model, self._eval_batches(), self.device)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from flower_split import failpoints
 from flower_split.arrays import from_arrays, to_arrays
@@ -27,7 +28,7 @@ from flower_split.errors import (
     TrunkUnavailable,
 )
 from flower_split.exchange import TRUNK_LOST
-from flower_split.facts import HANDSHAKE, STEPS, TRAINABLE, ClientFacts
+from flower_split.facts import BASE_CHANGE, HANDSHAKE, STEPS, TRAINABLE, ClientFacts
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
 
@@ -106,7 +107,9 @@ def train(message: Message, context: Context) -> RecordDict:
     _, client = _client(context)
     order = _order(message)
     failpoints.reach("client.train.begin")
-    result = client.train(from_arrays(_arrays(message)), order, _trainable(message))
+    result = client.train(
+        from_arrays(_arrays(message)), order, _trainable(message), _base_change(message)
+    )
     failpoints.reach("client.train.end")
     content = RecordDict(
         {
@@ -123,7 +126,7 @@ def train(message: Message, context: Context) -> RecordDict:
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Held-out loss of the adapter in the message, with the trunk."""
     _, client = _client(context)
-    metrics = client.evaluate(from_arrays(_arrays(message)), _order(message))
+    metrics = client.evaluate(from_arrays(_arrays(message)), _order(message), _base_change(message))
     return RecordDict({"metrics": MetricRecord(dict(metrics))})
 
 
@@ -170,13 +173,20 @@ def _client(context: Context) -> tuple[RunConfig, Client]:
 
 
 def _arrays(message: Message) -> ArrayRecord:
-    records = list(message.content.array_records.values())
+    named = message.content.array_records.items()
+    records = [record for name, record in named if name != BASE_CHANGE]
     if len(records) != 1:
         raise FederationError(
             f"a message must carry one ArrayRecord; it carries {len(records)}. Use an inner "
             "strategy of flwr.serverapp.strategy."
         )
     return records[0]
+
+
+def _base_change(message: Message) -> dict[str, Tensor]:
+    """What the method adds to the base weights of this client; empty: nothing."""
+    record = message.content.array_records.get(BASE_CHANGE)
+    return {} if record is None else from_arrays(record)
 
 
 def _trainable(message: Message) -> list[str] | None:

@@ -15,6 +15,9 @@ HANDSHAKE = "handshake"
 STEPS = "steps"
 """The ConfigRecord of per-step lists in a training reply; stripped before the inner strategy."""
 
+BASE_CHANGE = "base-change"
+"""A second ArrayRecord in a message: what the method adds to the client's frozen base weights."""
+
 TRAINABLE = "trainable"
 """Key in a training message's ConfigRecord: names of the weights that train; absent: all."""
 
