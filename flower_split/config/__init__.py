@@ -17,10 +17,11 @@ from flower_split.config.privacy import MECHANISMS, PrivacyConfig
 from flower_split.config.run import MODES, RunConfig
 from flower_split.config.strategy import STRATEGIES, StrategyConfig
 from flower_split.config.train import OPTIMIZERS, OptimizerConfig, TrainConfig
-from flower_split.config.trunk import STEP_EVERY, WIRE_DTYPES, TrunkConfig
+from flower_split.config.trunk import DEVICE_MAPS, STEP_EVERY, WIRE_DTYPES, TrunkConfig
 
 __all__ = [
     "DATA_SOURCES",
+    "DEVICE_MAPS",
     "DTYPES",
     "LORA_INITS",
     "MECHANISMS",

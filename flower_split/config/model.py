@@ -1,5 +1,6 @@
 """The base model and where it is cut."""
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -7,6 +8,7 @@ from flower_split.config.rules import at_least, one_of
 from flower_split.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "dequantize")
 _OWN_CUTS = re.compile(r"(\d+)\s*=\s*(\d+)\s*:\s*(\d+)")
 
 
@@ -21,6 +23,9 @@ class ModelConfig:
     cuts_by_partition: str = ""  # "0=3:5, 2=4:6": cut layers of clients that keep more layers
     dtype: str = "float32"  # dtype of the base weights and of the activations
     attn_implementation: str = ""  # transformers' name; empty: the model's default
+    # Of the base weights: bnb-4bit, bnb-8bit, dequantize, or transformers' quantization_config as
+    # JSON; empty: as the checkpoint is.
+    quantization: str = ""
 
     def __post_init__(self) -> None:
         """Check the rules that need no model."""
@@ -33,6 +38,15 @@ class ModelConfig:
                 f"they are {self.second_cut} and {self.first_cut}."
             )
         one_of("model.dtype", self.dtype, DTYPES)
+        if self.quantization.lstrip().startswith("{"):
+            try:
+                json.loads(self.quantization)
+            except ValueError as error:
+                raise ConfigError(
+                    f"model.quantization = {self.quantization!r} is no JSON object: {error}."
+                ) from error
+        elif self.quantization:
+            one_of("model.quantization", self.quantization, (*QUANTIZATIONS, "a JSON object"))
         for partition, (first, second) in self.own_cuts.items():
             self.check_cuts(first, second, f"model.cuts-by-partition: partition {partition}")
 

@@ -8,6 +8,7 @@ from flower_split.errors import ConfigError
 
 STEP_EVERY = ("local-step", "server-round", "contribution")
 WIRE_DTYPES = ("native", "float32", "bfloat16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,7 @@ class TrunkConfig:
     )
     wire_dtype: str = "native"  # dtype of the activations on the wire: native, float32 or bfloat16
     device: str = "auto"
+    device_map: str = ""  # layers over this host's GPUs: auto, balanced, ...; empty: one device
     num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
@@ -47,6 +49,13 @@ class TrunkConfig:
         one_of("trunk.train", self.train, ("lora", "full"))
         one_of("trunk.step-every", self.step_every, STEP_EVERY)
         one_of("trunk.wire-dtype", self.wire_dtype, WIRE_DTYPES)
+        if self.device_map:
+            one_of("trunk.device-map", self.device_map, DEVICE_MAPS)
+            if self.device != "auto":
+                raise ConfigError(
+                    "trunk.device-map places the trunk's layers on this host's GPUs, so trunk.device "
+                    f'must stay "auto"; it is {self.device!r}.'
+                )
         share("trunk.quorum", self.quorum)
         at_least("trunk.quorum-count", self.quorum_count, 0)
         for name in ("activation_memory_per_client", "max_client_grad_norm"):

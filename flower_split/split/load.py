@@ -2,23 +2,24 @@
 
 ``from_pretrained`` of a subclass made on the spot, whose constructor puts stand-ins where another
 party's layers are, reads only the tensors that are left; transformers does the rest (sharding,
-dtype, quantisation). Of a sharded checkpoint only the shards that hold owned tensors are fetched.
+dtype, quantisation, devices). Of a sharded checkpoint only the shards that hold owned tensors are
+fetched.
 """
 
 import contextlib
 import json
-import logging
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.hub import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from flower_split.errors import SplitError
 from flower_split.split.carve import carve_trunk, constant_embeddings
@@ -29,16 +30,23 @@ from flower_split.split.client_model import (
     wire_client,
 )
 from flower_split.split.cuts import CutLayers
+from flower_split.split.holed import Carve, holed, quiet_loading
+from flower_split.split.placement import DeviceMap, check_placed, resolve_device_map
+from flower_split.split.probe import probe_batches, quiet
+from flower_split.split.quantise import (
+    Quantization,
+    check_quantised,
+    float_dtype,
+    resolve_quantization,
+)
 from flower_split.split.self_check import check_client, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
-from flower_split.split.stand_in import PLACE_HOLDERS, LayerOutput, replace_in_place
+from flower_split.split.stand_in import LayerOutput, replace_in_place
 from flower_split.split.trunk_model import TrunkModel
 
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_FILE = "model.safetensors"
 _SMALL_FILES = ("config.json", "generation_config.json")
-
-Carve = Callable[[PreTrainedModel], None]  # takes out, in place, what another party owns
 
 
 def load_client_model(
@@ -51,6 +59,7 @@ def load_client_model(
     revision: str | None = None,
     device: torch.device | str | None = None,
     auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
     """Load a client's model: bottom and top of a checkpoint, with ``trunk`` called in between.
 
@@ -68,13 +77,16 @@ def load_client_model(
         device: Where the weights go; None: the CPU.
         auto_class: Which kind of model, as one of transformers' auto classes. A head that the
             checkpoint lacks is initialised anew, as by the auto class itself.
+        quantization: Of the base weights, as :func:`~flower_split.split.quantise.
+            resolve_quantization` takes it: a name, a JSON object, or an object of transformers.
 
     Returns:
         A model of the class that ``auto_class`` would load, in evaluation mode.
 
     Raises:
         SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
-            missing from the checkpoint, or a family that cannot be split.
+            missing from the checkpoint, a family that cannot be split, or a quantisation that
+            cannot be had or cannot be trained.
     """
     output = LayerOutput()
     source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
@@ -85,10 +97,11 @@ def load_client_model(
             root, client_replacements(root, source.stack, cuts, output, IdentityTrunk())
         )
 
-    client = source.load(carve, device)
+    client = source.load(carve, device, quantization)
     wire_client(client, source.stack)
     check_client(client, source.stack, cuts, output, constants)
     settle_cache(client, source.stack)
+    _check_client_trains(client, source)
     trunk_slot(client).replace(trunk)
     return client
 
@@ -102,6 +115,8 @@ def load_trunk_model(
     revision: str | None = None,
     device: torch.device | str | None = None,
     auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> TrunkModel:
     """Load the trunk of a checkpoint; only the trunk layers' tensors are read.
 
@@ -113,13 +128,21 @@ def load_trunk_model(
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
         auto_class: Which kind of model; the clients' one.
+        quantization: Of the base weights; the clients' one.
+        device_map: Which layer goes to which of this host's devices, instead of ``device``:
+            ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` or ``"sequential"``, or module name ->
+            device. Hidden states may then be on any device; the output comes back to it.
 
     Returns:
         The trunk, in evaluation mode.
 
     Raises:
-        SplitError: As for :func:`load_client_model`.
+        SplitError: As for :func:`load_client_model`; or the layers cannot be placed as asked.
     """
+    if device is not None and device_map is not None:
+        raise SplitError(
+            f"device_map places the trunk's layers, so device must be left out; it is {device!r}."
+        )
     output = LayerOutput()
     source = _Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
     constants = constant_embeddings(source.skeleton)
@@ -127,7 +150,46 @@ def load_trunk_model(
     def carve(root: PreTrainedModel) -> None:
         carve_trunk(root, source.stack, cuts, output, constants)
 
-    return TrunkModel(source.load(carve, device), source.stack, cuts, output).eval()
+    root = source.load(carve, device, quantization, device_map, cuts)
+    trunk = TrunkModel(root, source.stack, cuts, output).eval()
+    if source.quantization is not None:
+        weight = next(trunk.parameters())
+        shape = (1, 3, trunk.hidden_size)
+        leaf = torch.linspace(-1, 1, 3 * trunk.hidden_size, dtype=float_dtype(trunk)).view(shape)
+        leaf = leaf.to(weight.device).requires_grad_()
+        source.check_trains(trunk, leaf, trunk)
+    return trunk
+
+
+def load_whole_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """Load the unsplit model, as the parts are loaded: for a comparison with them.
+
+    Args:
+        name_or_path: Local directory or hub id of a checkpoint in safetensors.
+        dtype: Of the weights; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+        device: Where the weights go; None: the CPU.
+        auto_class: Which kind of model.
+        quantization: Of the base weights; the parts' one.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        SplitError: As for :func:`load_client_model`.
+    """
+    source = _Source.open(name_or_path, None, dtype, attn_implementation, revision, auto_class)
+    return source.load(lambda root: None, device, quantization)
 
 
 def empty_model(
@@ -197,8 +259,16 @@ class _Source:
         self.dtype = dtype
         self.revision = revision
         self.new_head = new_head  # whether the head may be missing from the checkpoint
-        with torch.device("meta"):
-            self.skeleton = model_class(config)
+        self.quantization: QuantizationConfigMixin | None = None  # what it was loaded with
+        try:
+            with torch.device("meta"):
+                self.skeleton = model_class(config)
+        except (ImportError, ValueError) as error:
+            raise SplitError(
+                f"{model_class.__name__} of {name_or_path!r} cannot be made here: "
+                f"{_one_line(error)} Install what it needs, or set model.attn-implementation to "
+                '"sdpa" or "eager".'
+            ) from error
         self.stack: LayerStack = find_stack(self.skeleton)
 
     @classmethod
@@ -228,30 +298,66 @@ class _Source:
             check_splittable(source.skeleton, source.stack, cuts)
         return source
 
-    def load(self, carve: Carve, device: torch.device | str | None) -> PreTrainedModel:
+    def load(
+        self,
+        carve: Carve,
+        device: torch.device | str | None,
+        quantization: Quantization | None,
+        device_map: DeviceMap | None = None,
+        cuts: CutLayers | None = None,
+    ) -> PreTrainedModel:
         """Read the tensors that are left when ``carve`` has taken out the others."""
+        # Quantised weights cannot all be moved afterwards: they are made where they stay.
+        places: object = {"": torch.device(device or "cpu")}
+        whole_modules = frozenset(
+            type(layer).__name__ for layer in self.stack.layers(self.skeleton)
+        )
+        self.quantization = resolve_quantization(
+            self.name_or_path, self.config, self.skeleton, quantization, self.dtype, places
+        )
+        if getattr(self.config, "quantization_config", None) is not None:
+            self.config.quantization_config = self.quantization
         carve(self.skeleton)
+        if device_map is not None and cuts is not None:
+            places = resolve_device_map(device_map, self.skeleton, self.stack, cuts)
+        placed = device_map is not None or self.quantization is not None
         owned = set(self.skeleton.state_dict())
-        with self._owned_shards(owned) as directory, _quiet_loading():
+        with self._owned_shards(owned) as directory, quiet_loading():
             try:
-                loaded: Any = _holed(self.model_class, carve).from_pretrained(
+                loaded: Any = holed(self.model_class, carve, whole_modules).from_pretrained(
                     str(directory),
                     config=self.config,
                     dtype=self.dtype if self.dtype is not None else "auto",
                     revision=self.revision or "main",
                     use_safetensors=True,
                     output_loading_info=True,
+                    quantization_config=self.quantization,
+                    device_map=places if placed else None,
                 )
-            except (OSError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError, ImportError) as error:
                 raise SplitError(
                     f"the weights of {self.name_or_path!r} could not be read: {_one_line(error)} "
                     "They must be complete and in safetensors (model.safetensors, or shards with "
                     f"{INDEX_FILE})."
                 ) from error
         model: PreTrainedModel = loaded[0]
+        self._check_complete(loaded[1]["missing_keys"])
+        model.__class__ = self.model_class
+        model.config.name_or_path = self.name_or_path
+        model.name_or_path = self.name_or_path
+        if device_map is not None and cuts is not None:
+            check_placed(model, self.stack, cuts)
+        return model if placed or device is None else nn.Module.to(model, device)
+
+    def _check_complete(self, missing_keys: Iterable[str]) -> None:
+        """Refuse a checkpoint that lacks tensors of this part.
+
+        Raises:
+            SplitError: It does.
+        """
         missing = sorted(
             name
-            for name in loaded[1]["missing_keys"]
+            for name in missing_keys
             if not self.new_head or self.stack.index_of(name) is not None
         )
         if missing:
@@ -259,10 +365,11 @@ class _Source:
                 f"the checkpoint {self.name_or_path!r} lacks {len(missing)} tensors of this part, "
                 f"such as {missing[0]}. Use a complete checkpoint of {self.model_class.__name__}."
             )
-        model.__class__ = self.model_class
-        model.config.name_or_path = self.name_or_path
-        model.name_or_path = self.name_or_path
-        return model if device is None else nn.Module.to(model, device)
+
+    def check_trains(self, model: nn.Module, leaf: Tensor, run: Callable[[Tensor], Tensor]) -> None:
+        """Check that a quantised part can be trained (:func:`check_quantised`)."""
+        if self.quantization is not None:
+            check_quantised(self.name_or_path, model, self.skeleton, self.quantization, leaf, run)
 
     @contextlib.contextmanager
     def _owned_shards(self, owned: set[str]) -> Iterator[Path | str]:
@@ -326,44 +433,28 @@ def _may_be_owned(key: str, owned: set[str], stack: LayerStack) -> bool:
     return bool(outside)
 
 
-def _holed(model_class: type[PreTrainedModel], carve: Carve) -> type[PreTrainedModel]:
-    """A subclass whose constructor leaves out what another party owns."""
+def _check_client_trains(client: PreTrainedModel, source: _Source) -> None:
+    """Check that gradients flow from a quantised client's output to its embeddings."""
+    if source.quantization is None:
+        return
+    embeddings = client.get_input_embeddings()
+    assert isinstance(embeddings, nn.Module)
+    with quiet(client):
+        batch = probe_batches(client)[0]
+        found: list[Tensor] = []
+        handle = embeddings.register_forward_hook(lambda module, args, made: found.append(made))
+        client(**batch)
+        handle.remove()
 
-    def construct(self: PreTrainedModel, config: PreTrainedConfig) -> None:
-        model_class.__init__(self, config)
-        carve(self)
-        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
-        self.all_tied_weights_keys = {
-            target: source
-            for target, source in self.all_tied_weights_keys.items()
-            if target in names and source in names
-        }
+    def run(leaf: Tensor) -> Tensor:
+        put = embeddings.register_forward_hook(lambda module, args, made: leaf)
+        try:
+            output: Tensor = client(**batch)[0]
+        finally:
+            put.remove()
+        return output
 
-    def initialize(self: PreTrainedModel, module: nn.Module) -> None:
-        # What is around stand-ins has no weights of its own, but a family may reach into it.
-        if not any(isinstance(part, PLACE_HOLDERS) for part in module.modules()):
-            model_class._init_weights(self, module)  # type: ignore[no-untyped-call]
-
-    body = {
-        "__init__": construct,
-        "_init_weights": initialize,
-        "__module__": model_class.__module__,
-        "__qualname__": model_class.__qualname__,
-        "_keys_to_ignore_on_load_unexpected": [".*"],
-    }
-    return type(model_class.__name__, (model_class,), body)
-
-
-@contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Without transformers' report of the tensors that this part leaves."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    source.check_trains(client, found[0].detach().requires_grad_(), run)
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

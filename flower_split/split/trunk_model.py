@@ -10,7 +10,7 @@ takes the place of whatever the prologue made, and where the last one ends, the 
 import copy
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,15 @@ from flower_split.split.crossing import (
     TrunkInput,
     TrunkOutput,
     enter_trunk,
+    give_arguments,
     leave_trunk,
     probing,
     random_state_of,
     running,
 )
 from flower_split.split.cuts import CutLayers
-from flower_split.split.host_call import forbid_cache, host_inputs
+from flower_split.split.host_call import Mask, forbid_cache, host_inputs
+from flower_split.split.quantise import float_dtype
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn
 
@@ -70,6 +72,7 @@ class TrunkModel(nn.Module):
                 self.add_module(name, child)
         self._layer_output = output
         self._hook_ends()
+        self._hook_layers()
         # The shape of one position's hidden states; families with several streams have two sizes.
         self._position_shape = tuple(self._probe(output).shape[2:])
         self._caches: dict[int, TrunkCache] = {}  # of clients in this process
@@ -81,6 +84,12 @@ class TrunkModel(nn.Module):
         self._ends = (layers[self.cuts.first], layers[self.cuts.second - 1])
         self._ends[0].register_forward_pre_hook(enter_trunk, with_kwargs=True)
         self._ends[1].register_forward_hook(leave_trunk)
+
+    def _hook_layers(self) -> None:
+        """Let the layers be given the arguments that come with the smashed data."""
+        for index in range(self.cuts.first, self.cuts.second):
+            layer = self.stack.layers(self)[index]
+            layer.register_forward_pre_hook(give_arguments, with_kwargs=True)
 
     def span(self, cuts: CutLayers) -> "TrunkModel":
         """The trunk for clients with other cut layers: some of these layers, the same weights.
@@ -128,9 +137,9 @@ class TrunkModel(nn.Module):
     def _probe(self, output: LayerOutput) -> Tensor:
         """What reaches the first trunk layer; finds the form of the stand-ins' outputs."""
         host = self._host[0]
-        weight = next(self.parameters())
+        device, dtype = next(self.parameters()).device, float_dtype(self)
         width = int(self.config.get_text_config(decoder=True).hidden_size)
-        smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=weight.dtype, device=weight.device)
+        smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=dtype, device=device)
         problems: dict[str, Exception] = {}
         token = probing.set(True)
         try:
@@ -171,22 +180,28 @@ class TrunkModel(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
         cache: CacheStep | None = None,
+        layer_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run the trunk layers.
 
         Args:
             hidden_states: Smashed data, ``[batch, seq, hidden]``.
             attention_mask: Padding mask, ``[batch, seq]``, nonzero where there is a token; None
-                where nothing is padded.
-            position_ids: ``[batch or 1, seq]``; None: the model's own default.
+                where nothing is padded. Where the client's model made another mask than follows
+                from padding: that one, ``[batch or 1, heads or 1, seq, seq]``, or one per kind of
+                layer.
+            position_ids: ``[batch or 1, seq]``, with an axis before them where the model has several
+                (``[3, batch or 1, seq]``); None: the model's own default.
             use_cache: As the model's own argument; None: its configuration's. Without ``cache``
                 nothing outlives the call, but a model may read the position ids otherwise, or
                 compute with another memory layout and so with other last bits.
             cache: Go on from the keys and values kept in this process under its id.
+            layer_arguments: What the client's model makes with weights of its own for all layers,
+                such as a position bias, by place (:mod:`flower_split.split.layer_arguments`).
 
         Returns:
             The last trunk layer's hidden states, ``[batch, seq, hidden]``.
@@ -196,7 +211,10 @@ class TrunkModel(nn.Module):
                 is no such cache.
         """
         if cache is None:
-            return self._run(hidden_states, attention_mask, position_ids, use_cache, None)
+            given = layer_arguments or {}
+            return self._run(hidden_states, attention_mask, position_ids, use_cache, None, given)
+        if layer_arguments or not (attention_mask is None or isinstance(attention_mask, Tensor)):
+            raise SplitError("a trunk with a key-value cache takes the padding mask alone.")
         if cache.step == 0:
             self._caches[cache.id] = TrunkCache(self.config)
         kept = self._caches.get(cache.id)
@@ -227,7 +245,7 @@ class TrunkModel(nn.Module):
         """
         batch, seq = hidden_states.shape[:2]
         mask = kept.extend_mask(attention_mask, batch, seq)
-        output = self._run(hidden_states, mask, position_ids, True, kept.cache)
+        output = self._run(hidden_states, mask, position_ids, True, kept.cache, {})
         kept.advance(hidden_states, range(self.cuts.first, self.cuts.second))
         return output
 
@@ -238,10 +256,11 @@ class TrunkModel(nn.Module):
     def _run(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Mask,
         position_ids: Tensor | None,
         use_cache: bool | None,
         past: DynamicCache | None,
+        layer_arguments: Mapping[str, Tensor],
     ) -> Tensor:
         host = self._host[0]
         width = int(self.config.get_text_config(decoder=True).hidden_size)
@@ -251,11 +270,12 @@ class TrunkModel(nn.Module):
         begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)
         # A model's prologue may draw random numbers for dropout; the layers get those it left.
         state = random_state_of(begin.device) if self.training else None
-        token = running.set(Smashed(begin, *self._ends, state))
+        token = running.set(Smashed(begin, *self._ends, layer_arguments, state))
         try:
             host(**inputs)
         except TrunkOutput as reached:
-            return reached.hidden_states.flatten(2)
+            # The layers may lie on several devices; a caller knows one.
+            return reached.hidden_states.flatten(2).to(hidden_states.device)
         finally:
             running.reset(token)
         raise SplitError(

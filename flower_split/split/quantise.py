@@ -1,0 +1,221 @@
+"""Quantised base weights, through transformers' own quantisation.
+
+Each party quantises the layers it owns while it reads them, exactly as the unsplit model's layers
+would be: whatever transformers keeps in full precision by a rule over the whole model (the head,
+tied weights, the last module) is decided on the whole model here, not on a part of it. LoRA stays
+fp32 on top, and gradients flow through the frozen quantised weights; that they do is tried on a
+tiny input after loading, so that a method which cannot train is refused by name, without a list.
+
+4 bits with LoRA on top: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs",
+NeurIPS 2023. 8 bits: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at
+Scale", NeurIPS 2022.
+"""
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer, AutoQuantizationConfig
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from flower_split.errors import SplitError
+
+DEQUANTIZE = "dequantize"
+# As in the quantization_config of a config.json.
+PRESETS: dict[str, dict[str, object]] = {
+    "bnb-8bit": {"load_in_8bit": True},
+    "bnb-4bit": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+    },
+}
+# What the quantisation methods call the modules that they leave as they are.
+_SKIP_LISTS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+Quantization = QuantizationConfigMixin | str
+
+
+def resolve_quantization(
+    name_or_path: str,
+    config: PreTrainedConfig,
+    skeleton: PreTrainedModel,
+    quantization: Quantization | None,
+    dtype: torch.dtype | None,
+    device_map: object = None,
+) -> QuantizationConfigMixin | None:
+    """The quantisation that a checkpoint is loaded with, checked as far as it can be without weights.
+
+    Args:
+        name_or_path: Of the checkpoint, for errors.
+        config: Its configuration; a quantisation that it names counts.
+        skeleton: The whole model without weights.
+        quantization: What was asked for: transformers' own object; ``"bnb-8bit"``; ``"bnb-4bit"``
+            (NF4 with double quantisation); ``"dequantize"``, for a checkpoint that is quantised; or
+            a JSON object as in ``quantization_config`` of a ``config.json``. None or "": as the
+            checkpoint is.
+        dtype: Of the weights that are not quantised, and of the computation; None: the checkpoint's.
+        device_map: Where the weights will go, as ``from_pretrained`` takes it.
+
+    Returns:
+        What ``from_pretrained`` takes; None: plain weights.
+
+    Raises:
+        SplitError: It does not exist, cannot be had here, or the checkpoint is quantised already.
+    """
+    own = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(decoder=True), "quantization_config", None
+    )
+    try:
+        if own is not None:
+            chosen = _of_checkpoint(name_or_path, own, quantization)
+        elif not quantization:
+            return None
+        elif quantization == DEQUANTIZE:
+            raise SplitError(
+                f"the checkpoint {name_or_path!r} is not quantised, so there is nothing to "
+                'dequantise. Set model.quantization = "".'
+            )
+        else:
+            chosen = _asked_for(quantization, dtype or getattr(config, "dtype", None))
+        _leave_out(chosen, skeleton)
+        quantizer = AutoHfQuantizer.from_config(chosen, pre_quantized=own is not None)
+        quantizer.validate_environment(device_map=device_map, weights_only=True)
+        trains = getattr(chosen, DEQUANTIZE, False) or quantizer.is_trainable
+    except (ImportError, RuntimeError, ValueError, TypeError) as error:
+        raise SplitError(
+            f"{name_or_path!r} cannot be loaded with quantisation {method_of(own or quantization)}: "
+            f"{' '.join(str(error).split())} Install what it needs, or choose another "
+            "model.quantization or checkpoint."
+        ) from error
+    if not trains:
+        raise SplitError(_untrainable(name_or_path, chosen, "transformers says so"))
+    return chosen
+
+
+def check_quantised(
+    name_or_path: str,
+    model: nn.Module,
+    skeleton: PreTrainedModel,
+    quantization: QuantizationConfigMixin,
+    leaf: Tensor,
+    run: Callable[[Tensor], Tensor],
+) -> None:
+    """Check that LoRA can sit on a quantised part, and that gradients flow through it.
+
+    Args:
+        name_or_path: Of the checkpoint, for errors.
+        model: The part, loaded.
+        skeleton: The same part before quantisation.
+        quantization: What it was loaded with.
+        leaf: A tiny input that requires grad.
+        run: From ``leaf`` through every layer of the part.
+
+    Raises:
+        SplitError: It cannot be trained.
+    """
+    loaded = dict(model.named_modules())
+    for name, module in skeleton.named_modules():
+        replaced = loaded.get(name)
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(
+            replaced, (nn.Linear, Conv1D, type(None))
+        ):
+            why = f"it makes {name} a {type(replaced).__name__}, which is no linear layer of torch"
+            raise SplitError(_untrainable(name_or_path, quantization, why))
+    try:
+        with torch.enable_grad():
+            output = run(leaf)
+            weight = torch.linspace(-1, 1, output.numel(), device=output.device)
+            (gradient,) = torch.autograd.grad((output.float().flatten() * weight).sum(), leaf)
+        fine = bool(gradient.isfinite().all() and gradient.ne(0).any())
+        why = "the gradient of a tiny input is zero or not finite"
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        fine, why = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if not fine:
+        raise SplitError(_untrainable(name_or_path, quantization, why))
+
+
+def float_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype that a part computes in: of its base weights that are neither LoRA nor quantised."""
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.itemsize > 1 and "lora_" not in name:
+            return parameter.dtype
+    declared = getattr(getattr(module, "config", None), "dtype", None)
+    return declared if isinstance(declared, torch.dtype) else torch.float32
+
+
+def method_of(quantization: object) -> str:
+    """The name of a quantisation, for people."""
+    if isinstance(quantization, str):
+        return quantization
+    if isinstance(quantization, dict):
+        return str(quantization.get("quant_method", "without a quant_method"))
+    method = getattr(quantization, "quant_method", type(quantization).__name__)
+    return str(getattr(method, "value", method))
+
+
+def _of_checkpoint(
+    name_or_path: str, own: object, quantization: Quantization | None
+) -> QuantizationConfigMixin:
+    """The quantisation of a checkpoint that is quantised already."""
+    config: Any = AutoQuantizationConfig.from_dict(own) if isinstance(own, dict) else own
+    if quantization == DEQUANTIZE:
+        if not hasattr(config, DEQUANTIZE):
+            raise SplitError(
+                f"the checkpoint {name_or_path!r} is quantised with {method_of(own)}, which "
+                "transformers does not dequantise while loading. Use the checkpoint that it was "
+                "made of."
+            )
+        config.dequantize = True
+    elif quantization:
+        raise SplitError(
+            f"the checkpoint {name_or_path!r} is quantised already, with {method_of(own)}; "
+            f"model.quantization = {method_of(quantization)!r} would quantise it again. Leave "
+            'model.quantization empty, or set it to "dequantize".'
+        )
+    assert isinstance(config, QuantizationConfigMixin)
+    return config
+
+
+def _asked_for(quantization: Quantization, dtype: object) -> QuantizationConfigMixin:
+    """The quantisation that a name, a JSON object or an object of transformers means."""
+    if isinstance(quantization, QuantizationConfigMixin):
+        return copy.deepcopy(quantization)  # what stays as it is will be entered into it
+    if quantization in PRESETS:
+        fields = dict(PRESETS[quantization])
+    elif quantization.lstrip().startswith("{"):
+        fields = dict(json.loads(quantization))
+    else:
+        raise SplitError(
+            f"the quantisation must be one of {', '.join((*PRESETS, DEQUANTIZE))}, or a JSON object "
+            f"such as transformers' quantization_config; it is {quantization!r}."
+        )
+    if fields.get("load_in_4bit"):
+        compute = dtype if isinstance(dtype, torch.dtype) else torch.float32
+        fields.setdefault("bnb_4bit_compute_dtype", str(compute).removeprefix("torch."))
+    config = AutoQuantizationConfig.from_dict(fields)
+    assert isinstance(config, QuantizationConfigMixin)
+    return config
+
+
+def _leave_out(quantization: QuantizationConfigMixin, skeleton: PreTrainedModel) -> None:
+    """Name the modules that stay as they are, as the whole model would have them."""
+    for name in _SKIP_LISTS:
+        if hasattr(quantization, name) and getattr(quantization, name) is None:
+            setattr(quantization, name, get_keys_to_not_convert(skeleton))
+
+
+def _untrainable(name_or_path: str, quantization: object, why: str) -> str:
+    remedy = "Use a checkpoint that is not quantised, or bnb-4bit or bnb-8bit on it."
+    if hasattr(quantization, DEQUANTIZE):
+        remedy = f'Set model.quantization = "{DEQUANTIZE}", or use another checkpoint.'
+    return (
+        f"{name_or_path!r} cannot be trained with quantisation {method_of(quantization)} ({why}). "
+        + remedy
+    )
