@@ -74,15 +74,25 @@ def differing_fields(
 
 
 def _lora_text(part: LoraPartConfig) -> str:
+    if part.train == "full":
+        return "full"
+    text = _beside_lora(part)
     if part.r == 0:
-        return "none"
+        return text.strip() or "none"
     targets = ",".join(sorted(name.strip() for name in part.target_modules.split(",")))
-    rule = "rslora" if part.use_rslora else "lora"
-    text = f"{rule} r={part.r} alpha={part.alpha:g} dropout={part.dropout:g} targets={targets}"
+    rule = ("rslora" if part.use_rslora else "lora") + (" dora" if part.use_dora else "")
+    factors = f"{rule} r={part.r} alpha={part.alpha:g} dropout={part.dropout:g} targets={targets}"
     for label, values in (("ranks", part.ranks), ("alphas", part.alphas)):
         if values:
-            text += f" {label}=" + ",".join(f"{n}:{v:g}" for n, v in sorted(values.items()))
-    return text if part.init == "kaiming" else f"{text} init={part.init}"
+            factors += f" {label}=" + ",".join(f"{n}:{v:g}" for n, v in sorted(values.items()))
+    return factors + ("" if part.init == "kaiming" else f" init={part.init}") + text
+
+
+def _beside_lora(part: LoraPartConfig) -> str:
+    """The weights that train whole."""
+    text = "" if part.bias == "none" else f" bias={part.bias}"
+    saved = ",".join(sorted(part.saved_modules))
+    return text + (f" whole={saved}" if saved else "")
 
 
 def _model_config_digest(name: str, revision: str | None) -> str:

@@ -101,13 +101,13 @@ def held_modules(
 
 
 def client_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
-    """LoRA of the parts that a client holds; a part with rank 0 has none."""
-    return _with_lora({"bottom": config.lora.bottom, "top": config.lora.top})
+    """What trains of the parts that a client holds, LoRA or whole weights."""
+    return _that_train({"bottom": config.lora.bottom, "top": config.lora.top})
 
 
 def trunk_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
     """LoRA of the trunk; empty where the trunk has none."""
-    return _with_lora({"trunk": config.lora.trunk})
+    return _that_train({"trunk": config.lora.trunk})
 
 
 def all_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
@@ -115,5 +115,5 @@ def all_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
     return client_parts(config) | trunk_parts(config)
 
 
-def _with_lora(parts: dict[str, LoraPartConfig]) -> dict[str, LoraPartConfig]:
-    return {name: part for name, part in parts.items() if part.r > 0}
+def _that_train(parts: dict[str, LoraPartConfig]) -> dict[str, LoraPartConfig]:
+    return {name: part for name, part in parts.items() if part.adapts}

@@ -5,13 +5,17 @@ from dataclasses import dataclass, field
 from flower_split.config.rules import above, at_least, longest, one_of, pattern
 from flower_split.errors import ConfigError
 
-LORA_INITS = ("kaiming", "gaussian")
+LORA_INITS = ("kaiming", "gaussian", "orthogonal", "random")
+BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraPartConfig:
-    """LoRA of one part (bottom, trunk or top), as PEFT's ``LoraConfig`` names it."""
+    """What trains of one part (bottom, trunk or top), as PEFT's ``LoraConfig`` names it."""
 
+    train: str = (
+        "lora"  # "lora", or "full": every weight of the bottom or top, and nothing below counts
+    )
     r: int = 8  # rank; 0: this part has no LoRA
     alpha: float = 16.0  # ΔW = alpha / r · B @ A (alpha / sqrt(r) with use_rslora)
     dropout: float = 0.0  # probability, on the input of A
@@ -23,7 +27,11 @@ class LoraPartConfig:
         ""  # "name=rank, ...": other ranks, by name suffix; the longest match counts
     )
     alpha_pattern: str = ""  # "name=alpha, ...": other alphas, in the same way
-    init: str = "kaiming"  # of A, where B is zero: PEFT's kaiming (uniform) or gaussian
+    init: str = "kaiming"  # of A where B is zero: kaiming (uniform) or gaussian; of both, by PEFT's
+    # rules: orthogonal (ΔW is zero), or random (PEFT's init_lora_weights=False: ΔW is not zero)
+    use_dora: bool = False  # weight-decomposed LoRA: a magnitude for each output trains as well
+    bias: str = "none"  # which biases of the base train: none, all, or lora_only
+    modules_to_save: str = ""  # modules that train whole, as name suffixes separated by commas
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -32,6 +40,9 @@ class LoraPartConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.*.dropout must be in [0, 1); it is {self.dropout!r}.")
         one_of("lora.*.init", self.init, LORA_INITS)
+        one_of("lora.*.train", self.train, ("lora", "full"))
+        one_of("lora.*.bias", self.bias, BIASES)
+        self._check_combinations()
         for name, rank in self.ranks.items():
             if rank != int(rank):
                 raise ConfigError(
@@ -41,6 +52,43 @@ class LoraPartConfig:
             raise ConfigError(
                 "lora.*.r is 0, so the part has no LoRA, but lora.*.rank-pattern is set. Set r."
             )
+
+    def _check_combinations(self) -> None:
+        """Refuse settings that would have no effect."""
+        needs_lora = {"use-dora": self.use_dora, 'bias = "lora_only"': self.bias == "lora_only"}
+        for key, is_set in needs_lora.items():
+            if is_set and self.r == 0:
+                raise ConfigError(
+                    f"lora.*.{key} is of the modules with LoRA, and lora.*.r is 0: there are none. "
+                    "Set r."
+                )
+        beside_lora = needs_lora | {
+            "bias": self.bias != "none",
+            "modules-to-save": bool(self.modules_to_save),
+        }
+        for key, is_set in beside_lora.items():
+            if is_set and self.train == "full":
+                raise ConfigError(
+                    f'lora.*.train is "full", so every weight of the part trains, and lora.*.{key} '
+                    "says nothing more. Leave it out."
+                )
+
+    @property
+    def adapts(self) -> bool:
+        """Whether anything of the part trains."""
+        return (
+            self.train == "full" or self.r > 0 or self.bias == "all" or bool(self.modules_to_save)
+        )
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the part gets LoRA."""
+        return self.train == "lora" and self.r > 0
+
+    @property
+    def saved_modules(self) -> list[str]:
+        """The name suffixes of ``modules_to_save``."""
+        return [name.strip() for name in self.modules_to_save.split(",") if name.strip()]
 
     @property
     def ranks(self) -> dict[str, float]:
@@ -66,21 +114,44 @@ class LoraConfigs:
     trunk: LoraPartConfig = field(default_factory=LoraPartConfig)
     top: LoraPartConfig = field(default_factory=LoraPartConfig)
 
+    def __post_init__(self) -> None:
+        """Check that there is one way to say how the trunk trains."""
+        if self.trunk.train != "lora":
+            raise ConfigError(
+                f"lora.trunk.train is {self.trunk.train!r}, but the trunk is trained in full by "
+                'trunk.train = "full". Leave lora.trunk.train out.'
+            )
+
 
 # PEFT's options that a part cannot have, and why.
 _REFUSED_LORA = {
-    "use-dora": "DoRA's magnitudes are norms of the base weights plus each client's own update: their "
-    "mean is not the magnitude of the mean, so they cannot be aggregated",
-    "modules-to-save": "whole modules would have to be read from the base weights by the ServerApp, "
-    'which holds none. Use LoRA on them (target-modules), or trunk.train = "full" for the trunk',
-    "bias": "biases of the base would have to be read from the base weights by the ServerApp, which "
-    "holds none",
-    "init-lora-weights": "initial values that need base weights or data (pissa, olora, loftq, eva, "
-    "corda) are not known to the ServerApp, which holds none. Use lora.*.init: kaiming or gaussian",
+    "init-lora-weights": "initial values that take something out of the base weights or need data "
+    "(pissa, olora, mica, loftq, corda, eva, lora_ga) would leave every client with base weights of "
+    "its own. Use lora.*.init: kaiming, gaussian, orthogonal or random",
     "layer-replication": "replicated layers would change the layers' indices, by which the model is cut",
     "use-qalora": "its factors do not have the shape that aggregation needs",
-    "lora-bias": "biases of B are not aggregated by every method",
-    "trainable-token-indices": "new token rows would have to be read from the base weights",
+    "lora-bias": "a bias of B is no part of ΔW, which is what most methods aggregate. Use "
+    "lora.*.bias, which trains the base's biases",
+    "trainable-token-indices": "rows of an embedding are no tensor of their own. Use LoRA on the "
+    "embedding (target-modules), or modules-to-save",
+    "target-parameters": "parameters that belong to no linear layer have no factors to aggregate. Use "
+    "target-modules",
+    "layers-to-transform": "a part's layers are told by the cut layers. Use target-modules with the "
+    "layers' names, such as layers.3.mlp.up_proj",
+    "exclude-modules": "target-modules names what gets LoRA, one suffix for each",
+    "megatron-config": "the parts are transformers' own modules",
+    "loftq-config": "its initial values change the base weights",
+    "eva-config": "its initial values need data",
+    "corda-config": "its initial values need data",
+    "lora-ga-config": "its initial values need data",
+    "alora-invocation-tokens": "the trunk never sees the tokens",
+    "arrow-config": "it routes between several adapters, and a part has one",
+    "velora-config": "its projections are rebuilt from data, on each client its own",
+    "monteclora-config": "its factors are distributions, and a mean of samples is not their mean",
+    "kasa-config": "its diagonal lies between the factors, so ΔW is not their product",
+    "use-bdlora": "its factors are block diagonal, and a mean of ΔW is not",
+    "ensure-weight-tying": "a tied embedding and head stay tied where both train, and are untied "
+    "where one does",
 }
 
 

@@ -167,7 +167,7 @@ def test_pattern_that_is_malformed_is_refused(pattern: str) -> None:
         LORA(rank_pattern=pattern)
 
 
-@pytest.mark.parametrize("option", ["use-dora", "modules-to-save", "bias", "init-lora-weights"])
+@pytest.mark.parametrize("option", ["init-lora-weights", "lora-bias", "layer-replication", "use-qalora"])
 def test_option_that_cannot_be_aggregated_is_refused_by_name(option: str) -> None:
     with pytest.raises(ConfigError, match=rf"lora\.top\.{option} is not supported: .+"):
         parse_run_config({f"lora.top.{option}": True})

@@ -1,0 +1,41 @@
+"""What trains of the three parts of a model: LoRA through PEFT, and whole weights beside it.
+
+``places`` says which module belongs to which part, ``attach`` puts the adapter in, ``plain`` is the
+weights that train whole, ``initial`` is the values that training begins with, ``state`` reads and
+writes the adapter under the names that PEFT saves it by.
+"""
+
+from flower_split.lora.attach import attach_lora
+from flower_split.lora.initial import (
+    base_digests,
+    base_values,
+    has_base_values,
+    initial_client_adapter,
+)
+from flower_split.lora.places import embedding_names, output_embeddings, part_of, stack_of
+from flower_split.lora.plain import BaseWeight
+from flower_split.lora.state import (
+    adapter_name,
+    adapter_state,
+    load_adapter_state,
+    lora_scales,
+    set_trainable,
+)
+
+__all__ = [
+    "BaseWeight",
+    "adapter_name",
+    "adapter_state",
+    "attach_lora",
+    "base_digests",
+    "base_values",
+    "embedding_names",
+    "has_base_values",
+    "initial_client_adapter",
+    "load_adapter_state",
+    "lora_scales",
+    "output_embeddings",
+    "part_of",
+    "set_trainable",
+    "stack_of",
+]
