@@ -1,10 +1,13 @@
 """LoRA of the three parts."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flower_split.config.rules import above, at_least, longest, one_of, pattern
 from flower_split.errors import ConfigError
 
+CLIENT_SCALES = ("alpha", "scale")
 LORA_INITS = ("kaiming", "gaussian", "orthogonal", "random")
 BIASES = ("none", "all", "lora_only")
 
@@ -105,22 +108,89 @@ class LoraPartConfig:
         rank, alpha = longest(self.ranks, module), longest(self.alphas, module)
         return (self.r if rank is None else int(rank), self.alpha if alpha is None else alpha)
 
+    def scale_of(self, module: str) -> float:
+        """The scale of ΔW of a module, by its unsplit name."""
+        rank, alpha = self.setting_of(module)
+        return alpha / (rank**0.5 if self.use_rslora else rank)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfigs:
-    """LoRA settings, separately for each part."""
+    """LoRA settings, separately for each part, and which clients have a smaller rank.
+
+    A client's own rank replaces ``r`` of the parts it holds where it is below; see
+    :mod:`flower_split.client_ranks`.
+    """
 
     bottom: LoraPartConfig = field(default_factory=LoraPartConfig)
     trunk: LoraPartConfig = field(default_factory=LoraPartConfig)
     top: LoraPartConfig = field(default_factory=LoraPartConfig)
+    rank_by_memory: str = ""  # "GiB=rank, ...": the first bound that a node's memory= is within
+    rank_by_partition: str = ""  # "partition=rank, ...", for simulations
+    client_scale: str = "alpha"  # a client of smaller rank keeps alpha (scale alpha / r), or scale
 
     def __post_init__(self) -> None:
-        """Check that there is one way to say how the trunk trains."""
+        """Check that there is one way to say how the trunk trains, and the clients' ranks."""
+        one_of("lora.client-scale", self.client_scale, CLIENT_SCALES)
+        for key, ranks in (
+            ("lora.rank-by-memory", self.ranks_by_memory),
+            ("lora.rank-by-partition", self.ranks_by_partition),
+        ):
+            for rank in ranks.values():
+                self.check_rank(rank, key)
         if self.trunk.train != "lora":
             raise ConfigError(
                 f"lora.trunk.train is {self.trunk.train!r}, but the trunk is trained in full by "
                 'trunk.train = "full". Leave lora.trunk.train out.'
             )
+
+    @property
+    def ranks_by_memory(self) -> dict[float, int]:
+        """Memory in GiB -> rank of the nodes that have at most so much, ascending."""
+        return dict(sorted(_ranks("lora.rank-by-memory", self.rank_by_memory, float).items()))
+
+    @property
+    def ranks_by_partition(self) -> dict[int, int]:
+        """Partition -> its client's rank."""
+        return _ranks("lora.rank-by-partition", self.rank_by_partition, int)
+
+    def check_rank(self, rank: int, who: str) -> None:
+        """Refuse a client's own rank above those of all parts that it holds.
+
+        Args:
+            rank: The rank, at least 1.
+            who: Where it is said, as the subject of the error's sentence.
+
+        Raises:
+            ConfigError: It is below 1, or above.
+        """
+        most = max(self.bottom.r, self.top.r)
+        if not 1 <= rank <= most:
+            raise ConfigError(
+                f"{who} has the LoRA rank {rank}; a client's own rank must be from 1 to the larger of "
+                f"lora.bottom.r and lora.top.r, {most}, at which the global adapter is kept. Raise "
+                "those, or lower it."
+            )
+
+
+Key = TypeVar("Key", int, float)
+
+
+def _ranks(key: str, text: str, kind: Callable[[str], Key]) -> dict[Key, int]:
+    """``"number=rank, number=rank"`` as a mapping."""
+    found: dict[Key, int] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        name, _, rank = (part.strip() for part in item.partition("="))
+        try:
+            number, value = kind(name), int(rank)
+        except ValueError:
+            raise ConfigError(
+                f'{key} must read "number=rank, number=rank"; {item!r} in it does not.'
+            ) from None
+        if number in found or not number >= 0:
+            raise ConfigError(f"{key} must name each number once, from 0; {item!r} in it does not.")
+        found[number] = value
+    return found
 
 
 # PEFT's options that a part cannot have, and why.
