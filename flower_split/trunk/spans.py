@@ -106,6 +106,7 @@ class Spans:
                 whole = trunk(probe)
                 pieces = probe
                 for first, second in zip(borders, borders[1:], strict=False):
+                    trunk(-probe)  # what layers leave beside the hidden states is of other data now
                     pieces = trunk.span(CutLayers(first, second))(pieces)
         except Exception as error:
             raise _cannot_divide(cuts, f"{type(error).__name__}: {error}") from error

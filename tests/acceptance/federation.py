@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,9 +29,9 @@ from flower_split.config import (
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state, lora_scales
-from flower_split.parts import all_parts, client_parts, model_cuts
+from flower_split.parts import all_parts, held_parts, model_cuts
 from flower_split.remote_trunk import RemoteTrunk
-from flower_split.split import load_client_model, set_trunk
+from flower_split.split import CutLayers, load_client_model, set_trunk
 from flower_split.training import Batch, RoundPlace, TrainResult, train_round
 from flower_split.trunk.assemble import make_engine
 from flower_split.trunk.calls import RoundPlan, RoundReport
@@ -126,8 +127,15 @@ class Whole:
 class Federation:
     """Clients and a served trunk. Made by :func:`federation`."""
 
-    def __init__(self, config: RunConfig, engine: TrunkEngine, address: str) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: TrunkEngine,
+        address: str,
+        cuts: Mapping[int, CutLayers],
+    ) -> None:
         self.config = config
+        self.cuts = dict(cuts)
         self.engine = engine
         self.address = address
         self.coordinator = TrunkCoordinator(address, TOKEN, timeout=30.0)
@@ -136,10 +144,9 @@ class Federation:
     def client_model(self, slot: int) -> torch.nn.Module:
         """The slot's own part of the model, with LoRA."""
         if slot not in self.models:
-            model = load_client_model(
-                self.config.model.name, model_cuts(self.config), torch.nn.Identity()
-            )
-            parts = client_parts(self.config)
+            cuts = self.cuts.get(slot, model_cuts(self.config))
+            model = load_client_model(self.config.model.name, cuts, torch.nn.Identity())
+            parts = held_parts(self.config, cuts)
             attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
             self.models[slot] = model
         return self.models[slot]
@@ -152,6 +159,7 @@ class Federation:
             fingerprint=fingerprint(self.config),
             mode=mode or self.config.mode,
             call_timeout=self.config.trunk.call_timeout,
+            cuts=self.cuts.get(slot),
         )
 
     def begin(self, slots: Sequence[int], server_round: int = 1, **changes: object) -> RoundPlan:
@@ -183,7 +191,7 @@ class Federation:
         """One round of all clients at once.
 
         Args:
-            adapter: What everybody begins with.
+            adapter: What everybody begins with, as far as they hold it.
             batches: By slot.
             order: Who starts first.
             num_steps: Optimizer steps of each client.
@@ -199,7 +207,8 @@ class Federation:
 
         def run(slot: int) -> tuple[dict[str, Tensor], TrainResult]:
             model = self.client_model(slot)
-            load_adapter_state(model, poisoned.get(slot, adapter))
+            start = poisoned.get(slot, adapter)
+            load_adapter_state(model, {name: start[name] for name in adapter_state(model)})
             trunk = self.remote(slot)
             set_trunk(model, trunk)
             place = RoundPlace(
@@ -254,12 +263,19 @@ class Federation:
 
 
 @contextmanager
-def federation(config: RunConfig) -> Iterator[Federation]:
-    """A served trunk for ``config``; ends with the block."""
+def federation(
+    config: RunConfig, cuts: Mapping[int, CutLayers] = MappingProxyType({})
+) -> Iterator[Federation]:
+    """A served trunk for ``config``; ends with the block.
+
+    Args:
+        config: The run's.
+        cuts: Slots with cut layers of their own.
+    """
     threads = torch.get_num_threads()
     engine = make_engine(config)
     server = TrunkServer(engine, coordinator_token=TOKEN)
-    result = Federation(config, engine, f"127.0.0.1:{server.start()}")
+    result = Federation(config, engine, f"127.0.0.1:{server.start()}", cuts)
     try:
         yield result
     finally:
