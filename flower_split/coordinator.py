@@ -3,14 +3,20 @@
 Every call may be repeated: the trunk recognises a round by its experiment, number and attempt.
 """
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
 from torch import Tensor
 
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.trunk.calls import RoundPlan, RoundReport, TrunkStatus
-from flower_split.trunk.messages import plan_to_proto, report_from_proto, status_from_proto
+from flower_split.trunk.calls import Arrival, RoundPlan, RoundReport, TrunkStatus
+from flower_split.trunk.messages import (
+    arrivals_to_proto,
+    plan_to_proto,
+    report_from_proto,
+    status_from_proto,
+)
 from flower_split.wire.channel import TrunkChannel
 from flower_split.wire.frames import Incoming
 
@@ -49,10 +55,26 @@ class TrunkCoordinator:
         reply = self._channel.unary("BeginRound", plan_to_proto(plan), pb.BeginRoundReply)
         return reply.trunk_epoch, reply.version
 
-    def prepare_round(self, experiment: str, server_round: int, attempt: int) -> RoundReport:
-        """First phase of the commit: nothing more will come; who completed what."""
+    def prepare_round(
+        self,
+        experiment: str,
+        server_round: int,
+        attempt: int,
+        arrivals: Sequence[Arrival] = (),
+    ) -> RoundReport:
+        """First phase of the commit: nothing more will come; who completed what.
+
+        Args:
+            experiment: Of the round.
+            server_round: Of the round.
+            attempt: Of the round.
+            arrivals: Of an asynchronous round: whose work makes its step.
+        """
         request = pb.PrepareRoundRequest(
-            experiment=experiment, server_round=server_round, attempt=attempt
+            experiment=experiment,
+            server_round=server_round,
+            attempt=attempt,
+            arrivals=arrivals_to_proto(arrivals),
         )
         return report_from_proto(self._channel.unary("PrepareRound", request, pb.PrepareRoundReply))
 

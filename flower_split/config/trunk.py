@@ -28,6 +28,7 @@ class TrunkConfig:
     activation_memory: float = 4.0  # GiB of saved activations, over all clients
     activation_memory_per_client: float = 0.0  # GiB of one client; 0: an equal share of it
     cache_memory: float = 1.0  # GiB of key-value caches of generation, over all clients
+    snapshot_memory: float = 1.0  # GiB of former weights that clients still work on (fedbuff)
     max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
     reduction: str = (
         "mean"  # over clients: mean (by tokens), or robust rules: trimmed-mean=0.2, ...
@@ -66,6 +67,7 @@ class TrunkConfig:
             "call_timeout",
             "activation_memory",
             "cache_memory",
+            "snapshot_memory",
         ):
             above(f"trunk.{kebab(name)}", getattr(self, name), 0)
         at_least("trunk.num-threads", self.num_threads, 1)

@@ -37,6 +37,7 @@ class StepEvery(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     LOCAL_STEP: _ClassVar[StepEvery]
     SERVER_ROUND: _ClassVar[StepEvery]
     CONTRIBUTION: _ClassVar[StepEvery]
+    BUFFER: _ClassVar[StepEvery]
 DTYPE_UNSPECIFIED: DType
 FLOAT32: DType
 BFLOAT16: DType
@@ -56,6 +57,7 @@ STEP_EVERY_UNSPECIFIED: StepEvery
 LOCAL_STEP: StepEvery
 SERVER_ROUND: StepEvery
 CONTRIBUTION: StepEvery
+BUFFER: StepEvery
 
 class TensorSpec(_message.Message):
     __slots__ = ("name", "dtype", "shape", "codec", "num_bytes")
@@ -251,7 +253,7 @@ class Participant(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRoundRequest(_message.Message):
-    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base")
+    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "dispatches")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -264,6 +266,7 @@ class BeginRoundRequest(_message.Message):
     WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    DISPATCHES_FIELD_NUMBER: _ClassVar[int]
     experiment: str
     server_round: int
     attempt: int
@@ -276,7 +279,26 @@ class BeginRoundRequest(_message.Message):
     window_seconds: float
     evaluate: bool
     base: RoundBase
-    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ...) -> None: ...
+    dispatches: _containers.RepeatedCompositeFieldContainer[Dispatch]
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ...) -> None: ...
+
+class Dispatch(_message.Message):
+    __slots__ = ("number", "slot", "token")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    slot: int
+    token: str
+    def __init__(self, number: _Optional[int] = ..., slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
+
+class Arrival(_message.Message):
+    __slots__ = ("dispatch", "factor")
+    DISPATCH_FIELD_NUMBER: _ClassVar[int]
+    FACTOR_FIELD_NUMBER: _ClassVar[int]
+    dispatch: int
+    factor: float
+    def __init__(self, dispatch: _Optional[int] = ..., factor: _Optional[float] = ...) -> None: ...
 
 class RoundBase(_message.Message):
     __slots__ = ("server_round", "digest")
@@ -295,14 +317,16 @@ class BeginRoundReply(_message.Message):
     def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ...) -> None: ...
 
 class PrepareRoundRequest(_message.Message):
-    __slots__ = ("experiment", "server_round", "attempt")
+    __slots__ = ("experiment", "server_round", "attempt", "arrivals")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    ARRIVALS_FIELD_NUMBER: _ClassVar[int]
     experiment: str
     server_round: int
     attempt: int
-    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ...) -> None: ...
+    arrivals: _containers.RepeatedCompositeFieldContainer[Arrival]
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., arrivals: _Optional[_Iterable[_Union[Arrival, _Mapping]]] = ...) -> None: ...
 
 class SlotReport(_message.Message):
     __slots__ = ("slot", "completed", "problem", "contributions", "num_tokens", "bytes_received", "bytes_sent")

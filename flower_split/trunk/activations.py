@@ -5,7 +5,7 @@ inputs and runs the forward again, with the same weights version and dropout see
 gradient is the same. Where even the inputs do not fit, the call is refused: nothing is evicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ class Activation:
     hidden: Tensor  # the leaf that receives smashed_grad
     output: Tensor | None  # trunk_output with its graph; None: recompute
     recompute: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor] | None = None  # that it computed with; None: the trunk's own
 
 
 class SavedBytes:

@@ -31,7 +31,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
 
     Raises:
         SplitError: The model cannot be loaded or cut.
-        ConfigError: The device is not there.
+        ConfigError: The device is not there, or quantised weights would have to train.
     """
     torch.set_num_threads(config.trunk.num_threads)
     cuts = CutLayers(config.model.first_cut, config.model.second_cut)
@@ -41,9 +41,16 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         dtype=config.model.dtype,
         attn_implementation=config.model.attn_implementation or None,
         revision=config.model.revision or None,
-        device=str(resolve_device(config.trunk.device, "trunk.device")),
+        device=_device(config.trunk),
+        quantization=config.model.quantization or None,
+        device_map=config.trunk.device_map or None,
     )
     trains_fully = config.mode == "joint" and config.trunk.train == "full"
+    if trains_fully and getattr(trunk.config, "quantization_config", None) is not None:
+        raise ConfigError(
+            'trunk.train = "full" trains every weight of the trunk, and quantised weights do not '
+            'train. Use trunk.train = "lora", or model.quantization = "" or "dequantize".'
+        )
     trunk.requires_grad_(trains_fully)
     if config.mode == "joint" and not trains_fully:
         attach_lora(trunk, cuts, {"trunk": config.lora.trunk}, seed=config.seed)
@@ -55,9 +62,15 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         activation_bytes=int(config.trunk.activation_memory * _GIB),
         activation_bytes_per_client=int(config.trunk.activation_memory_per_client * _GIB),
         cache_bytes=int(config.trunk.cache_memory * _GIB),
+        weight_bytes=int(config.trunk.snapshot_memory * _GIB),
         reduction=_reduction(config.trunk),
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
     )
+
+
+def _device(config: TrunkConfig) -> str | None:
+    """The one device of a trunk whose layers are not placed by a device map."""
+    return None if config.device_map else str(resolve_device(config.device, "trunk.device"))
 
 
 def _reduction(config: TrunkConfig) -> Reduction:

@@ -42,6 +42,23 @@ class RoundBase:
     digest: str = ""  # of the trainable parameters, as the round's report gave it
 
 
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One client sent to work in an asynchronous round, from the weights of that moment."""
+
+    number: int  # unique in the experiment, from 1
+    slot: int
+    token: str  # of its session
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A dispatch whose work is done and enters the round's step."""
+
+    dispatch: int
+    factor: float  # in (0, 1]: how much it counts, by its staleness
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RoundPlan:
     """What the coordinator says when it begins a round; see ``BeginRoundRequest``."""
@@ -58,6 +75,7 @@ class RoundPlan:
     window_seconds: float = 120.0
     evaluate: bool = False
     base: RoundBase | None = None  # None: begin with the weights that are there
+    dispatches: tuple[Dispatch, ...] = ()  # step_every BUFFER: everybody at work, old and new
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,9 +19,11 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.optim import LearningRate, make_optimizer
 from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.cache import TrunkCache, keeps_only_keys_and_values
+from flower_split.split.quantise import float_dtype
 from flower_split.trunk.activations import Activation, SavedBytes
 from flower_split.trunk.checks import check_all_finite, check_finite
 from flower_split.trunk.spans import Spans
+from flower_split.trunk.versions import Places, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,11 @@ class TrunkCompute:
         )
         self.parameters = [parameter for _, parameter in self.named]
         first = next(trunk.parameters())
-        self.device, self.dtype = first.device, _float_dtype(trunk)
+        self.device, self.dtype = first.device, float_dtype(trunk)
+        devices = {parameter.device for parameter in trunk.parameters()}
+        self._cuda = [device for device in devices if device.type == "cuda"]
         self.spans = Spans(trunk, self.device, self.dtype)
+        self._places = Places(trunk, self.parameters)
         self._config = optimizer
         self._optimizer = make_optimizer(self.parameters, optimizer) if self.parameters else None
         self._rate = LearningRate(optimizer, 1)
@@ -86,7 +91,7 @@ class TrunkCompute:
         hidden = tensors["hidden_states"]
         with torch.no_grad():
             output = self._run(
-                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache, cuts
+                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache, cuts, None
             )
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
@@ -141,24 +146,36 @@ class TrunkCompute:
         seed_of: str,
         use_cache: bool | None = None,
         cuts: CutLayers | None = None,
+        weights: Weights | None = None,
     ) -> tuple[Tensor, Activation]:
-        """``trunk_output`` and what its backward needs."""
+        """``trunk_output`` and what its backward needs.
+
+        Args:
+            tensors: As in :meth:`forward`.
+            seed_of: As in :meth:`forward`.
+            use_cache: As in :meth:`forward`.
+            cuts: As in :meth:`forward`.
+            weights: Compute with these instead of the trunk's own; the backward does too, and
+                returns gradients by them.
+        """
         smashed = tensors["hidden_states"]
         extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
 
         def run(leaf: Tensor) -> Tensor:
-            return self._run(leaf, extras, True, seed_of, use_cache, cuts)
+            return self._run(leaf, extras, True, seed_of, use_cache, cuts, weights)
 
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
-        with torch.enable_grad(), SavedBytes(self._storages) as saved:
+        known = self._storages | (weights.storages if weights else set())
+        with torch.enable_grad(), SavedBytes(known) as saved:
             output = run(leaf)
         check_finite("trunk_output", output.detach())
         activation = Activation(
-            version=self.version,
+            version=weights.version if weights else self.version,
             num_bytes=max(saved.num_bytes, leaf.nbytes),
             hidden=leaf,
             output=output,
             recompute=run,
+            parameters=weights.parameters if weights else None,
         )
         return output.detach().to(smashed.dtype), activation
 
@@ -178,13 +195,14 @@ class TrunkCompute:
             )
         check_finite("trunk_output_grad", trunk_output_grad)
         leaf, output = activation.hidden, activation.output
+        parameters = self.parameters if activation.parameters is None else activation.parameters
         with torch.enable_grad():
             if output is None:
                 leaf = leaf.detach().requires_grad_()
                 output = activation.recompute(leaf)
             smashed_grad, *gradients = torch.autograd.grad(
                 output,
-                [leaf, *self.parameters],
+                [leaf, *parameters],
                 trunk_output_grad.to(output.device, output.dtype),
                 allow_unused=True,
             )
@@ -297,11 +315,11 @@ class TrunkCompute:
         seed_of: str,
         use_cache: bool | None,
         cuts: CutLayers | None,
+        weights: Weights | None,
     ) -> Tensor:
         self.trunk.train(train)
         options = {"use_cache": use_cache} if isinstance(self.trunk, TrunkModel) else {}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with self._places.holding(weights), torch.random.fork_rng(devices=self._cuda):
             if train:
                 torch.manual_seed(_seed(self.seed, seed_of))
             output: Tensor = self.spans.of(cuts)(
@@ -315,14 +333,6 @@ class TrunkCompute:
 
 def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device)
-
-
-def _float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype of the base weights: LoRA in fp32 beside a bf16 base must not decide it."""
-    for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and "lora_" not in name:
-            return parameter.dtype
-    return torch.float32
 
 
 def _seed(seed: int, name: str) -> int:

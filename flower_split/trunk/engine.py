@@ -31,6 +31,7 @@ from flower_split.threads import pinned_pool
 from flower_split.trunk.activations import ActivationCache
 from flower_split.trunk.caches import CacheStore
 from flower_split.trunk.calls import (
+    Arrival,
     CallResult,
     ContributionKey,
     ForwardMode,
@@ -42,6 +43,7 @@ from flower_split.trunk.calls import (
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_fingerprint, check_tensors
 from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.flights import Flight, Flights
 from flower_split.trunk.gradients import Reduction
 from flower_split.trunk.keeper import RoundKeeper
 from flower_split.trunk.ledger import CallKind, CallName
@@ -51,7 +53,6 @@ from flower_split.trunk.round import (
     contribution_hash,
     hashed,
     seed_name,
-    slot_reports,
 )
 from flower_split.trunk.windows import StepEvery
 
@@ -72,6 +73,7 @@ class TrunkEngine:
         activation_bytes_per_client: Of one client; 0: no limit of its own.
         reduction: How the clients' gradients of a window become one.
         cache_bytes: Budget of the key-value caches of generation, over all clients.
+        weight_bytes: Budget of former weights, for clients that work on them in asynchronous rounds.
         checkpoints: Where rounds are kept before they are committed; None: a trunk that restarts
             can go on only with a new experiment.
         clock: Monotonic seconds; tests pass their own.
@@ -88,6 +90,7 @@ class TrunkEngine:
         activation_bytes_per_client: int = 0,
         reduction: Reduction | None = None,
         cache_bytes: int = 1 << 30,
+        weight_bytes: int = 1 << 30,
         checkpoints: CheckpointStore | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -103,6 +106,13 @@ class TrunkEngine:
             trains=mode == "joint",
             activations=ActivationCache(activation_bytes, activation_bytes_per_client),
             reduction=reduction or Reduction(),
+            flights=Flights(
+                compute,
+                trains=mode == "joint",
+                activations=ActivationCache(activation_bytes, activation_bytes_per_client),
+                weight_bytes=weight_bytes,
+                clock=clock,
+            ),
             epoch=self.epoch,
             changed=self._changed,
             checkpoints=checkpoints,
@@ -140,11 +150,11 @@ class TrunkEngine:
             RoundAborted: The round was given up.
         """
         with self._changed:
-            self._slot_of(self._keeper.open_round(), token)
+            self._slot_of(self._keeper.round_of_token(token), token)
         if cuts is not None and not self._compute.spans.is_admitted(cuts):
             self._on_worker(lambda: self._compute.spans.admit(cuts))
         with self._changed:
-            current = self._keeper.open_round()
+            current = self._keeper.round_of_token(token)
             slot = self._slot_of(current, token)
             check_fingerprint(self.fingerprint, fingerprint, slot, own_cuts=cuts is not None)
             if evaluate != current.plan.evaluate:
@@ -338,10 +348,10 @@ class TrunkEngine:
     def close_session(self, session: str, epoch: int) -> None:
         """A client leaves. Idempotent; leaving before all planned steps gives its place up."""
         with self._changed:
-            current = self._keeper.round
-            member = current.sessions.get(session) if current else None
-            if current is None or member is None or epoch != self.epoch:
+            current = self._keeper.round_of_session(session)
+            if current is None or epoch != self.epoch:
                 return
+            member = current.sessions[session]
             current.closed.add(session)
             if current.plan.evaluate or self.mode != "joint":
                 current.windows.slots[member.slot].finished = True
@@ -364,10 +374,9 @@ class TrunkEngine:
     def count_bytes(self, session: str, received: int, sent: int) -> None:
         """Add a call's bytes on the wire to its slot's totals."""
         with self._changed:
-            current = self._keeper.round
-            member = current.sessions.get(session) if current else None
-            if current and member:
-                slot = member.slot
+            current = self._keeper.round_of_session(session)
+            if current is not None:
+                slot = current.sessions[session].slot
                 current.received[slot] = current.received.get(slot, 0) + received
                 current.sent[slot] = current.sent.get(slot, 0) + sent
 
@@ -379,29 +388,44 @@ class TrunkEngine:
         The round begins with the weights that ``plan.base`` names: if those were prepared, they are
         committed; if this process does not have them, they are restored from their checkpoint. A new
         experiment starts from the trunk's initial weights. A new attempt of a round gives the former
-        attempt up. Safe to retry.
+        attempt up. Safe to retry. An asynchronous round is begun again and again while it is open,
+        each time with everybody who is at work.
 
         Raises:
             TrunkRefused: Another experiment's round is in progress, the plan is empty, or the base's
                 checkpoint is missing or damaged (NO_CHECKPOINT).
         """
-        if not plan.participants:
+        if not plan.participants and not plan.dispatches:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "a round needs at least one participant."
             )
         return self._on_worker(lambda: self._keeper.begin(plan))
 
     def prepare_round(
-        self, experiment: str, server_round: int, attempt: int, deadline: float
+        self,
+        experiment: str,
+        server_round: int,
+        attempt: int,
+        deadline: float,
+        arrivals: Sequence[Arrival] = (),
     ) -> RoundReport:
         """No more contributions will come: finish the last window and report. Safe to retry.
+
+        Args:
+            experiment: Of the round.
+            server_round: Of the round.
+            attempt: Of the round.
+            deadline: When to give up waiting.
+            arrivals: Of an asynchronous round: whose work makes its step.
 
         Raises:
             RoundAborted: The round was given up, or has no quorum without the unfinished clients.
             TrunkRefused: That round is not open.
             TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
         """
-        prepared = self._worker.submit(self._keeper.prepare, experiment, server_round, attempt)
+        prepared = self._worker.submit(
+            self._keeper.prepare, experiment, server_round, attempt, arrivals
+        )
         return self._result(prepared, deadline)
 
     def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
@@ -442,7 +466,7 @@ class TrunkEngine:
             current = self._keeper.round
             if current is None:
                 return base
-            slots = slot_reports(current)
+            slots = self._keeper.slot_reports(current)
             phase = "idle" if current.committed else current.windows.phase.value
             return replace(
                 base,
@@ -468,6 +492,8 @@ class TrunkEngine:
             self._closed = True
             if self._keeper.round is not None and not self._keeper.round.committed:
                 self._keeper.round.windows.abort("the trunk is shutting down")
+            for flight in self._keeper.flights.all():
+                flight.windows.abort("the trunk is shutting down")
             self._changed.notify_all()
         self._watchdog.join(timeout=10)
         self._worker.shutdown(wait=True, cancel_futures=True)
@@ -512,6 +538,9 @@ class TrunkEngine:
                 return
             current.windows.check_planned(name.slot, name.window)
             if not self._keeper.trains:
+                return
+            if isinstance(current, Flight):
+                current.check_forward(version)
                 return
             if current.windows.step_every is StepEvery.CONTRIBUTION:
                 self._take_turn(current, name, deadline)
@@ -656,6 +685,7 @@ class TrunkEngine:
                 )
                 left = deadline - self._clock()
                 silent = bool(current and self._keeper.silent(current))
+                silent = silent or bool(self._keeper.flights.silent())
                 if left > 0 and not silent:
                     self._changed.wait(min(left, 1.0))
             if left > 0 and not silent:

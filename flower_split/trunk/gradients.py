@@ -123,17 +123,24 @@ class Reduction:
     max_client_norm: float = 0.0
     rules: tuple[Rule, ...] = ()
 
-    def __call__(self, slots: Mapping[int, SlotGradient]) -> list[Tensor | None]:
+    def __call__(
+        self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None
+    ) -> list[Tensor | None]:
         """The window's gradient: one fp32 tensor per parameter, or None where nobody has one.
+
+        Args:
+            slots: Slot -> its gradient.
+            factors: Slot -> how much its gradient counts, after clipping and before the rules; the
+                denominator stays the label tokens, so the result is ``Σ s n g / Σ n``. None: all 1.
 
         Raises:
             AggregationError: A rule cannot work on so few clients.
         """
-        if not self.rules:
-            return reduce_in_slot_order(
-                {slot: self._clipped(gradient) for slot, gradient in slots.items()}
-            )
         clipped = {slot: self._clipped(slots[slot]) for slot in sorted(slots)}
+        if factors is not None:
+            clipped = {slot: _times(clipped[slot], factors[slot]) for slot in clipped}
+        if not self.rules:
+            return reduce_in_slot_order(clipped)
         result: list[Tensor | None] = [None] * len(next(iter(slots.values())).total)
         for members, indices in _groups(clipped).items():
             clients = _as_clients({slot: clipped[slot] for slot in members}, indices)
@@ -150,16 +157,22 @@ class Reduction:
         if self.max_client_norm == 0:
             return gradient
         norms = [torch.linalg.vector_norm(total) for total in gradient.total if total is not None]
-        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        gathered = [norm.to(norms[0].device) for norm in norms]  # a trunk may lie on several
+        norm = float(torch.linalg.vector_norm(torch.stack(gathered))) if norms else 0.0
         norm *= gradient.denominator / gradient.num_tokens
         if norm <= self.max_client_norm:
             return gradient
-        return SlotGradient(
-            covers=gradient.covers,
-            denominator=gradient.denominator * self.max_client_norm / norm,
-            num_tokens=gradient.num_tokens,
-            total=gradient.total,
-        )
+        return _times(gradient, self.max_client_norm / norm)
+
+
+def _times(gradient: SlotGradient, factor: float) -> SlotGradient:
+    """A slot's gradient with a factor, over the same tokens."""
+    return SlotGradient(
+        covers=gradient.covers,
+        denominator=gradient.denominator * factor,
+        num_tokens=gradient.num_tokens,
+        total=gradient.total,
+    )
 
 
 def _groups(slots: Mapping[int, SlotGradient]) -> dict[tuple[int, ...], list[int]]:

@@ -7,17 +7,26 @@ window) stepped as one transaction.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from flower_split import failpoints
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.trunk.activations import ActivationCache
-from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport
+from flower_split.trunk.calls import (
+    ActivationReport,
+    Arrival,
+    RoundBase,
+    RoundPlan,
+    RoundReport,
+    SlotReport,
+)
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_weights
 from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.flights import Flight, Flights
 from flower_split.trunk.gradients import Reduction, SlotGradient
 from flower_split.trunk.ledger import CallName
 from flower_split.trunk.round import Round, Session, hashed, seed_name, slot_reports
@@ -34,6 +43,7 @@ class RoundKeeper:
         trains: Whether the trunk's weights train (mode joint).
         activations: What is kept between forward and backward.
         reduction: How the clients' gradients of a window become one.
+        flights: Who is at work in asynchronous rounds.
         epoch: Of this process.
         changed: Guards the round; notified at every transition.
         checkpoints: Where rounds are kept before they are committed.
@@ -47,6 +57,7 @@ class RoundKeeper:
         trains: bool,
         activations: ActivationCache,
         reduction: Reduction,
+        flights: Flights,
         epoch: int,
         changed: threading.Condition,
         checkpoints: CheckpointStore | None,
@@ -56,6 +67,7 @@ class RoundKeeper:
         self.trains = trains
         self.activations = activations
         self.reduction = reduction
+        self.flights = flights
         self.epoch = epoch
         self.changed = changed
         self.clock = clock
@@ -82,7 +94,7 @@ class RoundKeeper:
         """Raise unless ``current`` is still the round of the trunk and was not given up."""
         if current.windows.phase is Phase.ABORTED:
             raise RoundAborted(f"{current} was given up: {current.windows.problem}")
-        if current is not self.round:
+        if current is not self.round and not self.flights.has(current):
             raise TrunkRefused(
                 RefusalReason.WRONG_ATTEMPT, f"{current} is no longer the open round."
             )
@@ -109,7 +121,8 @@ class RoundKeeper:
                 RefusalReason.WRONG_EPOCH,
                 "the trunk process has restarted since this session opened; the round begins again.",
             )
-        current = self.open_round()
+        current = self.flights.by_session(session) or self.open_round()
+        self.require_open(current)
         member = current.sessions.get(session)
         if member is None:
             raise TrunkRefused(
@@ -118,9 +131,28 @@ class RoundKeeper:
         self.touch(current, member.slot)
         return current, member
 
+    def round_of_token(self, token: str) -> Round:
+        """What a token opens a session of: its dispatch, or else the open round."""
+        current = self.flights.by_token(hashed(token)) or self.open_round()
+        self.require_open(current)
+        return current
+
+    def round_of_session(self, session: str) -> Round | None:
+        """What a session belongs to, open or not; None: nothing that is still there."""
+        current = self.flights.by_session(session) or self.round
+        return current if current is not None and session in current.sessions else None
+
+    def slot_reports(self, current: Round) -> tuple[SlotReport, ...]:
+        """What every participant has done so far; in an asynchronous round, everybody at work."""
+        if current.plan.step_every is not StepEvery.BUFFER:
+            return slot_reports(current)
+        return tuple(report for flight in self.flights.all() for report in slot_reports(flight))
+
     def touch(self, current: Round, slot: int) -> None:
         """Note a call of ``slot``, so that who is at work is told from who has gone."""
         current.last_activity = current.last_seen[slot] = self.clock()
+        if isinstance(current, Flight) and self.round is not None:
+            self.round.last_activity = current.last_activity
 
     def silent(self, current: Round) -> list[int]:
         """The slots whose lease has ended: they joined, have not finished, and say nothing.
@@ -154,7 +186,8 @@ class RoundKeeper:
         with self.changed:
             self.require_open(current)
             current.ledger.acknowledge(name.slot, name.window, min(acknowledged, name.micro_batch))
-        self.activations.require_room(
+        activations = self._activations_of(current)
+        activations.require_room(
             name.slot, tensors["hidden_states"].numel() * self.compute.dtype.itemsize
         )
         output, activation = self.compute.forward_train(
@@ -162,8 +195,9 @@ class RoundKeeper:
             seed_of=seed_name(current, name),
             use_cache=use_cache,
             cuts=current.cuts.get(name.slot),
+            weights=current.weights if isinstance(current, Flight) else None,
         )
-        self.activations.put((name.slot, name.window, name.micro_batch), activation)
+        activations.put((name.slot, name.window, name.micro_batch), activation)
         return output
 
     def backward(
@@ -181,18 +215,20 @@ class RoundKeeper:
         with self.changed:
             self.require_open(current)
             current.windows.check(name.slot, name.window)
-        activation = self.activations.get(place)
+        activations = self._activations_of(current)
+        activation = activations.get(place)
         if activation is None:
             raise TrunkRefused(
                 RefusalReason.UNKNOWN_CONTRIBUTION,
                 f"slot {name.slot} sends a backward for window {name.window}, micro-batch "
                 f"{name.micro_batch}, without a forward that the trunk still holds.",
             )
-        if activation.version != self.compute.version or version != activation.version:
+        now = current.version if isinstance(current, Flight) else self.compute.version
+        if activation.version != now or version != activation.version:
             raise TrunkRefused(
                 RefusalReason.STALE_VERSION,
                 f"the forward of slot {name.slot} ran at version {activation.version} (the client "
-                f"says {version}); the weights are at {self.compute.version}. Run it again.",
+                f"says {version}); the weights are at {now}. Run it again.",
             )
         check_weights(activation.hidden.shape, num_tokens, loss_denominator, name.slot)
         smashed_grad, gradients = self.compute.backward(activation, grad)
@@ -211,9 +247,14 @@ class RoundKeeper:
                     loss_denominator=loss_denominator,
                 )
             current.turn = None
-            self.activations.release(place)
+            activations.release(place)
+            if isinstance(current, Flight):
+                self.flights.settled(current)
             self.changed.notify_all()
         return smashed_grad
+
+    def _activations_of(self, current: Round) -> ActivationCache:
+        return self.flights.activations if isinstance(current, Flight) else self.activations
 
     def settle(self, current: Round) -> None:
         """Step with every complete window, or roll back an aborted round."""
@@ -231,6 +272,8 @@ class RoundKeeper:
                 self.compute.restore(current.before)
                 self.activations.clear()
                 current.gradients.clear()
+                if current.plan.step_every is StepEvery.BUFFER:
+                    self.flights.clear(current.windows.problem)
                 level = logging.INFO if current.plan.evaluate else logging.WARNING
                 logger.log(level, "%s aborted: %s", current, current.windows.problem)
             self.changed.notify_all()
@@ -256,6 +299,8 @@ class RoundKeeper:
     def drop(self, current: Round, slot: int, why: str) -> None:
         """A client is gone before it finished: go on without it, or abort, by the quorum."""
         with self.changed:
+            if isinstance(current, Flight) and self.flights.has(current) and not current.over:
+                self.flights.recall(current, why)
             if current is not self.round or current.over:
                 return
             current.windows.drop(slot, why, self.clock())
@@ -263,8 +308,9 @@ class RoundKeeper:
         self.settle(current)
 
     def expire(self, current: Round) -> None:
-        """A deadline of the open window may have passed: act on it."""
+        """A deadline of the open window, or a lease, may have ended: act on it."""
         with self.changed:
+            self.flights.expire()
             if current is not self.round or current.over:
                 return
             current.windows.expire(self.clock())
@@ -289,27 +335,39 @@ class RoundKeeper:
             if former is not None and not former.over:
                 if former.plan == plan:
                     return self.epoch, former.before.version
+                if _is_same_buffer(former, plan):
+                    self.flights.follow(plan)
+                    former.plan = plan
+                    return self.epoch, self.compute.version
                 if self._is_base(former, plan):
                     self._keep(former)
                 else:
                     self._supersede(former, plan)
             if plan.experiment != self.experiment:
+                self.flights.clear(f"experiment {plan.experiment} begins")
                 self.compute.restore(self._initial)
                 self.experiment, self.committed_round = plan.experiment, 0
             self._stand_at(plan.base)
             total = plan.num_server_rounds
-            if plan.step_every is not StepEvery.SERVER_ROUND:
+            if plan.step_every not in (StepEvery.SERVER_ROUND, StepEvery.BUFFER):
                 total *= plan.steps_per_round
             if plan.step_every is StepEvery.CONTRIBUTION:
                 total *= len(plan.participants)
             self.compute.plan(total)
+            buffered = plan.step_every is StepEvery.BUFFER
+            if buffered:
+                self.flights.follow(plan)
+            elif not plan.evaluate:
+                self.flights.clear(f"round {plan.server_round} is not asynchronous")
             self.activations.begin(_num_shares(plan))
             now = self.clock()
             self.round = Round(
                 plan=plan,
                 windows=WindowMachine(
                     plan.participants,
-                    step_every=plan.step_every if self.trains else StepEvery.CONTRIBUTION,
+                    step_every=(
+                        plan.step_every if self.trains or buffered else StepEvery.CONTRIBUTION
+                    ),
                     quorum=plan.quorum,
                     join_seconds=plan.join_seconds,
                     window_seconds=plan.window_seconds,
@@ -319,11 +377,13 @@ class RoundKeeper:
                 slots_by_token={hashed(token): slot for slot, token in plan.participants.items()},
                 last_activity=now,
             )
+            if buffered:
+                self.round.windows.phase = Phase.OPEN  # nobody joins it: dispatches do
             self.changed.notify_all()
             logger.info(
                 "begin %s: slots %s, version %d",
                 self.round,
-                sorted(plan.participants),
+                sorted(plan.participants) or [entry.slot for entry in plan.dispatches],
                 self.compute.version,
             )
             return self.epoch, self.compute.version
@@ -346,6 +406,7 @@ class RoundKeeper:
             return
         if base.server_round == 0:
             if self.committed_round != 0:
+                self.flights.clear("the trunk goes back to its initial weights")
                 self.compute.restore(self._initial)
         elif self.committed_round != base.server_round or self.compute.digest() != base.digest:
             if self._checkpoints is None:
@@ -358,6 +419,7 @@ class RoundKeeper:
             record, tensors = self._checkpoints.load(
                 self.experiment, base.server_round, base.digest
             )
+            self.flights.clear(f"the trunk goes back to round {base.server_round}")
             self.compute.load_state_tensors(tensors, record.version)
             if self.compute.digest() != base.digest:
                 raise TrunkRefused(
@@ -385,15 +447,25 @@ class RoundKeeper:
         )
         self.settle(former)
 
-    def prepare(self, experiment: str, server_round: int, attempt: int) -> RoundReport:
+    def prepare(
+        self,
+        experiment: str,
+        server_round: int,
+        attempt: int,
+        arrivals: Sequence[Arrival] = (),
+    ) -> RoundReport:
         """See :meth:`TrunkEngine.prepare_round`."""
+        reports: tuple[SlotReport, ...] = ()
         with self.changed:
             current = self.named_round(experiment, server_round, attempt)
             if current.report is not None:
                 return current.report
             self.require_open(current)
-            current.windows.finish()
-            self._release_dropped(current)
+            if current.plan.step_every is StepEvery.BUFFER:
+                reports = self._step_with(current, arrivals)
+            else:
+                current.windows.finish()
+                self._release_dropped(current)
         self.settle(current)
         with self.changed:
             self.require_open(current)
@@ -406,13 +478,41 @@ class RoundKeeper:
             current.report = RoundReport(
                 version=self.compute.version,
                 digest=digest,
-                slots=slot_reports(current),
+                slots=reports or slot_reports(current),
                 optimizer_steps=self.compute.version - current.before.version,
                 compute_seconds=current.compute_seconds,
-                activations=self.activations.report(),
+                activations=self._report_activations(current),
             )
         failpoints.reach("trunk.prepare.answering")
         return current.report
+
+    def _step_with(self, current: Round, arrivals: Sequence[Arrival]) -> tuple[SlotReport, ...]:
+        """The one step of an asynchronous round; returns what its arrivals did.
+
+        Raises:
+            TrunkRefused: There is none, or one is not done; nothing has changed.
+        """
+        if not arrivals:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST, f"{current} is to be prepared without an arrival."
+            )
+        taken, gradients, factors = self.flights.take(arrivals)
+        try:
+            if gradients:
+                self.compute.step(self.reduction(gradients, factors))
+        except Exception as error:
+            logger.exception("the optimizer step failed in %s", current)
+            current.windows.abort(f"the trunk's optimizer step failed: {error}")
+            return ()
+        for flight in taken:
+            current.ledger_hash ^= flight.ledger_hash
+            current.compute_seconds += flight.compute_seconds
+        current.windows.phase = Phase.DONE
+        return tuple(report for flight in taken for report in slot_reports(flight))
+
+    def _report_activations(self, current: Round) -> ActivationReport:
+        buffered = current.plan.step_every is StepEvery.BUFFER
+        return (self.flights.activations if buffered else self.activations).report()
 
     def _save(self, current: Round, digest: str) -> None:
         """Write the round's checkpoint, or give the round up."""
@@ -464,7 +564,18 @@ class RoundKeeper:
         self.changed.notify_all()
 
 
+def _is_same_buffer(former: Round, plan: RoundPlan) -> bool:
+    """Whether ``plan`` says again which clients are at work in the asynchronous round ``former``."""
+    return (
+        former.plan.step_every is plan.step_every is StepEvery.BUFFER
+        and replace(plan, dispatches=former.plan.dispatches) == former.plan
+        and former.report is None
+    )
+
+
 def _num_shares(plan: RoundPlan) -> int:
     """Parts of the activation budget: one a client where all run at once, else half for one."""
+    if plan.step_every is StepEvery.BUFFER:
+        return 1  # who is at work has a budget of its own
     most = 2 if plan.step_every is StepEvery.SERVER_ROUND else len(plan.participants)
     return min(most, len(plan.participants))

@@ -3,6 +3,8 @@
 The shell uses one direction of each pair, the coordinator the other.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, SplitError, TrunkRefused
@@ -11,7 +13,9 @@ from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
 from flower_split.trunk.calls import (
     ActivationReport,
+    Arrival,
     ContributionKey,
+    Dispatch,
     RoundBase,
     RoundPlan,
     RoundReport,
@@ -25,6 +29,7 @@ _STEP_EVERY = {
     StepEvery.LOCAL_STEP: pb.LOCAL_STEP,
     StepEvery.SERVER_ROUND: pb.SERVER_ROUND,
     StepEvery.CONTRIBUTION: pb.CONTRIBUTION,
+    StepEvery.BUFFER: pb.BUFFER,
 }
 
 
@@ -130,6 +135,10 @@ def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
             if plan.base
             else None
         ),
+        dispatches=[
+            pb.Dispatch(number=entry.number, slot=entry.slot, token=entry.token)
+            for entry in plan.dispatches
+        ],
     )
 
 
@@ -143,6 +152,13 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
     tokens = set(participants.values())
     if not len(request.participants) == len(participants) == len(tokens) or "" in tokens:
         raise _invalid("every participant needs a slot and a token of its own")
+    dispatches = tuple(
+        Dispatch(entry.number, entry.slot, entry.token) for entry in request.dispatches
+    )
+    numbers = {entry.number for entry in dispatches}
+    tokens = {entry.token for entry in dispatches}
+    if not len(dispatches) == len(numbers) == len(tokens) or "" in tokens or 0 in numbers:
+        raise _invalid("every dispatch needs a number from 1 and a token of its own")
     if not 0 < request.quorum <= 1:
         raise _invalid(f"quorum must be in (0, 1]; it is {request.quorum}")
     if not (request.join_seconds > 0 and request.window_seconds > 0):
@@ -170,7 +186,34 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
             if request.HasField("base")
             else None
         ),
+        dispatches=dispatches,
     )
+
+
+def arrivals_to_proto(arrivals: Sequence[Arrival]) -> list[pb.Arrival]:
+    """The buffer of an asynchronous round."""
+    return [pb.Arrival(dispatch=item.dispatch, factor=item.factor) for item in arrivals]
+
+
+def arrivals_from_proto(request: pb.PrepareRoundRequest) -> tuple[Arrival, ...]:
+    """The buffer of an asynchronous round.
+
+    Raises:
+        TrunkRefused: A dispatch is there twice, or a factor is out of its range.
+    """
+    arrivals = tuple(Arrival(item.dispatch, item.factor) for item in request.arrivals)
+    if len({item.dispatch for item in arrivals}) < len(arrivals):
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST, "PrepareRound: a dispatch arrives twice in one buffer."
+        )
+    for item in arrivals:
+        if not 0 < item.factor <= 1:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"PrepareRound: the factor of dispatch {item.dispatch} must be in (0, 1]; it is "
+                f"{item.factor}.",
+            )
+    return arrivals
 
 
 def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:

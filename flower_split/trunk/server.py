@@ -48,6 +48,7 @@ from flower_split.trunk.answers import (
 from flower_split.trunk.calls import CallResult, ForwardMode
 from flower_split.trunk.engine import TrunkEngine
 from flower_split.trunk.messages import (
+    arrivals_from_proto,
     cache_from_proto,
     cuts_from_proto,
     grant_to_proto,
@@ -326,7 +327,11 @@ class _Shell:
     def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
         self._require_coordinator(context)
         report = self._engine.prepare_round(
-            request.experiment, request.server_round, request.attempt, deadline_of(context)
+            request.experiment,
+            request.server_round,
+            request.attempt,
+            deadline_of(context),
+            arrivals_from_proto(request),
         )
         return report_to_proto(report)
 

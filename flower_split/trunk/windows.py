@@ -38,6 +38,8 @@ class StepEvery(Enum):
     """One window per server round; participants need not run at the same time."""
     CONTRIBUTION = "contribution"
     """A step after every backward, in the order of arrival (SplitFed-V2, arXiv 2004.12088)."""
+    BUFFER = "buffer"
+    """One step per server round, over the arrivals that the coordinator names (asynchronous)."""
 
 
 @dataclass(slots=True)
