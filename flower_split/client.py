@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from flower_split.assets import resolve_model_path
 from flower_split.base_change import set_base_change
-from flower_split.config import RunConfig, resolved_run_config
+from flower_split.client_ranks import OwnLora, at_own_rank, widened
+from flower_split.config import LoraPartConfig, RunConfig, resolved_run_config
 from flower_split.data import (
     ClientData,
     batches,
@@ -32,8 +33,14 @@ from flower_split.data import (
 from flower_split.devices import resolve_device
 from flower_split.errors import TrunkError
 from flower_split.fingerprint import fingerprint
-from flower_split.lora import adapter_state, attach_lora, load_adapter_state, set_trainable
-from flower_split.parts import all_parts, client_parts, model_cuts
+from flower_split.lora import (
+    adapter_state,
+    attach_lora,
+    load_adapter_state,
+    lora_scales,
+    set_trainable,
+)
+from flower_split.parts import client_parts, model_cuts, trunk_parts
 from flower_split.remote_trunk import RemoteTrunk
 from flower_split.split import load_client_model, set_trunk
 from flower_split.training import (
@@ -48,6 +55,7 @@ from flower_split.training import (
 logger = logging.getLogger(__name__)
 
 NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+_SAME_AS_RUN = OwnLora()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,16 +109,23 @@ def stable_seed(*parts: int | str) -> int:
 
 
 @dataclass(slots=True)
+class _Models:
+    """The models of the clients that have the same LoRA."""
+
+    model: PreTrainedModel | None = None  # the client's part
+    whole: PreTrainedModel | None = None  # for the local-only baseline
+    whole_initial: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
 class _Cache:
     """What this process keeps; one run at a time."""
 
     run: str = ""  # the configuration that it belongs to
-    model: PreTrainedModel | None = None  # the client's part
-    whole: PreTrainedModel | None = None  # for the local-only baseline
+    models: dict[OwnLora, _Models] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
     data: dict[tuple[int, int], ClientData] = field(default_factory=dict)
     fingerprint: Mapping[str, str] = field(default_factory=dict)
-    whole_initial: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 _cache = _Cache()
@@ -123,22 +138,44 @@ class Client:
         config: The run's configuration.
         partition_id: Its data partition.
         num_partitions: How many partitions there are.
+        own: What of its LoRA is its own.
     """
 
-    def __init__(self, config: RunConfig, partition_id: int, num_partitions: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        partition_id: int,
+        num_partitions: int,
+        own: OwnLora = _SAME_AS_RUN,
+    ) -> None:
         self.config = config
         self.partition_id = partition_id
         self.num_partitions = num_partitions
+        self.own = own
 
     @classmethod
-    def of(cls, config: RunConfig, partition_id: int, num_partitions: int) -> "Client":
+    def of(
+        cls,
+        config: RunConfig,
+        partition_id: int,
+        num_partitions: int,
+        own: OwnLora = _SAME_AS_RUN,
+    ) -> "Client":
         """The client of a partition; drops what this process kept of another configuration."""
         global _cache
         run = json.dumps(resolved_run_config(config), sort_keys=True)
         if _cache.run != run:
             _cache = _Cache(run=run)
             torch.set_num_threads(config.train.num_threads)
-        return cls(config, partition_id, num_partitions)
+        return cls(config, partition_id, num_partitions, own)
+
+    @property
+    def _models(self) -> _Models:
+        """The models that clients with this client's LoRA share."""
+        return _cache.models.setdefault(self.own, _Models())
+
+    def _at_own_rank(self, parts: dict[str, LoraPartConfig]) -> dict[str, LoraPartConfig]:
+        return at_own_rank(parts, self.own, self.config.lora.client_scale)
 
     @property
     def device(self) -> torch.device:
@@ -180,7 +217,7 @@ class Client:
         Raises:
             SplitError: The model cannot be loaded or cut.
         """
-        if _cache.model is None:
+        if self._models.model is None:
             model = load_client_model(
                 resolve_model_path(self.config.model.name),
                 model_cuts(self.config),
@@ -190,11 +227,10 @@ class Client:
                 revision=self.config.model.revision or None,
                 device=self.device,
             )
-            attach_lora(
-                model, model_cuts(self.config), client_parts(self.config), seed=self.config.seed
-            )
-            _cache.model = model
-        return _cache.model
+            parts = self._at_own_rank(client_parts(self.config))
+            attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
+            self._models.model = model
+        return self._models.model
 
     def train(
         self,
@@ -252,18 +288,26 @@ class Client:
         """The local-only baseline: all three parts, as many steps as the run, from the same start.
 
         Returns:
-            The adapter of the whole model.
+            The adapter of the whole model; trained at this client's ranks, written at the run's.
         """
         model = self._whole_model()
-        load_adapter_state(model, _cache.whole_initial)
+        load_adapter_state(model, self._models.whole_initial)
         for server_round in range(1, self.config.num_server_rounds + 1):
             place, batches = self._place(server_round), self._batches(server_round)
             train_round(model, batches, self.config, place, None)
-        return adapter_state(model)
+        state = adapter_state(model)
+        if self.own == _SAME_AS_RUN:
+            return state
+        other = self._with_the_runs_lora()
+        scales = lora_scales(other._whole_model())
+        return widened(state, lora_scales(model), other._models.whole_initial, scales)
+
+    def _with_the_runs_lora(self) -> "Client":
+        return Client(self.config, self.partition_id, self.num_partitions)
 
     def evaluate_alone(self, adapter: Mapping[str, Tensor]) -> EvalResult:
-        """Held-out loss of an adapter of the whole model."""
-        model = self._whole_model()
+        """Held-out loss of an adapter of the whole model, at the run's ranks."""
+        model = self._with_the_runs_lora()._whole_model()
         load_adapter_state(model, adapter)
         return evaluate(model, self._eval_batches(), self.device)
 
@@ -314,20 +358,21 @@ class Client:
 
     def _whole_model(self) -> PreTrainedModel:
         """The unsplit model with LoRA on all three parts, in this process."""
-        if _cache.whole is None:
+        if self._models.whole is None:
             model = AutoModelForCausalLM.from_pretrained(
                 resolve_model_path(self.config.model.name),
                 dtype=self.config.model.dtype,
                 attn_implementation=self.config.model.attn_implementation or None,
                 revision=self.config.model.revision or "main",
             )
-            cuts, parts = model_cuts(self.config), all_parts(self.config)
+            cuts = model_cuts(self.config)
+            parts = self._at_own_rank(client_parts(self.config)) | trunk_parts(self.config)
             attach_lora(model, cuts, parts, seed=self.config.seed)
-            _cache.whole_initial = adapter_state(model)
+            self._models.whole_initial = adapter_state(model)
             whole: nn.Module = model  # transformers' own `to` is typed for another class
             whole.to(self.device)
-            _cache.whole = model
-        return _cache.whole
+            self._models.whole = model
+        return self._models.whole
 
 
 def _train_reply(result: TrainResult) -> TrainReply:

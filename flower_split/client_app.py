@@ -17,6 +17,7 @@ from torch import Tensor
 from flower_split import failpoints
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.client import Client, TrunkOrder, planned_steps
+from flower_split.client_ranks import own_lora
 from flower_split.concurrency import simulated_clients_at_once
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import (
@@ -96,6 +97,8 @@ def query(message: Message, context: Context) -> RecordDict:
         concurrency=simulated_clients_at_once(),
         fingerprint=client.fingerprint,
         name=client.data.name,
+        lora_rank=client.own.rank,
+        lora_alpha=client.own.alpha,
     )
     return RecordDict({HANDSHAKE: facts.to_record()})
 
@@ -169,7 +172,8 @@ def _client(context: Context) -> tuple[RunConfig, Client]:
                 f"num-partitions={config.num_clients}', each with its own partition-id."
             )
         numbers.append(value)
-    return config, Client.of(config, numbers[0], numbers[1])
+    own = own_lora(config, numbers[0], context.node_config)
+    return config, Client.of(config, numbers[0], numbers[1], own)
 
 
 def _arrays(message: Message) -> ArrayRecord:

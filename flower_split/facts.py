@@ -34,6 +34,8 @@ class ClientFacts:
     concurrency: int  # how many clients its simulation runs at once; 0: not a simulation
     fingerprint: Mapping[str, str]
     name: str = ""  # what its data is about, where the source says so
+    lora_rank: int = 0  # its own, see flower_split.client_ranks; 0: the run's
+    lora_alpha: float = 0.0  # its own; 0: by the run's rule
 
     def to_record(self) -> ConfigRecord:
         """The record that travels."""
@@ -47,6 +49,8 @@ class ClientFacts:
                 "concurrency": self.concurrency,
                 "fingerprint": json.dumps(dict(self.fingerprint), sort_keys=True),
                 "name": self.name,
+                "lora-rank": self.lora_rank,
+                "lora-alpha": self.lora_alpha,
             }
         )
 
@@ -76,6 +80,8 @@ class ClientFacts:
                 concurrency=count("concurrency"),
                 fingerprint={str(name): str(value) for name, value in fingerprint.items()},
                 name=str(record["name"]),
+                lora_rank=count("lora-rank"),
+                lora_alpha=float(str(record["lora-alpha"])),
             )
         except (KeyError, ValueError, AttributeError) as error:
             raise FederationError(
