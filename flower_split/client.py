@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flower_split.assets import resolve_model_path
 from flower_split.base_change import set_base_change
@@ -36,13 +36,16 @@ from flower_split.fingerprint import fingerprint
 from flower_split.lora import (
     adapter_state,
     attach_lora,
+    base_digests,
+    base_values,
+    has_base_values,
     load_adapter_state,
     lora_scales,
     set_trainable,
 )
 from flower_split.parts import client_parts, model_cuts, trunk_parts
 from flower_split.remote_trunk import RemoteTrunk
-from flower_split.split import load_client_model, set_trunk
+from flower_split.split import load_client_model, load_whole_model, set_trunk
 from flower_split.training import (
     EvalResult,
     RoundPlace,
@@ -113,6 +116,7 @@ class _Models:
     """The models of the clients that have the same LoRA."""
 
     model: PreTrainedModel | None = None  # the client's part
+    touched: bool = False  # whether its adapter has other values than it began with
     whole: PreTrainedModel | None = None  # for the local-only baseline
     whole_initial: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -226,11 +230,29 @@ class Client:
                 attn_implementation=self.config.model.attn_implementation or None,
                 revision=self.config.model.revision or None,
                 device=self.device,
+                quantization=self.config.model.quantization or None,
             )
             parts = self._at_own_rank(client_parts(self.config))
             attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
             self._models.model = model
         return self._models.model
+
+    def base_digests(self) -> dict[str, str]:
+        """Of the weights that the adapter's base values come from, by name; see ``lora.initial``."""
+        if not has_base_values(client_parts(self.config)):
+            return {}
+        return base_digests(self._untouched_model())
+
+    def base_values(self, names: Collection[str]) -> dict[str, Tensor]:
+        """What the adapter begins with where the base weights say it, fp32, sorted by name."""
+        values = base_values(self._untouched_model())
+        return {name: value for name, value in values.items() if name in names}
+
+    def _untouched_model(self) -> PreTrainedModel:
+        """The model with its adapter as it was attached: loaded anew if a round has used it."""
+        if self._models.touched:
+            self._models.model, self._models.touched = None, False
+        return self.model
 
     def train(
         self,
@@ -238,6 +260,7 @@ class Client:
         order: TrunkOrder,
         trainable: Collection[str] | None = None,
         base_change: Mapping[str, Tensor] = NOTHING,
+        proximal_mu: float = 0.0,
     ) -> TrainReply:
         """One round with the trunk, from ``adapter``; the model holds the result afterwards.
 
@@ -246,18 +269,21 @@ class Client:
             order: How to reach the trunk.
             trainable: Names of the weights that train in this round; None: all.
             base_change: What the method adds to the frozen base weights.
+            proximal_mu: As for :func:`flower_split.training.train_round`.
 
         Raises:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
+        self._models.touched = True
         set_base_change(self.model, base_change)
         set_trainable(self.model, trainable)
         place = self._place(order.server_round)
         with self._trunk(order) as trunk:
             trunk.open(place.num_steps)
+            batches = self._batches(order.server_round)
             result = train_round(
-                self.model, self._batches(order.server_round), self.config, place, trunk
+                self.model, batches, self.config, place, trunk, proximal_mu=proximal_mu
             )
         return _train_reply(result)
 
@@ -273,6 +299,7 @@ class Client:
             TrunkError: The trunk refused or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
+        self._models.touched = True
         set_base_change(self.model, base_change)
         with self._trunk(order) as trunk:
             trunk.open(0, evaluate=True)
@@ -359,18 +386,18 @@ class Client:
     def _whole_model(self) -> PreTrainedModel:
         """The unsplit model with LoRA on all three parts, in this process."""
         if self._models.whole is None:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = load_whole_model(
                 resolve_model_path(self.config.model.name),
                 dtype=self.config.model.dtype,
                 attn_implementation=self.config.model.attn_implementation or None,
-                revision=self.config.model.revision or "main",
+                revision=self.config.model.revision or None,
+                device=self.device,
+                quantization=self.config.model.quantization or None,
             )
             cuts = model_cuts(self.config)
             parts = self._at_own_rank(client_parts(self.config)) | trunk_parts(self.config)
             attach_lora(model, cuts, parts, seed=self.config.seed)
             self._models.whole_initial = adapter_state(model)
-            whole: nn.Module = model  # transformers' own `to` is typed for another class
-            whole.to(self.device)
             self._models.whole = model
         return self._models.whole
 

@@ -8,10 +8,11 @@ that this package raised on purpose travels as the reply's error, in its own wor
 # ruff: noqa: TID251
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from flower_split import failpoints
@@ -29,9 +30,10 @@ from flower_split.errors import (
     TrunkUnavailable,
 )
 from flower_split.exchange import TRUNK_LOST
-from flower_split.facts import BASE_CHANGE, HANDSHAKE, STEPS, TRAINABLE, ClientFacts
+from flower_split.facts import BASE_CHANGE, BASE_VALUES, HANDSHAKE, STEPS, TRAINABLE, ClientFacts
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
+from flower_split.privacy import privacy_mod
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +49,6 @@ _LOSSES = (
 )
 
 Handler = Callable[[Message, Context], RecordDict]
-
-app = ClientApp()
 
 
 def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
@@ -83,11 +83,13 @@ def _is_loss(error: FlowerSplitError) -> bool:
     return isinstance(error, (RoundAborted, TrunkUnavailable))
 
 
-@app.query()
 @_replies
 def query(message: Message, context: Context) -> RecordDict:
-    """The handshake: what this client holds."""
+    """The handshake: what this client holds; or, asked for them, base values of its adapter."""
     config, client = _client(context)
+    names = _names_of_base_values(message)
+    if names is not None:
+        return RecordDict({BASE_VALUES: to_arrays(client.base_values(names))})
     facts = ClientFacts(
         partition_id=client.partition_id,
         num_partitions=client.num_partitions,
@@ -99,11 +101,11 @@ def query(message: Message, context: Context) -> RecordDict:
         name=client.data.name,
         lora_rank=client.own.rank,
         lora_alpha=client.own.alpha,
+        base_digests=client.base_digests(),
     )
     return RecordDict({HANDSHAKE: facts.to_record()})
 
 
-@app.train()
 @_replies
 def train(message: Message, context: Context) -> RecordDict:
     """One round of training with the trunk, from the adapter in the message."""
@@ -111,7 +113,11 @@ def train(message: Message, context: Context) -> RecordDict:
     order = _order(message)
     failpoints.reach("client.train.begin")
     result = client.train(
-        from_arrays(_arrays(message)), order, _trainable(message), _base_change(message)
+        from_arrays(_arrays(message)),
+        order,
+        _trainable(message),
+        _base_change(message),
+        _proximal_mu(message),
     )
     failpoints.reach("client.train.end")
     content = RecordDict(
@@ -124,7 +130,6 @@ def train(message: Message, context: Context) -> RecordDict:
     return content
 
 
-@app.evaluate()
 @_replies
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Held-out loss of the adapter in the message, with the trunk."""
@@ -133,7 +138,6 @@ def evaluate(message: Message, context: Context) -> RecordDict:
     return RecordDict({"metrics": MetricRecord(dict(metrics))})
 
 
-@app.train("local_only")
 @_replies
 def train_local_only(message: Message, context: Context) -> RecordDict:
     """The baseline: train all three parts alone, on the own data, for as many steps as the run."""
@@ -142,7 +146,6 @@ def train_local_only(message: Message, context: Context) -> RecordDict:
     return RecordDict({"arrays": to_arrays(state)})
 
 
-@app.evaluate("local_only")
 @_replies
 def evaluate_local_only(message: Message, context: Context) -> RecordDict:
     """Held-out loss of every adapter in the message, by the name of its record, without a trunk."""
@@ -193,6 +196,15 @@ def _base_change(message: Message) -> dict[str, Tensor]:
     return {} if record is None else from_arrays(record)
 
 
+def _names_of_base_values(message: Message) -> list[str] | None:
+    """The names that the ServerApp asks for; None: it asks for something else."""
+    for record in message.content.config_records.values():
+        names = record.get("names")
+        if record.get("purpose") == BASE_VALUES and isinstance(names, list):
+            return [str(name) for name in names]
+    return None
+
+
 def _trainable(message: Message) -> list[str] | None:
     """The weights that train in this round, where the strategy's method freezes others."""
     for record in message.content.config_records.values():
@@ -200,6 +212,15 @@ def _trainable(message: Message) -> list[str] | None:
         if isinstance(names, list):
             return [str(name) for name in names]
     return None
+
+
+def _proximal_mu(message: Message) -> float:
+    """The weight of FedProx's term, from the message of Flower's strategy; 0: it is none."""
+    for record in message.content.config_records.values():
+        value = record.get("proximal-mu")
+        if isinstance(value, (int, float)):
+            return float(value)
+    return 0.0
 
 
 def _order(message: Message) -> TrunkOrder:
@@ -216,3 +237,26 @@ def _order(message: Message) -> TrunkOrder:
         "the message does not say where the trunk is. The ServerApp must use "
         "flower_split.strategy.TrunkStrategy around its strategy."
     )
+
+
+def make_client_app(mods: Sequence[Mod] = ()) -> ClientApp:
+    """The ClientApp, with Flower's mods of your own around training.
+
+    The mod that ``privacy.mechanism`` needs is there already, outside of yours: what it clips is
+    what leaves the client. Mods are put around training alone, since Flower's own ones break every
+    reply without an adapter. They see one ArrayRecord and one ConfigRecord, and in the reply the same
+    weights in the same order.
+
+    Args:
+        mods: The first one is outermost, as in Flower.
+    """
+    made = ClientApp()
+    made.query()(query)
+    made.train(mods=[privacy_mod, *mods])(train)
+    made.evaluate()(evaluate)
+    made.train("local_only")(train_local_only)
+    made.evaluate("local_only")(evaluate_local_only)
+    return made
+
+
+app = make_client_app()

@@ -3,7 +3,7 @@
 # ruff: noqa: TID251
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message
 
@@ -11,6 +11,9 @@ from flower_split.errors import FederationError
 
 HANDSHAKE = "handshake"
 """The ConfigRecord of the reply to the handshake."""
+
+BASE_VALUES = "base-values"
+"""A query's purpose, and the ArrayRecord of its reply: what of the adapter begins as the base says."""
 
 STEPS = "steps"
 """The ConfigRecord of per-step lists in a training reply; stripped before the inner strategy."""
@@ -36,6 +39,7 @@ class ClientFacts:
     name: str = ""  # what its data is about, where the source says so
     lora_rank: int = 0  # its own, see flower_split.client_ranks; 0: the run's
     lora_alpha: float = 0.0  # its own; 0: by the run's rule
+    base_digests: Mapping[str, str] = field(default_factory=dict)  # of its base values' weights
 
     def to_record(self) -> ConfigRecord:
         """The record that travels."""
@@ -51,6 +55,7 @@ class ClientFacts:
                 "name": self.name,
                 "lora-rank": self.lora_rank,
                 "lora-alpha": self.lora_alpha,
+                "base-digests": json.dumps(dict(self.base_digests), sort_keys=True),
             }
         )
 
@@ -82,6 +87,10 @@ class ClientFacts:
                 name=str(record["name"]),
                 lora_rank=count("lora-rank"),
                 lora_alpha=float(str(record["lora-alpha"])),
+                base_digests={
+                    str(name): str(digest)
+                    for name, digest in json.loads(str(record["base-digests"])).items()
+                },
             )
         except (KeyError, ValueError, AttributeError) as error:
             raise FederationError(

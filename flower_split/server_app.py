@@ -18,6 +18,7 @@ from flower_split import failpoints
 from flower_split.aggregation.configured import check_strategy
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.assets import resolve_model_path
+from flower_split.base_values import gather_base_values
 from flower_split.baseline import run_local_only
 from flower_split.checkpoint import FOLDER, Resumed, RunCheckpoints
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
@@ -31,10 +32,12 @@ from flower_split.errors import (
 from flower_split.exchange import Federation
 from flower_split.facts import ClientFacts
 from flower_split.handshake import describe_clients, shake_hands, wait_for_nodes
+from flower_split.inner_strategies import InnerContext, InnerFactory, inner_notes
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.parts import client_parts, model_cuts
+from flower_split.privacy import own_inner, privacy_notes, privacy_spent, with_privacy
 from flower_split.recorder import Recorder
 from flower_split.report import RunDirectory
 from flower_split.rounds import (
@@ -45,6 +48,7 @@ from flower_split.rounds import (
     with_retries,
 )
 from flower_split.strategy import TrunkAccess, TrunkStrategy
+from flower_split.strategy_state import check_resumable, load_state, state_of
 from flower_split.trunk.calls import RoundBase, RoundReport
 from flower_split.trunk.child import TrunkProcess
 
@@ -65,8 +69,6 @@ _MAY_DIFFER = (  # keys that a resumed run may change: none of them changes what
 )
 _CONTROL_SECONDS = 60.0  # deadline of one control call to the trunk
 
-app = ServerApp()
-
 
 @dataclass(frozen=True, slots=True)
 class ConnectedTrunk:
@@ -78,30 +80,19 @@ class ConnectedTrunk:
     care: TrunkCare
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run the whole job; see :func:`run`."""
-    log_to_stderr()
-    quiet_libraries()
-    failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
-    try:
-        run(grid, parse_run_config(context.run_config))
-    except FlowerSplitError as error:
-        logger.error("The run failed: %s", error)
-        raise
-
-
-def run(grid: Grid, config: RunConfig) -> None:
+def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> None:
     """Train, evaluate and report.
 
     Args:
         grid: Flower's grid.
         config: The run's configuration.
+        inner: Makes the strategy inside; None: what ``strategy.*`` and ``privacy.*`` name.
 
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
-    check_strategy(config.strategy)
+    if inner is None and config.strategy.name == "lora-fedavg":
+        check_strategy(config.strategy)
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
     resumed = checkpoints.latest(previous=config.resume_previous) if config.resume else None
@@ -114,7 +105,7 @@ def run(grid: Grid, config: RunConfig) -> None:
         logger.info("%s", describe_clients(facts, federation))
         recorder.names = {slot: item.name for slot, item in facts.items()}
         strategy, arrays = make_strategy(
-            config, trunk, federation, facts, recorder, checkpoints, resumed
+            grid, config, trunk, federation, facts, recorder, checkpoints, resumed, inner
         )
         if not recorder.has_round(done):  # nor if the run was lost while it evaluated this round
             label = f"round {done}" if done else "before round 1"
@@ -134,10 +125,15 @@ def run(grid: Grid, config: RunConfig) -> None:
         directory.write_adapter("trunk", final_trunk_adapter(strategy, trunk))
     if config.local_only_baseline:
         run_local_only(grid, federation, recorder)
-    recorder.finish({"clients": len(federation.nodes), "server rounds": config.num_server_rounds})
+    # A round that was tried again has been answered more than once.
+    spent = privacy_spent(strategy.inner, config, config.num_server_rounds + strategy.attempt)
+    recorder.notes += spent.notes
+    counts = {"clients": len(federation.nodes), "server rounds": config.num_server_rounds}
+    recorder.finish({**counts, **spent.facts})
 
 
 def make_strategy(
+    grid: Grid,
     config: RunConfig,
     trunk: ConnectedTrunk,
     federation: Federation,
@@ -145,6 +141,7 @@ def make_strategy(
     recorder: Recorder,
     checkpoints: RunCheckpoints,
     resumed: Resumed | None,
+    make_inner: InnerFactory | None = None,
 ) -> tuple[TrunkStrategy, ArrayRecord]:
     """The run's strategy and the adapter it begins with; both go on from ``resumed``."""
     state, scales = initial_client_adapter(
@@ -155,13 +152,30 @@ def make_strategy(
         dtype=config.model.dtype,
         revision=config.model.revision or None,
         attn_implementation=config.model.attn_implementation or None,
+        fetch=lambda shapes: gather_base_values(
+            grid, federation, facts, shapes, timeout=config.round_timeout
+        ),
     )
-    inner = LoraFedAvg(config.strategy, scales, state, federation.slot_of)
-    arrays, base, attempt = inner.initial_arrays(), RoundBase(0), 0
+    context = InnerContext(
+        config=config,
+        num_clients=len(federation.nodes),
+        initial=state,
+        scales=scales,
+        slot_of=federation.slot_of,
+    )
+    inner = with_privacy(context) if make_inner is None else own_inner(context, make_inner)
+    notes = inner_notes(context) if make_inner is None else []
+    for note in notes + privacy_notes(context, inner):
+        logger.warning("%s", note)
+        recorder.notes.append(note)
+    arrays, base, attempt = to_arrays(state), RoundBase(0), 0
+    if isinstance(inner, LoraFedAvg):
+        arrays = inner.initial_arrays()
     experiment = recorder.run.path.name + "-" + secrets.token_hex(4)
     if resumed is not None:
         entry = resumed.entry
-        inner.load_state_dict(resumed.strategy)
+        check_resumable(inner)
+        load_state(inner, resumed.strategy)
         arrays, base = to_arrays(resumed.adapter), RoundBase(entry.server_round, entry.trunk_digest)
         experiment, attempt = entry.experiment, entry.attempt + 1
         logger.info("going on after round %d of experiment %s", entry.server_round, experiment)
@@ -169,7 +183,8 @@ def make_strategy(
     def commit(server_round: int, report: RoundReport, adapter: ArrayRecord) -> None:
         if server_round:
             recorder.trunk_round(server_round, strategy.attempt, report)
-            recorder.aggregation(server_round, inner.last_summary)
+            if isinstance(inner, LoraFedAvg):
+                recorder.aggregation(server_round, inner.last_summary)
         checkpoints.commit(
             experiment=experiment,
             server_round=server_round,
@@ -177,7 +192,7 @@ def make_strategy(
             trunk_digest=report.digest if server_round else "",
             trunk_version=report.version,
             adapter=from_arrays(adapter),
-            strategy=inner.state_dict(),
+            strategy=state_of(inner),
         )
 
     strategy = TrunkStrategy(
@@ -322,3 +337,36 @@ def _care_of(
                     raise
 
     return TrunkCare(alive, revive)
+
+
+def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
+    """The ServerApp, with a strategy of your own inside the trunk's coordination.
+
+    For example, in an app's ``server_app.py``::
+
+        def inner(context: InnerContext) -> Strategy:
+            return FedAdam(eta=0.01, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
+
+        app = make_server_app(inner)
+
+    Args:
+        inner: See :data:`flower_split.inner_strategies.InnerFactory`; None: what the run config's
+            ``strategy.*`` and ``privacy.*`` name.
+    """
+    made = ServerApp()
+
+    @made.main()
+    def main(grid: Grid, context: Context) -> None:
+        log_to_stderr()
+        quiet_libraries()
+        failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
+        try:
+            run(grid, parse_run_config(context.run_config), inner)
+        except FlowerSplitError as error:
+            logger.error("The run failed: %s", error)
+            raise
+
+    return made
+
+
+app = make_server_app()

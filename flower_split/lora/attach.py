@@ -228,6 +228,8 @@ def _inject(
     # A bare module with the same children: PEFT rewrites what it is told for models with a
     # transformers configuration, and would record settings of one part as those of the model.
     facade = nn.Module()
+    # PEFT asks the model whether it may look for quantised layers, and then each layer.
+    facade.is_loaded_in_8bit = facade.is_loaded_in_4bit = True  # type: ignore[assignment]
     for name, child in model.named_children():
         facade.add_module(name, child)
     transposed = {name for name, module in targets.items() if isinstance(module, Conv1D)}

@@ -88,6 +88,11 @@ def is_base_value(name: str) -> bool:
     return ".lora_" not in name or name.endswith(MAGNITUDE)
 
 
+def is_copy(name: str) -> bool:
+    """Whether a base value is a base weight itself, and so equal on every machine, bit for bit."""
+    return ".lora_" not in name
+
+
 def has_base_values(parts: Mapping[str, LoraPartConfig]) -> bool:
     """Whether an adapter of these settings has base values."""
     return any(
@@ -113,10 +118,11 @@ def base_digests(model: nn.Module) -> dict[str, str]:
     for name, layer in lora_layers(model):
         if ADAPTER_NAME in layer.lora_magnitude_vector:
             sources[name + MAGNITUDE] = cast(Tensor, layer.get_base_layer().weight)
-    return {name: _digest(weight) for name, weight in sorted(sources.items())}
+    return {name: digest_of(weight) for name, weight in sorted(sources.items())}
 
 
-def _digest(tensor: Tensor) -> str:
+def digest_of(tensor: Tensor) -> str:
+    """A digest of a tensor's bytes."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()[:16]
 
