@@ -33,8 +33,8 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
 
     Returns:
         Field name -> short readable value or hex digest: ``protocol``, ``mode``, ``model``
-        (configuration), ``weights``, ``cut-layers``, ``dtype``, ``attention``, ``trunk.train`` and
-        ``lora.bottom``, ``lora.trunk``, ``lora.top``.
+        (configuration), ``weights``, ``cut-layers``, ``dtype``, ``attention``, ``quantization``,
+        ``trunk.train`` and ``lora.bottom``, ``lora.trunk``, ``lora.top``.
 
     Raises:
         SplitError: The model's configuration or weights cannot be read.
@@ -48,6 +48,7 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
         CUT_LAYERS: f"{config.model.first_cut}:{config.model.second_cut}",
         "dtype": config.model.dtype,
         "attention": config.model.attn_implementation or "default",
+        "quantization": _quantization_text(config.model.quantization),
         "trunk.train": config.trunk.train,
         "lora.bottom": _lora_text(config.lora.bottom),
         "lora.trunk": _lora_text(config.lora.trunk),
@@ -93,6 +94,13 @@ def _beside_lora(part: LoraPartConfig) -> str:
     text = "" if part.bias == "none" else f" bias={part.bias}"
     saved = ",".join(sorted(part.saved_modules))
     return text + (f" whole={saved}" if saved else "")
+
+
+def _quantization_text(text: str) -> str:
+    """A name as it is; a JSON object with its keys in order."""
+    if text.lstrip().startswith("{"):
+        return json.dumps(json.loads(text), sort_keys=True)
+    return text or "none"
 
 
 def _model_config_digest(name: str, revision: str | None) -> str:

@@ -33,7 +33,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
 
 
 def quiet_libraries() -> None:
-    """Keep transformers' progress bars and loading remarks out of the run's log.
+    """Keep libraries' progress bars and remarks on every call out of the run's log.
 
     Every actor would repeat them; errors still come as exceptions.
     """
@@ -41,3 +41,4 @@ def quiet_libraries() -> None:
 
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every matrix product

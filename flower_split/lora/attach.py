@@ -248,6 +248,7 @@ def _inject(
             fan_in_fan_out=fan_in_fan_out,
         )
         inject_adapter_in_model(lora, facade, ADAPTER_NAME, low_cpu_mem_usage=meta)
+        del facade.peft_config  # PEFT's note; it warns where it finds one
     for name, child in facade.named_children():
         if model.get_submodule(name) is not child:
             setattr(model, name, child)

@@ -37,6 +37,7 @@ from flower_split.split.quantise import (
     Quantization,
     check_quantised,
     float_dtype,
+    keep_trainable,
     resolve_quantization,
 )
 from flower_split.split.self_check import check_client, check_splittable, settle_cache
@@ -341,6 +342,7 @@ class _Source:
                     f"{INDEX_FILE})."
                 ) from error
         model: PreTrainedModel = loaded[0]
+        keep_trainable(model)
         self._check_complete(loaded[1]["missing_keys"])
         model.__class__ = self.model_class
         model.config.name_or_path = self.name_or_path

@@ -141,6 +141,17 @@ def check_quantised(
         raise SplitError(_untrainable(name_or_path, quantization, why))
 
 
+def keep_trainable(model: nn.Module) -> None:
+    """Let no evaluation change quantised weights.
+
+    On some processors bitsandbytes lays 4-bit weights out anew, rounded and without a backward, the
+    first time that they are used without autograd.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def float_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a part computes in: of its base weights that are neither LoRA nor quantised."""
     for name, parameter in module.named_parameters():
