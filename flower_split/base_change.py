@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from flower_split.aggregation.adapters import factors_from, factors_into, layout_of
 from flower_split.aggregation.factors import Factors
+from flower_split.aggregation.lowrank import LowRankSum, factors_of
 from flower_split.errors import SplitError
 
 A_SUFFIX, B_SUFFIX = ".base_A", ".base_B"
@@ -60,6 +62,42 @@ def base_change_factors(state: Mapping[str, Tensor]) -> dict[str, Factors]:
             raise _unfit(f"{module} has factors of shapes {list(a.shape)} and {list(b.shape)}")
         changes[module] = Factors(a, b)
     return changes
+
+
+def with_base_change(
+    adapter: Mapping[str, Tensor], scales: Mapping[str, float], state: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """An adapter that holds the base change as well, for use on the plain base.
+
+    A module's rank becomes that of the sum, at most the two ranks together, and its scale 1.
+
+    Args:
+        adapter: By tensor name, as ``adapter_state`` returns it.
+        scales: ΔW scale of its modules; as ``lora_scales`` returns them.
+        state: As :func:`base_change_state` returns it.
+
+    Returns:
+        ``(adapter, scales)``; modules without a change are as they were.
+
+    Raises:
+        SplitError: The change does not fit the adapter.
+    """
+    layout = layout_of(adapter)
+    whole, new_scales = dict(adapter), dict(scales)
+    for module, change in base_change_factors(state).items():
+        if module not in layout.modules:
+            raise _unfit(f"{module} is no module with LoRA")
+        own = factors_from(adapter, module, layout.modules[module], scales[module])
+        if (own.out_features, own.in_features) != (change.out_features, change.in_features):
+            raise _unfit(f"{module} changes by {[change.out_features, change.in_features]}")
+        total = LowRankSum(own.out_features, own.in_features)
+        total.add(own, 1.0)
+        total.add(change, 1.0)
+        spectrum = total.spectrum()
+        if len(spectrum.S):
+            factors_into(whole, module, layout, factors_of(spectrum, 1.0))
+            new_scales[module] = 1.0
+    return whole, new_scales
 
 
 def set_base_change(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -2,8 +2,9 @@
 
 Names are the unsplit model's, so the parts' tensors are simply put together. Where parts differ in
 rank or alpha, PEFT's ``rank_pattern`` and ``alpha_pattern`` say so; rsLoRA is written as the plain
-alpha of the same scale. A trunk that was trained in full goes into the adapter whole, as PEFT's
-``modules_to_save``.
+alpha of the same scale. What a method put beside the clients' base weights goes into the adapter,
+whose modules then have ranks of their own. A trunk that was trained in full goes into the adapter
+whole, as PEFT's ``modules_to_save``.
 """
 
 from collections import Counter
@@ -15,7 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flower_split.aggregation import METHODS
 from flower_split.assets import resolve_model_path
+from flower_split.base_change import with_base_change
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
@@ -52,7 +55,7 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
         raise RunDirectoryError(
             f"the export goes to an empty directory; {out} holds other files. Name another one."
         )
-    state = run.read_adapter("client")
+    state, change = run.read_adapter("client"), read_base_change(run)
     trunk = _trunk_state(run)
     model = empty_model(
         resolve_model_path(config.model.name), revision=config.model.revision or None
@@ -61,8 +64,10 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
     whole_layers: list[str] = []
     if config.trunk.train == "full" and config.mode == "joint":
         whole_layers = sorted({_layer_path(name, stack) for name in trunk})
-    state.update(trunk)
-    peft_config = _peft_config(config, state, model, whole_layers)
+    state, scales = with_base_change(state, _scales(config, state, model), change)
+    state |= trunk
+    scales |= _scales(config, trunk, model)
+    peft_config = _peft_config(config, state, scales, model, whole_layers)
     out.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(str(out))
     save_file(
@@ -71,6 +76,16 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
         metadata={"format": "pt"},
     )
     return out
+
+
+def read_base_change(run: RunDirectory) -> dict[str, Tensor]:
+    """What a run's method put beside the clients' base weights; empty where it puts nothing.
+
+    Raises:
+        RunDirectoryError: The file is missing (the run did not finish) or damaged.
+    """
+    changes = METHODS[run.config.strategy.aggregator].changes_base
+    return run.read_adapter("base") if changes else {}
 
 
 def _trunk_state(run: RunDirectory) -> dict[str, Tensor]:
@@ -90,19 +105,38 @@ def _layer_path(name: str, stack: LayerStack) -> str:
     return stack.layer_path(index)
 
 
-def _peft_config(
-    config: RunConfig, state: dict[str, Tensor], model: PreTrainedModel, whole_layers: list[str]
-) -> LoraConfig:
-    """The PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
-    cuts = CutLayers(config.model.first_cut, config.model.second_cut)
-    settings = {"bottom": config.lora.bottom, "trunk": config.lora.trunk, "top": config.lora.top}
-    stack, embeddings = find_stack(model), embedding_names(model)
-    shapes: dict[str, tuple[int, float]] = {}
+def _modules(state: dict[str, Tensor]) -> dict[str, int]:
+    """The modules with LoRA of an adapter, and their ranks."""
+    ranks: dict[str, int] = {}
     for name, tensor in state.items():
         module = next((name[: -len(end)] for end in _A_WEIGHT if name.endswith(end)), None)
         if module is not None:
-            scale = _scale(settings[part_of(module, stack, cuts, embeddings)], module)
-            shapes[module] = (tensor.shape[0], scale * tensor.shape[0])
+            ranks[module] = tensor.shape[0]
+    return ranks
+
+
+def _scales(
+    config: RunConfig, state: dict[str, Tensor], model: PreTrainedModel
+) -> dict[str, float]:
+    """The ΔW scales of an adapter's modules, by the part that each lies in."""
+    cuts = CutLayers(config.model.first_cut, config.model.second_cut)
+    settings = {"bottom": config.lora.bottom, "trunk": config.lora.trunk, "top": config.lora.top}
+    stack, embeddings = find_stack(model), embedding_names(model)
+    return {
+        module: _scale(settings[part_of(module, stack, cuts, embeddings)], module)
+        for module in _modules(state)
+    }
+
+
+def _peft_config(
+    config: RunConfig,
+    state: dict[str, Tensor],
+    scales: dict[str, float],
+    model: PreTrainedModel,
+    whole_layers: list[str],
+) -> LoraConfig:
+    """The PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
+    shapes = {module: (rank, scales[module] * rank) for module, rank in _modules(state).items()}
     if not shapes:
         raise RunDirectoryError(
             "the run's adapters hold no LoRA weights, so there is no adapter to export."

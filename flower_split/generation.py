@@ -23,12 +23,14 @@ from transformers import (
 )
 
 from flower_split.assets import resolve_model_path
+from flower_split.base_change import set_base_change
 from flower_split.client import NoTrunk
 from flower_split.config import RunConfig
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.data import load_tokenizer
 from flower_split.devices import resolve_device
 from flower_split.errors import ConfigError, FlowerSplitError, RunDirectoryError
+from flower_split.export import read_base_change
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora, load_adapter_state
 from flower_split.parts import client_parts, model_cuts, trunk_parts
@@ -178,9 +180,11 @@ def open_generator(run_dir: Path, server: TrunkServer | None = None) -> Iterator
         attn_implementation=config.model.attn_implementation or None,
         revision=config.model.revision or None,
         device=resolve_device(config.train.device, "train.device"),
+        quantization=config.model.quantization or None,
     )
     attach_lora(client, model_cuts(config), client_parts(config), seed=config.seed)
     load_adapter_state(client, run.read_adapter("client"))
+    set_base_change(client, read_base_change(run))
     trained = run.read_adapter("trunk") if config.mode == "joint" else {}
     with _local(config, trained) if server is None else _remote(config, trained, server) as trunk:
         set_trunk(client, trunk)
@@ -198,6 +202,7 @@ def _local(config: RunConfig, trained: Mapping[str, Tensor]) -> Iterator[nn.Modu
         attn_implementation=config.model.attn_implementation or None,
         revision=config.model.revision or None,
         device=resolve_device(config.train.device, "train.device"),
+        quantization=config.model.quantization or None,
     )
     if config.mode == "joint" and config.trunk.train == "full":
         own = dict(trunk.named_parameters())
