@@ -6,8 +6,10 @@ prepares and says which clients' contributions are in; the inner strategy aggreg
 clients' adapters; the trunk commits. Whatever fails in between aborts the round, and the trunk
 returns to its weights of the round's beginning.
 
-The inner strategy may be any of Flower's. It sees a grid that holds only the clients chosen for the
-phase (seeded, over slots), and replies in slot order, so that its sums are repeatable.
+The inner strategy may be any of Flower's, also inside one of its wrappers for differential privacy.
+It sees a grid that holds only the clients chosen for the phase (seeded, over slots), and replies in
+slot order, so that its sums are repeatable. What it carries from round to round is kept with the
+round, and taken back where a round is lost (``flower_split/strategy_state.py``).
 
 This is the last of the six files that a training step passes through.
 """
@@ -21,12 +23,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flower_split import failpoints
-from flower_split.checkpoint import Resumable
+from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import RunConfig
 from flower_split.errors import (
     FederationError,
@@ -39,13 +42,27 @@ from flower_split.errors import (
 )
 from flower_split.exchange import Federation, by_slot, describe, lost_slots
 from flower_split.handshake import num_participants
+from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.node_view import NodeView
+from flower_split.privacy import CLIENT_SIDE, check_clipped, check_wrapped, move_zero_update
 from flower_split.replies import (
+    UNIFORM,
+    check_like_sent,
     check_values,
     completed,
     excluded_by,
     scalars,
+    sent_arrays,
+    with_uniform_weight,
     without_steps,
+)
+from flower_split.strategy_state import (
+    AdaptiveClipping,
+    FixedClipping,
+    begin_again,
+    chain,
+    load_state,
+    state_of,
 )
 from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
@@ -108,8 +125,10 @@ class TrunkStrategy(Strategy):
     """Coordinate the trunk around ``inner``.
 
     Args:
-        inner: Any Flower strategy whose clients return full adapter weights. Its own sampling must
-            not ask for more nodes than take part in a phase.
+        inner: Any Flower strategy whose clients return full adapter weights, or one of Flower's
+            wrappers for differential privacy around it. Its own sampling must not ask for more
+            nodes than take part in a phase. A wrapper belongs inside: what is committed must be
+            what was noised.
         coordinator: The trunk's round control.
         federation: The run's nodes, from the handshake.
         config: The run's configuration.
@@ -121,6 +140,9 @@ class TrunkStrategy(Strategy):
         on_commit: The commit point of a round; None: the trunk's commit is.
         on_steps: Receives the step metrics of accepted replies.
         on_evaluation: Receives the metrics of evaluation replies.
+
+    Raises:
+        ConfigError: The inner strategy would lose the noise of the wrapper around it.
     """
 
     def __init__(
@@ -139,6 +161,7 @@ class TrunkStrategy(Strategy):
         on_steps: StepsSink | None = None,
         on_evaluation: EvaluationSink | None = None,
     ) -> None:
+        check_wrapped(inner)
         self.inner = inner
         self.coordinator = coordinator
         self.federation = federation
@@ -170,6 +193,7 @@ class TrunkStrategy(Strategy):
             TrunkError: The trunk does not answer, or refuses the round.
         """
         view = self._view(grid, server_round, self.config.fraction_train, "train")
+        begin_again(self.inner, server_round)
         inner = self.inner.configure_train(server_round, arrays, config, view)
         return self._open(server_round, list(inner), evaluate=False)
 
@@ -185,7 +209,7 @@ class TrunkStrategy(Strategy):
         phase = self._current(server_round, evaluate=False)
         replies = list(replies)
         phase.lost = lost_slots(self.federation, phase.messages, replies)
-        before = self.inner.state_dict() if isinstance(self.inner, Resumable) else None
+        before = state_of(self.inner)
         try:
             good, problems = by_slot(self.federation, phase.messages, replies)
             self._require(good, problems, server_round)
@@ -193,6 +217,7 @@ class TrunkStrategy(Strategy):
             kept, problems = completed(good, problems, report)
             self._require(kept, problems, server_round)
             check_values(kept, self.federation, server_round, self.inner)
+            self._check_for_flower(kept, server_round)
             failpoints.reach("server.aggregate.before")
             contents = {slot: self._for_inner(server_round, slot, kept[slot]) for slot in kept}
             arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
@@ -202,12 +227,12 @@ class TrunkStrategy(Strategy):
                     f"{type(self.inner).__name__} returned no adapter from {len(kept)} replies; "
                     "see its messages in the log."
                 )
+            arrays = self._checked_result(arrays, server_round)
             problems |= excluded_by(self.inner)  # the quorum is about the trunk's windows
             self._commit(server_round, report, arrays)
         except BaseException as error:
             self.give_up(f"the ServerApp could not finish the round: {error}")
-            if before is not None and isinstance(self.inner, Resumable):
-                self.inner.load_state_dict(before)
+            load_state(self.inner, before)
             raise
         if problems:
             logger.warning(
@@ -270,6 +295,8 @@ class TrunkStrategy(Strategy):
         for slot, reply in good.items():
             if self._on_evaluation is not None:
                 self._on_evaluation(server_round, slot, scalars(reply.content))
+            if self._weighs_uniformly:
+                reply.content = with_uniform_weight(reply.content)
         return self.inner.aggregate_evaluate(server_round, list(good.values()))
 
     # ---------------------------------------------------------------- shared
@@ -464,5 +491,42 @@ class TrunkStrategy(Strategy):
         content, steps = without_steps(reply.content)
         if steps and self._on_steps is not None:
             self._on_steps(server_round, slot, steps, scalars(reply.content))
-        reply.content = content
+        reply.content = with_uniform_weight(content) if self._weighs_uniformly else content
         return reply
+
+    @property
+    def _weighs_uniformly(self) -> bool:
+        """Whether the innermost strategy takes each client's weight from :data:`UNIFORM`."""
+        return any(getattr(part, "weighted_by_key", "") == UNIFORM for part in chain(self.inner))
+
+    def _check_for_flower(self, replies: Mapping[int, Message], server_round: int) -> None:
+        """What Flower's strategies take on trust; this package's own look for themselves."""
+        parts = list(chain(self.inner))
+        if self._phase is None or isinstance(parts[-1], LoraFedAvg):
+            return
+        sent = sent_arrays(dict(zip(self._phase.slots, self._phase.messages, strict=True)))
+        check_like_sent(replies, sent, self.federation, server_round)
+        for part in parts:
+            if isinstance(part, (*FixedClipping, *AdaptiveClipping)):
+                for slot, reply in replies.items():
+                    if isinstance(part, CLIENT_SIDE):
+                        who = f"partition {slot} (node {self.federation.nodes[slot]})"
+                        check_clipped(reply, sent[slot], part.clipping_norm, who, server_round)
+                    move_zero_update(reply, sent[slot])
+
+    def _checked_result(self, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+        """The inner strategy's adapter in fp32, which some of Flower's do not keep.
+
+        Raises:
+            FederationError: It is not finite.
+        """
+        for name, array in arrays.items():
+            if not np.isfinite(array.numpy()).all():
+                raise FederationError(
+                    f"round {server_round}: the inner strategy {type(self.inner).__name__} made NaN or "
+                    f"Inf of finite replies, in {name}. Lower its server learning rate "
+                    "(strategy.options, such as eta) or its noise."
+                )
+        if all(array.dtype == "float32" for array in arrays.values()):
+            return arrays
+        return to_arrays(from_arrays(arrays))

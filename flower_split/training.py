@@ -104,6 +104,7 @@ def train_round(
     config: RunConfig,
     place: RoundPlace,
     trunk: RemoteTrunk | None,
+    proximal_mu: float = 0.0,
 ) -> TrainResult:
     """Train the parameters of ``model`` that require grad for one round.
 
@@ -113,6 +114,10 @@ def train_round(
         config: The run's configuration.
         place: Which round, and how many steps.
         trunk: The open remote trunk of this round; ``None``: nothing is remote.
+        proximal_mu: FedProx's μ: every step's gradient gets μ (w − w₀), that of
+            μ/2 ‖w − w₀‖², where w₀ are the weights that the round began with. The losses that are
+            reported are without it. (Li et al., "Federated Optimization in Heterogeneous Networks",
+            MLSys 2020.)
 
     Raises:
         TrunkError: The trunk refused, aborted the round, or did not answer in time.
@@ -126,6 +131,7 @@ def train_round(
     steps, num_examples, accumulate = [], 0, config.train.gradient_accumulation_steps
     with pinned_pool(min(config.train.micro_batches_in_flight, accumulate), "micro-batch") as pool:
         trainer = _StepTrainer(model, parameters, config, place, trunk, pool)
+        trainer.proximity = _Proximity(parameters, proximal_mu) if proximal_mu else None
         for step in range(place.num_steps):
             micro_batches = [next(batches) for _ in range(accumulate)]
             rate.apply(optimizer, place.first_step + step)
@@ -139,6 +145,21 @@ def train_round(
                 steps[-1].loss,
             )
     return TrainResult(steps, num_examples)
+
+
+class _Proximity:
+    """FedProx's pull towards the weights with which the round began."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mu: float) -> None:
+        self._mu = mu
+        self._pairs = [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def add_gradient(self) -> None:
+        """Add μ (w − w₀) to every gradient; a parameter without one has not moved."""
+        for parameter, start in self._pairs:
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad + self._mu * (parameter - start)
 
 
 class _StepTrainer:
@@ -161,6 +182,7 @@ class _StepTrainer:
         self.pool = pool
         self.device = next(iter(parameters)).device
         self.turns = ComputeTurns(self.device)
+        self.proximity: _Proximity | None = None
         self.auxiliary = (
             AuxiliaryHead(model, trunk) if config.train.auxiliary_head and trunk else None
         )
@@ -175,6 +197,8 @@ class _StepTrainer:
         started = time.perf_counter()
         tokens = [count_label_tokens(batch) for batch in micro_batches]
         loss = self._accumulate(step, micro_batches, tokens)
+        if self.proximity is not None:
+            self.proximity.add_gradient()
         if self.config.train.optimizer.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self.config.train.optimizer.max_grad_norm)
         optimizer.step()
