@@ -18,6 +18,7 @@ scale of the client that receives them.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from flower_split.aggregation.base import at_scale, padded
 from flower_split.aggregation.clients import AdapterSpec
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import ConfigError
+from flower_split.facts import ClientFacts
 from flower_split.lora import embedding_names, part_of
 from flower_split.parts import all_parts, model_cuts
 from flower_split.split.load import empty_model
@@ -122,16 +124,19 @@ def _text(values: Mapping[str, float]) -> str:
 
 
 def rank_specs(
-    config: RunConfig, own: Mapping[int, OwnLora], modules: Iterable[str], name_or_path: str
+    config: RunConfig, facts: Mapping[int, ClientFacts], modules: Iterable[str], name_or_path: str
 ) -> dict[int, AdapterSpec]:
     """Ranks and scales of every client whose LoRA differs from the run's, by slot.
 
     Args:
         config: The run's configuration.
-        own: Slot to what the client has of its own.
+        facts: What the clients said, by slot.
         modules: Names of the modules with LoRA in the global adapter.
         name_or_path: The base model; only its configuration is read.
     """
+    own = {
+        slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
+    }
     if all(item == OwnLora() for item in own.values()):
         return {}
     model = empty_model(name_or_path, revision=config.model.revision or None)
@@ -145,10 +150,23 @@ def rank_specs(
         mine = at_own_rank(parts, item, config.lora.client_scale)
         if mine != parts:
             specs[slot] = AdapterSpec(
-                ranks={m: mine[part].setting_of(m)[0] for m, part in part_by_module.items()},
-                scales={m: mine[part].scale_of(m) for m, part in part_by_module.items()},
+                ranks=_unless_same(
+                    {m: mine[part].setting_of(m)[0] for m, part in part_by_module.items()},
+                    {m: parts[part].setting_of(m)[0] for m, part in part_by_module.items()},
+                ),
+                scales=_unless_same(
+                    {m: mine[part].scale_of(m) for m, part in part_by_module.items()},
+                    {m: parts[part].scale_of(m) for m, part in part_by_module.items()},
+                ),
             )
     return specs
+
+
+Value = TypeVar("Value", int, float)
+
+
+def _unless_same(mine: dict[str, Value], the_runs: dict[str, Value]) -> dict[str, Value] | None:
+    return None if mine == the_runs else mine
 
 
 def widened(

@@ -32,7 +32,7 @@ class Aggregator(ABC):
         seed: For rows of A that the server must invent.
 
     Each method also says whether it takes a server learning rate, changes the clients' base
-    weights, serves mixed ranks, recompresses ΔW (so that ``max_rank`` means something), counts the
+    weights, serves mixed ranks and mixed scales, recompresses ΔW (so that ``max_rank`` means something), counts the
     clients' weights, and which factors stay private to each client.
     """
 
@@ -40,6 +40,7 @@ class Aggregator(ABC):
     takes_learning_rate: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
+    mixed_scales: ClassVar[bool] = True
     recompresses: ClassVar[bool] = False
     counts_weights: ClassVar[bool] = True
     private: ClassVar[frozenset[str]] = frozenset()

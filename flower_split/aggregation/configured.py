@@ -6,7 +6,7 @@ is only known once the clients have said what they hold is :func:`check_clients`
 
 import logging
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from types import NoneType
 
@@ -85,7 +85,10 @@ def check_strategy(config: StrategyConfig) -> Aggregator:
 
 
 def check_clients(
-    config: StrategyConfig, specs: Mapping[int, AdapterSpec], num_participants: int
+    config: StrategyConfig,
+    specs: Mapping[int, AdapterSpec],
+    num_participants: int,
+    node_of: Callable[[int], int] | None = None,
 ) -> None:
     """Check what depends on who takes part.
 
@@ -94,17 +97,40 @@ def check_clients(
         specs: Slot to what that client holds, of the clients that do not hold all of the adapter at
             its initial ranks and scales.
         num_participants: Clients in a training round.
+        node_of: A slot's node, to be named in errors.
 
     Raises:
-        AggregationError: A rule cannot work on these clients.
+        AggregationError: The method or a rule cannot work on these clients.
     """
+
+    def named(slots: Iterable[int]) -> str:
+        return ", ".join(
+            f"{slot} (node {node_of(slot)})" if node_of else str(slot) for slot in sorted(slots)
+        )
+
+    method = METHODS[config.aggregator]
+    ranks = {slot: _ranks_of(spec) for slot, spec in specs.items() if spec.ranks}
+    if ranks and not method.mixed_ranks:
+        listed = "; ".join(f"rank {ranks[slot]} of partition {named([slot])}" for slot in ranks)
+        raise AggregationError(
+            f'strategy.aggregator = "{method.name}" needs one rank for all clients, but some have '
+            f"their own: {listed}. {_names('mixed_ranks')} serve mixed ranks: use one of them, or "
+            "give every client the same rank."
+        )
+    scaled = [slot for slot, spec in specs.items() if spec.scales]
+    if scaled and not method.mixed_scales:
+        raise AggregationError(
+            f'strategy.aggregator = "{method.name}" averages factors, which means nothing under mixed '
+            f"scales of ΔW, but partitions {named(scaled)} have their own (lora-alpha). Use "
+            '"product-delta", or give all the same.'
+        )
     for rule in parse_rules(config.rules):
         if isinstance(rule, (TrimmedMean, Median)):
             others = [slot for slot, spec in specs.items() if spec.ranks or spec.scales]
             if others:
                 raise AggregationError(
                     f"strategy.rules has {_label(rule)}, which compares factors entry by entry, so "
-                    f"all clients must have one rank and scale; partitions {_list(others)} have "
+                    f"all clients must have one rank and scale; partitions {named(others)} have "
                     "their own. Use multi-krum or norm-clipping, which compare ΔW."
                 )
         if isinstance(rule, (Krum, MultiKrum)):
@@ -112,7 +138,7 @@ def check_clients(
             if partial:
                 raise AggregationError(
                     f"strategy.rules has {_label(rule)}, which compares whole adapters; partitions "
-                    f"{_list(partial)} hold only some of its modules (other cut layers). Use "
+                    f"{named(partial)} hold only some of its modules (other cut layers). Use "
                     "norm-clipping, trimmed-mean or median."
                 )
             needed = 2 * rule.malicious + 3
@@ -237,5 +263,7 @@ def _names(trait: str) -> str:
     return ", ".join(name for name, method in METHODS.items() if getattr(method, trait))
 
 
-def _list(slots: Sequence[int]) -> str:
-    return ", ".join(str(slot) for slot in sorted(slots))
+def _ranks_of(spec: AdapterSpec) -> str:
+    """The ranks of a client's modules, ascending, each once."""
+    ranks = spec.ranks.values() if isinstance(spec.ranks, Mapping) else [spec.ranks]
+    return " and ".join(str(rank) for rank in sorted({rank for rank in ranks if rank is not None}))

@@ -23,6 +23,7 @@ class FedIT(Aggregator):
     """A ← Σ w A, B ← Σ w B; all clients have one rank and one scale."""
 
     name: ClassVar[str] = "fedit"
+    mixed_scales: ClassVar[bool] = False
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
         """One round; see :class:`Aggregator`."""
