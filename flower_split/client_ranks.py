@@ -27,7 +27,6 @@ from flower_split.aggregation.base import at_scale, padded
 from flower_split.aggregation.clients import AdapterSpec
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import ConfigError
-from flower_split.facts import ClientFacts
 from flower_split.lora import embedding_names, part_of
 from flower_split.parts import all_parts, model_cuts
 from flower_split.split.load import empty_model
@@ -124,19 +123,16 @@ def _text(values: Mapping[str, float]) -> str:
 
 
 def rank_specs(
-    config: RunConfig, facts: Mapping[int, ClientFacts], modules: Iterable[str], name_or_path: str
+    config: RunConfig, own: Mapping[int, OwnLora], modules: Iterable[str], name_or_path: str
 ) -> dict[int, AdapterSpec]:
     """Ranks and scales of every client whose LoRA differs from the run's, by slot.
 
     Args:
         config: The run's configuration.
-        facts: What the clients said, by slot.
+        own: Slot to what the client has of its own.
         modules: Names of the modules with LoRA in the global adapter.
         name_or_path: The base model; only its configuration is read.
     """
-    own = {
-        slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
-    }
     if all(item == OwnLora() for item in own.values()):
         return {}
     model = empty_model(name_or_path, revision=config.model.revision or None)

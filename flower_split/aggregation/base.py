@@ -32,8 +32,8 @@ class Aggregator(ABC):
         seed: For rows of A that the server must invent.
 
     Each method also says whether it takes a server learning rate, changes the clients' base
-    weights, serves mixed ranks and mixed scales, recompresses ΔW (so that ``max_rank`` means something), counts the
-    clients' weights, and which factors stay private to each client.
+    weights, serves mixed ranks and mixed scales, recompresses ΔW (so that ``max_rank`` means
+    something), counts the clients' weights, and which factors stay private to each client.
     """
 
     name: ClassVar[str]
