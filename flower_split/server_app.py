@@ -15,12 +15,14 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from flower_split import failpoints
-from flower_split.aggregation.configured import check_strategy
+from flower_split.aggregation.clients import AdapterSpec
+from flower_split.aggregation.configured import check_clients, check_strategy
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.assets import resolve_model_path
 from flower_split.base_values import gather_base_values
 from flower_split.baseline import run_local_only
 from flower_split.checkpoint import FOLDER, Resumed, RunCheckpoints
+from flower_split.client_ranks import OwnLora, rank_specs
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.errors import (
@@ -162,7 +164,12 @@ def make_strategy(
         initial=state,
         scales=scales,
         slot_of=federation.slot_of,
+        specs=client_specs(config, facts, scales),
     )
+    if make_inner is None and config.strategy.name == "lora-fedavg":
+        check_clients(
+            config.strategy, context.specs, context.num_sampled, federation.nodes.__getitem__
+        )
     inner = with_privacy(context) if make_inner is None else own_inner(context, make_inner)
     notes = inner_notes(context) if make_inner is None else []
     for note in notes + privacy_notes(context, inner):
@@ -216,6 +223,22 @@ def make_strategy(
         )
         commit(0, nothing, arrays)
     return strategy, arrays
+
+
+def client_specs(
+    config: RunConfig, facts: Mapping[int, ClientFacts], scales: Mapping[str, float]
+) -> dict[int, AdapterSpec]:
+    """What each client holds of the adapter, where that is not all of it as the run has it."""
+    own = {
+        slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
+    }
+    specs = rank_specs(config, own, scales, resolve_model_path(config.model.name))
+    if specs:
+        logger.info(
+            "clients with a LoRA rank or scale of their own, by partition: %s",
+            ", ".join(f"{slot}: {own[slot]}" for slot in specs),
+        )
+    return specs
 
 
 def open_directory(config: RunConfig) -> RunDirectory:
