@@ -479,7 +479,7 @@ class TrunkEngine:
                 bytes_sent=sum(current.sent.values()),
                 slots=slots,
                 problem=current.windows.problem,
-                activations=self._keeper.activations.report(),
+                activations=self._keeper.activation_report(current),
             )
 
     def adapter(self) -> dict[str, Tensor]:

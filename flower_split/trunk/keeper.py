@@ -481,7 +481,7 @@ class RoundKeeper:
                 slots=reports or slot_reports(current),
                 optimizer_steps=self.compute.version - current.before.version,
                 compute_seconds=current.compute_seconds,
-                activations=self._report_activations(current),
+                activations=self.activation_report(current),
             )
         failpoints.reach("trunk.prepare.answering")
         return current.report
@@ -510,7 +510,8 @@ class RoundKeeper:
         current.windows.phase = Phase.DONE
         return tuple(report for flight in taken for report in slot_reports(flight))
 
-    def _report_activations(self, current: Round) -> ActivationReport:
+    def activation_report(self, current: Round) -> ActivationReport:
+        """What is kept between forward and backward in this round."""
         buffered = current.plan.step_every is StepEvery.BUFFER
         return (self.flights.activations if buffered else self.activations).report()
 

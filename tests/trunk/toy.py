@@ -44,6 +44,7 @@ def make_engine(
     activation_bytes: int = 2**20,
     activation_bytes_per_client: int = 0,
     reduction: Reduction | None = None,
+    weight_bytes: int = 2**20,
     checkpoints: CheckpointStore | None = None,
     clock=time.monotonic,
 ) -> TrunkEngine:
@@ -57,6 +58,7 @@ def make_engine(
         activation_bytes=activation_bytes,
         activation_bytes_per_client=activation_bytes_per_client,
         reduction=reduction,
+        weight_bytes=weight_bytes,
         checkpoints=checkpoints,
         clock=clock,
     )
