@@ -7,12 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import Message
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from flower_split.arrays import from_arrays
+from flower_split.checkpoint import RunCheckpoints
 from flower_split.config import Scalar, parse_run_config
+from flower_split.data import eval_batches, load_client_data, load_tokenizer
+from flower_split.errors import FlowerSplitError, RoundLost, RunDirectoryError
+from flower_split.export import export_adapter
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
+from flower_split.training import evaluate
 from tests.flower.local_grid import LocalGrid, TrunkHere
 from tests.flower.tiny import make_data, make_model, tiny_config
 
@@ -78,6 +85,9 @@ class Job:
 
     def run(self, name: str, aggregator: str, **changes: Scalar) -> Outcome:
         config = self.config(name, aggregator, **changes)
+        return self.go(name, config)
+
+    def go(self, name: str, config: dict[str, Scalar]) -> Outcome:
         grid = RecordingGrid(CLIENTS, config)
         run(grid, parse_run_config(config))
         return Outcome(RunDirectory.open(self.root / name), grid.trained)
@@ -179,3 +189,83 @@ def test_run_whose_method_changes_the_base_is_exactly_the_mean_of_the_clients(
 
 def test_run_with_fedit_is_not_the_mean_of_the_clients(job: Job) -> None:
     assert drift(job.run("run", "fedit")) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT reads it
+@pytest.mark.parametrize("aggregator", ["flora", "fedex-lora"])
+def test_exported_adapter_has_the_held_out_loss_that_the_clients_reported(
+    job: Job, aggregator: str, tmp_path: Path
+) -> None:
+    done = job.run("run", aggregator).directory
+    export_adapter(done.path, tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(str(job.model))
+    tokenizer = load_tokenizer(done.config.model)
+    reported = {
+        int(str(record["partition_id"])): float(str(record["loss-sum"]))
+        for record in done.metrics("evaluation")
+        if record["server_round"] == ROUNDS
+    }
+    model = PeftModel.from_pretrained(base, str(tmp_path / "out"))
+    for partition in range(CLIENTS):
+        data = load_client_data(done.config, tokenizer, partition, CLIENTS)
+        batches = eval_batches(data.evaluate, done.config.train.batch_size, 0)
+        found = evaluate(model.get_base_model(), batches, torch.device("cpu")).loss_sum
+        assert found == pytest.approx(reported[partition], rel=1e-5)
+    change = done.read_adapter("base")
+    done.write_adapter("base", {name: tensor * 0 for name, tensor in change.items()})
+    export_adapter(done.path, tmp_path / "without")
+    without = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(str(job.model)), str(tmp_path / "without")
+    )
+    data = load_client_data(done.config, tokenizer, 0, CLIENTS)
+    batches = eval_batches(data.evaluate, done.config.train.batch_size, 0)
+    lost = evaluate(without.get_base_model(), batches, torch.device("cpu")).loss_sum
+    assert abs(lost - reported[0]) > 1e-3 * reported[0]
+
+
+def fail_commit(
+    monkeypatch: pytest.MonkeyPatch, server_round: int, error: FlowerSplitError
+) -> list[int]:
+    """The first commit of this round fails; returns a list of the rounds in which it did."""
+    commit, failed = RunCheckpoints.commit, []
+
+    def failing(self: RunCheckpoints, **arguments: object) -> None:
+        if arguments["server_round"] == server_round and not failed:
+            failed.append(server_round)
+            raise error
+        commit(self, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunCheckpoints, "commit", failing)
+    return failed
+
+
+def assert_same_end(one: RunDirectory, two: RunDirectory, parts: tuple[str, ...]) -> None:
+    for part in parts:
+        expected, found = one.read_adapter(part), two.read_adapter(part)
+        assert expected.keys() == found.keys() and expected
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("aggregator", ["flora", "fedex-lora"])
+def test_resumed_run_whose_method_changes_the_base_ends_on_the_same_bits(
+    job: Job, aggregator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = job.run("calm", aggregator)
+    failed = fail_commit(monkeypatch, 2, RunDirectoryError("the disk is full"))
+    with pytest.raises(RunDirectoryError, match="the disk is full"):
+        job.run("killed", aggregator)
+    assert failed == [2]
+    config = {**job.config("killed", aggregator), "resume": str(job.root / "killed")}
+    resumed = job.go("killed", config)
+    assert sorted(resumed.trained) == [2, 3]
+    assert_same_end(calm.directory, resumed.directory, ("client", "base", "trunk"))
+
+
+def test_round_that_was_lost_leaves_nothing_in_the_base(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = job.run("calm", "fedex-lora")
+    failed = fail_commit(monkeypatch, 1, RoundLost("the connection was lost"))
+    again = job.run("again", "fedex-lora")
+    assert failed == [1] and len(again.trained[1]) == 2 * CLIENTS
+    assert_same_end(calm.directory, again.directory, ("client", "base", "trunk"))
