@@ -43,9 +43,9 @@ from flower_split.lora import (
     lora_scales,
     set_trainable,
 )
-from flower_split.parts import client_parts, model_cuts, trunk_parts
+from flower_split.parts import client_cuts, client_parts, held_parts, model_cuts, trunk_parts
 from flower_split.remote_trunk import RemoteTrunk
-from flower_split.split import load_client_model, load_whole_model, set_trunk
+from flower_split.split import CutLayers, load_client_model, load_whole_model, set_trunk
 from flower_split.training import (
     EvalResult,
     RoundPlace,
@@ -115,8 +115,8 @@ def stable_seed(*parts: int | str) -> int:
 class _Models:
     """The models of the clients that have the same LoRA."""
 
-    model: PreTrainedModel | None = None  # the client's part
-    touched: bool = False  # whether its adapter has other values than it began with
+    parts: dict[CutLayers, PreTrainedModel] = field(default_factory=dict)  # of the clients
+    touched: set[CutLayers] = field(default_factory=set)  # whose adapter is not what it began with
     whole: PreTrainedModel | None = None  # for the local-only baseline
     whole_initial: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -143,6 +143,7 @@ class Client:
         partition_id: Its data partition.
         num_partitions: How many partitions there are.
         own: What of its LoRA is its own.
+        cuts: Where its model is cut.
     """
 
     def __init__(
@@ -151,11 +152,13 @@ class Client:
         partition_id: int,
         num_partitions: int,
         own: OwnLora = _SAME_AS_RUN,
+        cuts: CutLayers | None = None,
     ) -> None:
         self.config = config
         self.partition_id = partition_id
         self.num_partitions = num_partitions
         self.own = own
+        self.cuts = cuts or client_cuts(config, partition_id)
 
     @classmethod
     def of(
@@ -164,14 +167,23 @@ class Client:
         partition_id: int,
         num_partitions: int,
         own: OwnLora = _SAME_AS_RUN,
+        cuts: CutLayers | None = None,
     ) -> "Client":
-        """The client of a partition; drops what this process kept of another configuration."""
+        """The client of a partition; drops what this process kept of another configuration.
+
+        Args:
+            config: The run's configuration.
+            partition_id: The client's data partition.
+            num_partitions: How many partitions there are.
+            own: What of its LoRA is its own.
+            cuts: Its own cut layers; None: what the run's configuration says.
+        """
         global _cache
         run = json.dumps(resolved_run_config(config), sort_keys=True)
         if _cache.run != run:
             _cache = _Cache(run=run)
             torch.set_num_threads(config.train.num_threads)
-        return cls(config, partition_id, num_partitions, own)
+        return cls(config, partition_id, num_partitions, own, cuts)
 
     @property
     def _models(self) -> _Models:
@@ -221,10 +233,10 @@ class Client:
         Raises:
             SplitError: The model cannot be loaded or cut.
         """
-        if self._models.model is None:
+        if self.cuts not in self._models.parts:
             model = load_client_model(
                 resolve_model_path(self.config.model.name),
-                model_cuts(self.config),
+                self.cuts,
                 NoTrunk(),
                 dtype=self.config.model.dtype,
                 attn_implementation=self.config.model.attn_implementation or None,
@@ -232,10 +244,15 @@ class Client:
                 device=self.device,
                 quantization=self.config.model.quantization or None,
             )
-            parts = self._at_own_rank(client_parts(self.config))
-            attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
-            self._models.model = model
-        return self._models.model
+            attach_lora(
+                model,
+                model_cuts(self.config),
+                self._at_own_rank(held_parts(self.config, self.cuts)),
+                seed=self.config.seed,
+                incomplete=("trunk",),
+            )
+            self._models.parts[self.cuts] = model
+        return self._models.parts[self.cuts]
 
     def base_digests(self) -> dict[str, str]:
         """Of the weights that the adapter's base values come from, by name; see ``lora.initial``."""
@@ -250,8 +267,9 @@ class Client:
 
     def _untouched_model(self) -> PreTrainedModel:
         """The model with its adapter as it was attached: loaded anew if a round has used it."""
-        if self._models.touched:
-            self._models.model, self._models.touched = None, False
+        if self.cuts in self._models.touched:
+            del self._models.parts[self.cuts]
+            self._models.touched.remove(self.cuts)
         return self.model
 
     def train(
@@ -275,7 +293,7 @@ class Client:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
-        self._models.touched = True
+        self._models.touched.add(self.cuts)
         set_base_change(self.model, base_change)
         set_trainable(self.model, trainable)
         place = self._place(order.server_round)
@@ -299,7 +317,7 @@ class Client:
             TrunkError: The trunk refused or did not answer in time.
         """
         load_adapter_state(self.model, adapter)
-        self._models.touched = True
+        self._models.touched.add(self.cuts)
         set_base_change(self.model, base_change)
         with self._trunk(order) as trunk:
             trunk.open(0, evaluate=True)
@@ -377,6 +395,7 @@ class Client:
                 call_timeout=self.config.trunk.call_timeout,
                 wire_dtype=self.config.trunk.wire_dtype,
                 root_certificates=order.root_certificates,
+                cuts=self.cuts,
             )
             stack.callback(set_trunk, self.model, NoTrunk())
             stack.callback(trunk.close)

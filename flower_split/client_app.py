@@ -33,6 +33,7 @@ from flower_split.exchange import TRUNK_LOST
 from flower_split.facts import BASE_CHANGE, BASE_VALUES, HANDSHAKE, STEPS, TRAINABLE, ClientFacts
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
+from flower_split.parts import client_cuts
 from flower_split.privacy import privacy_mod
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ def query(message: Message, context: Context) -> RecordDict:
         name=client.data.name,
         lora_rank=client.own.rank,
         lora_alpha=client.own.alpha,
+        cuts=client.cuts,
         base_digests=client.base_digests(),
     )
     return RecordDict({HANDSHAKE: facts.to_record()})
@@ -176,7 +178,8 @@ def _client(context: Context) -> tuple[RunConfig, Client]:
             )
         numbers.append(value)
     own = own_lora(config, numbers[0], context.node_config)
-    return config, Client.of(config, numbers[0], numbers[1], own)
+    cuts = client_cuts(config, numbers[0], context.node_config)
+    return config, Client.of(config, numbers[0], numbers[1], own, cuts)
 
 
 def _arrays(message: Message) -> ArrayRecord:

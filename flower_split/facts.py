@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message
 
-from flower_split.errors import FederationError
+from flower_split.errors import FederationError, SplitError
+from flower_split.split import CutLayers
 
 HANDSHAKE = "handshake"
 """The ConfigRecord of the reply to the handshake."""
@@ -39,6 +40,7 @@ class ClientFacts:
     name: str = ""  # what its data is about, where the source says so
     lora_rank: int = 0  # its own, see flower_split.client_ranks; 0: the run's
     lora_alpha: float = 0.0  # its own; 0: by the run's rule
+    cuts: CutLayers | None = None  # where its model is cut; None: where the run says
     base_digests: Mapping[str, str] = field(default_factory=dict)  # of its base values' weights
 
     def to_record(self) -> ConfigRecord:
@@ -55,6 +57,7 @@ class ClientFacts:
                 "name": self.name,
                 "lora-rank": self.lora_rank,
                 "lora-alpha": self.lora_alpha,
+                "cut-layers": str(self.cuts or ""),
                 "base-digests": json.dumps(dict(self.base_digests), sort_keys=True),
             }
         )
@@ -87,12 +90,13 @@ class ClientFacts:
                 name=str(record["name"]),
                 lora_rank=count("lora-rank"),
                 lora_alpha=float(str(record["lora-alpha"])),
+                cuts=CutLayers.parse(str(record["cut-layers"])) if record["cut-layers"] else None,
                 base_digests={
                     str(name): str(digest)
                     for name, digest in json.loads(str(record["base-digests"])).items()
                 },
             )
-        except (KeyError, ValueError, AttributeError) as error:
+        except (KeyError, ValueError, AttributeError, SplitError) as error:
             raise FederationError(
                 f"the handshake of node {message.metadata.src_node_id} cannot be read ({error}). "
                 "Run the same version of flower_split on every machine."

@@ -18,7 +18,9 @@ from flower_split.config import RunConfig
 from flower_split.errors import FederationError
 from flower_split.exchange import Federation, by_slot, describe_nodes, exchange, lost_slots
 from flower_split.facts import HANDSHAKE, ClientFacts
-from flower_split.fingerprint import differing_fields
+from flower_split.fingerprint import CUT_LAYERS, differing_fields
+from flower_split.parts import model_cuts
+from flower_split.split import CutLayers
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,10 @@ def check_facts(
                 "or train.local-epochs."
             )
         nodes[slot] = node
-        differing = differing_fields(facts.fingerprint, trunk_fingerprint)
+        _check_cuts(facts, node, config, trunk_fingerprint)
+        differing = differing_fields(
+            facts.fingerprint, trunk_fingerprint, own_cuts=facts.cuts is not None
+        )
         if differing:
             pairs = ", ".join(
                 f"{name}: client {facts.fingerprint.get(name)!r}, trunk "
@@ -189,8 +194,32 @@ def check_facts(
                 "configuration: flower-split trunk APP --run-config '…', and use the same model "
                 "files on every machine."
             )
+    strangers = sorted(config.model.own_cuts.keys() - nodes.keys())
+    if strangers:
+        raise FederationError(
+            f"model.cuts-by-partition names partition {', '.join(map(str, strangers))}, which no "
+            f"client holds; the partitions are {', '.join(map(str, nodes))}. Leave it out."
+        )
     _check_concurrency([facts for _, facts in answers], config)
     return Federation(nodes)
+
+
+def _check_cuts(
+    facts: ClientFacts, node: int, config: RunConfig, trunk_fingerprint: Mapping[str, str]
+) -> None:
+    """Refuse a client whose cut layers do not lie within the span of the trunk that is there."""
+    if facts.cuts is None:
+        return
+    text = trunk_fingerprint.get(CUT_LAYERS)
+    span = CutLayers.parse(text) if text else model_cuts(config)
+    if not span.holds(facts.cuts):
+        raise FederationError(
+            f"partition {facts.partition_id} (node {node}) is cut at {facts.cuts}, and the trunk holds "
+            f"layers {span.first} to {span.second - 1} (cut layers {span}), so the layers between are "
+            "not all there. Give the client more layers (--node-config 'first-cut=… second-cut=…', "
+            "model.cuts-by-partition), or start the trunk with a wider span (model.first-cut, "
+            "model.second-cut)."
+        )
 
 
 def _check_concurrency(answers: Sequence[ClientFacts], config: RunConfig) -> None:

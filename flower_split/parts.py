@@ -61,11 +61,18 @@ def check_overlap(config: RunConfig, who: str) -> None:
     Raises:
         ConfigError: The trunk trains something else than LoRA.
     """
-    if config.mode == "joint" and config.trunk.train != "lora":
+    lora = config.lora.trunk
+    found = {
+        f'trunk.train is "{config.trunk.train}"': config.trunk.train != "lora",
+        "lora.trunk.use-dora is set": lora.use_dora,
+        f'lora.trunk.bias is "{lora.bias}"': lora.bias != "none",
+        "lora.trunk.modules-to-save is set": bool(lora.modules_to_save),
+    }
+    why = next((what for what, is_so in found.items() if is_so), "")
+    if config.mode == "joint" and why:
         raise ConfigError(
             f"{who} has cut layers of its own and would train trunk layers itself, which it does "
-            f'with LoRA only; trunk.train is "{config.trunk.train}". Set trunk.train = "lora", or '
-            "leave the client's cut layers out."
+            f"with plain LoRA only; {why}. Leave that setting or the client's cut layers out."
         )
 
 

@@ -1,5 +1,6 @@
 """Where a model is cut, and the rule its cut layers must keep."""
 
+import re
 from dataclasses import dataclass
 
 from flower_split.errors import SplitError
@@ -26,6 +27,28 @@ class CutLayers:
                 f"cut layers must satisfy 0 <= first < second, so that the trunk has a layer; "
                 f"they are first={self.first} and second={self.second}."
             )
+
+    def __str__(self) -> str:
+        """``first:second``, as :meth:`parse` reads it."""
+        return f"{self.first}:{self.second}"
+
+    @classmethod
+    def parse(cls, text: str) -> "CutLayers":
+        """Read ``first:second``.
+
+        Raises:
+            SplitError: It does not read so, or the numbers are no cut layers.
+        """
+        match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
+        if match is None:
+            raise SplitError(
+                f'cut layers are written first:second, such as "3:5"; {text!r} is not.'
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def holds(self, cuts: "CutLayers") -> bool:
+        """Whether a trunk with these cut layers holds all layers between ``cuts``."""
+        return self.first <= cuts.first and cuts.second <= self.second
 
     def check(self, num_layers: int, model_name: str) -> None:
         """Check that the cuts fit a model of ``num_layers`` layers.
