@@ -3,14 +3,16 @@
 Names are the unsplit model's, so the parts' tensors are simply put together. Where parts differ in
 rank or alpha, PEFT's ``rank_pattern`` and ``alpha_pattern`` say so; rsLoRA is written as the plain
 alpha of the same scale. What a method put beside the clients' base weights goes into the adapter,
-whose modules then have ranks of their own. A trunk that was trained in full goes into the adapter
-whole, as PEFT's ``modules_to_save``.
+whose modules then have ranks of their own. What trained whole, a trunk in full or modules of a part,
+goes into the adapter as PEFT's ``modules_to_save``.
 """
 
 from collections import Counter
 from pathlib import Path
+from typing import Literal, cast
 
 from peft import LoraConfig, TaskType
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from flower_split.base_change import with_base_change
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
+from flower_split.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
 from flower_split.report import RunDirectory
 from flower_split.split import CutLayers
 from flower_split.split.load import empty_model
@@ -60,14 +63,17 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
     model = empty_model(
         resolve_model_path(config.model.name), revision=config.model.revision or None
     )
-    stack = find_stack(model)
-    whole_layers: list[str] = []
-    if config.trunk.train == "full" and config.mode == "joint":
-        whole_layers = sorted({_layer_path(name, stack) for name in trunk})
+    if config.trunk.train == "full":
+        _check_in_layers(trunk, find_stack(model))
     state, scales = with_base_change(state, _scales(config, state, model), change)
     state |= trunk
     scales |= _scales(config, trunk, model)
-    peft_config = _peft_config(config, state, scales, model, whole_layers)
+    form = peft_form(config, state, model)
+    state |= tied_copies(state, form, model)
+    if form.use_dora:
+        path = resolve_model_path(config.model.name)
+        state |= neutral_magnitudes(config, path, state, scales)
+    peft_config = _peft_config(config, state, scales, model, form)
     out.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(str(out))
     save_file(
@@ -95,14 +101,13 @@ def _trunk_state(run: RunDirectory) -> dict[str, Tensor]:
     return run.read_adapter("trunk")
 
 
-def _layer_path(name: str, stack: LayerStack) -> str:
-    index = stack.index_of(name)
-    if index is None:
-        raise RunDirectoryError(
-            f"the trunk's tensor {name} lies in no layer of {stack.path}. Restore the run's "
-            "adapters/trunk.safetensors."
-        )
-    return stack.layer_path(index)
+def _check_in_layers(trunk: dict[str, Tensor], stack: LayerStack) -> None:
+    for name in trunk:
+        if stack.index_of(name) is None:
+            raise RunDirectoryError(
+                f"the trunk's tensor {name} lies in no layer of {stack.path}. Restore the run's "
+                "adapters/trunk.safetensors."
+            )
 
 
 def _modules(state: dict[str, Tensor]) -> dict[str, int]:
@@ -133,23 +138,26 @@ def _peft_config(
     state: dict[str, Tensor],
     scales: dict[str, float],
     model: PreTrainedModel,
-    whole_layers: list[str],
+    form: PeftForm,
 ) -> LoraConfig:
     """The PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
     shapes = {module: (rank, scales[module] * rank) for module, rank in _modules(state).items()}
-    if not shapes:
+    if not state:
         raise RunDirectoryError(
-            "the run's adapters hold no LoRA weights, so there is no adapter to export."
+            "the run's adapters hold no tensor, so there is no adapter to export."
         )
     # The commonest setting is the adapter's own; the others are named module by module.
-    rank, alpha = min(Counter(shapes.values()).items(), key=lambda item: (-item[1], item[0]))[0]
+    settings = Counter(shapes.values()).items()
+    rank, alpha = min(settings, key=lambda item: (-item[1], item[0]), default=((1, 1.0), 0))[0]
     return LoraConfig(
         r=rank,
         lora_alpha=_number(alpha),
         rank_pattern={name: r for name, (r, _) in sorted(shapes.items()) if r != rank},
         alpha_pattern={name: _number(a) for name, (_, a) in sorted(shapes.items()) if a != alpha},
-        target_modules=sorted(shapes),
-        modules_to_save=whole_layers or None,
+        target_modules=sorted(shapes) or DUMMY_TARGET_MODULES,  # PEFT's word for "none"
+        use_dora=form.use_dora,
+        bias=cast(Literal["none", "all", "lora_only"], form.bias),
+        modules_to_save=form.whole_modules or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in shapes),
         base_model_name_or_path=resolve_model_path(config.model.name),
         revision=config.model.revision or None,

@@ -38,6 +38,7 @@ from flower_split.lora.state import (
     lora_parameters,
 )
 from flower_split.split import CutLayers
+from flower_split.split.stack import LayerStack
 
 
 def attach_lora(
@@ -75,14 +76,10 @@ def attach_lora(
     meta = any(parameter.is_meta for parameter in model.parameters())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    plans = {
-        part: _PartPlan(model, cuts, part, parts[part])
-        for part in PARTS
-        if part in parts and parts[part].adapts
-    }
-    for part, plan in plans.items():
-        plan.check(complete=part not in incomplete)
-    for plan in plans.values():
+    plans = plans_of(model, cuts, parts)
+    for plan in plans:
+        plan.check(complete=plan.part not in incomplete)
+    for plan in plans:
         if plan.targets:
             _inject(model, plan.config, plan.targets, meta)
     init_of = Inits(model, stack_of(model), cuts, parts)
@@ -93,15 +90,27 @@ def attach_lora(
                 parameter.copy_(initial_value(seed, name, parameter.shape, init_of(name)))
     if not meta:
         renew_magnitudes(model)
-    train_whole(model, [place for plan in plans.values() for place in plan.whole])
+    train_whole(model, [place for plan in plans for place in plan.whole])
     for _, parameter in adapter_parameters(model):
         parameter.requires_grad_(True)
 
 
-class _PartPlan:
+def plans_of(
+    model: nn.Module, cuts: CutLayers, parts: Mapping[str, LoraPartConfig]
+) -> list["PartPlan"]:
+    """What trains of every part of a model that has no adapter yet."""
+    return [
+        PartPlan(model, cuts, part, parts[part])
+        for part in PARTS
+        if part in parts and parts[part].adapts
+    ]
+
+
+class PartPlan:
     """Which modules of a part get LoRA, and which weights train whole; made before either is.
 
     Attributes:
+        part: bottom, trunk or top.
         config: The part's settings.
         targets: Modules that get LoRA, by name.
         saved: Names of the modules that train whole.
@@ -122,6 +131,18 @@ class _PartPlan:
         self.saved = sorted(name for name in self._own if ends_with(name, config.saved_modules))
         self.targets = self._targets(output_embeddings(model)) if config.has_lora else {}
         self.whole = self._whole()
+
+    def whole_modules(self, stack: LayerStack) -> list[str]:
+        """Names of the modules that train whole; of a part in full, its layers and what is beside.
+
+        Args:
+            stack: Where the layers are.
+        """
+        if self.config.train != "full":
+            return [n for n in self.saved if not lies_in(n, set(self.saved) - {n})]
+        owners = [name for name, module in self._own.items() if own_parameters([module])]
+        indices = {name: stack.index_of(name) for name in owners}
+        return sorted({n if i is None else stack.layer_path(i) for n, i in indices.items()})
 
     def _targets(self, head: nn.Module | None) -> dict[str, nn.Module]:
         linear = {n: m for n, m in self._own.items() if isinstance(m, (nn.Linear, Conv1D))}

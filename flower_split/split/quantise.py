@@ -155,7 +155,8 @@ def keep_trainable(model: nn.Module) -> None:
 def float_dtype(module: nn.Module) -> torch.dtype:
     """The dtype that a part computes in: of its base weights that are neither LoRA nor quantised."""
     for name, parameter in module.named_parameters():
-        if parameter.is_floating_point() and parameter.itemsize > 1 and "lora_" not in name:
+        trains = "lora_" in name or ".parametrizations." in name  # in fp32 whatever the base's is
+        if parameter.is_floating_point() and parameter.itemsize > 1 and not trains:
             return parameter.dtype
     declared = getattr(getattr(module, "config", None), "dtype", None)
     return declared if isinstance(declared, torch.dtype) else torch.float32

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from flower_split import failpoints
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.lora import adapter_name
 from flower_split.optim import LearningRate, make_optimizer
 from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.cache import TrunkCache, keeps_only_keys_and_values
@@ -295,7 +296,7 @@ class TrunkCompute:
     def adapter(self) -> dict[str, Tensor]:
         """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
         return {
-            name.replace(".default.", "."): parameter.detach().float().cpu().clone()
+            adapter_name(name): parameter.detach().float().cpu().clone()
             for name, parameter in self.named
         }
 
