@@ -40,6 +40,13 @@ class OwnLora:
     rank: int = 0  # of the parts whose rank is above; 0: the run's
     alpha: float = 0.0  # 0: by lora.client-scale
 
+    def __str__(self) -> str:
+        """For the log."""
+        parts = [f"rank {self.rank}"] * bool(self.rank) + [f"alpha {self.alpha:g}"] * bool(
+            self.alpha
+        )
+        return " ".join(parts) or "the run's"
+
 
 def own_lora(
     config: RunConfig, partition_id: int, node_config: Mapping[str, object] | None = None
