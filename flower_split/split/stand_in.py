@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from flower_split.errors import SplitError
 from flower_split.split.cache import enter_place_holder, find_cache
 
-# nn.Module's own bookkeeping, and what would make a stand-in take part in checkpointing.
+# nn.Module's own bookkeeping; what would make a stand-in take part in checkpointing; and what
+# accelerate puts on a layer that it moves inputs for, whose forward would be the layer's.
 _NOT_COPIED = frozenset(nn.Module().__dict__) | {
     "gradient_checkpointing",
     "_gradient_checkpointing_func",
+    "forward",
+    "_hf_hook",
+    "_old_forward",
 }
 
 
