@@ -15,7 +15,7 @@ from flower_split.aggregation.adapters import layout_of
 from flower_split.aggregation.clients import AdapterSpec
 from flower_split.assets import resolve_model_path
 from flower_split.config import RunConfig
-from flower_split.errors import SplitError
+from flower_split.errors import FederationError, SplitError
 from flower_split.lora import attach_lora
 from flower_split.lora.initial import Inits, initial_value
 from flower_split.lora.state import adapter_parameters, lora_scales
@@ -78,17 +78,43 @@ def cut_specs(
 
     Returns:
         Every slot's, if one client has cut layers of its own; else ``specs``.
+
+    Raises:
+        FederationError: A client would have nothing to train.
     """
     run = model_cuts(config)
     if all(own == run for own in cuts.values()):
         return dict(specs)
     stack, modules = _stack(config), layout_of(adapter).modules
-    return {
-        slot: replace(
-            specs.get(slot, AdapterSpec()), modules=held_modules(modules, stack, run, own)
+    found = {}
+    for slot, own in sorted(cuts.items()):
+        held = held_modules(modules, stack, run, own)
+        if not held:
+            raise FederationError(
+                f"partition {slot} is cut at {own} and holds no module with LoRA: it would have "
+                "nothing to train. Give it more layers, or lora.*.target-modules that it holds."
+            )
+        found[slot] = replace(specs.get(slot, AdapterSpec()), modules=held)
+    return found
+
+
+def check_resumed(former: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
+    """Refuse to go on with clients that hold other layers than before, all together.
+
+    Args:
+        former: The adapter that the run was left with.
+        adapter: The one that it would begin with now.
+
+    Raises:
+        FederationError: They are not of the same tensors.
+    """
+    other = sorted(former.keys() ^ adapter.keys())
+    if other:
+        raise FederationError(
+            "the run to go on with had clients that held other layers: its adapter differs in "
+            f"{len(other)} tensors, such as {other[0]}. Start the SuperNodes with the cut layers "
+            "(first-cut, second-cut) that they had, or begin a new run."
         )
-        for slot, own in sorted(cuts.items())
-    }
 
 
 def unused_layers(run: CutLayers, cuts: Iterable[CutLayers]) -> list[int]:

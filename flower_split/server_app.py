@@ -22,6 +22,7 @@ from flower_split.assets import resolve_model_path
 from flower_split.base_values import gather_base_values
 from flower_split.baseline import run_local_only
 from flower_split.checkpoint import FOLDER, Resumed, RunCheckpoints
+from flower_split.client_cuts import check_resumed, cut_notes, cut_specs, overlap_adapter
 from flower_split.client_ranks import OwnLora, rank_specs
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.coordinator import TrunkCoordinator
@@ -40,6 +41,7 @@ from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.parts import client_parts, model_cuts
 from flower_split.privacy import own_inner, privacy_notes, privacy_spent, with_privacy
+from flower_split.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.recorder import Recorder
 from flower_split.report import RunDirectory
 from flower_split.rounds import (
@@ -62,6 +64,7 @@ _MAY_DIFFER = (  # keys that a resumed run may change: none of them changes what
     "join-timeout",
     "round-timeout",
     "round-retries",
+    "train.client-dir",
     "trunk.address",
     "trunk.token-file",
     "trunk.root-certificates",
@@ -158,13 +161,16 @@ def make_strategy(
             grid, federation, facts, shapes, timeout=config.round_timeout
         ),
     )
+    cuts = {slot: item.cuts or model_cuts(config) for slot, item in facts.items()}
+    overlap, overlap_scales = overlap_adapter(config, cuts.values())
+    state, scales = {**state, **overlap}, {**scales, **overlap_scales}
     context = InnerContext(
         config=config,
         num_clients=len(federation.nodes),
         initial=state,
         scales=scales,
         slot_of=federation.slot_of,
-        specs=client_specs(config, facts, scales),
+        specs=cut_specs(config, cuts, state, client_specs(config, facts, scales)),
     )
     if make_inner is None and config.strategy.name == "lora-fedavg":
         check_clients(
@@ -172,15 +178,17 @@ def make_strategy(
         )
     inner = with_privacy(context) if make_inner is None else own_inner(context, make_inner)
     notes = inner_notes(context) if make_inner is None else []
-    for note in notes + privacy_notes(context, inner):
+    for note in notes + privacy_notes(context, inner) + cut_notes(config, cuts):
         logger.warning("%s", note)
         recorder.notes.append(note)
     arrays, base, attempt = to_arrays(state), RoundBase(0), 0
     if isinstance(inner, LoraFedAvg):
         arrays = inner.initial_arrays()
+        inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
     experiment = recorder.run.path.name + "-" + secrets.token_hex(4)
     if resumed is not None:
         entry = resumed.entry
+        check_resumed(resumed.adapter, state)
         check_resumable(inner)
         load_state(inner, resumed.strategy)
         arrays, base = to_arrays(resumed.adapter), RoundBase(entry.server_round, entry.trunk_digest)

@@ -11,8 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from flower_split.config import Scalar, run_config_keys
 
 
-def make_model(path: Path) -> Path:
-    """A 4-layer Llama with a byte tokenizer, seeded."""
+def make_model(path: Path, num_layers: int = 4) -> Path:
+    """A Llama with a byte tokenizer, seeded."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate(["</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -23,7 +23,7 @@ def make_model(path: Path) -> Path:
         vocab_size=len(vocabulary),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=64,
