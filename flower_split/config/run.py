@@ -57,10 +57,10 @@ class RunConfig:
                 "train.auxiliary-head trains the bottom where no gradient arrives, in mode "
                 f'"forward-only"; the mode is {self.mode!r}.'
             )
-        if self.mode == "joint" and self.trunk.train == "lora" and self.lora.trunk.r == 0:
+        if self.mode == "joint" and self.trunk.train == "lora" and not self.lora.trunk.adapts:
             raise ConfigError(
-                'mode "joint" trains the trunk, but lora.trunk.r is 0 and trunk.train is "lora". '
-                'Set lora.trunk.r, or trunk.train = "full", or mode = "frozen".'
+                'mode "joint" trains the trunk, but lora.trunk.r is 0 and trunk.train is "lora", so '
+                'nothing of it would. Set lora.trunk.r, or trunk.train = "full", or mode = "frozen".'
             )
         if self.lora.top.r == 0 and self.lora.bottom.r == 0:
             raise ConfigError(

@@ -15,6 +15,7 @@ from flower_split.config import (
     LoraPartConfig,
     ModelConfig,
     RunConfig,
+    StrategyConfig,
     parse_run_config,
 )
 from flower_split.errors import ConfigError
@@ -23,6 +24,7 @@ from flower_split.fingerprint import fingerprint
 from flower_split.lora import (
     adapter_state,
     attach_lora,
+    base_values,
     initial_client_adapter,
     load_adapter_state,
     lora_scales,
@@ -46,28 +48,115 @@ PATTERNS = LORA(
     rank_pattern="q_proj=2, mlp.up_proj=7, layers.3.mlp.up_proj=3",
     alpha_pattern="v_proj=20",
 )
-VARIETIES: dict[str, tuple[LoraConfigs, bool]] = {
+DORA = LORA(r=4, use_dora=True)
+TIED, UNTIED = ("llama", True), ("llama", False)
+GPT2 = ("gpt2", True)  # Conv1D, biases, tied embeddings
+VARIETIES: dict[str, tuple[LoraConfigs, tuple[str, bool]]] = {
     "rslora": (
         LoraConfigs(bottom=LORA(r=4, use_rslora=True), top=LORA(r=2, use_rslora=True)),
-        True,
+        TIED,
     ),
     "patterns": (
         LoraConfigs(bottom=replace(PATTERNS, rank_pattern="q_proj=2"), top=PATTERNS),
-        True,
+        TIED,
     ),
-    "patterns and rslora": (LoraConfigs(top=replace(PATTERNS, use_rslora=True)), True),
-    "trunk patterns": (LoraConfigs(trunk=LORA(r=3, rank_pattern="down_proj=6")), True),
-    "gaussian": (LoraConfigs(bottom=LORA(r=4, init="gaussian"), top=LORA(init="gaussian")), True),
-    "embeddings": (LoraConfigs(bottom=LORA(r=4, target_modules="embed_tokens,q_proj")), False),
-    "head": (LoraConfigs(top=LORA(r=3, target_modules="lm_head,up_proj")), False),
-    "embeddings, tied": (LoraConfigs(bottom=LORA(r=4, target_modules="embed_tokens")), True),
-    "head, tied": (LoraConfigs(top=LORA(r=3, target_modules="lm_head,o_proj")), True),
+    "patterns and rslora": (LoraConfigs(top=replace(PATTERNS, use_rslora=True)), TIED),
+    "trunk patterns": (LoraConfigs(trunk=LORA(r=3, rank_pattern="down_proj=6")), TIED),
+    "gaussian": (LoraConfigs(bottom=LORA(r=4, init="gaussian"), top=LORA(init="gaussian")), TIED),
+    "orthogonal": (
+        LoraConfigs(bottom=LORA(r=4, init="orthogonal"), top=LORA(init="orthogonal")),
+        TIED,
+    ),
+    "random": (LoraConfigs(bottom=LORA(r=4, init="random"), top=LORA(init="random")), TIED),
+    "embeddings": (LoraConfigs(bottom=LORA(r=4, target_modules="embed_tokens,q_proj")), UNTIED),
+    "head": (LoraConfigs(top=LORA(r=3, target_modules="lm_head,up_proj")), UNTIED),
+    "embeddings, tied": (LoraConfigs(bottom=LORA(r=4, target_modules="embed_tokens")), TIED),
+    "head, tied": (LoraConfigs(top=LORA(r=3, target_modules="lm_head,o_proj")), TIED),
     "embeddings and head, tied": (
         LoraConfigs(
             bottom=LORA(r=4, alpha=3.0, target_modules="embed_tokens"),
             top=LORA(r=3, target_modules="lm_head"),
         ),
-        True,
+        TIED,
+    ),
+    "dora": (LoraConfigs(bottom=DORA, trunk=DORA, top=replace(DORA, use_rslora=True)), TIED),
+    "dora, gpt2": (LoraConfigs(bottom=DORA, trunk=DORA, top=DORA), GPT2),
+    "dora of the top alone": (LoraConfigs(top=DORA), UNTIED),
+    "dora of the bottom alone, gpt2": (LoraConfigs(bottom=DORA), GPT2),
+    "dora, random": (LoraConfigs(bottom=replace(DORA, init="random"), top=DORA), TIED),
+    "dora on embeddings": (
+        LoraConfigs(bottom=replace(DORA, target_modules="embed_tokens"), top=DORA),
+        UNTIED,
+    ),
+    "dora beside embeddings": (
+        LoraConfigs(bottom=LORA(r=2, target_modules="embed_tokens"), top=DORA),
+        TIED,
+    ),
+    "modules to save": (
+        LoraConfigs(
+            bottom=LORA(r=4, modules_to_save="embed_tokens"),
+            trunk=LORA(r=4, modules_to_save="layers.1.mlp, layers.2.input_layernorm"),
+            top=LORA(r=4, modules_to_save="lm_head,model.norm"),
+        ),
+        UNTIED,
+    ),
+    "embeddings to save, tied": (LoraConfigs(bottom=LORA(modules_to_save="embed_tokens")), TIED),
+    "head to save, tied": (LoraConfigs(top=LORA(modules_to_save="lm_head")), TIED),
+    "embeddings and head to save, tied": (
+        LoraConfigs(
+            bottom=LORA(modules_to_save="embed_tokens"), top=LORA(r=0, modules_to_save="lm_head")
+        ),
+        TIED,
+    ),
+    "modules to save, gpt2": (
+        LoraConfigs(
+            bottom=LORA(r=4, modules_to_save="wpe"), top=LORA(r=4, modules_to_save="ln_f,lm_head")
+        ),
+        GPT2,
+    ),
+    "bias": (
+        LoraConfigs(
+            bottom=LORA(r=4, bias="all"),
+            trunk=LORA(r=4, bias="all"),
+            top=LORA(r=4, bias="lora_only", target_modules="c_attn"),
+        ),
+        GPT2,
+    ),
+    "bias, qwen2": (
+        LoraConfigs(bottom=LORA(bias="lora_only"), top=LORA(bias="all")),
+        ("qwen2", True),
+    ),
+    "biases alone": (
+        LoraConfigs(
+            bottom=LORA(r=0, bias="all"), trunk=LORA(r=0, bias="all"), top=LORA(r=0, bias="all")
+        ),
+        GPT2,
+    ),
+    "everything at once": (
+        LoraConfigs(
+            bottom=replace(DORA, bias="all", modules_to_save="wte"),
+            top=replace(DORA, bias="all", modules_to_save="ln_f", rank_pattern="c_attn=2"),
+        ),
+        GPT2,
+    ),
+    "full top": (LoraConfigs(top=LORA(train="full")), UNTIED),
+    "full top, tied": (LoraConfigs(top=LORA(train="full")), TIED),
+    "full bottom": (LoraConfigs(bottom=LORA(train="full")), TIED),
+    "full bottom and top, tied": (
+        LoraConfigs(bottom=LORA(train="full"), top=LORA(train="full")),
+        TIED,
+    ),
+    "full bottom and top, gpt2": (
+        LoraConfigs(bottom=LORA(train="full"), trunk=DORA, top=LORA(train="full")),
+        GPT2,
+    ),
+    "full bottom and top, no LoRA": (
+        LoraConfigs(
+            bottom=LORA(train="full"),
+            trunk=LORA(r=0, modules_to_save="layers.1"),
+            top=LORA(train="full"),
+        ),
+        TIED,
     ),
 }
 
@@ -81,58 +170,95 @@ def changed(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
     }
 
 
-def make(tmp_path: Path, lora: LoraConfigs, tied: bool) -> tuple[RunConfig, nn.Module, nn.Module]:
-    base = tmp_path / "base"
-    tiny_model("llama", tie_word_embeddings=tied).save_pretrained(base)
+def make(
+    tmp_path: Path,
+    lora: LoraConfigs,
+    base: tuple[str, bool] = TIED,
+    aggregator: str = "fedit",
+    dtype: str = "float32",
+) -> tuple[RunConfig, nn.Module, nn.Module]:
+    family, tied = base
+    path = tmp_path / "base"
+    model = tiny_model(family, tie_word_embeddings=tied)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():  # families begin theirs at 0 and 1
+        if "bias" in name or "norm" in name or "ln_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(path)
     config = RunConfig(
-        model=ModelConfig(name=str(base), first_cut=1, second_cut=3),
+        model=ModelConfig(name=str(path), first_cut=1, second_cut=3, dtype=dtype),
         lora=lora,
+        strategy=StrategyConfig(aggregator=aggregator),
         run_dir=str(tmp_path / "run"),
     )
     cuts = model_cuts(config)
-    trunk = load_trunk_model(str(base), cuts)
+    trunk = load_trunk_model(str(path), cuts, dtype=dtype)
     attach_lora(trunk, cuts, trunk_parts(config), seed=config.seed)
-    client = load_client_model(str(base), cuts, trunk)
+    client = load_client_model(str(path), cuts, trunk, dtype=dtype)
     attach_lora(client, cuts, client_parts(config), seed=config.seed)
     return config, client, trunk
+
+
+def beginning(config: RunConfig, client: nn.Module) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """What the ServerApp begins with: what it draws itself, and the base values of a client."""
+    values = base_values(client)
+    return initial_client_adapter(
+        config.model.name,
+        model_cuts(config),
+        client_parts(config),
+        seed=config.seed,
+        fetch=lambda shapes: {name: values[name] for name in shapes},
+    )
+
+
+def federated(aggregator: AdapterAggregator, client: nn.Module, rounds: int = 2) -> None:
+    """Rounds of two clients, each with a change of its own; the client ends with the result."""
+    for server_round in range(rounds):
+        sent = aggregator.distribute()
+        load_adapter_state(client, sent)
+        aggregator.aggregate(
+            [
+                AdapterUpdate(
+                    slot,
+                    sent,
+                    changed(adapter_state(client), 10 * server_round + slot),
+                    1.0 + slot,
+                )
+                for slot in range(2)
+            ]
+        )
+    load_adapter_state(client, aggregator.distribute())
+
+
+def exported(tmp_path: Path, config: RunConfig, client: nn.Module, trunk: nn.Module) -> Path:
+    run = RunDirectory.create(config)
+    run.write_adapter("client", adapter_state(client))
+    run.write_adapter("trunk", adapter_state(trunk))
+    return export_adapter(run.path, tmp_path / "out")
 
 
 @pytest.mark.parametrize("variety", VARIETIES)
 def test_adapter_survives_the_round_trip_to_plain_peft(tmp_path: Path, variety: str) -> None:
     config, client, trunk = make(tmp_path, *VARIETIES[variety])
-    initial, scales = initial_client_adapter(
-        config.model.name, model_cuts(config), client_parts(config), seed=config.seed
-    )
+    initial, scales = beginning(config, client)
     own = adapter_state(client)
-    assert own.keys() == initial.keys() and scales == lora_scales(client)
+    assert list(own) == list(initial) and scales == lora_scales(client)
     assert all(torch.equal(own[name], initial[name]) for name in own)
-
     aggregator = AdapterAggregator("fedit", scales)
     aggregator.init(initial)
-    for server_round in range(2):
-        sent = aggregator.distribute()
-        load_adapter_state(client, sent)
-        updates = [
-            AdapterUpdate(slot, sent, changed(adapter_state(client), 10 * server_round + slot), 1.0)
-            for slot in range(2)
-        ]
-        aggregator.aggregate(updates)
-    load_adapter_state(client, aggregator.distribute())
+    federated(aggregator, client)
     load_adapter_state(trunk, changed(adapter_state(trunk), 7))
 
-    run = RunDirectory.create(config)
-    run.write_adapter("client", adapter_state(client))
-    run.write_adapter("trunk", adapter_state(trunk))
-    plain = AutoModelForCausalLM.from_pretrained(config.model.name)
+    plain = AutoModelForCausalLM.from_pretrained(config.model.name).eval()
     without = plain(**padded_batch()).logits.detach()
-    peft = PeftModel.from_pretrained(plain, str(export_adapter(run.path, tmp_path / "out"))).eval()
     expected = client.eval()(**padded_batch()).logits
+    peft = PeftModel.from_pretrained(plain, str(exported(tmp_path, config, client, trunk))).eval()
     torch.testing.assert_close(peft(**padded_batch()).logits, expected, rtol=1e-5, atol=1e-5)
     assert (expected - without).abs().max() > 1e-2
 
 
 def test_patterns_give_the_longest_matching_name_its_rank_and_alpha(tmp_path: Path) -> None:
-    _, client, _ = make(tmp_path, LoraConfigs(top=PATTERNS), True)
+    _, client, _ = make(tmp_path, LoraConfigs(top=PATTERNS))
     state, scales = adapter_state(client), lora_scales(client)
     ranks = {name: state[f"model.layers.3.{name}.lora_A.weight"].shape[0] for name in _NAMES}
     assert ranks == {"self_attn.q_proj": 2, "mlp.up_proj": 3, "self_attn.v_proj": 4}
@@ -144,13 +270,13 @@ _NAMES = ("self_attn.q_proj", "mlp.up_proj", "self_attn.v_proj")
 
 
 def test_gaussian_init_has_pefts_spread(tmp_path: Path) -> None:
-    _, client, _ = make(tmp_path, LoraConfigs(top=LORA(r=16, init="gaussian")), True)
+    _, client, _ = make(tmp_path, LoraConfigs(top=LORA(r=16, init="gaussian")))
     a = adapter_state(client)["model.layers.3.mlp.down_proj.lora_A.weight"]
     assert a.std().item() == pytest.approx(1 / 16, rel=0.1)
 
 
 def test_fingerprint_tells_patterns_apart(tmp_path: Path) -> None:
-    config, _, _ = make(tmp_path, LoraConfigs(), True)
+    config, _, _ = make(tmp_path, LoraConfigs())
     other = replace(config, lora=LoraConfigs(top=PATTERNS))
     mine, theirs = fingerprint(config), fingerprint(other)
     assert [name for name in mine if mine[name] != theirs[name]] == ["lora.top"]
@@ -158,7 +284,7 @@ def test_fingerprint_tells_patterns_apart(tmp_path: Path) -> None:
 
 def test_pattern_that_matches_nothing_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"lora\.top\.rank-pattern names q_prj"):
-        make(tmp_path, LoraConfigs(top=LORA(rank_pattern="q_prj=2")), True)
+        make(tmp_path, LoraConfigs(top=LORA(rank_pattern="q_prj=2")))
 
 
 @pytest.mark.parametrize("pattern", ["q_proj", "q_proj=", "q_proj=-1", "q_proj=2.5"])
@@ -167,7 +293,9 @@ def test_pattern_that_is_malformed_is_refused(pattern: str) -> None:
         LORA(rank_pattern=pattern)
 
 
-@pytest.mark.parametrize("option", ["init-lora-weights", "lora-bias", "layer-replication", "use-qalora"])
+@pytest.mark.parametrize(
+    "option", ["init-lora-weights", "lora-bias", "layer-replication", "use-qalora"]
+)
 def test_option_that_cannot_be_aggregated_is_refused_by_name(option: str) -> None:
     with pytest.raises(ConfigError, match=rf"lora\.top\.{option} is not supported: .+"):
         parse_run_config({f"lora.top.{option}": True})
