@@ -19,7 +19,7 @@ import logging
 import math
 import random
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,7 +64,7 @@ from flower_split.strategy_state import (
     load_state,
     state_of,
 )
-from flower_split.trunk.calls import RoundBase, RoundPlan, RoundReport, TrunkStatus
+from flower_split.trunk.calls import Arrival, RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
 
 logger = logging.getLogger(__name__)
@@ -76,8 +76,14 @@ class Coordinator(Protocol):
     def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
         """Open a round for its participants; returns ``(epoch, version)``."""
 
-    def prepare_round(self, experiment: str, server_round: int, attempt: int) -> RoundReport:
-        """First phase of the commit: who completed what."""
+    def prepare_round(
+        self,
+        experiment: str,
+        server_round: int,
+        attempt: int,
+        arrivals: Sequence[Arrival] = (),
+    ) -> RoundReport:
+        """First phase of the commit: who completed what, or whose work an asynchronous round takes."""
 
     def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
         """Second phase: the round's steps stay."""
@@ -229,7 +235,7 @@ class TrunkStrategy(Strategy):
                 )
             arrays = self._checked_result(arrays, server_round)
             problems |= excluded_by(self.inner)  # the quorum is about the trunk's windows
-            self._commit(server_round, report, arrays)
+            self.commit(server_round, report, arrays)
         except BaseException as error:
             self.give_up(f"the ServerApp could not finish the round: {error}")
             load_state(self.inner, before)
@@ -242,7 +248,7 @@ class TrunkStrategy(Strategy):
         self.last_report = report
         return arrays, metrics
 
-    def _commit(self, server_round: int, report: RoundReport, arrays: ArrayRecord) -> None:
+    def commit(self, server_round: int, report: RoundReport, arrays: ArrayRecord) -> None:
         """Make the round last; after the commit point nothing undoes it, and nothing is raised."""
         if self._on_commit is None:
             self.coordinator.commit_round(self.experiment, server_round, self.attempt)
@@ -415,12 +421,12 @@ class TrunkStrategy(Strategy):
             )
         )
         messages = [
-            self._addressed(chosen[slot], tokens[slot], server_round) for slot in sorted(chosen)
+            self.addressed(chosen[slot], tokens[slot], server_round) for slot in sorted(chosen)
         ]
         self._phase = _Phase(server_round, evaluate, messages, sorted(chosen))
         return messages
 
-    def _addressed(self, message: Message, token: str, server_round: int) -> Message:
+    def addressed(self, message: Message, token: str, server_round: int) -> Message:
         """A copy of ``message`` that carries how its one receiver reaches the trunk.
 
         The inner strategy's messages share one ConfigRecord, which Flower logs; a token goes into a

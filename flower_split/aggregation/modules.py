@@ -159,11 +159,14 @@ class AdapterAggregator:
                 adapter[module + BIAS] = adapter[module + BIAS] * (self._scales[module] / scale)
         return {name: adapter[name].detach().clone() for name in sorted(adapter)}
 
-    def aggregate(self, updates: Sequence[AdapterUpdate]) -> RoundSummary:
+    def aggregate(
+        self, updates: Sequence[AdapterUpdate], then: Sequence[Transform] = ()
+    ) -> RoundSummary:
         """One round over all modules; on an error nothing has changed.
 
         Args:
             updates: One per client, in any order.
+            then: Further transforms, of this round only, after the aggregator's own.
 
         Raises:
             AggregationError: No usable update, a client twice, or (policy "refuse") a malformed
@@ -172,7 +175,7 @@ class AdapterAggregator:
         self._ready()
         start = time.perf_counter()
         clients, excluded = self._admission().admit(updates, exclude=self._exclude)
-        for transform in self._transforms:
+        for transform in (*self._transforms, *then):
             clients = list(transform(clients))
         # The weights of everybody: a round must have some, whoever holds what.
         shares_of([(client.client_id, client.weight) for client in clients])
