@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 
 from flower_split.client_app import app
 from flower_split.config import RunConfig, Scalar
@@ -20,8 +21,11 @@ from tests.flower.fakes import FakeGrid
 class LocalGrid(FakeGrid):
     """Nodes 100, 101, ... with partitions 0, 1, ...; the last answers first."""
 
-    def __init__(self, num_clients: int, config: Mapping[str, Scalar]) -> None:
+    def __init__(
+        self, num_clients: int, config: Mapping[str, Scalar], client_app: ClientApp = app
+    ) -> None:
         super().__init__(range(100, 100 + num_clients), lambda _: None)
+        self.client_app = client_app  # called as Flower does: with its mods
         self.contexts = {
             node: Context(
                 run_id=1,
@@ -38,7 +42,7 @@ class LocalGrid(FakeGrid):
         for name in sorted(message_ids, reverse=True):
             message = self._waiting.pop(name, None)
             if message is not None:
-                reply = app(message, self.contexts[message.metadata.dst_node_id])
+                reply = self.client_app(message, self.contexts[message.metadata.dst_node_id])
                 reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
                 return [reply]
         return []
