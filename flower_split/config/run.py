@@ -62,7 +62,14 @@ class RunConfig:
                 'mode "joint" trains the trunk, but lora.trunk.r is 0 and trunk.train is "lora", so '
                 'nothing of it would. Set lora.trunk.r, or trunk.train = "full", or mode = "frozen".'
             )
-        if self.lora.top.r == 0 and self.lora.bottom.r == 0:
+        if not self.lora.top.adapts and not self.lora.bottom.adapts:
             raise ConfigError(
                 "lora.bottom.r and lora.top.r are both 0: a client would have nothing to train."
+            )
+        if self.train.auxiliary_head and (
+            self.lora.top.train == "full" or self.lora.top.modules_to_save
+        ):
+            raise ConfigError(
+                "train.auxiliary-head decodes the bottom's output with the frozen output embedding, "
+                "which may not train then. Use LoRA on the top alone, or no auxiliary head."
             )
