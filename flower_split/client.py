@@ -69,6 +69,7 @@ class TrunkOrder:
     token: str  # of this client and this round
     root_certificates: str  # PEM text; empty: plain text on loopback
     server_round: int
+    experiment: str = ""  # the run's name, the same when it is resumed
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ that this package raised on purpose travels as the reply's error, in its own wor
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -30,11 +31,22 @@ from flower_split.errors import (
     TrunkUnavailable,
 )
 from flower_split.exchange import TRUNK_LOST
-from flower_split.facts import BASE_CHANGE, BASE_VALUES, HANDSHAKE, STEPS, TRAINABLE, ClientFacts
+from flower_split.facts import (
+    BASE_CHANGE,
+    BASE_VALUES,
+    HANDSHAKE,
+    PRIVATE,
+    PRIVATE_DIGEST,
+    PRIVATE_FOLDER,
+    STEPS,
+    TRAINABLE,
+    ClientFacts,
+)
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state
 from flower_split.parts import client_cuts
 from flower_split.privacy import privacy_mod
+from flower_split.private_factors import PrivateFolder, client_directory
 
 logger = logging.getLogger(__name__)
 
@@ -112,20 +124,23 @@ def query(message: Message, context: Context) -> RecordDict:
 def train(message: Message, context: Context) -> RecordDict:
     """One round of training with the trunk, from the adapter in the message."""
     _, client = _client(context)
-    order = _order(message)
+    order, own = _order(message), _private(message, context)
     failpoints.reach("client.train.begin")
     result = client.train(
-        from_arrays(_arrays(message)),
+        from_arrays(_arrays(message)) | own.values,
         order,
         _trainable(message),
         _base_change(message),
         _proximal_mu(message),
     )
     failpoints.reach("client.train.end")
+    state = adapter_state(client.model)
+    kept = own.keep(state, order.server_round)
     content = RecordDict(
         {
-            "arrays": to_arrays(adapter_state(client.model)),
+            "arrays": to_arrays({name: state[name] for name in state if name not in own.names}),
             "metrics": MetricRecord(dict(result.metrics)),
+            **kept,
         }
     )
     content[STEPS] = ConfigRecord({name: list(v) for name, v in result.steps.items()})
@@ -136,7 +151,8 @@ def train(message: Message, context: Context) -> RecordDict:
 def evaluate(message: Message, context: Context) -> RecordDict:
     """Held-out loss of the adapter in the message, with the trunk."""
     _, client = _client(context)
-    metrics = client.evaluate(from_arrays(_arrays(message)), _order(message), _base_change(message))
+    adapter = from_arrays(_arrays(message)) | _private(message, context).values
+    metrics = client.evaluate(adapter, _order(message), _base_change(message))
     return RecordDict({"metrics": MetricRecord(dict(metrics))})
 
 
@@ -217,6 +233,47 @@ def _trainable(message: Message) -> list[str] | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Private:
+    """The weights that stay with this client, by what a message says."""
+
+    names: frozenset[str] = frozenset()
+    digest: str = ""  # of its values after its last committed round; empty: it has none yet
+    folder: PrivateFolder | None = None
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Its own values; empty: it begins with those in the message."""
+        return self.folder.read(self.digest) if self.folder is not None and self.digest else {}
+
+    def keep(self, state: dict[str, Tensor], server_round: int) -> dict[str, ConfigRecord]:
+        """Keep the round's values; returns what the reply says of them."""
+        if self.folder is None:
+            return {}
+        own = {name: state[name] for name in self.names}
+        digest = self.folder.write(own, server_round=server_round, base=self.digest)
+        return {PRIVATE: ConfigRecord({"digest": digest})}
+
+
+def _private(message: Message, context: Context) -> _Private:
+    """What stays with this client, and where.
+
+    Raises:
+        ConfigError: It has no directory for it.
+    """
+    for record in message.content.config_records.values():
+        names = record.get(PRIVATE)
+        if isinstance(names, list):
+            config, client = _client(context)
+            directory = client_directory(
+                config, context.node_config, str(record.get(PRIVATE_FOLDER, ""))
+            )
+            folder = PrivateFolder.of(directory, _order(message).experiment, client.partition_id)
+            digest = str(record.get(PRIVATE_DIGEST, ""))
+            return _Private(frozenset(str(name) for name in names), digest, folder)
+    return _Private()
+
+
 def _proximal_mu(message: Message) -> float:
     """The weight of FedProx's term, from the message of Flower's strategy; 0: it is none."""
     for record in message.content.config_records.values():
@@ -235,6 +292,7 @@ def _order(message: Message) -> TrunkOrder:
                 token=str(record["trunk-token"]),
                 root_certificates=str(record["trunk-root-certificates"]),
                 server_round=int(str(record["server-round"])),
+                experiment=str(record.get("experiment", "")),
             )
     raise FederationError(
         "the message does not say where the trunk is. The ServerApp must use "

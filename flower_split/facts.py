@@ -22,6 +22,16 @@ STEPS = "steps"
 BASE_CHANGE = "base-change"
 """A second ArrayRecord in a message: what the method adds to the client's frozen base weights."""
 
+PRIVATE = "private"
+"""Key in a message's ConfigRecord: names of the weights that stay with the client; absent: none.
+Also the ConfigRecord of a training reply with the digest of the values they have got."""
+
+PRIVATE_DIGEST = "private-digest"
+"""Digest of a client's private weights after its last committed round; empty: it has none yet."""
+
+PRIVATE_FOLDER = "private-folder"
+"""Where a simulated client keeps its private weights unless it is told otherwise."""
+
 TRAINABLE = "trainable"
 """Key in a training message's ConfigRecord: names of the weights that train; absent: all."""
 

@@ -17,34 +17,24 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from flower_split.aggregation import METHODS
 from flower_split.aggregation.configured import adapter_aggregator
 from flower_split.aggregation.modules import AdapterSpec, AdapterUpdate, RoundSummary
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.base_change import base_change_state
 from flower_split.config import StrategyConfig
-from flower_split.errors import AggregationError
-from flower_split.facts import BASE_CHANGE, TRAINABLE
+from flower_split.errors import AggregationError, FederationError
+from flower_split.facts import (
+    BASE_CHANGE,
+    PRIVATE,
+    PRIVATE_DIGEST,
+    PRIVATE_FOLDER,
+    TRAINABLE,
+)
+from flower_split.private_factors import checked_digest, digests_of, private_state
 
 logger = logging.getLogger(__name__)
 
 _WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
-
-
-def _check_method(name: str) -> None:
-    """Refuse a method that needs clients to keep what they cannot keep here.
-
-    Raises:
-        AggregationError: The method keeps factors private.
-    """
-    method = METHODS[name]
-    usable = [n for n, m in METHODS.items() if not m.private]
-    needs = "factors that stay with each client" if method.private else ""
-    if needs:
-        raise AggregationError(
-            f'strategy.aggregator = "{name}" needs {needs}, which the ClientApp does not do; it is '
-            f"there for use in code, in flower_split.aggregation. Use one of {', '.join(usable)}."
-        )
 
 
 class LoraFedAvg(FedAvg):
@@ -61,6 +51,7 @@ class LoraFedAvg(FedAvg):
         aggregator: The adapter over all rounds.
         excludes_invalid: Whether malformed updates are left out instead of refused.
         last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
+        private_folder: Where simulated clients keep the factors that stay with them, if any do.
 
     Args:
         config: Aggregator with its options, rules, weighting and server optimizer.
@@ -87,7 +78,6 @@ class LoraFedAvg(FedAvg):
         )
         self.weighting = config.weighting
         self.aggregator = adapter_aggregator(config, scales)
-        _check_method(config.aggregator)
         self.aggregator.init(initial)
         self._initial = dict(initial)
         self._slot_of = slot_of
@@ -95,6 +85,8 @@ class LoraFedAvg(FedAvg):
         self._sent: Mapping[int, Mapping[str, Tensor]] = {}  # slot -> what this round sent to it
         self.excludes_invalid = config.on_invalid == "exclude"
         self.last_summary = RoundSummary(())
+        self.private_folder = ""
+        self._digests: dict[int, str] = {}  # slot -> of its private factors, last committed round
         for spec in self._specs.values():  # what cannot be served ends the run now
             self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
 
@@ -112,12 +104,13 @@ class LoraFedAvg(FedAvg):
         return base_change_state(self.aggregator.base_changes())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The aggregator's state; see :class:`flower_split.checkpoint.Resumable`."""
-        return self.aggregator.state_dict()
+        """Everything that the next round needs; see :class:`flower_split.checkpoint.Resumable`."""
+        return self.aggregator.state_dict() | private_state(self._digests)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from :meth:`state_dict`."""
         self.aggregator.load_state_dict(state, self._initial)
+        self._digests = digests_of(state)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -137,6 +130,7 @@ class LoraFedAvg(FedAvg):
                 content[self.configrecord_key] = ConfigRecord(own)
                 message.content = content
         self._add_base_change(messages)
+        self._leave_private(messages)
         return messages
 
     def configure_evaluate(
@@ -146,6 +140,7 @@ class LoraFedAvg(FedAvg):
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self._address(messages, arrays)
         self._add_base_change(messages)
+        self._leave_private(messages)
         return messages
 
     def aggregate_train(
@@ -158,12 +153,14 @@ class LoraFedAvg(FedAvg):
                 invalid and not to be excluded; the client is named.
         """
         updates: list[AdapterUpdate] = []
+        digests: dict[int, str] = {}
         contents: dict[int, RecordDict] = {}
         malformed: dict[str | int, str] = {}
         for reply in replies:
             slot = self._slot_of(reply.metadata.src_node_id)
             try:
                 updates.append(self._update(slot, reply.content))
+                digests |= self._digest(slot, reply.content)
                 contents[slot] = reply.content
             except AggregationError as error:
                 if not self.excludes_invalid:
@@ -174,6 +171,7 @@ class LoraFedAvg(FedAvg):
         summary = self.aggregator.aggregate(updates)
         excluded = dict(sorted({**malformed, **summary.excluded}.items(), key=lambda item: item[0]))
         self.last_summary = replace(summary, excluded=excluded)
+        self._digests |= {slot: d for slot, d in digests.items() if slot not in excluded}
         honest = [content for slot, content in contents.items() if slot not in excluded]
         metrics = self.train_metrics_aggr_fn(honest, self.weighted_by_key)
         return to_arrays(self.aggregator.distribute()), metrics
@@ -199,6 +197,20 @@ class LoraFedAvg(FedAvg):
             scales=spec.scales,
             modules=spec.modules,
         )
+
+    def _digest(self, slot: int, content: RecordDict) -> dict[int, str]:
+        """Slot → digest of the private factors that a client has kept; empty: none are private.
+
+        Raises:
+            AggregationError: The client does not say.
+        """
+        if not self.aggregator.method.private:
+            return {}
+        record = content.config_records.get(PRIVATE, ConfigRecord())
+        try:
+            return {slot: checked_digest(str(record.get("digest")))}
+        except FederationError as error:
+            raise AggregationError(f"client {slot}: {error}") from error
 
     def _address(
         self, messages: Iterable[Message], arrays: ArrayRecord
@@ -244,6 +256,28 @@ class LoraFedAvg(FedAvg):
         if changes:
             size = max((record.count_bytes() for record in records.values()), default=0)
             logger.info("every message carries the base change, %.1f MB", size / 1e6)
+
+    def _leave_private(self, messages: Sequence[Message]) -> None:
+        """Say what stays with each client, and from which of its factors it goes on.
+
+        A client that has factors of its own is not sent the initial ones.
+        """
+        private = set(self.aggregator.private())
+        for message in messages if private else ():
+            digest = self._digests.get(self._slot_of(message.metadata.dst_node_id), "")
+            content = RecordDict(dict(message.content.items()))
+            arrays = content.array_records[self.arrayrecord_key]
+            own = {
+                **dict(content.config_records.get(self.configrecord_key, ConfigRecord()).items()),
+                PRIVATE: sorted(private & set(arrays)),
+                PRIVATE_DIGEST: digest,
+                PRIVATE_FOLDER: self.private_folder,
+            }
+            content[self.configrecord_key] = ConfigRecord(own)
+            if digest:
+                shared = {name: arrays[name] for name in arrays if name not in private}
+                content[self.arrayrecord_key] = ArrayRecord(shared)
+            message.content = content
 
     def _weight(self, metrics: MetricRecord, slot: int) -> float:
         key = _WEIGHT_KEYS[self.weighting]

@@ -13,7 +13,14 @@ from pathlib import Path
 from flower_split.config import RunConfig, Scalar, resolved_run_config
 from flower_split.errors import ConfigError
 
-_FILES = ("data.path", "trunk.token-file", "trunk.root-certificates", "resume", "run-dir")
+_FILES = (
+    "data.path",
+    "train.client-dir",
+    "trunk.token-file",
+    "trunk.root-certificates",
+    "resume",
+    "run-dir",
+)
 _FILES_OR_NAMES = ("model.name", "data.dataset")  # a path only where there is one of that name
 _PACKAGED = "quickstart"
 

@@ -44,6 +44,7 @@ class TrainConfig:
     device: str = "auto"  # "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
     num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
     auxiliary_head: bool = False  # forward-only mode: train the bottom with a local head and loss
+    client_dir: str = ""  # where private factors stay; empty: in the run directory, if simulated
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def __post_init__(self) -> None:
