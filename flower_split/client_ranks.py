@@ -16,6 +16,7 @@ HetLoRA do it), or keeps the scale alpha / r of the run. Either is exact: factor
 scale of the client that receives them.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -169,7 +170,8 @@ Value = TypeVar("Value", int, float)
 
 
 def _unless_same(mine: dict[str, Value], the_runs: dict[str, Value]) -> dict[str, Value] | None:
-    return None if mine == the_runs else mine
+    same = all(math.isclose(value, the_runs[name], rel_tol=1e-9) for name, value in mine.items())
+    return None if same else mine
 
 
 def widened(
