@@ -35,6 +35,7 @@ from torch import Tensor
 from flower_split.aggregation.modules import AdapterAggregator, AdapterSpec
 from flower_split.config import RunConfig, StrategyConfig
 from flower_split.errors import ConfigError
+from flower_split.fedbuff import FedBuff
 from flower_split.handshake import num_participants
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.replies import UNIFORM
@@ -55,7 +56,9 @@ CLASSES: Mapping[str, type[FedAvg]] = MappingProxyType(
 )
 """Flower's strategies by their names in ``strategy.name``."""
 
-_OURS = "lora-fedavg"
+_OURS: Mapping[str, type[LoraFedAvg]] = MappingProxyType(
+    {"lora-fedavg": LoraFedAvg, "fedbuff": FedBuff}
+)
 _WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": UNIFORM}
 _UNUSED = {"eta_l": "the clients' learning rate is train.optimizer.learning-rate"}
 _KEYS_OF_FLOWER = ("name", "options", "weighting", "aggregator")  # strategy.* keys that count
@@ -92,8 +95,9 @@ def make_inner(context: InnerContext) -> Strategy:
         AggregationError: They do not fit the aggregator.
     """
     config = context.config.strategy
-    if config.name == _OURS:
-        return LoraFedAvg(config, context.scales, context.initial, context.slot_of, context.specs)
+    if config.name in _OURS:
+        ours = _OURS[config.name]
+        return ours(config, context.scales, context.initial, context.slot_of, context.specs)
     _check_keys(config)
     if context.specs:
         raise ConfigError(
@@ -115,7 +119,7 @@ def make_inner(context: InnerContext) -> Strategy:
 def frozen_names(context: InnerContext) -> list[str]:
     """The weights that stay as they began where Flower's strategies see ``ffa-lora``: every A."""
     config = context.config.strategy
-    if config.name == _OURS or config.aggregator != "ffa-lora":
+    if config.name in _OURS or config.aggregator != "ffa-lora":
         return []
     method = AdapterAggregator("ffa-lora", context.scales)
     method.init(context.initial)
@@ -214,7 +218,7 @@ def _check_clients(name: str, options: Mapping[str, int | float], context: Inner
 def inner_notes(context: InnerContext) -> list[str]:
     """What a reader of the report must know about the strategy that the run config names."""
     config, notes = context.config.strategy, []
-    if config.name == _OURS:
+    if config.name in _OURS:
         return []
     options, count = parse_options(config.name, config.options), context.num_sampled
     if config.aggregator != "ffa-lora":

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from flower_split.aggregation.clients import ClientUpdate
 from flower_split.aggregation.factors import Update
-from flower_split.errors import ConfigError
-
-STALENESS = ("polynomial", "constant")
+from flower_split.config.rules import at_least, one_of
+from flower_split.config.strategy import STALENESS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +38,8 @@ class Staleness:
         Raises:
             ConfigError: One is out of range.
         """
-        if self.name not in STALENESS:
-            raise ConfigError(
-                f"strategy.staleness must be one of {', '.join(STALENESS)}; it is {self.name!r}."
-            )
-        if not self.exponent >= 0:
-            raise ConfigError(
-                f"strategy.staleness-exponent must be at least 0; it is {self.exponent!r}."
-            )
+        one_of("strategy.staleness", self.name, STALENESS)
+        at_least("strategy.staleness-exponent", self.exponent, 0)
 
     def __call__(self, versions: int) -> float:
         """The weight of an arrival that is ``versions`` steps behind, in (0, 1]; 1 for none.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from flower_split.config.asynchronous import check_asynchronous
 from flower_split.config.data import DataConfig
 from flower_split.config.lora import LoraConfigs
 from flower_split.config.model import ModelConfig
@@ -52,6 +53,13 @@ class RunConfig:
         share("fraction-evaluate", self.fraction_evaluate, zero=True)
         above("join-timeout", self.join_timeout, 0)
         above("round-timeout", self.round_timeout, 0)
+        check_asynchronous(
+            self.strategy,
+            self.trunk,
+            self.privacy,
+            mode=self.mode,
+            fraction_train=self.fraction_train,
+        )
         if self.train.auxiliary_head and self.mode != "forward-only":
             raise ConfigError(
                 "train.auxiliary-head trains the bottom where no gradient arrives, in mode "

@@ -16,8 +16,10 @@ STRATEGIES = (
     "krum",
     "multikrum",
     "fedprox",
+    "fedbuff",
 )
 ON_INVALID = ("refuse", "exclude")
+STALENESS = ("polynomial", "constant")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,9 @@ class StrategyConfig:
 
     name: str = "lora-fedavg"  # lora-fedavg (an aggregator of this package) or a class of Flower's
     aggregator: str = "product-delta"  # a name of flower_split.aggregation
-    options: str = ""  # "name=value, ...": the method's own, such as "tau=0.9" of florist, or the class's
+    options: str = (
+        ""  # "name=value, ...": the method's own, such as "tau=0.9" of florist, or the class's
+    )
     max_rank: int = 0  # that the server keeps ΔW at; 0: four times the adapter's largest
     weighting: str = "tokens"  # a client's weight: label tokens, examples, or uniform
     rules: str = ""  # before the method, in order: "norm-clipping=1.0, trimmed-mean=0.2", ...
@@ -40,6 +44,11 @@ class StrategyConfig:
     server_beta1: float = 0.9  # decay of its momentum
     server_beta2: float = 0.99  # decay of its second moment
     server_epsilon: float = 1e-3  # smallest root of its second moment
+    buffer_size: int = 2  # fedbuff: arrivals that make a server round
+    concurrency: int = 0  # fedbuff: clients at work at a time; 0: all
+    max_staleness: int = 10  # fedbuff: steps an arrival may be behind; 0: nobody overtakes anybody
+    staleness: str = "polynomial"  # fedbuff: an arrival's factor by its staleness, or constant: 1
+    staleness_exponent: float = 0.5  # fedbuff: of polynomial, (1 + staleness) ** -exponent
 
     def __post_init__(self) -> None:
         """Check choices and ranges; the aggregator's name is checked where they are made."""
@@ -48,3 +57,8 @@ class StrategyConfig:
         one_of("strategy.on-invalid", self.on_invalid, ON_INVALID)
         at_least("strategy.max-rank", self.max_rank, 0)
         above("strategy.server-learning-rate", self.server_learning_rate, 0)
+        at_least("strategy.buffer-size", self.buffer_size, 1)
+        at_least("strategy.concurrency", self.concurrency, 0)
+        at_least("strategy.max-staleness", self.max_staleness, 0)
+        one_of("strategy.staleness", self.staleness, STALENESS)
+        at_least("strategy.staleness-exponent", self.staleness_exponent, 0)
