@@ -145,6 +145,21 @@ def cut_notes(config: RunConfig, cuts: Mapping[int, CutLayers]) -> list[str]:
     return notes
 
 
+def clients_own(
+    state: Mapping[str, Tensor], trunk: Mapping[str, Tensor], stack: LayerStack, cuts: CutLayers
+) -> dict[str, Tensor]:
+    """Those of the clients' tensors that a model with ``cuts`` has of them and not of the trunk.
+
+    Args:
+        state: The clients' global adapter, or its base change.
+        trunk: The trunk's adapter.
+        stack: Where the layers are.
+        cuts: The client's cut layers.
+    """
+    middle = _middle(trunk, stack, cuts)
+    return {name: tensor for name, tensor in state.items() if stack.index_of(name) not in middle}
+
+
 def with_cuts(
     state: Mapping[str, Tensor],
     trunk: Mapping[str, Tensor],
@@ -162,8 +177,8 @@ def with_cuts(
         run: The run's.
 
     Returns:
-        ``(clients', trunk's)``: the trunk's of the layers between ``cuts``, the clients' of all
-        others.
+        ``(clients', trunk's)``: the trunk's of the layers between ``cuts``, as far as it has them,
+        and the clients' of all others.
 
     Raises:
         SplitError: ``cuts`` do not lie within the run's, or no client held some of the layers.
@@ -173,23 +188,23 @@ def with_cuts(
             f"the run's trunk is {run}; a client with cut layers {cuts} cannot have been in it. "
             "Name cut layers within the run's."
         )
-    middle = range(cuts.first, cuts.second)
-    own = {name: tensor for name, tensor in state.items() if stack.index_of(name) not in middle}
+    own, middle = clients_own(state, trunk, stack, cuts), _middle(trunk, stack, cuts)
     theirs = {name: tensor for name, tensor in trunk.items() if stack.index_of(name) in middle}
-    inside = range(run.first, run.second)
-    held = {index for name in state if (index := stack.index_of(name)) is not None} & set(inside)
-    trained = set(map(stack.index_of, trunk))
-    lacking = [i for i in overlap_layers(run, cuts) if i in trained and i not in held]
+    held = {stack.index_of(name) for name in own} & set(range(run.first, run.second))
+    trained = {stack.index_of(name) for name in trunk}
+    lacking = [index for index in overlap_layers(run, cuts) if index in trained - held]
     if lacking:
+        listed = ", ".join(str(index) for index in range(run.first, run.second) if index in held)
         raise SplitError(
-            f"no client of the run held trunk layer {_listed(lacking)}, so none computed a model with "
-            f"cut layers {cuts}. Of the trunk's layers, clients held: {_listed(held) or 'none'}."
+            f"no client of the run held trunk layer {', '.join(map(str, lacking))}, so none computed "
+            f"a model with cut layers {cuts}. Of the trunk's layers, clients held: {listed or 'none'}."
         )
     return own, theirs
 
 
-def _listed(layers: Iterable[int]) -> str:
-    return ", ".join(map(str, sorted(layers)))
+def _middle(trunk: Mapping[str, Tensor], stack: LayerStack, cuts: CutLayers) -> set[int | None]:
+    """The layers between ``cuts`` that the trunk's adapter has."""
+    return {stack.index_of(name) for name in trunk} & set(range(cuts.first, cuts.second))
 
 
 def _stack(config: RunConfig) -> LayerStack:

@@ -21,9 +21,11 @@ from transformers.pytorch_utils import Conv1D
 from flower_split.aggregation import METHODS
 from flower_split.assets import resolve_model_path
 from flower_split.base_change import with_base_change
+from flower_split.client_cuts import clients_own, with_cuts
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
+from flower_split.parts import model_cuts
 from flower_split.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
 from flower_split.report import RunDirectory
 from flower_split.split import CutLayers
@@ -34,7 +36,7 @@ _PREFIX = "base_model.model."
 _A_WEIGHT = (".lora_A.weight", ".lora_embedding_A")
 
 
-def export_adapter(run_dir: Path, out: Path) -> Path:
+def export_adapter(run_dir: Path, out: Path, cuts: CutLayers | None = None) -> Path:
     """Merge a run's bottom, trunk and top adapters into one PEFT adapter directory.
 
     The result is loaded by ``PeftModel.from_pretrained(base_model, out)`` on the plain base model
@@ -43,13 +45,15 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
     Args:
         run_dir: A finished run's directory.
         out: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go; made if need be.
+        cuts: Export the model that a client with these cut layers computed: its own copies of the
+            trunk's layers outside of them. None: the trunk's copies of all its layers.
 
     Returns:
         ``out``.
 
     Raises:
         RunDirectoryError: The run has no final adapters, or ``out`` holds other files.
-        SplitError: The base model's configuration cannot be read.
+        SplitError: The base model's configuration cannot be read, or no client had such cut layers.
     """
     run = RunDirectory.open(run_dir)
     config, out = run.config, Path(out)
@@ -63,8 +67,11 @@ def export_adapter(run_dir: Path, out: Path) -> Path:
     model = empty_model(
         resolve_model_path(config.model.name), revision=config.model.revision or None
     )
+    stack, span = find_stack(model), model_cuts(config)
     if config.trunk.train == "full":
-        _check_in_layers(trunk, find_stack(model))
+        _check_in_layers(trunk, stack)
+    change = clients_own(change, trunk, stack, cuts or span)
+    state, trunk = with_cuts(state, trunk, stack, cuts or span, span)
     state, scales = with_base_change(state, _scales(config, state, model), change)
     state |= trunk
     scales |= _scales(config, trunk, model)

@@ -25,6 +25,7 @@ from transformers import (
 from flower_split.assets import resolve_model_path
 from flower_split.base_change import set_base_change
 from flower_split.client import NoTrunk
+from flower_split.client_cuts import clients_own, with_cuts
 from flower_split.config import RunConfig
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.data import load_tokenizer
@@ -33,10 +34,11 @@ from flower_split.errors import ConfigError, FlowerSplitError, RunDirectoryError
 from flower_split.export import read_base_change
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora, load_adapter_state
-from flower_split.parts import client_parts, model_cuts, trunk_parts
+from flower_split.lora.places import stack_of
+from flower_split.parts import held_parts, model_cuts, trunk_parts
 from flower_split.remote_trunk import RemoteTrunk
 from flower_split.report import RunDirectory
-from flower_split.split import load_client_model, load_trunk_model, set_trunk
+from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
 from flower_split.trunk.calls import RoundPlan
 
 Message = dict[str, str]  # "role" and "content"
@@ -157,12 +159,15 @@ class TextGenerator:
 
 
 @contextlib.contextmanager
-def open_generator(run_dir: Path, server: TrunkServer | None = None) -> Iterator[TextGenerator]:
+def open_generator(
+    run_dir: Path, server: TrunkServer | None = None, cuts: CutLayers | None = None
+) -> Iterator[TextGenerator]:
     """The model that a run ended with.
 
     Args:
         run_dir: The run's directory, with its final adapters.
         server: Where its trunk is; None: it is loaded into this process.
+        cuts: Those of a client that had its own, for the model that it computed; None: the run's.
 
     Raises:
         RunDirectoryError: The run has no final adapters, or the trunk server holds other weights.
@@ -172,9 +177,11 @@ def open_generator(run_dir: Path, server: TrunkServer | None = None) -> Iterator
     run = RunDirectory.open(run_dir)
     config = run.config
     tokenizer = load_tokenizer(config.model)
+    span = model_cuts(config)
+    cuts = cuts or span
     client = load_client_model(
         resolve_model_path(config.model.name),
-        model_cuts(config),
+        cuts,
         NoTrunk(),
         dtype=config.model.dtype,
         attn_implementation=config.model.attn_implementation or None,
@@ -182,22 +189,28 @@ def open_generator(run_dir: Path, server: TrunkServer | None = None) -> Iterator
         device=resolve_device(config.train.device, "train.device"),
         quantization=config.model.quantization or None,
     )
-    attach_lora(client, model_cuts(config), client_parts(config), seed=config.seed)
-    load_adapter_state(client, run.read_adapter("client"))
-    set_base_change(client, read_base_change(run))
+    attach_lora(client, span, held_parts(config, cuts), seed=config.seed, incomplete=("trunk",))
     trained = run.read_adapter("trunk") if config.mode == "joint" else {}
-    with _local(config, trained) if server is None else _remote(config, trained, server) as trunk:
+    stack = stack_of(client)
+    own, middle = with_cuts(run.read_adapter("client"), trained, stack, cuts, span)
+    load_adapter_state(client, own)
+    set_base_change(client, clients_own(read_base_change(run), trained, stack, cuts))
+    with (
+        _local(config, middle, cuts) if server is None else _remote(config, trained, server, cuts)
+    ) as trunk:
         set_trunk(client, trunk)
         client.train(False)
         yield TextGenerator(client, tokenizer)
 
 
 @contextlib.contextmanager
-def _local(config: RunConfig, trained: Mapping[str, Tensor]) -> Iterator[nn.Module]:
-    """The run's trunk in this process."""
+def _local(
+    config: RunConfig, trained: Mapping[str, Tensor], cuts: CutLayers
+) -> Iterator[nn.Module]:
+    """The run's trunk between ``cuts``, in this process."""
     trunk = load_trunk_model(
         resolve_model_path(config.model.name),
-        model_cuts(config),
+        cuts,
         dtype=config.model.dtype,
         attn_implementation=config.model.attn_implementation or None,
         revision=config.model.revision or None,
@@ -210,14 +223,20 @@ def _local(config: RunConfig, trained: Mapping[str, Tensor]) -> Iterator[nn.Modu
             for name, tensor in trained.items():
                 own[name].copy_(tensor)
     elif config.mode == "joint":
-        attach_lora(trunk, model_cuts(config), trunk_parts(config), seed=config.seed)
+        attach_lora(
+            trunk,
+            model_cuts(config),
+            trunk_parts(config),
+            seed=config.seed,
+            incomplete=() if cuts == model_cuts(config) else ("trunk",),
+        )
         load_adapter_state(trunk, trained)
     yield trunk
 
 
 @contextlib.contextmanager
 def _remote(
-    config: RunConfig, trained: Mapping[str, Tensor], server: TrunkServer
+    config: RunConfig, trained: Mapping[str, Tensor], server: TrunkServer, cuts: CutLayers
 ) -> Iterator[nn.Module]:
     """The run's trunk on a server, within an evaluation round of its own."""
     token = secrets.token_urlsafe(24)
@@ -251,6 +270,7 @@ def _remote(
                 call_timeout=config.trunk.call_timeout,
                 wire_dtype=config.trunk.wire_dtype,
                 root_certificates=server.root_certificates,
+                cuts=cuts,
             ) as trunk:
                 trunk.open(0, evaluate=True)
                 yield trunk

@@ -12,6 +12,7 @@ from flower_split.generation import (
     open_generator,
 )
 from flower_split.logs import quiet_libraries
+from flower_split.split import CutLayers
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -28,7 +29,8 @@ def generate(arguments: argparse.Namespace) -> int:
         num_beams=arguments.num_beams,
         seed=arguments.seed,
     )
-    with open_generator(arguments.run, _server(arguments)) as generator:
+    cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None
+    with open_generator(arguments.run, _server(arguments), cuts) as generator:
         if arguments.prompt is not None:
             _reply(generator, arguments.prompt, [], sampling, arguments.chat)
         else:

@@ -66,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("run", type=Path, help="the run directory")
     export.add_argument("--out", required=True, type=Path, help="where the adapter goes")
+    _add_cuts(export)
 
     generate = commands.add_parser(
         "generate",
@@ -85,6 +86,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--top-p", type=float, default=1.0)
     generate.add_argument("--num-beams", type=int, default=1)
     generate.add_argument("--seed", type=int, default=0)
+    _add_cuts(generate)
     generate.add_argument(
         "--trunk-address",
         default="",
@@ -94,6 +96,15 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--token-file", default="", help="the trunk server's")
     generate.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
     return parser
+
+
+def _add_cuts(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cuts",
+        default="",
+        metavar="FIRST:SECOND",
+        help="the model of a client with these cut layers of its own; default: the run's",
+    )
 
 
 def _add_run_config(parser: argparse.ArgumentParser) -> None:
@@ -148,8 +159,10 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
         return generate(arguments)
     from flower_split.export import export_adapter
+    from flower_split.split import CutLayers
 
-    print(export_adapter(arguments.run, arguments.out))
+    cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None
+    print(export_adapter(arguments.run, arguments.out, cuts))
     return 0
 
 
