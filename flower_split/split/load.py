@@ -38,6 +38,7 @@ from flower_split.split.quantise import (
     check_quantised,
     float_dtype,
     keep_trainable,
+    quantization_of,
     resolve_quantization,
 )
 from flower_split.split.self_check import check_client, check_splittable, settle_cache
@@ -316,8 +317,10 @@ class _Source:
         self.quantization = resolve_quantization(
             self.name_or_path, self.config, self.skeleton, quantization, self.dtype, places
         )
-        if getattr(self.config, "quantization_config", None) is not None:
-            self.config.quantization_config = self.quantization
+        asked = self.quantization
+        if quantization_of(self.config) is not None and self.quantization is not None:
+            # A checkpoint that is quantised says so in its configuration, and there alone.
+            self.config.quantization_config, asked = self.quantization.to_dict(), None
         carve(self.skeleton)
         if device_map is not None and cuts is not None:
             places = resolve_device_map(device_map, self.skeleton, self.stack, cuts)
@@ -332,7 +335,7 @@ class _Source:
                     revision=self.revision or "main",
                     use_safetensors=True,
                     output_loading_info=True,
-                    quantization_config=self.quantization,
+                    quantization_config=asked,
                     device_map=places if placed else None,
                 )
             except (OSError, RuntimeError, ValueError, ImportError) as error:

@@ -12,6 +12,7 @@ Scale", NeurIPS 2022.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -69,9 +70,7 @@ def resolve_quantization(
     Raises:
         SplitError: It does not exist, cannot be had here, or the checkpoint is quantised already.
     """
-    own = getattr(config, "quantization_config", None) or getattr(
-        config.get_text_config(decoder=True), "quantization_config", None
-    )
+    own = quantization_of(config)
     try:
         if own is not None:
             chosen = _of_checkpoint(name_or_path, own, quantization)
@@ -99,6 +98,12 @@ def resolve_quantization(
     return chosen
 
 
+def quantization_of(config: PreTrainedConfig) -> object:
+    """What the configuration of a checkpoint says of its quantisation; None: it is not quantised."""
+    of_text: object = getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    return getattr(config, "quantization_config", None) or of_text
+
+
 def check_quantised(
     name_or_path: str,
     model: nn.Module,
@@ -121,13 +126,26 @@ def check_quantised(
         SplitError: It cannot be trained.
     """
     loaded = dict(model.named_modules())
+    linear: dict[str, nn.Module] = {}
     for name, module in skeleton.named_modules():
         replaced = loaded.get(name)
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(
-            replaced, (nn.Linear, Conv1D, type(None))
-        ):
+        if not isinstance(module, (nn.Linear, Conv1D)) or replaced is None:
+            continue
+        if not isinstance(replaced, (nn.Linear, Conv1D)):
             why = f"it makes {name} a {type(replaced).__name__}, which is no linear layer of torch"
             raise SplitError(_untrainable(name_or_path, quantization, why))
+        linear[name] = replaced
+    dequantised = getattr(quantization, DEQUANTIZE, False)
+    if linear and not dequantised and not any(_is_quantised(m) for m in linear.values()):
+        raise SplitError(
+            f"quantisation {method_of(quantization)} changes no layer of {name_or_path!r}: it does "
+            "not know this family's linear layers. Leave model.quantization empty."
+        )
+    deaf: list[str] = []
+    handles = [
+        module.register_forward_hook(functools.partial(_note_deaf, name, deaf))
+        for name, module in linear.items()
+    ]
     try:
         with torch.enable_grad():
             output = run(leaf)
@@ -135,8 +153,13 @@ def check_quantised(
             (gradient,) = torch.autograd.grad((output.float().flatten() * weight).sum(), leaf)
         fine = bool(gradient.isfinite().all() and gradient.ne(0).any())
         why = "the gradient of a tiny input is zero or not finite"
+        if deaf:
+            fine, why = False, f"no gradient passes {deaf[0]}"
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         fine, why = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
+    finally:
+        for handle in handles:
+            handle.remove()
     if not fine:
         raise SplitError(_untrainable(name_or_path, quantization, why))
 
@@ -149,7 +172,7 @@ def keep_trainable(model: nn.Module) -> None:
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            vars(module)["support_avx512bf16_for_cpu"] = False
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
@@ -221,6 +244,23 @@ def _leave_out(quantization: QuantizationConfigMixin, skeleton: PreTrainedModel)
     for name in _SKIP_LISTS:
         if hasattr(quantization, name) and getattr(quantization, name) is None:
             setattr(quantization, name, get_keys_to_not_convert(skeleton))
+
+
+def _is_quantised(linear: nn.Module) -> bool:
+    """Whether a linear layer's weight is another kind of thing than numbers of 16 bits or more."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    plain = type(weight.data) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    return not plain or not weight.is_floating_point() or weight.itemsize == 1
+
+
+def _note_deaf(
+    name: str, deaf: list[str], module: nn.Module, args: tuple[object, ...], output: object
+) -> None:
+    """Note a layer whose output forgets that its input wants a gradient."""
+    wanted = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if wanted and isinstance(output, Tensor) and not output.requires_grad:
+        deaf.append(name)
 
 
 def _untrainable(name_or_path: str, quantization: object, why: str) -> str:

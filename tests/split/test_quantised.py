@@ -1,0 +1,351 @@
+"""Quantised bases: every part quantised as the whole model is, and trained through."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from flower_split.client import Client
+from flower_split.config import LoraPartConfig, RunConfig, parse_run_config
+from flower_split.errors import ConfigError, SplitError
+from flower_split.fingerprint import fingerprint
+from flower_split.lora import adapter_state, attach_lora, initial_client_adapter, lora_scales
+from flower_split.split import (
+    CutLayers,
+    load_client_model,
+    load_trunk_model,
+    load_whole_model,
+    split_model,
+)
+from flower_split.split import load as load_module
+from flower_split.split.client_model import IdentityTrunk
+from flower_split.trunk.assemble import make_engine
+from tests.split.test_loading import tensors_read  # noqa: F401  a fixture
+from tests.split.tiny import (
+    VOCAB_SIZE,
+    assert_same_bits,
+    loss_and_gradients,
+    padded_batch,
+    tiny_model,
+)
+from tests.split.toy_quantiser import METHOD, QUANTISED, ToyConfig, ToyLinear
+
+CUTS = CutLayers(1, 3)
+TOY = json.dumps({"quant_method": METHOD})
+LORA = {part: LoraPartConfig(r=2) for part in ("bottom", "trunk", "top")}
+CLIENT_LORA = {part: LORA[part] for part in ("bottom", "top")}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    QUANTISED.clear()
+
+
+def attach_lively_lora(whole: nn.Module, client: nn.Module, trunk: nn.Module) -> None:
+    """LoRA with B away from zero, so that A has a gradient too."""
+    attach_lora(whole, CUTS, LORA, seed=0)
+    attach_lora(client, CUTS, CLIENT_LORA, seed=0)
+    attach_lora(trunk, CUTS, {"trunk": LORA["trunk"]}, seed=0)
+    for module in (whole, client, trunk):
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                nn.init.constant_(parameter, 0.05)
+
+
+def assert_parts_match(whole: nn.Module, client: nn.Module, trunk: nn.Module) -> dict[str, Tensor]:
+    """Loss and every gradient, bit for bit; returns the gradients."""
+    for module in (whole, client, trunk):
+        module.train()
+    loss, gradients = loss_and_gradients(whole, padded_batch())
+    split_loss, split_gradients = loss_and_gradients(client, padded_batch(), trunk)
+    assert torch.equal(loss, split_loss)
+    assert_same_bits(gradients, split_gradients)
+    return {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_neox", "opt"])
+def test_quantised_parts_match_the_quantised_model_bitwise(
+    family: str, dtype: str, tmp_path: Path
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path)
+    path = str(tmp_path)
+    whole = load_whole_model(path, dtype=dtype, quantization=TOY)
+    of_whole = sorted(QUANTISED)
+    assert len(of_whole) >= 4 * 4
+    QUANTISED.clear()
+    trunk = load_trunk_model(path, CUTS, dtype=dtype, quantization=TOY)
+    client = load_client_model(path, CUTS, trunk, dtype=dtype, quantization=TOY)
+    # Nothing is quantised twice or by the wrong party, and what is kept whole is kept by all.
+    assert sorted(QUANTISED) == of_whole
+    attach_lively_lora(whole, client, trunk)
+    gradients = assert_parts_match(whole, client, trunk)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+def test_quantising_changes_the_model_and_reads_and_quantises_owned_tensors_only(
+    tmp_path: Path,
+    tensors_read: set[str],  # noqa: F811
+) -> None:
+    model = tiny_model("llama").eval()
+    model.save_pretrained(tmp_path)
+    inside = {n for n in model.state_dict() if ".layers.1." in n or ".layers.2." in n}
+    trunk = load_trunk_model(str(tmp_path), CUTS, quantization=TOY)
+    assert tensors_read == inside
+    assert set(QUANTISED) == {name for name in inside if "norm" not in name}
+    assert isinstance(trunk.get_submodule("model.layers.1.mlp.up_proj"), ToyLinear)
+    tensors_read.clear()
+    client = load_client_model(str(tmp_path), CUTS, trunk, quantization=TOY)
+    assert tensors_read == set(model.state_dict()) - inside
+    assert type(client.lm_head) is nn.Linear
+    difference = client(**padded_batch()).logits - model(**padded_batch()).logits
+    assert 0 < difference.abs().max() < 0.1
+
+
+def test_adapter_of_a_quantised_client_is_named_as_that_of_a_plain_one(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    client = load_client_model(str(tmp_path), CUTS, IdentityTrunk(), quantization=TOY)
+    attach_lora(client, CUTS, CLIENT_LORA, seed=3)
+    state, scales = initial_client_adapter(str(tmp_path), CUTS, CLIENT_LORA, seed=3)
+    own = adapter_state(client)
+    assert own.keys() == state.keys() and lora_scales(client) == scales
+    assert all(torch.equal(own[name], state[name]) for name in own)
+
+
+def test_quantised_model_in_memory_is_split_bitwise(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    whole = load_whole_model(str(tmp_path), quantization=ToyConfig())
+    client, trunk = split_model(whole, CUTS)
+    attach_lively_lora(whole, client, trunk)
+    assert_parts_match(whole, client, trunk)
+
+
+def test_checkpoint_that_is_quantised_is_read_as_it_is_from_its_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "plain")
+    whole = load_whole_model(str(tmp_path / "plain"), quantization=TOY)
+    directory = tmp_path / "quantised"
+    whole.save_pretrained(directory, max_shard_size="10KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert "model.layers.1.mlp.up_proj.weight_scale" in index
+    fetched: list[str] = []
+
+    def fetch(name_or_path: str, filename: str, revision: str | None) -> Path | None:
+        path = directory / filename
+        fetched.append(filename)
+        return path if path.exists() else None
+
+    def config(*args: object, **kwargs: object) -> LlamaConfig:
+        return LlamaConfig.from_pretrained(directory)
+
+    monkeypatch.setattr(load_module, "fetch", fetch)
+    monkeypatch.setattr(load_module, "load_model_config", config)
+    QUANTISED.clear()
+    trunk = load_trunk_model("someone/quantised", CUTS)
+    inside = {shard for n, shard in index.items() if ".layers.1." in n or ".layers.2." in n}
+    outside = {s for n, s in index.items() if ".layers.1." not in n and ".layers.2." not in n}
+    assert {name for name in fetched if name.startswith("model-")} == inside
+    fetched.clear()
+    client = load_client_model("someone/quantised", CUTS, trunk)
+    assert {name for name in fetched if name.startswith("model-")} == outside
+    assert outside - inside and inside - outside and not QUANTISED
+    attach_lively_lora(whole, client, trunk)
+    assert_parts_match(whole, client, trunk)
+
+
+def _write_fp8(path: Path) -> dict[str, Tensor]:
+    """A checkpoint in blockwise 8-bit floats; returns what its weights stand for."""
+    tiny_model("llama").save_pretrained(path)
+    state, meant = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in load_file(path / "model.safetensors").items():
+        if ".layers." in name and "norm" not in name:
+            rows, columns = tensor.shape
+            scale = 0.5 + torch.rand(rows // 8, columns // 8, generator=generator)
+            state[name] = (tensor * 4).to(torch.float8_e4m3fn)
+            state[f"{name}_scale_inv"] = scale
+            blocks = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
+            meant[name] = state[name].float() * blocks
+        else:
+            state[name] = meant[name] = tensor
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    _set_quantization(path, {"quant_method": "fp8", "weight_block_size": [8, 8]})
+    return meant
+
+
+def _set_quantization(path: Path, settings: dict[str, object]) -> None:
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = settings
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def test_fp8_checkpoint_is_dequantised_to_what_its_numbers_stand_for(tmp_path: Path) -> None:
+    meant = _write_fp8(tmp_path)
+    path, options = str(tmp_path), {"dtype": "float32", "quantization": "dequantize"}
+    whole = load_whole_model(path, **options)
+    trunk = load_trunk_model(path, CUTS, **options)
+    client = load_client_model(path, CUTS, trunk, **options)
+    for part in (trunk, client):
+        for name, tensor in part.state_dict().items():
+            torch.testing.assert_close(tensor, meant[name])
+    assert len(trunk.state_dict()) == 2 * 9
+    attach_lively_lora(whole, client, trunk)
+    assert_parts_match(whole, client, trunk)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "deaf"}, rf"{METHOD} .no gradient passes model\.layers\.\d"),
+        ({"trainable": False}, f"{METHOD} .transformers says so"),
+        ({"kind": "foreign"}, r"makes model\.layers\.\d\.self_attn\.q_proj a ForeignLinear"),
+        ({"quant_method": "telepathy"}, "telepathy"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("part", ["client", "trunk"])
+def test_quantisation_that_cannot_train_is_refused_by_name(
+    settings: dict[str, object], message: str, part: str, tmp_path: Path
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    quantization = json.dumps({"quant_method": METHOD} | settings)
+    with pytest.raises(SplitError, match=message):
+        if part == "client":
+            load_client_model(str(tmp_path), CUTS, IdentityTrunk(), quantization=quantization)
+        else:
+            load_trunk_model(str(tmp_path), CUTS, quantization=quantization)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quant_method": "gptq", "bits": 4, "group_size": 32},
+        {"quant_method": "awq", "bits": 4, "group_size": 32},
+        {"quant_method": "hqq", "quant_config": {}},
+        {"quant_method": "telepathy"},
+        {"bits": 4},
+    ],
+    ids=str,
+)
+def test_checkpoint_quantised_so_that_it_cannot_be_trained_here_is_refused(
+    settings: dict[str, object], tmp_path: Path
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    _set_quantization(tmp_path, settings)
+    name = str(settings.get("quant_method", "without a quant_method"))
+    with pytest.raises(SplitError, match=f"with quantisation {name}"):
+        load_trunk_model(str(tmp_path), CUTS)
+
+
+def test_quantisation_that_changes_nothing_is_refused(tmp_path: Path) -> None:
+    tiny_model("falcon").save_pretrained(tmp_path)  # whose linear layers are of a class of its own
+    with pytest.raises(SplitError, match=f"{METHOD} changes no layer"):
+        load_trunk_model(str(tmp_path), CUTS, quantization=TOY)
+
+
+def test_quantising_what_is_quantised_or_dequantising_what_is_not_is_refused(
+    tmp_path: Path,
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(SplitError, match="is not quantised"):
+        load_trunk_model(str(tmp_path), CUTS, quantization="dequantize")
+    _set_quantization(tmp_path, {"quant_method": METHOD})
+    with pytest.raises(SplitError, match=f"quantised already, with {METHOD}.*bnb-4bit"):
+        load_trunk_model(str(tmp_path), CUTS, quantization="bnb-4bit")
+    with pytest.raises(SplitError, match="does not dequantise while loading"):
+        load_trunk_model(str(tmp_path), CUTS, quantization="dequantize")
+    with pytest.raises(SplitError, match="must be one of bnb-8bit, bnb-4bit, dequantize"):
+        tiny_model("llama").save_pretrained(tmp_path)
+        load_trunk_model(str(tmp_path), CUTS, quantization="4bit")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="the library is there")
+def test_quantisation_without_its_library_names_it(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    for name in ("bnb-4bit", "bnb-8bit"):
+        with pytest.raises(SplitError, match=f"quantisation {name}.*requires bitsandbytes"):
+            load_trunk_model(str(tmp_path), CUTS, quantization=name)
+
+
+def test_attention_that_is_not_there_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    if find_spec("flash_attn") is not None:
+        pytest.skip("flash attention is there")
+    tiny_model("llama").save_pretrained(tmp_path)
+    for name in ("flash_attention_2", "no_such_attention"):
+        with pytest.raises(SplitError, match=r'attn-implementation to "sdpa" or "eager"'):
+            load_trunk_model(str(tmp_path), CUTS, attn_implementation=name, dtype="bfloat16")
+
+
+def _config(path: Path, quantization: str, **keys: object) -> RunConfig:
+    return parse_run_config(
+        {
+            "model.name": str(path),
+            "model.first-cut": 1,
+            "model.second-cut": 3,
+            "model.quantization": quantization,
+            **keys,
+        }
+    )
+
+
+def test_run_config_quantises_client_trunk_and_the_model_of_the_baseline(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = _config(tmp_path, TOY)
+    client = Client.of(config, 0, 2)
+    assert isinstance(client.model.model.layers[0].mlp.up_proj.base_layer, ToyLinear)
+    whole = client._whole_model()
+    assert isinstance(whole.model.layers[1].mlp.up_proj.base_layer, ToyLinear)
+    engine = make_engine(config)
+    try:
+        assert len(engine.adapter()) == 2 * 7 * 2
+    finally:
+        engine.close()
+    with pytest.raises(ConfigError, match="quantised weights do not train"):
+        make_engine(_config(tmp_path, TOY, **{"trunk.train": "full"}))
+
+
+def test_fingerprint_names_the_quantisation(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    plain = fingerprint(_config(tmp_path, ""))
+    one = fingerprint(_config(tmp_path, '{"quant_method": "x", "bits": 4}'))
+    other = fingerprint(_config(tmp_path, '{"bits": 4, "quant_method": "x"}'))
+    assert plain["quantization"] == "none" and one == other
+    assert {name for name in plain if plain[name] != one[name]} == {"quantization"}
+
+
+@pytest.mark.parametrize("value", ["4bit", "{broken", "[]"])
+def test_run_config_with_a_quantisation_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.quantization"):
+        parse_run_config({"model.quantization": value})
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_bitsandbytes_parts_match_the_quantised_model_bitwise(
+    family: str, quantization: str, dtype: str, tmp_path: Path
+) -> None:
+    # Rows of 64 and more: a block of 4-bit weights is 64 numbers.
+    wide = {"n_embd": 64, "vocab_size": VOCAB_SIZE} if family == "gpt2" else {"hidden_size": 64}
+    tiny_model(family, **wide).save_pretrained(tmp_path)
+    options = {"dtype": dtype, "quantization": quantization}
+    whole = load_whole_model(str(tmp_path), **options)
+    trunk = load_trunk_model(str(tmp_path), CUTS, **options)
+    client = load_client_model(str(tmp_path), CUTS, trunk, **options)
+    kinds = {type(module).__module__.split(".")[0] for module in trunk.modules()}
+    assert "bitsandbytes" in kinds and "bitsandbytes" in sys.modules
+    attach_lively_lora(whole, client, trunk)
+    with torch.no_grad():  # which must not change how it trains
+        client(**padded_batch())
+    assert_parts_match(whole, client, trunk)
