@@ -1,0 +1,114 @@
+"""Initial values that only the clients know: who is asked, and what is not believed."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from flwr.app import Error, Message, RecordDict
+from torch import Tensor
+
+from flower_split.arrays import to_arrays
+from flower_split.base_values import gather_base_values
+from flower_split.errors import FederationError
+from flower_split.exchange import Federation
+from flower_split.facts import BASE_VALUES, ClientFacts
+from flower_split.lora.initial import digest_of
+from tests.flower.fakes import FakeGrid
+
+NODES = {0: 70, 1: 20, 2: 30}
+VALUES = {
+    "lm_head.weight": torch.arange(6.0).view(2, 3),
+    "layers.0.q.lora_magnitude_vector": torch.tensor([1.0, 2.0]),
+}
+DIGESTS = {"lm_head.weight": digest_of(VALUES["lm_head.weight"]), [*VALUES][1]: "of-the-weight"}
+SHAPES = {name: value.shape for name, value in VALUES.items()}
+
+Answer = Callable[[int, list[str]], dict[str, Tensor] | Error]
+
+
+def facts(slot: int, digests: dict[str, str]) -> ClientFacts:
+    return ClientFacts(
+        partition_id=slot,
+        num_partitions=3,
+        num_examples=1,
+        num_eval_examples=1,
+        planned_steps=1,
+        concurrency=0,
+        fingerprint={},
+        base_digests=digests,
+    )
+
+
+def gather(
+    answer: Answer, digests: dict[int, dict[str, str]] | None = None
+) -> tuple[dict[str, Tensor], list[tuple[int, list[str]]]]:
+    """The values, and which slot was asked for what."""
+    asked: list[tuple[int, list[str]]] = []
+    slots = {node: slot for slot, node in NODES.items()}
+
+    def reply(message: Message) -> RecordDict | Error:
+        record = message.content.config_records["config"]
+        assert record["purpose"] == BASE_VALUES
+        slot, names = slots[message.metadata.dst_node_id], list(record["names"])
+        asked.append((slot, names))
+        found = answer(slot, names)
+        return found if isinstance(found, Error) else RecordDict({BASE_VALUES: to_arrays(found)})
+
+    known = {slot: facts(slot, (digests or {}).get(slot, DIGESTS)) for slot in NODES}
+    grid = FakeGrid(NODES.values(), reply)
+    return gather_base_values(grid, Federation(NODES), known, SHAPES, timeout=1.0), asked
+
+
+def honest(slot: int, names: list[str]) -> dict[str, Tensor]:
+    return {name: VALUES[name] for name in names}
+
+
+def test_base_values_come_from_the_lowest_slot_alone() -> None:
+    values, asked = gather(honest)
+    assert asked == [(0, sorted(VALUES))]
+    assert values.keys() == VALUES.keys()
+    assert all(torch.equal(values[name], VALUES[name]) for name in VALUES)
+
+
+def test_base_values_that_one_client_does_not_hold_come_from_another() -> None:
+    only_head = {"lm_head.weight": DIGESTS["lm_head.weight"]}
+    values, asked = gather(honest, {0: only_head})
+    assert [slot for slot, _ in asked] == [0, 1] and values.keys() == VALUES.keys()
+
+
+def test_base_values_of_a_client_that_is_lost_come_from_the_next() -> None:
+    def answer(slot: int, names: list[str]) -> dict[str, Tensor] | Error:
+        return Error(code=1, reason="gone") if slot == 0 else honest(slot, names)
+
+    values, asked = gather(answer)
+    assert [slot for slot, _ in asked] == [0, 1] and values.keys() == VALUES.keys()
+
+
+def test_base_values_of_nobody_name_the_reason() -> None:
+    with pytest.raises(FederationError, match=r"no client gave .*magnitude.*no memory left"):
+        gather(lambda slot, names: Error(code=2, reason="no memory left"))
+
+
+def test_base_weights_that_differ_name_both_clients_and_the_weight() -> None:
+    other = {**DIGESTS, "lm_head.weight": "another"}
+    with pytest.raises(FederationError, match=r"0 \(node 70\) and 2 \(node 30\).*lm_head\.weight"):
+        gather(honest, {2: other})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda value: value + 1, "is not the weight whose digest"),
+        (lambda value: value * torch.nan, "NaN"),
+    ],
+)
+def test_base_value_that_is_not_what_was_promised_is_refused(
+    change: Callable[[Tensor], Tensor], words: str
+) -> None:
+    with pytest.raises(FederationError, match=f"partition 0 was .*{words}"):
+        gather(lambda slot, names: {name: change(VALUES[name]) for name in names})
+
+
+def test_base_value_that_is_not_in_the_reply_is_refused() -> None:
+    with pytest.raises(FederationError, match="partition 0 .*lm_head.weight is missing"):
+        gather(lambda slot, names: {[*VALUES][1]: VALUES[[*VALUES][1]]})

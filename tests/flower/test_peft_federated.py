@@ -1,0 +1,125 @@
+"""Everything that may train beside LoRA, through the ServerApp, real clients and a real trunk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from flower_split.config import RunConfig, Scalar, parse_run_config
+from flower_split.errors import RunDirectoryError
+from flower_split.export import export_adapter
+from flower_split.lora import attach_lora, load_adapter_state
+from flower_split.parts import all_parts, model_cuts
+from flower_split.report import RunDirectory
+from flower_split.server_app import run
+from tests.flower.local_grid import LocalGrid, TrunkHere
+from tests.flower.recording import assert_same_end, fail_commit
+from tests.flower.test_runs import central_step
+from tests.flower.tiny import make_data, make_model, tiny_config
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
+]
+
+VARIETIES: dict[str, dict[str, Scalar]] = {
+    "dora, untied": {f"lora__{part}__use_dora": True for part in ("bottom", "trunk", "top")},
+    "modules to save, untied": {
+        "lora__bottom__modules_to_save": "embed_tokens",
+        "lora__trunk__modules_to_save": "layers.1.mlp",
+        "lora__top__modules_to_save": "model.norm",
+    },
+    "bias, untied": {
+        "lora__bottom__bias": "all",
+        "lora__trunk__bias": "lora_only",
+        "lora__top__bias": "lora_only",
+    },
+    "head to save, tied": {"lora__top__modules_to_save": "lm_head"},
+    "full top, untied": {"lora__top__train": "full"},
+    "full bottom and top, tied": {"lora__bottom__train": "full", "lora__top__train": "full"},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models with biases that are not zero and norms that are not one."""
+    found = {}
+    for name in ("tied", "untied"):
+        path = make_model(tmp_path_factory.mktemp(name))
+        config = LlamaConfig.from_pretrained(
+            path, attention_bias=True, mlp_bias=True, tie_word_embeddings=name == "tied"
+        )
+        torch.manual_seed(1)
+        model = LlamaForCausalLM(config)
+        for parameter_name, parameter in model.named_parameters():
+            if "bias" in parameter_name or "norm" in parameter_name:
+                parameter.data += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(path)
+        found[name] = path
+    return found
+
+
+@pytest.fixture(autouse=True)
+def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flower_split.server_app.TrunkProcess", TrunkHere)
+
+
+def job(
+    base: Path, root: Path, grid: type[LocalGrid] = LocalGrid, **changes: Scalar
+) -> RunDirectory:
+    changes = {"trunk__step_every": "server-round", **changes}
+    config = tiny_config(base, make_data(root / "data", 2), **changes)
+    config["run-dir"] = str(root / "run")
+    run(grid(2, config), parse_run_config(config))
+    return RunDirectory.open(root / "run")
+
+
+def unsplit(config: RunConfig, state: dict[str, Tensor]) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(config.model.name)
+    attach_lora(model, model_cuts(config), all_parts(config), seed=0)
+    load_adapter_state(model, state)
+    return model.eval()
+
+
+@pytest.mark.parametrize("variety", VARIETIES)
+def test_one_round_is_one_step_of_the_unsplit_model_and_exports_to_plain_peft(
+    bases: dict[str, Path], tmp_path: Path, variety: str
+) -> None:
+    kind, base = variety.rsplit(", ", 1)
+    done = job(bases[base], tmp_path, **VARIETIES[variety])
+    found = done.read_adapter("client") | done.read_adapter("trunk")
+    expected = central_step(done.config, 2)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    mark = {"dora": "lora_magnitude_vector", "bias": ".base_layer.bias"}
+    assert any(name.endswith(mark.get(kind, ".weight")) for name in found if "lora_A" not in name)
+
+    ids = torch.arange(5, 25).view(2, 10)
+    plain = AutoModelForCausalLM.from_pretrained(bases[base])
+    peft = PeftModel.from_pretrained(plain, str(export_adapter(done.path, tmp_path / "out")))
+    logits = unsplit(done.config, expected)(input_ids=ids).logits
+    torch.testing.assert_close(peft.eval()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_resumed_run_with_base_values_ends_on_the_same_bits(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Scalar] = {
+        "lora__bottom__use_dora": True,
+        "lora__top__train": "full",
+        "num_server_rounds": 2,
+        "strategy__aggregator": "product-delta",
+    }
+    calm = job(bases["untied"], tmp_path / "calm", **changes)
+    failed = fail_commit(monkeypatch, 2, RunDirectoryError("the disk is full"))
+    with pytest.raises(RunDirectoryError, match="the disk is full"):
+        job(bases["untied"], tmp_path / "killed", **changes)
+    assert failed == [2]
+    resumed = job(
+        bases["untied"], tmp_path / "killed", resume=str(tmp_path / "killed/run"), **changes
+    )
+    assert_same_end(calm, resumed, ("client", "trunk"))
