@@ -52,6 +52,8 @@ class LoraFedAvg(FedAvg):
         excludes_invalid: Whether malformed updates are left out instead of refused.
         last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
         private_folder: Where simulated clients keep the factors that stay with them, if any do.
+        largest_weights: Slot to the largest weight that this client can report truthfully; one above
+            is malformed. Slots that are not named have no bound.
 
     Args:
         config: Aggregator with its options, rules, weighting and server optimizer.
@@ -86,6 +88,7 @@ class LoraFedAvg(FedAvg):
         self.excludes_invalid = config.on_invalid == "exclude"
         self.last_summary = RoundSummary(())
         self.private_folder = ""
+        self.largest_weights: Mapping[int, float] = MappingProxyType({})
         self._digests: dict[int, str] = {}  # slot -> of its private factors, last committed round
         for spec in self._specs.values():  # what cannot be served ends the run now
             self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
@@ -288,5 +291,12 @@ class LoraFedAvg(FedAvg):
             raise AggregationError(
                 f'strategy.weighting = "{self.weighting}" needs {key} in every reply; that of '
                 f"partition {slot} has {value!r}."
+            )
+        most = self.largest_weights.get(slot)
+        if most is not None and value > most:
+            raise AggregationError(
+                f"client {slot} reports {key} = {value:g}, but its steps, batch size and sequence "
+                f"length allow at most {most:g} in a round. It must not be trusted, or its train.* "
+                "settings differ from the run's."
             )
         return float(value)

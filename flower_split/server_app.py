@@ -185,6 +185,7 @@ def make_strategy(
     if isinstance(inner, LoraFedAvg):
         arrays = inner.initial_arrays()
         inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
+        inner.largest_weights = largest_weights(config, facts)
     experiment = recorder.run.path.name + "-" + secrets.token_hex(4)
     if resumed is not None:
         entry = resumed.entry
@@ -247,6 +248,17 @@ def client_specs(
             ", ".join(f"{slot}: {own[slot]}" for slot in specs),
         )
     return specs
+
+
+def largest_weights(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, float]:
+    """The largest weight that each client can report truthfully; empty where all count the same."""
+    if config.strategy.weighting == "uniform":
+        return {}
+    train = config.train
+    in_a_step = train.batch_size * train.gradient_accumulation_steps
+    if config.strategy.weighting == "tokens":
+        in_a_step *= train.sequence_length
+    return {slot: float(item.planned_steps * in_a_step) for slot, item in facts.items()}
 
 
 def open_directory(config: RunConfig) -> RunDirectory:
