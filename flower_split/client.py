@@ -69,6 +69,7 @@ class TrunkOrder:
     token: str  # of this client and this round
     root_certificates: str  # PEM text; empty: plain text on loopback
     server_round: int
+    turn: int = 0  # which part of the data is trained on, from 1; 0: that of the server round
     experiment: str = ""  # the run's name, the same when it is resumed
 
 
@@ -300,7 +301,7 @@ class Client:
         place = self._place(order.server_round)
         with self._trunk(order) as trunk:
             trunk.open(place.num_steps)
-            batches = self._batches(order.server_round)
+            batches = self._batches(order.turn or order.server_round)
             result = train_round(
                 self.model, batches, self.config, place, trunk, proximal_mu=proximal_mu
             )

@@ -40,6 +40,7 @@ from flower_split.facts import (
     PRIVATE_FOLDER,
     STEPS,
     TRAINABLE,
+    TURN,
     ClientFacts,
 )
 from flower_split.logs import log_to_stderr, quiet_libraries
@@ -292,6 +293,7 @@ def _order(message: Message) -> TrunkOrder:
                 token=str(record["trunk-token"]),
                 root_certificates=str(record["trunk-root-certificates"]),
                 server_round=int(str(record["server-round"])),
+                turn=int(str(record.get(TURN, record["server-round"]))),
                 experiment=str(record.get("experiment", "")),
             )
     raise FederationError(

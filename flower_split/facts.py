@@ -32,6 +32,10 @@ PRIVATE_DIGEST = "private-digest"
 PRIVATE_FOLDER = "private-folder"
 """Where a simulated client keeps its private weights unless it is told otherwise."""
 
+TURN = "turn"
+"""Key in a training message's ConfigRecord: which part of its data the client takes, as the how-manyth
+of its trainings it is, from 1; absent: the server round."""
+
 TRAINABLE = "trainable"
 """Key in a training message's ConfigRecord: names of the weights that train; absent: all."""
 

@@ -31,12 +31,10 @@ from flower_split.aggregation.modules import AdapterSpec, AdapterUpdate
 from flower_split.arrays import to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
+from flower_split.facts import TURN
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.staleness import Discounted, Staleness
 from flower_split.trunk.calls import Dispatch
-
-TURN = "turn"
-"""Key in a training message's ConfigRecord: the client's how-manyth training this is, from 1."""
 
 _STATE = "fedbuff/"
 
@@ -72,7 +70,7 @@ class FedBuff(LoraFedAvg):
 
     Attributes:
         dispatched: The number of the latest dispatch.
-        turns: Slot to how often it has come back: its next training is the one after.
+        turns: Slot to how many of its trainings have been aggregated.
 
     Args:
         config: Aggregator, weighting, staleness; see :class:`~flower_split.config.StrategyConfig`.
@@ -99,7 +97,7 @@ class FedBuff(LoraFedAvg):
         """Nothing: the settings of Flower's FedAvg are not those of this strategy."""
 
     def order(
-        self, dispatch: Dispatch, node: int, arrays: ArrayRecord, ttl: float
+        self, dispatch: Dispatch, node: int, arrays: ArrayRecord, *, ahead: int, ttl: float
     ) -> tuple[Message, Mapping[str, Tensor]]:
         """The message that sends a client to work, and the adapter that it carries.
 
@@ -107,9 +105,10 @@ class FedBuff(LoraFedAvg):
             dispatch: Who is sent.
             node: Its Flower node.
             arrays: The global adapter.
+            ahead: Trainings of this client that have come back and are not aggregated yet.
             ttl: Seconds until Flower drops the message.
         """
-        config = ConfigRecord({TURN: self.turns.get(dispatch.slot, 0) + 1})
+        config = ConfigRecord({TURN: self.turns.get(dispatch.slot, 0) + ahead + 1})
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         message = Message(content, node, MessageType.TRAIN, ttl=ttl)
         sent = self._address([message], arrays)[dispatch.slot]
@@ -155,10 +154,12 @@ class FedBuff(LoraFedAvg):
         )
         contents = [arrived.content for arrived in sorted(used, key=lambda item: item.name)]
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
+        for slot in slots.values():
+            self.turns[slot] = self.turns.get(slot, 0) + 1
         return to_arrays(self.aggregator.distribute()), metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The aggregator's state, and how often every client was sent out and came back."""
+        """The aggregator's state, the dispatches so far, and every client's trainings."""
         slots = sorted(self.turns)
         return {
             **super().state_dict(),

@@ -395,7 +395,7 @@ class TrunkEngine:
             TrunkRefused: Another experiment's round is in progress, the plan is empty, or the base's
                 checkpoint is missing or damaged (NO_CHECKPOINT).
         """
-        if not plan.participants and not plan.dispatches:
+        if not plan.participants and plan.step_every is not StepEvery.BUFFER:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "a round needs at least one participant."
             )
