@@ -27,6 +27,7 @@ from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
 from flower_split.parts import model_cuts
 from flower_split.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
+from flower_split.personal import OneClient, read_client_adapter
 from flower_split.report import RunDirectory
 from flower_split.split import CutLayers
 from flower_split.split.load import empty_model
@@ -36,7 +37,9 @@ _PREFIX = "base_model.model."
 _A_WEIGHT = (".lora_A.weight", ".lora_embedding_A")
 
 
-def export_adapter(run_dir: Path, out: Path, cuts: CutLayers | None = None) -> Path:
+def export_adapter(
+    run_dir: Path, out: Path, cuts: CutLayers | None = None, client: OneClient | None = None
+) -> Path:
     """Merge a run's bottom, trunk and top adapters into one PEFT adapter directory.
 
     The result is loaded by ``PeftModel.from_pretrained(base_model, out)`` on the plain base model
@@ -47,12 +50,15 @@ def export_adapter(run_dir: Path, out: Path, cuts: CutLayers | None = None) -> P
         out: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go; made if need be.
         cuts: Export the model that a client with these cut layers computed: its own copies of the
             trunk's layers outside of them. None: the trunk's copies of all its layers.
+        client: Whose own model to export, where the method keeps factors private; None: there is
+            one for all.
 
     Returns:
         ``out``.
 
     Raises:
-        RunDirectoryError: The run has no final adapters, or ``out`` holds other files.
+        RunDirectoryError: The run has no final adapters, ``out`` holds other files, or ``client`` is
+            missing, out of place or cannot be read.
         SplitError: The base model's configuration cannot be read, or no client had such cut layers.
     """
     run = RunDirectory.open(run_dir)
@@ -62,7 +68,7 @@ def export_adapter(run_dir: Path, out: Path, cuts: CutLayers | None = None) -> P
         raise RunDirectoryError(
             f"the export goes to an empty directory; {out} holds other files. Name another one."
         )
-    state, change = run.read_adapter("client"), read_base_change(run)
+    state, change = read_client_adapter(run, client), read_base_change(run)
     trunk = _trunk_state(run)
     model = empty_model(
         resolve_model_path(config.model.name), revision=config.model.revision or None

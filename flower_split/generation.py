@@ -36,6 +36,7 @@ from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora, load_adapter_state
 from flower_split.lora.places import stack_of
 from flower_split.parts import held_parts, model_cuts, trunk_parts
+from flower_split.personal import OneClient, read_client_adapter
 from flower_split.remote_trunk import RemoteTrunk
 from flower_split.report import RunDirectory
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
@@ -160,7 +161,10 @@ class TextGenerator:
 
 @contextlib.contextmanager
 def open_generator(
-    run_dir: Path, server: TrunkServer | None = None, cuts: CutLayers | None = None
+    run_dir: Path,
+    server: TrunkServer | None = None,
+    cuts: CutLayers | None = None,
+    client: OneClient | None = None,
 ) -> Iterator[TextGenerator]:
     """The model that a run ended with.
 
@@ -168,9 +172,11 @@ def open_generator(
         run_dir: The run's directory, with its final adapters.
         server: Where its trunk is; None: it is loaded into this process.
         cuts: Those of a client that had its own, for the model that it computed; None: the run's.
+        client: Whose own model, where the method keeps factors private; None: there is one for all.
 
     Raises:
-        RunDirectoryError: The run has no final adapters, or the trunk server holds other weights.
+        RunDirectoryError: The run has no final adapters, the trunk server holds other weights, or
+            ``client`` is missing, out of place or cannot be read.
         SplitError: The model cannot be loaded or cut.
         TrunkError: The trunk server does not answer, or refuses.
     """
@@ -179,7 +185,7 @@ def open_generator(
     tokenizer = load_tokenizer(config.model)
     span = model_cuts(config)
     cuts = cuts or span
-    client = load_client_model(
+    model = load_client_model(
         resolve_model_path(config.model.name),
         cuts,
         NoTrunk(),
@@ -189,18 +195,19 @@ def open_generator(
         device=resolve_device(config.train.device, "train.device"),
         quantization=config.model.quantization or None,
     )
-    attach_lora(client, span, held_parts(config, cuts), seed=config.seed, incomplete=("trunk",))
+    attach_lora(model, span, held_parts(config, cuts), seed=config.seed, incomplete=("trunk",))
     trained = run.read_adapter("trunk") if config.mode == "joint" else {}
-    stack = stack_of(client)
-    own, middle = with_cuts(run.read_adapter("client"), trained, stack, cuts, span)
-    load_adapter_state(client, own)
-    set_base_change(client, clients_own(read_base_change(run), trained, stack, cuts))
+    stack = stack_of(model)
+    adapter = read_client_adapter(run, client)
+    own, middle = with_cuts(adapter, trained, stack, cuts, span)
+    load_adapter_state(model, own)
+    set_base_change(model, clients_own(read_base_change(run), trained, stack, cuts))
     with (
         _local(config, middle, cuts) if server is None else _remote(config, trained, server, cuts)
     ) as trunk:
-        set_trunk(client, trunk)
-        client.train(False)
-        yield TextGenerator(client, tokenizer)
+        set_trunk(model, trunk)
+        model.train(False)
+        yield TextGenerator(model, tokenizer)
 
 
 @contextlib.contextmanager

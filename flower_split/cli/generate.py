@@ -12,6 +12,7 @@ from flower_split.generation import (
     open_generator,
 )
 from flower_split.logs import quiet_libraries
+from flower_split.personal import one_client
 from flower_split.split import CutLayers
 
 
@@ -30,7 +31,8 @@ def generate(arguments: argparse.Namespace) -> int:
         seed=arguments.seed,
     )
     cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None
-    with open_generator(arguments.run, _server(arguments), cuts) as generator:
+    client = one_client(arguments.client, arguments.client_dir)
+    with open_generator(arguments.run, _server(arguments), cuts, client) as generator:
         if arguments.prompt is not None:
             _reply(generator, arguments.prompt, [], sampling, arguments.chat)
         else:

@@ -67,6 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="the run directory")
     export.add_argument("--out", required=True, type=Path, help="where the adapter goes")
     _add_cuts(export)
+    _add_client(export)
 
     generate = commands.add_parser(
         "generate",
@@ -87,6 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num-beams", type=int, default=1)
     generate.add_argument("--seed", type=int, default=0)
     _add_cuts(generate)
+    _add_client(generate)
     generate.add_argument(
         "--trunk-address",
         default="",
@@ -96,6 +98,21 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--token-file", default="", help="the trunk server's")
     generate.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
     return parser
+
+
+def _add_client(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--client",
+        type=int,
+        metavar="PARTITION",
+        help="this client's own model, where strategy.aggregator leaves factors with each client",
+    )
+    parser.add_argument(
+        "--client-dir",
+        type=Path,
+        metavar="DIR",
+        help="with --client: where that client keeps them; default: train.client-dir, or RUN/clients",
+    )
 
 
 def _add_cuts(parser: argparse.ArgumentParser) -> None:
@@ -159,10 +176,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
         return generate(arguments)
     from flower_split.export import export_adapter
+    from flower_split.personal import one_client
     from flower_split.split import CutLayers
 
     cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None
-    print(export_adapter(arguments.run, arguments.out, cuts))
+    client = one_client(arguments.client, arguments.client_dir)
+    print(export_adapter(arguments.run, arguments.out, cuts, client))
     return 0
 
 

@@ -91,12 +91,6 @@ def test_configure_train_says_what_trains_where_the_method_freezes_a_factor(
     assert TRAINABLE not in config
 
 
-@pytest.mark.parametrize("aggregator", ["fedsa-lora"])
-def test_method_that_clients_cannot_follow_is_refused_by_name(aggregator: str) -> None:
-    with pytest.raises(AggregationError, match=f'"{aggregator}" needs .*product-delta'):
-        LoraFedAvg(StrategyConfig(aggregator=aggregator), {"m": 2.0}, INITIAL, FEDERATION.slot_of)
-
-
 TWO = {
     "m.lora_A.weight": torch.tensor([[1.0, 2.0], [0.5, -1.0]]),
     "m.lora_B.weight": torch.tensor([[1.0, 0.0], [2.0, 1.0]]),
