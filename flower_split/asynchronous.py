@@ -106,9 +106,9 @@ class AsynchronousRounds:
         | None = None,
         on_arrivals: ArrivalsSink | None = None,
     ) -> None:
-        self._strategy = strategy
+        self.strategy = strategy
+        self.grid = grid
         self._inner = inner
-        self._grid = grid
         self._federation = strategy.federation
         self._config = strategy.config
         self._size = strategy.config.strategy.buffer_size
@@ -155,7 +155,7 @@ class AsynchronousRounds:
             after = self._config.num_server_rounds + 1
             self._at_work, self._waiting = {}, []
             try:
-                self._strategy.coordinator.begin_round(self._plan(after))
+                self.strategy.coordinator.begin_round(self._plan(after))
             except TrunkError as error:
                 logger.warning("the clients still at work could not be recalled: %s", error)
             self._forget(after, "the run's last round is committed")
@@ -228,22 +228,22 @@ class AsynchronousRounds:
                 ahead=sum(item.dispatch.slot == slot for item in (*self._buffer, *self._waiting)),
                 ttl=self._config.round_timeout + _TTL_SPARE,
             )
-            message = self._strategy.addressed(message, dispatch.token, server_round)
+            message = self.strategy.addressed(message, dispatch.token, server_round)
             new.append(_AtWork(dispatch, server_round - 1, message, sent, deadline))
             self._sent_from[slot] = server_round - 1
         others = bool(self._at_work or self._waiting or self._buffer)
         plan = self._plan(server_round, [item.dispatch for item in new])
         if not plan.dispatches:
             return
-        epoch, _ = self._strategy.coordinator.begin_round(plan)
+        epoch, _ = self.strategy.coordinator.begin_round(plan)
         if others and epoch != self._epoch:
             raise RoundLost(
                 f"round {server_round}: the trunk has restarted; what its clients had computed with it "
                 "is gone."
             )
-        self._epoch = self._strategy.epoch = epoch
+        self._epoch = self.strategy.epoch = epoch
         for item in new:
-            name = next(iter(self._grid.push_messages([item.message])), "")
+            name = next(iter(self.grid.push_messages([item.message])), "")
             if name:
                 self._at_work[name] = item
             else:
@@ -265,7 +265,7 @@ class AsynchronousRounds:
 
     def _plan(self, server_round: int, new: Sequence[Dispatch] = ()) -> RoundPlan:
         """The trunk's round with everybody whose work counts or may yet count."""
-        trunk, strategy = self._config.trunk, self._strategy
+        trunk, strategy = self._config.trunk, self.strategy
         arrived = [item.dispatch for item in (*self._buffer, *self._waiting)]
         at_work = [item.dispatch for item in self._at_work.values() if not item.recalled]
         return RoundPlan(
@@ -284,7 +284,7 @@ class AsynchronousRounds:
     def _pull(self, server_round: int) -> bool:
         """Take in the replies that have come; whether there were any."""
         came = []
-        for reply in self._grid.pull_messages(set(self._at_work)) if self._at_work else ():
+        for reply in self.grid.pull_messages(set(self._at_work)) if self._at_work else ():
             item = self._at_work.pop(reply.metadata.reply_to_message_id, None)
             if item is None:
                 logger.warning("a reply to a dispatch that is over was ignored")
@@ -354,7 +354,7 @@ class AsynchronousRounds:
         if not trunk.alive():
             raise RoundLost("the trunk process ended; its last log lines say why")
         try:
-            status = self._strategy.coordinator.status()
+            status = self.strategy.coordinator.status()
         except TrunkError as error:
             logger.warning("the trunk does not report its status: %s", error)
             return
@@ -384,16 +384,16 @@ class AsynchronousRounds:
             arrays, metrics = self._aggregate(server_round, buffer)
             if self._on_arrivals is not None:
                 self._on_arrivals(server_round, [*self._records(server_round), *self._dropped])
-            self._strategy.commit(server_round, report, arrays)
+            self.strategy.commit(server_round, report, arrays)
         except BaseException:
             load_state(self._inner, before)
             raise
         self._buffer, self._dropped = [], []
-        self._strategy.last_report = report
+        self.strategy.last_report = report
         return arrays, metrics
 
     def _prepare(self, server_round: int, buffer: Sequence[Arrived]) -> RoundReport:
-        strategy = self._strategy
+        strategy = self.strategy
         arrivals = [
             Arrival(item.dispatch.number, self._inner.staleness(item.staleness(server_round)))
             for item in buffer
@@ -444,7 +444,7 @@ class AsynchronousRounds:
         """Give the trunk's round up, and with it everybody at work."""
         self._at_work, self._waiting, self._buffer = {}, [], []
         self._failures, self._sent_from, self._dropped = {}, {}, []
-        strategy = self._strategy
+        strategy = self.strategy
         try:
             strategy.coordinator.abort_round(
                 strategy.experiment, server_round, strategy.attempt, why
@@ -478,8 +478,6 @@ def _concurrency(strategy: TrunkStrategy, at_once: int) -> int:
 
 def run_buffers(
     rounds: AsynchronousRounds,
-    strategy: TrunkStrategy,
-    grid: Grid,
     arrays: ArrayRecord,
     *,
     start_round: int = 1,
@@ -490,8 +488,6 @@ def run_buffers(
 
     Args:
         rounds: Sends clients out and closes rounds.
-        strategy: As for :func:`flower_split.rounds.run_rounds`; so are the others.
-        grid: Flower's grid.
         arrays: The global adapter that ``start_round`` begins with.
         start_round: From 1; above 1 when a run is resumed.
         on_round: Called after every round.
@@ -504,6 +500,7 @@ def run_buffers(
         FederationError: Too many clients failed; nothing of the open round was kept.
         TrunkError: The trunk does not answer, or refuses a round.
     """
+    strategy, grid = rounds.strategy, rounds.grid
     last = strategy.config.num_server_rounds
     for server_round in range(start_round, last + 1):
         start, label = time.monotonic(), f"round {server_round}/{last}"

@@ -78,7 +78,9 @@ class InnerContext:
 
     @property
     def num_sampled(self) -> int:
-        """Clients that train in a round."""
+        """Clients whose training a round takes."""
+        if self.config.strategy.name == "fedbuff":
+            return self.config.strategy.buffer_size
         return num_participants(self.num_clients, self.config.fraction_train)
 
 

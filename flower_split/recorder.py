@@ -124,6 +124,13 @@ class Recorder:
             },
         )
 
+    def arrivals(
+        self, server_round: int, records: Sequence[Mapping[str, int | float | str]]
+    ) -> None:
+        """Who came back for an asynchronous round, in this order, and who was dropped why."""
+        for record in records:
+            self.run.append("arrival", {"server_round": server_round, **record})
+
     def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
         """One client's held-out result after a round; round 0 is before the first."""
         held_out = HeldOut(metrics["loss-sum"], int(metrics["num-tokens"]))

@@ -37,7 +37,7 @@ from flower_split.summary import SummaryRow, markdown_table, summary_cells
 
 Json: TypeAlias = "bool | int | float | str | None | Sequence[Json] | Mapping[str, Json]"
 
-METRIC_KINDS = ("step", "round", "evaluation", "trunk", "aggregation")
+METRIC_KINDS = ("step", "round", "evaluation", "trunk", "aggregation", "arrival")
 ADAPTER_PARTS = ("client", "base", "trunk")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flwr", "flwr-datasets", "grpcio")
 _ROUND_COLUMNS = ("server_round", "train_loss", "eval_loss", "perplexity", "num_tokens", "seconds")

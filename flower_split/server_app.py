@@ -19,6 +19,7 @@ from flower_split.aggregation.clients import AdapterSpec
 from flower_split.aggregation.configured import check_clients, check_strategy
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.assets import resolve_model_path
+from flower_split.asynchronous import AsynchronousRounds, run_buffers
 from flower_split.base_values import gather_base_values
 from flower_split.baseline import run_local_only
 from flower_split.checkpoint import FOLDER, Resumed, RunCheckpoints
@@ -34,6 +35,7 @@ from flower_split.errors import (
 )
 from flower_split.exchange import Federation
 from flower_split.facts import ClientFacts
+from flower_split.fedbuff import FedBuff
 from flower_split.handshake import describe_clients, shake_hands, wait_for_nodes
 from flower_split.inner_strategies import InnerContext, InnerFactory, inner_notes
 from flower_split.logs import log_to_stderr, quiet_libraries
@@ -72,6 +74,7 @@ _MAY_DIFFER = (  # keys that a resumed run may change: none of them changes what
     "trunk.window-timeout",
     "trunk.call-timeout",
 )
+_OWN_AGGREGATION = ("lora-fedavg", "fedbuff")  # strategies that take an aggregator of this package
 _CONTROL_SECONDS = 60.0  # deadline of one control call to the trunk
 
 
@@ -96,7 +99,7 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
-    if inner is None and config.strategy.name == "lora-fedavg":
+    if inner is None and config.strategy.name in _OWN_AGGREGATION:
         check_strategy(config.strategy)
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
@@ -116,14 +119,30 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
             label = f"round {done}" if done else "before round 1"
             evaluation = evaluate_clients(strategy, grid, arrays, done, label, trunk.care)
             recorder.round_done(RoundOutcome(done, None, evaluation, 0.0))
-        arrays = run_rounds(
-            strategy,
-            grid,
-            arrays,
-            start_round=done + 1,
-            on_round=recorder.round_done,
-            trunk=trunk.care,
-        )
+        if isinstance(strategy.inner, FedBuff):
+            arrays = run_buffers(
+                AsynchronousRounds(
+                    strategy,
+                    strategy.inner,
+                    grid,
+                    at_once=_at_once(facts),
+                    on_steps=recorder.steps,
+                    on_arrivals=recorder.arrivals,
+                ),
+                arrays,
+                start_round=done + 1,
+                on_round=recorder.round_done,
+                trunk=trunk.care,
+            )
+        else:
+            arrays = run_rounds(
+                strategy,
+                grid,
+                arrays,
+                start_round=done + 1,
+                on_round=recorder.round_done,
+                trunk=trunk.care,
+            )
         directory.write_adapter("client", from_arrays(arrays))
         if isinstance(strategy.inner, LoraFedAvg) and strategy.inner.changes_base:
             directory.write_adapter("base", strategy.inner.base_change())
@@ -172,7 +191,7 @@ def make_strategy(
         slot_of=federation.slot_of,
         specs=cut_specs(config, cuts, state, client_specs(config, facts, scales)),
     )
-    if make_inner is None and config.strategy.name == "lora-fedavg":
+    if make_inner is None and config.strategy.name in _OWN_AGGREGATION:
         check_clients(
             config.strategy, context.specs, context.num_sampled, federation.nodes.__getitem__
         )
@@ -232,6 +251,11 @@ def make_strategy(
         )
         commit(0, nothing, arrays)
     return strategy, arrays
+
+
+def _at_once(facts: Mapping[int, ClientFacts]) -> int:
+    """How many clients a simulation runs at once; 0: as many as there are."""
+    return min((item.concurrency for item in facts.values() if item.concurrency > 0), default=0)
 
 
 def client_specs(

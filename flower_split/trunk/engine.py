@@ -627,6 +627,8 @@ class TrunkEngine:
     ) -> None:
         try:
             result = self._timed(run, arrived)
+            if isinstance(current, Flight):
+                result = replace(result, version=current.version)
             current.compute_seconds += result.compute_seconds
         except BaseException as error:
             with self._changed:

@@ -102,6 +102,7 @@ def test_flight_computes_with_its_own_version_while_the_trunk_steps(engine: Trun
     assert torch.allclose(weight_of(engine), second, atol=1e-6)
     assert not torch.allclose(first, second, atol=1e-3)
     back = slow.backward(grad, last=False)  # ... its backward after the step
+    assert back.version == 0 and engine.status().version == 1
     assert torch.allclose(early, smashed @ first, atol=1e-6)
     assert torch.allclose(back.tensor, grad @ first.T, atol=1e-6)
     coordinator.send((3, 1))
