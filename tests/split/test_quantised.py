@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
@@ -27,6 +26,7 @@ from flower_split.split import (
 from flower_split.split import load as load_module
 from flower_split.split.client_model import IdentityTrunk
 from flower_split.trunk.assemble import make_engine
+from tests.split.checkpoints import set_quantization, write_fp8
 from tests.split.test_loading import tensors_read  # noqa: F401  a fixture
 from tests.split.tiny import (
     VOCAB_SIZE,
@@ -162,34 +162,8 @@ def test_checkpoint_that_is_quantised_is_read_as_it_is_from_its_shards(
     assert_parts_match(whole, client, trunk)
 
 
-def _write_fp8(path: Path) -> dict[str, Tensor]:
-    """A checkpoint in blockwise 8-bit floats; returns what its weights stand for."""
-    tiny_model("llama").save_pretrained(path)
-    state, meant = {}, {}
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in load_file(path / "model.safetensors").items():
-        if ".layers." in name and "norm" not in name:
-            rows, columns = tensor.shape
-            scale = 0.5 + torch.rand(rows // 8, columns // 8, generator=generator)
-            state[name] = (tensor * 4).to(torch.float8_e4m3fn)
-            state[f"{name}_scale_inv"] = scale
-            blocks = scale.repeat_interleave(8, 0).repeat_interleave(8, 1)
-            meant[name] = state[name].float() * blocks
-        else:
-            state[name] = meant[name] = tensor
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-    _set_quantization(path, {"quant_method": "fp8", "weight_block_size": [8, 8]})
-    return meant
-
-
-def _set_quantization(path: Path, settings: dict[str, object]) -> None:
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = settings
-    (path / "config.json").write_text(json.dumps(config))
-
-
 def test_fp8_checkpoint_is_dequantised_to_what_its_numbers_stand_for(tmp_path: Path) -> None:
-    meant = _write_fp8(tmp_path)
+    meant = write_fp8(tmp_path)
     path, options = str(tmp_path), {"dtype": "float32", "quantization": "dequantize"}
     whole = load_whole_model(path, **options)
     trunk = load_trunk_model(path, CUTS, **options)
@@ -240,7 +214,7 @@ def test_checkpoint_quantised_so_that_it_cannot_be_trained_here_is_refused(
     settings: dict[str, object], tmp_path: Path
 ) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
-    _set_quantization(tmp_path, settings)
+    set_quantization(tmp_path, settings)
     name = str(settings.get("quant_method", "without a quant_method"))
     with pytest.raises(SplitError, match=f"with quantisation {name}"):
         load_trunk_model(str(tmp_path), CUTS)
@@ -258,7 +232,7 @@ def test_quantising_what_is_quantised_or_dequantising_what_is_not_is_refused(
     tiny_model("llama").save_pretrained(tmp_path)
     with pytest.raises(SplitError, match="is not quantised"):
         load_trunk_model(str(tmp_path), CUTS, quantization="dequantize")
-    _set_quantization(tmp_path, {"quant_method": METHOD})
+    set_quantization(tmp_path, {"quant_method": METHOD})
     with pytest.raises(SplitError, match=f"quantised already, with {METHOD}.*bnb-4bit"):
         load_trunk_model(str(tmp_path), CUTS, quantization="bnb-4bit")
     with pytest.raises(SplitError, match="does not dequantise while loading"):
