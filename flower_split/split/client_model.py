@@ -1,13 +1,18 @@
 """The client's model: the ordinary model class with the trunk called in place of its layers.
 
 Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
+
+What the trunk's layers compute must be what the unsplit model's would, whatever the model is called
+with. So every call is checked for what the trunk cannot know: the hidden states must leave the
+stand-ins as the trunk returned them, and if the model is given tensors that the trunk is not, a
+rehearsal of the trunk's forward tells whether they make a difference to its layers.
 """
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,6 +28,10 @@ from flower_split.split.cache import (
     keeps_only_keys_and_values,
 )
 from flower_split.split.cuts import CutLayers
+from flower_split.split.host_call import Mask, argument_names
+from flower_split.split.layer_arguments import nested_tensors, tensors_of
+from flower_split.split.probe import same_bits
+from flower_split.split.rehearsal import Rehearsal
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn, take_hidden_states
 
@@ -42,8 +51,29 @@ _KNOWN_ARGUMENTS = frozenset(
 # Where packed sequences begin: told by the position ids as well, which the trunk is given.
 _PACKING_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
+LAYER_ARGUMENTS = "layer_arguments"  # of a trunk's forward that takes them
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
+class _Rehearsed:
+    """What the trunk's layers are given, where the call leaves that in doubt."""
+
+    prepared: dict[int, dict[str, Tensor]]  # layer -> place -> tensor
+    apart: frozenset[str]  # places that need not agree
+    # Pairs that do, kept so that none of the ids is used again: most are the same in all layers.
+    agreed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def same(self, one: Tensor, other: Tensor) -> bool:
+        """Whether the two are equal bit for bit."""
+        pair = id(one), id(other)
+        if pair not in self.agreed:
+            if not same_bits(one.detach(), other):
+                return False
+            self.agreed[pair] = one, other
+        return True
+
+
+@dataclass(slots=True)
 class _Call:
     """What the trunk needs of the running call of a model around the layers."""
 
@@ -53,6 +83,8 @@ class _Call:
     has_past: bool  # whether it goes on with a key-value cache
     unknown: tuple[str, ...]  # tensors among the arguments that the trunk does not receive
     outer: "_Call | None"  # the call of a model around this one
+    returned: tuple[Tensor, int] | None = None  # by the trunk, and autograd's count of its changes
+    rehearsed: _Rehearsed | None = None
 
 
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
@@ -85,6 +117,33 @@ class IdentityTrunk(nn.Module):
         return hidden_states
 
 
+class PassThrough(StandIn):
+    """Stands where another of the trunk's layers is; what comes in must be what the trunk returned.
+
+    Args:
+        layer: The layer that it replaces.
+        output: The form of the family's layer outputs.
+        index: The layer's index in the model.
+    """
+
+    def __init__(self, layer: nn.Module, output: LayerOutput, index: int) -> None:
+        super().__init__(layer, output, index)
+        self._index = index
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Return the first argument, in the form of the family's layer outputs.
+
+        Raises:
+            SplitError: The model's forward changes the hidden states between the trunk's layers, or
+                gives this one what the trunk's layer is not given.
+        """
+        call = _call.get()
+        if call is not None and call.returned is not None:
+            _check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
+            _check_arguments(self._index, args, kwargs, call)
+        return super().forward(*args, **kwargs)
+
+
 class TrunkSlot(StandIn):
     """Stands where the trunk's first layer is, and calls the trunk.
 
@@ -96,6 +155,12 @@ class TrunkSlot(StandIn):
         output: The form of the family's layer outputs.
         index: The layer's index in the model.
         trunk: The module that is called.
+
+    Attributes:
+        carried: Places of layer arguments that the trunk is given, because it cannot make them.
+        ignored: Places of layer arguments that the trunk is not given and has no need of.
+        rehearsal: Of the trunk's forward; None where there is none.
+        learned: While the client model is being made: what the layers would be given, per call.
     """
 
     def __init__(self, layer: nn.Module, output: LayerOutput, index: int, trunk: nn.Module) -> None:
@@ -104,6 +169,10 @@ class TrunkSlot(StandIn):
         self._book = CacheBook()
         self.runs_with_cache = True  # whether the family's cache takes the place holders
         self._index = index
+        self.carried: tuple[str, ...] = ()
+        self.ignored: frozenset[str] = frozenset()
+        self.rehearsal: Rehearsal | None = None
+        self.learned: list[dict[int, dict[str, Tensor]]] | None = None
 
     @property
     def trunk(self) -> nn.Module:
@@ -121,6 +190,11 @@ class TrunkSlot(StandIn):
         self._trunk[0].train(mode)
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrunkSlot":
+        if self.rehearsal is not None:
+            self.rehearsal.move(fn)
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
     def forward(self, *args: object, **kwargs: object) -> object:
         """Call the trunk with the hidden states and the running call's mask and positions."""
         call = _call.get()
@@ -133,7 +207,11 @@ class TrunkSlot(StandIn):
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # With nothing trainable below, autograd would skip a remote trunk's backward.
             hidden_states = hidden_states.detach().requires_grad_()
-        mask, positions = _padding_mask(call), call.position_ids
+        mask = _mask_for_trunk(call)
+        if call.unknown or self.learned is not None:
+            self._rehearse(call, hidden_states, mask)
+            _check_arguments(self._index, args, kwargs, call)
+        given = self._carried_arguments(args, kwargs)
         cache = find_cache(args, kwargs)
         step = None if cache is None else self._step(cache, hidden_states)
         if step is None and call.has_past:
@@ -145,16 +223,64 @@ class TrunkSlot(StandIn):
             )
         # Families with several streams of hidden states send them side by side.
         smashed = hidden_states.flatten(2)
-        trunk = self.trunk
+        result = self._call_trunk(call, smashed, mask, step, given).reshape(hidden_states.shape)
+        call.returned = result, result._version
+        return self._layer_output.wrap(result, args, kwargs)
+
+    def _call_trunk(
+        self,
+        call: _Call,
+        smashed: Tensor,
+        mask: Mask,
+        step: CacheStep | None,
+        given: dict[str, Tensor],
+    ) -> Tensor:
+        trunk, positions = self.trunk, call.position_ids
+        options = {"layer_arguments": given} if given else {}
+        result: Tensor
         if not isinstance(trunk, CachingTrunk):
-            result = trunk(smashed, attention_mask=mask, position_ids=positions)
+            result = trunk(smashed, attention_mask=mask, position_ids=positions, **options)
         elif step is None:
-            result = trunk(smashed, mask, positions, use_cache=call.use_cache)
+            result = trunk(smashed, mask, positions, use_cache=call.use_cache, **options)
         else:
+            if given or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
+                raise SplitError(
+                    "with a key-value cache the trunk takes a padding mask [batch, seq] alone, and "
+                    "this call needs another. Call the model, or its generate, with use_cache=False."
+                )
             if mask is not None:
                 mask = mask[:, step.past_length :]
             result = trunk(smashed, mask, positions, use_cache=True, cache=step)
-        return self._layer_output.wrap(result.reshape(hidden_states.shape))
+        return result
+
+    def _rehearse(self, call: _Call, hidden_states: Tensor, mask: Mask) -> None:
+        """Find out what the trunk's layers will be given."""
+        if self.rehearsal is None:
+            if self.learned is not None:
+                return
+            raise SplitError(
+                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
+                f"receive. Call the split model without {call.unknown[0]}."
+            )
+        prepared = self.rehearsal.arguments(hidden_states, mask, call.position_ids, call.use_cache)
+        if self.learned is not None:
+            self.learned.append(prepared)
+        else:
+            call.rehearsed = _Rehearsed(prepared, frozenset(self.carried) | self.ignored)
+
+    def _carried_arguments(
+        self, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> dict[str, Tensor]:
+        if not self.carried:
+            return {}
+        if LAYER_ARGUMENTS not in argument_names(type(self.trunk).forward):
+            raise SplitError(
+                f"the layers of this family are given tensors that the client's weights make "
+                f"({', '.join(self.carried)}), and {type(self.trunk).__name__} takes none: its "
+                f"forward has no argument {LAYER_ARGUMENTS}. Use TrunkModel or RemoteTrunk."
+            )
+        there = tensors_of(args, kwargs)
+        return {place: there[place] for place in self.carried}
 
     def _step(self, cache: Cache, hidden_states: Tensor) -> CacheStep | None:
         """The call with the trunk's side of ``cache``; None if the trunk is to keep nothing."""
@@ -186,9 +312,7 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
         # Layers of other kinds, such as linear attention, need them themselves.
         if keeps_only_keys_and_values(model.config):
             known |= _PACKING_ARGUMENTS
-    unknown = (
-        name for name, value in named.items() if isinstance(value, Tensor) and name not in known
-    )
+    unknown = (name for name, value in named.items() if name not in known and nested_tensors(value))
     _call.set(
         _Call(
             attention_mask=named.get("attention_mask"),
@@ -201,46 +325,68 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
     )
 
 
-def _note_host_call(
-    model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]
-) -> None:
-    """As :func:`_note_call`, before the module that owns the layers; refuse what does not fit."""
-    _note_call(model, args, kwargs)
-    call = _call.get()
-    assert call is not None
-    _padding_mask(call)
-
-
 def _forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> None:
     call = _call.get()
     _call.set(None if call is None else call.outer)
 
 
-def _padding_mask(call: _Call) -> Tensor | None:
-    """The padding mask of a call of the module that owns the layers.
+def _mask_for_trunk(call: _Call) -> Mask:
+    """The mask that the trunk is given in a call of the module that owns the layers.
 
-    A model may hand that module a mask that it made; then the mask it was given itself counts,
-    as long as it made the other from that alone.
+    A model may hand that module a mask that it made; then the padding mask it was given itself
+    counts, as long as it made the other from that alone.
 
     Raises:
-        SplitError: The call has arguments that the trunk would need and does not receive.
+        SplitError: The mask is of no form that there is.
     """
-    while True:
-        if call.unknown:
-            raise SplitError(
-                f"the model was called with {call.unknown[0]}, which the trunk does not receive, "
-                "so its layers would compute something else. Call the split model without "
-                f"{call.unknown[0]}."
-            )
-        mask = call.attention_mask
+    around: _Call | None = call
+    while around is not None:
+        mask = around.attention_mask
+        if around is not call and around.unknown:
+            break  # which may have gone into the mask
         if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
             return mask
-        if call.outer is None:
+        around = around.outer
+    made = call.attention_mask
+    masks = made.values() if isinstance(made, Mapping) else [made]
+    if not all(m is None or (isinstance(m, Tensor) and m.dim() in (2, 4)) for m in masks):
+        raise SplitError(
+            "a split model takes a padding mask of shape [batch, seq], or the whole mask, [batch, 1, "
+            f"seq, seq]; it was given {list(made.shape) if isinstance(made, Tensor) else made!r}."
+        )
+    return made  # type: ignore[return-value]
+
+
+def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, index: int) -> None:
+    """Check that the hidden states that reach a stand-in are those that the trunk returned."""
+    if returned._version == version and (
+        hidden_states is returned or same_bits(hidden_states.detach(), returned.detach())
+    ):
+        return
+    raise SplitError(
+        f"the model changes the hidden states right before layer {index}, between layers of the "
+        "trunk, where the client cannot reach them (as when features of an image are added after "
+        f"the first layers). Choose cut layers with first >= {index}, or call the model without "
+        "what it adds there."
+    )
+
+
+def _check_arguments(
+    index: int, args: tuple[object, ...], kwargs: dict[str, object], call: _Call
+) -> None:
+    """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
+    rehearsed = call.rehearsed
+    if rehearsed is None:
+        return
+    there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
+    for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
+        one, other = there.get(place), expected.get(place)
+        if one is None or other is None or not rehearsed.same(one, other):
             raise SplitError(
-                "a split model takes a padding mask of shape [batch, seq]; it was given "
-                f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}."
+                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
+                f"receive, so its layers would compute something else: layer {index} is given another "
+                f"{place}. Call the split model without {call.unknown[0]}."
             )
-        call = call.outer
 
 
 def client_replacements(
@@ -253,7 +399,7 @@ def client_replacements(
     """
     layers = stack.layers(root)
     replacements: dict[str, nn.Module] = {
-        stack.layer_path(index): StandIn(layers[index], output, index)
+        stack.layer_path(index): PassThrough(layers[index], output, index)
         for index in range(cuts.first + 1, cuts.second)
     }
     first = layers[cuts.first]
@@ -267,8 +413,7 @@ def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:
     for depth in range(len(parts) + 1):
         model = client.get_submodule(".".join(parts[:depth]))
         if isinstance(model, PreTrainedModel):
-            note = _note_host_call if depth == len(parts) else _note_call
-            model.register_forward_pre_hook(note, with_kwargs=True)
+            model.register_forward_pre_hook(_note_call, with_kwargs=True)
             model.register_forward_hook(_forget_call, always_call=True)
     _note_caching(client)
 

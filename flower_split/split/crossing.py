@@ -6,12 +6,14 @@ place of whatever the prologue made; a hook on the last one takes its output and
 Shapes: hidden states ``[batch, seq, hidden]``.
 """
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from flower_split.split.layer_arguments import with_tensors
 from flower_split.split.stand_in import (
     hidden_states_of,
     put_hidden_states,
@@ -21,11 +23,12 @@ from flower_split.split.stand_in import (
 
 @dataclass(frozen=True, slots=True)
 class Smashed:
-    """What the first trunk layer begins with, and which layers are first and last."""
+    """What the trunk's layers are given, and which of them are first and last."""
 
     hidden_states: Tensor
     first: nn.Module
     last: nn.Module
+    layer_arguments: Mapping[str, Tensor]  # that the client's forward made, by place
     random_state: list[Tensor] | None  # of the CPU, and of the GPU if there is one
 
 
@@ -63,6 +66,16 @@ def enter_trunk(
     if smashed.random_state is not None:
         _restore_random_state(smashed.random_state, smashed.hidden_states.device)
     return put_hidden_states(args, kwargs, smashed.hidden_states)
+
+
+def give_arguments(
+    module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
+    """Before every layer of a trunk: let the arguments that came with the smashed data go in."""
+    smashed = running.get()
+    if smashed is None or not smashed.layer_arguments:
+        return None
+    return with_tensors(args, kwargs, smashed.layer_arguments)
 
 
 def random_state_of(device: torch.device) -> list[Tensor]:

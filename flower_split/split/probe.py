@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
 from flower_split.split.host_call import argument_names
+from flower_split.split.layer_arguments import tensors_of
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import take_hidden_states
 
 _SEQUENCE = 6
+_CHARACTERS = 128  # of a model that reads text without a vocabulary
 
 
 @dataclass(slots=True)
@@ -40,18 +42,30 @@ def probe_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
     device = next(model.parameters()).device
     if model.main_input_name == "pixel_values":
         return [{"pixel_values": _probe_images(model)}]
-    vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+    vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", _CHARACTERS)
     ids = (torch.arange(3 * _SEQUENCE, device=device) * 7 + 3).remainder(vocab_size)
     ids = ids.view(3, _SEQUENCE)
-    # Of an encoder-decoder model it is the encoder that is cut.
-    given = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    accepted = argument_names(type(model).forward)
+    end = getattr(model.config, "eos_token_id", None)
+    given = {}
+    if model.config.is_encoder_decoder and "decoder_input_ids" in accepted:
+        given = {"decoder_input_ids": ids}  # it is the encoder that is cut
+        if isinstance(end, int):  # whose last state stands for a whole text
+            ids[:, _SEQUENCE - 3] = end
     batches = [{"input_ids": ids, **given}]
-    if "attention_mask" in argument_names(type(model).forward):
+    if "attention_mask" in accepted:
         mask = torch.ones_like(ids)
         mask[1, :2] = 0
         mask[2, -2:] = 0
         batches.append({"input_ids": ids, "attention_mask": mask, **given})
     return batches
+
+
+def with_other_content(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch with other tokens, or other images, and everything else as in ``batch``."""
+    if "input_ids" in batch:
+        return {**batch, "input_ids": batch["input_ids"].flip(0, 1)}
+    return {**batch, "pixel_values": batch["pixel_values"].flip(0) * 0.5}
 
 
 def _probe_images(model: PreTrainedModel) -> Tensor:
@@ -100,7 +114,8 @@ def trace(
     found = Trace()
     accepted = "use_cache" in argument_names(type(model).forward)
     options = {"use_cache": use_cache} if accepted else {}
-    with recording(stack.layers(model), found.calls):
+    without = contextlib.nullcontext() if accepted or use_cache is None else _no_cache(model)
+    with recording(stack.layers(model), found.calls), without:
         try:
             found.result = model(**batch, **options)[0]
         except SplitError:
@@ -114,6 +129,20 @@ def trace(
 
 
 @contextlib.contextmanager
+def _no_cache(model: PreTrainedModel) -> Iterator[None]:
+    """Without a key-value cache, of a model that does not take this as an argument."""
+    configs = [model.config, model.config.get_text_config(decoder=True)]
+    before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
+    try:
+        for config, _ in before:
+            config.use_cache = False
+        yield
+    finally:
+        for config, value in reversed(before):
+            config.use_cache = value
+
+
+@contextlib.contextmanager
 def recording(layers: nn.ModuleList, calls: list[LayerCall]) -> Iterator[None]:
     """While open, every call of every layer is appended to ``calls``."""
 
@@ -121,7 +150,7 @@ def recording(layers: nn.ModuleList, calls: list[LayerCall]) -> Iterator[None]:
         def record(
             module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
         ) -> None:
-            others = dict(_tensors((args[1:], {**kwargs, "hidden_states": None}), ""))
+            others = tensors_of(args, kwargs)
             calls.append(LayerCall(index, take_hidden_states(args, kwargs), others, output))
 
         return record
@@ -135,18 +164,6 @@ def recording(layers: nn.ModuleList, calls: list[LayerCall]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _tensors(value: object, path: str) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in nested tuples, lists and dicts, with their places."""
-    if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _tensors(item, f"{path}.{key}")
-    elif isinstance(value, (tuple, list)):
-        for index, item in enumerate(value):
-            yield from _tensors(item, f"{path}.{index}")
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

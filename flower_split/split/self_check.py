@@ -5,28 +5,28 @@ chain of hidden states, and when what it hands to them beside the hidden states 
 padding mask and the position ids alone.
 """
 
-import contextvars
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
-from flower_split.split.carve import trunk_replacements
 from flower_split.split.client_model import trunk_slot
 from flower_split.split.cuts import CutLayers
-from flower_split.split.host_call import forbid_cache, host_inputs
+from flower_split.split.host_call import forbid_cache
+from flower_split.split.layer_arguments import nested_tensors
 from flower_split.split.probe import (
-    LayerCall,
     Trace,
     probe_batches,
     quiet,
-    recording,
     same_bits,
     trace,
+    with_other_content,
 )
+from flower_split.split.rehearsal import Rehearsal
 from flower_split.split.stack import LayerStack
-from flower_split.split.stand_in import LayerOutput, StandIn, hidden_states_of, replace_in_place
+from flower_split.split.stand_in import LayerOutput, StandIn, hidden_states_of
 
 
 def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
@@ -58,12 +58,14 @@ def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers)
             f"{name} is configured with output_router_logits, an auxiliary loss over all layers "
             "that a split model cannot compute. Set output_router_logits to False."
         )
-    for setting in ("layerdrop", "decoder_layerdrop"):
-        if getattr(text_config, setting, 0):
+    parts = stack.path.split(".")[:-1]
+    for depth in range(len(parts) + 1):
+        dropped = getattr(model.get_submodule(".".join(parts[:depth])), "layerdrop", 0)
+        if isinstance(dropped, (int, float)) and dropped:
             raise SplitError(
-                f"{name} is configured with {setting} = {getattr(text_config, setting)}, which "
-                "skips whole layers at random while training; client and trunk would not skip the "
-                f"same. Set {setting} to 0."
+                f"{name} is configured with layerdrop = {dropped}, which skips whole layers at "
+                "random while training; client and trunk would not skip the same. Set layerdrop "
+                "(encoder_layerdrop, decoder_layerdrop) to 0."
             )
 
 
@@ -89,17 +91,57 @@ def check_chain(found: Trace, cuts: CutLayers, name: str) -> None:
             )
 
 
+def learn_handed_on(found: Trace, cuts: CutLayers, output: LayerOutput) -> bool:
+    """See what the layers outside the trunk hand on to the next one; whether they do at all."""
+    for call, following in zip(found.calls, found.calls[1:], strict=False):
+        if cuts.part_of(call.index) != "trunk":
+            output.learn_handed_on(call.output, following.others)
+    return bool(output.handed_on)
+
+
+def check_made_in_trunk(
+    found: Trace, stack: LayerStack, cuts: CutLayers, output: LayerOutput, name: str
+) -> None:
+    """Check that the trunk's layers make nothing for the top but hidden states.
+
+    Args:
+        found: Of a client model without a bottom.
+        stack: Where its layers are.
+        cuts: The cut layers.
+        output: The form of layer outputs, learned from ``found``.
+        name: Of the model's class.
+
+    Raises:
+        SplitError: They make something that the top's layers would share, as far as one can tell.
+    """
+    top = [call for call in found.calls if call.index >= cuts.second]
+    if not top:
+        return
+    shared = sorted(place for place in output.handed_on.values() if place not in top[0].others)
+    alone = cuts.second == stack.num_layers - 1 and not output.handed_on
+    if shared or (alone and len(nested_tensors(top[0].output)) > 1):
+        raise SplitError(
+            f"the first layer of {name} makes a tensor that all layers share"
+            + (f" (argument {shared[0]})" if shared else "")
+            + ", so the top would lack what the trunk makes. Leave at least one layer to the bottom "
+            "(first cut 1 or more)."
+        )
+
+
 def check_client(
     client: PreTrainedModel,
     stack: LayerStack,
     cuts: CutLayers,
     output: LayerOutput,
     constants: frozenset[str],
+    *,
+    known_form: bool = False,
 ) -> None:
-    """Check a client model whose trunk is the identity, and learn the form of layer outputs.
+    """Check a client model whose trunk is the identity, and prepare it for the real one.
 
     What the client's forward hands to the layers of the trunk must be what the trunk's forward
-    will prepare for them from the mask and the positions alone.
+    will prepare for them from the mask and the positions; or else be the same tensor for all of
+    them, whatever the tokens are: then it is sent along.
 
     Args:
         client: The client model; its trunk returns the hidden states it is given.
@@ -107,21 +149,84 @@ def check_client(
         cuts: The cut layers.
         output: The form of layer outputs shared by the client's stand-ins; set here.
         constants: The embeddings that the trunk keeps.
+        known_form: ``output`` is set already, and other layer arguments that differ are no error:
+            the whole model is there to compare with.
 
     Raises:
         SplitError: The family's layers cannot be stood in for.
     """
-    name = type(client).__name__
+    name, slot = type(client).__name__, trunk_slot(client)
+    slot.learned = []
     with quiet(client):
-        for batch in probe_batches(client):
-            seen = _trace_learning(client, stack, cuts, batch, output)
-            check_chain(seen, cuts, name)
-            shape = seen.calls[0].hidden_states.shape
-            as_trunk = _trace_as_trunk(client, stack, cuts, batch, shape, output, constants)
-            prepared = {call.index: call.others for call in as_trunk}
-            for call in seen.calls:
-                if cuts.part_of(call.index) == "trunk":
-                    _compare_arguments(call, prepared.get(call.index, {}), name)
+        batches = probe_batches(client)
+        for batch in batches:
+            if not known_form:
+                found = _trace_learning(client, stack, cuts, batch, output)
+            else:
+                found = trace(client, stack, batch)
+            check_chain(found, cuts, name)
+            if cuts.first == 0:
+                check_made_in_trunk(found, stack, cuts, output, name)
+        try:
+            slot.rehearsal = Rehearsal(client, stack, cuts, output, constants)
+            compared = [_compare_arguments(client, stack, cuts, batch) for batch in batches]
+            other = _compare_arguments(client, stack, cuts, with_other_content(batches[-1]))
+        except SplitError:
+            slot.rehearsal = None
+            if not known_form:
+                raise
+            return
+        finally:
+            slot.learned = None
+    different = set().union(*(found.different for found in compared))
+    carried = {
+        place
+        for place in different
+        if all(place in found.shared for found in compared)
+        and same_bits(compared[-1].shared[place], other.shared[place])
+    }
+    if not known_form and different - carried:
+        place = min(different - carried)
+        raise SplitError(
+            f"{name} hands layer {cuts.first}, or one after it, a tensor (argument {place}) that "
+            "depends on more than the padding mask and the position ids, which is all that a "
+            "trunk receives beside the hidden states. This family cannot be split there."
+        )
+    slot.carried = tuple(sorted(carried))
+    slot.ignored = frozenset(different - carried)
+
+
+@dataclass(slots=True)
+class _Compared:
+    """How the arguments of the trunk's layers compare with what a trunk would prepare."""
+
+    different: set[str]  # places
+    shared: dict[str, Tensor]  # floating point, and the same in all of the trunk's layers
+
+
+def _compare_arguments(
+    client: PreTrainedModel,
+    stack: LayerStack,
+    cuts: CutLayers,
+    batch: dict[str, Tensor],
+) -> _Compared:
+    learned = trunk_slot(client).learned = []
+    found = trace(client, stack, batch)
+    prepared = learned[-1] if learned else {}
+    calls = [call for call in found.calls if cuts.part_of(call.index) == "trunk"]
+    different: set[str] = set()
+    for call in calls:
+        expected = prepared.get(call.index, {})
+        different |= call.others.keys() ^ expected.keys()
+        both = call.others.keys() & expected.keys()
+        different |= {p for p in both if not same_bits(call.others[p], expected[p])}
+    shared = {
+        place: tensor
+        for place, tensor in calls[0].others.items()
+        if tensor.is_floating_point()
+        and all(place in c.others and same_bits(tensor, c.others[place]) for c in calls)
+    }
+    return _Compared(different, shared)
 
 
 def settle_cache(client: PreTrainedModel, stack: LayerStack) -> None:
@@ -142,19 +247,9 @@ def settle_cache(client: PreTrainedModel, stack: LayerStack) -> None:
         slot.runs_with_cache = False
         for module in (client, client.get_submodule(stack.host_path)):
             forbid_cache(module)
-        client.generation_config.use_cache = False
-
-
-def _compare_arguments(call: LayerCall, prepared: dict[str, Tensor], name: str) -> None:
-    different = sorted(call.others.keys() ^ prepared.keys()) or [
-        place for place, value in call.others.items() if not same_bits(value, prepared[place])
-    ]
-    if different:
-        raise SplitError(
-            f"{name} hands layer {call.index} a tensor (argument {different[0].strip('.')}) that "
-            "depends on more than the padding mask and the position ids, which is all that a "
-            "trunk receives beside the hidden states. This family cannot be split."
-        )
+        generation_config = getattr(client, "generation_config", None)
+        if generation_config is not None:
+            generation_config.use_cache = False
 
 
 def _trace_learning(
@@ -169,7 +264,10 @@ def _trace_learning(
         first = stack.layers(client)[0]
         handle = first.register_forward_hook(lambda module, args, result: output.learn(result))
         try:
-            return trace(client, stack, batch)
+            found = trace(client, stack, batch)
+            if learn_handed_on(found, cuts, output):
+                found = trace(client, stack, batch)
+            return found
         finally:
             handle.remove()
     # No real layer runs before the trunk: try the forms that there are.
@@ -183,58 +281,9 @@ def _trace_learning(
             continue
         shapes = {call.hidden_states.shape for call in found.calls}
         if len(shapes) == 1 and found.result is not None and found.result.dim() == 3:
+            learn_handed_on(found, cuts, output)
             return found
     raise problem or SplitError(
         f"the form in which the layers of {type(client).__name__} return their output could not "
         "be found out. Leave at least one layer to the bottom (first cut 1 or more)."
     )
-
-
-def _trace_as_trunk(
-    client: PreTrainedModel,
-    stack: LayerStack,
-    cuts: CutLayers,
-    batch: dict[str, Tensor],
-    smashed_shape: torch.Size,
-    output: LayerOutput,
-    constants: frozenset[str],
-) -> list[LayerCall]:
-    """The layer calls when the client's forward is run as a trunk's is."""
-    host = client.get_submodule(stack.host_path)
-    weight = next(client.parameters())
-    width = int(client.config.get_text_config(decoder=True).hidden_size)
-    shape = (*smashed_shape[:2], width)
-    smashed = torch.rand(shape, device=weight.device, dtype=weight.dtype)
-    inputs = host_inputs(host, smashed, width, batch.get("attention_mask"), None, False)
-    calls: list[LayerCall] = []
-    replaced = replace_in_place(client, trunk_replacements(client, stack, cuts, output, constants))
-    last = stack.layers(client)[cuts.second - 1]
-    # A trunk has weights, of which a forward may ask the dtype; here there are none left.
-    last.register_parameter("weight_of_trunk", nn.Parameter(weight.detach().new_empty(0)))
-    try:
-        with recording(stack.layers(client), calls):
-            handle = last.register_forward_hook(_stop)  # after the recorder
-            try:
-                # In a context of its own: a forward that _Stop ends does not take back what it noted.
-                contextvars.copy_context().run(lambda: host(**inputs))
-            except _Stop:
-                pass
-            except Exception as error:
-                raise SplitError(
-                    f"{type(client).__name__} does not run from hidden states, the padding mask "
-                    f"and the position ids alone: {type(error).__name__}: {error}"
-                ) from error
-            finally:
-                handle.remove()
-    finally:
-        del last.weight_of_trunk
-        replace_in_place(client, replaced)
-    return calls
-
-
-class _Stop(BaseException):
-    """Ends a forward; not an Exception, so that no model swallows it."""
-
-
-def _stop(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-    raise _Stop

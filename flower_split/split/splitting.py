@@ -12,10 +12,20 @@ from flower_split.split.carve import (
     drop_outer_weights,
     trunk_replacements,
 )
-from flower_split.split.client_model import client_replacements, wire_client
+from flower_split.split.client_model import (
+    IdentityTrunk,
+    client_replacements,
+    set_trunk,
+    wire_client,
+)
 from flower_split.split.cuts import CutLayers
 from flower_split.split.probe import probe_batches, quiet, same_bits, trace
-from flower_split.split.self_check import check_chain, check_splittable, settle_cache
+from flower_split.split.self_check import (
+    check_chain,
+    check_client,
+    check_splittable,
+    settle_cache,
+)
 from flower_split.split.stack import LayerStack, find_stack
 from flower_split.split.stand_in import LayerOutput
 from flower_split.split.trunk_model import TrunkModel
@@ -55,13 +65,18 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
         for found in traces:
             check_chain(found, cuts, name)
             output.learn(next(call.output for call in found.calls if call.index == cuts.second - 1))
+            for call, following in zip(found.calls, found.calls[1:], strict=False):
+                output.learn_handed_on(call.output, following.others)
     trunk_output = LayerOutput()
-    outside = trunk_replacements(model, stack, cuts, trunk_output, _constants(model))
+    constants = _constants(model)
+    outside = trunk_replacements(model, stack, cuts, trunk_output, constants)
     trunk_root = copy_with(model, outside)
     drop_outer_weights(trunk_root, stack)
     trunk = TrunkModel(trunk_root, stack, cuts, trunk_output)
-    client = copy_with(model, client_replacements(model, stack, cuts, output, trunk))
+    client = copy_with(model, client_replacements(model, stack, cuts, output, IdentityTrunk()))
     wire_client(client, stack)
+    check_client(client, stack, cuts, output, constants, known_form=True)
+    set_trunk(client, trunk)
     with quiet(client, trunk):
         for batch, found in zip(batches, traces, strict=True):
             assert found.result is not None

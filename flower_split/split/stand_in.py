@@ -4,7 +4,7 @@ Shapes: hidden states ``[batch, seq, hidden]``.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flower_split.errors import SplitError
 from flower_split.split.cache import enter_place_holder, find_cache
+from flower_split.split.layer_arguments import tensors_of
 
 # nn.Module's own bookkeeping; what would make a stand-in take part in checkpointing; and what
 # accelerate puts on a layer that it moves inputs for, whose forward would be the layer's.
@@ -30,20 +31,48 @@ class LayerOutput:
 
     Args:
         length: Number of entries of the tuple; None if a layer returns a bare tensor.
+
+    Attributes:
+        handed_on: Entry of the tuple -> place of the argument that a layer hands on to the next
+            one in it, such as a position bias that the first layer makes for all.
     """
 
     def __init__(self, length: int | None = None) -> None:
         self.length = length
+        self.handed_on: dict[int, str] = {}
 
     def learn(self, output: object) -> None:
         """Take the form of a real layer's output."""
         self.length = len(output) if isinstance(output, (tuple, list)) else None
 
-    def wrap(self, hidden_states: Tensor) -> object:
-        """``hidden_states`` in the family's form; other entries are None."""
+    def learn_handed_on(self, output: object, following: Mapping[str, Tensor]) -> None:
+        """See which entries of a real layer's output the layer after it is given.
+
+        Args:
+            output: Of the layer.
+            following: The tensors among the next layer's arguments, by place.
+        """
+        if isinstance(output, (tuple, list)):
+            for entry, value in enumerate(output[1:], start=1):
+                for place, tensor in following.items():
+                    if tensor is value:
+                        self.handed_on[entry] = place
+
+    def wrap(
+        self, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """``hidden_states`` in the family's form; other entries are handed on, or None.
+
+        Args:
+            hidden_states: To be returned.
+            args: Of the layer's call.
+            kwargs: Of the layer's call.
+        """
         if self.length is None:
             return hidden_states
-        return (hidden_states, *[None] * (self.length - 1))
+        given = tensors_of(args, kwargs) if self.handed_on else {}
+        others = (self.handed_on.get(entry, "") for entry in range(1, self.length))
+        return (hidden_states, *[given.get(place) for place in others])
 
 
 def hidden_states_of(output: object) -> Tensor:
@@ -89,8 +118,11 @@ class StandIn(nn.Module):
 
     def __init__(self, layer: nn.Module, output: LayerOutput, index: int | None = None) -> None:
         super().__init__()
-        self._layer_class = type(layer)
-        self.__dict__.update(vars(_attributes(layer)))
+        self._layer_class: type[nn.Module] = type(layer)
+        self._copied = dict(vars(_attributes(layer)))
+        if isinstance(layer, StandIn):  # of a layer that is replaced already
+            self._layer_class, self._copied = layer._layer_class, layer._copied
+        self.__dict__.update(self._copied)
         self._layer_output = output
         self._layer_index = index
 
@@ -111,7 +143,7 @@ class StandIn(nn.Module):
         cache = find_cache(args, kwargs) if counting else None
         if cache is not None and self._layer_index is not None:
             enter_place_holder(cache, self._layer_index, hidden_states)
-        return self._layer_output.wrap(hidden_states)
+        return self._layer_output.wrap(hidden_states, args, kwargs)
 
 
 def _attributes(module: nn.Module, *, weights: bool = False) -> SimpleNamespace:
@@ -163,12 +195,12 @@ class Absent(nn.Module):
         self.__dict__.update(vars(_attributes(module, weights=True)))
 
     def forward(self, *args: object, **kwargs: object) -> object:
-        """Return the first floating-point argument; the trunk ignores what is made of it."""
+        """Return the first argument that may be hidden states; the trunk ignores what is made of it."""
         values = [*args, *kwargs.values()]
-        for value in values:
-            if isinstance(value, Tensor) and value.is_floating_point():
-                return value
-        return values[0] if values else None
+        floating = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        for value in (*(v for v in floating if v.dim() > 2), *floating, *values):
+            return value
+        return None
 
 
 class AbsentEmbedding(nn.Module):
@@ -186,6 +218,11 @@ class AbsentEmbedding(nn.Module):
         zero = torch.zeros((), dtype=embedding.weight.dtype, device=embedding.weight.device)
         self.register_buffer("zero", zero, persistent=False)
         self.zero: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """Zeros ``[number of embeddings, dimension]``, for forwards that use the table itself."""
+        return self.zero.expand(self.num_embeddings, self.embedding_dim)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
         """Zeros of the shape of the first tensor argument, plus the embedding dimension.

@@ -30,12 +30,17 @@ from flower_split.split.crossing import (
     running,
 )
 from flower_split.split.cuts import CutLayers
-from flower_split.split.host_call import Mask, forbid_cache, host_inputs
+from flower_split.split.host_call import (
+    Mask,
+    embedding_width,
+    forbid_cache,
+    host_inputs,
+)
 from flower_split.split.quantise import float_dtype
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn
 
-_PROBE_SHAPE = (2, 3)  # batch, sequence
+_PROBE_SHAPE = (5, 3)  # batch, sequence; no layer returns five things, which a batch could pass for
 
 
 class TrunkModel(nn.Module):
@@ -71,6 +76,7 @@ class TrunkModel(nn.Module):
             if host is root or name == branch:
                 self.add_module(name, child)
         self._layer_output = output
+        self._width = embedding_width(root)
         self._hook_ends()
         self._hook_layers()
         # The shape of one position's hidden states; families with several streams have two sizes.
@@ -138,7 +144,7 @@ class TrunkModel(nn.Module):
         """What reaches the first trunk layer; finds the form of the stand-ins' outputs."""
         host = self._host[0]
         device, dtype = next(self.parameters()).device, float_dtype(self)
-        width = int(self.config.get_text_config(decoder=True).hidden_size)
+        width = self._width
         smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=dtype, device=device)
         problems: dict[str, Exception] = {}
         token = probing.set(True)
@@ -263,7 +269,7 @@ class TrunkModel(nn.Module):
         layer_arguments: Mapping[str, Tensor],
     ) -> Tensor:
         host = self._host[0]
-        width = int(self.config.get_text_config(decoder=True).hidden_size)
+        width = self._width
         inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
         if past is not None:
             inputs["past_key_values"] = past

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, set_trunk, split_model
-from tests.split.tiny import padded_batch, tiny_model
+from tests.split.tiny import assert_same_bits, loss_and_gradients, padded_batch, tiny_model
 
 CUTS = CutLayers(1, 3)
 # PEFT itself reads a property that transformers has deprecated.
@@ -122,17 +122,43 @@ def test_client_with_a_filled_cache_is_refused() -> None:
         client(input_ids=ids[:, :1], past_key_values=cache)
 
 
-def test_client_with_a_mask_of_four_dimensions_is_refused() -> None:
-    client, _ = split_model(tiny_model("llama"), CUTS)
+def test_client_with_a_whole_mask_matches_unsplit() -> None:
+    model = tiny_model("llama")
+    client, trunk = split_model(model, CUTS)
+    batch = padded_batch()
+    blocks = torch.zeros(3, 1, 9, 9, dtype=torch.bool)
+    blocks[:, :, :4, :4] = blocks[:, :, 4:, 4:] = True  # two texts that see themselves alone
+    batch["attention_mask"] = blocks & torch.ones(9, 9, dtype=torch.bool).tril()
+    expected, gradients = loss_and_gradients(model, batch)
+    loss, split_gradients = loss_and_gradients(client, batch, trunk)
+    assert torch.equal(loss, expected)
+    assert_same_bits(gradients, split_gradients)
+    assert not torch.equal(loss, client(**padded_batch()).loss)
+
+
+def test_client_with_a_mask_of_three_dimensions_is_refused() -> None:
+    client, _ = split_model(tiny_model("gemma3_text"), CUTS)
+    masks = dict.fromkeys(("full_attention", "sliding_attention"), torch.zeros(1, 4, 4))
     with pytest.raises(SplitError, match=r"shape \[batch, seq\]"):
-        client(input_ids=torch.ones(1, 4).long(), attention_mask=torch.ones(1, 1, 4, 4))
+        client(input_ids=torch.ones(1, 4).long(), attention_mask=masks)
 
 
 def test_client_with_an_argument_the_trunk_lacks_is_refused() -> None:
-    client, _ = split_model(tiny_model("gpt2"), CUTS)
+    client, _ = split_model(tiny_model("gpt2", add_cross_attention=True), CUTS)
     ids = torch.ones(1, 4).long()
     with pytest.raises(SplitError, match="encoder_hidden_states"):
         client(input_ids=ids, encoder_hidden_states=torch.zeros(1, 2, 32))
+
+
+def test_client_with_an_argument_that_its_layers_do_not_see_matches_unsplit() -> None:
+    model = tiny_model("gpt2")
+    client, trunk = split_model(model, CUTS)
+    batch = padded_batch()
+    batch["token_type_ids"] = batch["input_ids"] % 5  # embedded on the client
+    expected, gradients = loss_and_gradients(model, batch)
+    loss, split_gradients = loss_and_gradients(client, batch, trunk)
+    assert torch.equal(loss, expected)
+    assert_same_bits(gradients, split_gradients)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,11 @@ _SMALL: dict[str, object] = {
     "n_group": 1,
     "topk_group": 1,
     "first_k_dense_replace": 1,
+    # images
+    "image_size": 16,
+    "patch_size": 4,
+    "image_token_id": 60,
+    "image_token_index": 60,
     # length
     "max_position_embeddings": 64,
     "n_positions": 64,
@@ -148,6 +153,17 @@ _FAMILY: dict[str, dict[str, object]] = {
     # Layers that look up experts by token id belong to the bottom.
     "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "o_groups": 2}
     | {"o_lora_rank": 8, "index_n_heads": 4, "index_head_dim": 8, "index_topk": 4},
+    # As in the published models.
+    "deberta": {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    | {"max_relative_positions": 8},
+    "deberta-v2": {
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "conv_kernel_size": 3,
+    },
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "dots3_note_vision_encoder": {"adapter_in_dim": _HIDDEN, "adapter_out_dim": _HIDDEN}
     | {"pyramid_num_routed": [-1, -1, 4, 4], "adapter_merge_size": 2},
@@ -248,6 +264,8 @@ def tiny_config(family: str, num_layers: int = NUM_LAYERS) -> PreTrainedConfig:
     config = config_class(**_shrunk(config_class(), _FAMILY.get(family, {})))
     for part in (config, config.get_text_config(decoder=True)):
         _without_dropout(part)
+    if config.is_encoder_decoder and not hasattr(config, "decoder_start_token_id"):
+        config.decoder_start_token_id = 1
     return config
 
 
