@@ -41,10 +41,11 @@ from flower_split.facts import (
     STEPS,
     TRAINABLE,
     TURN,
+    WEIGHT_NORMS,
     ClientFacts,
 )
 from flower_split.logs import log_to_stderr, quiet_libraries
-from flower_split.lora import adapter_state
+from flower_split.lora import adapter_state, weight_norms
 from flower_split.parts import client_cuts
 from flower_split.privacy import privacy_mod
 from flower_split.private_factors import PrivateFolder, client_directory
@@ -144,6 +145,9 @@ def train(message: Message, context: Context) -> RecordDict:
             **kept,
         }
     )
+    if _asked(message, WEIGHT_NORMS):
+        norms = weight_norms(client.model)
+        content[WEIGHT_NORMS] = ConfigRecord({n: v.numpy().tobytes() for n, v in norms.items()})
     content[STEPS] = ConfigRecord({name: list(v) for name, v in result.steps.items()})
     return content
 
@@ -223,6 +227,11 @@ def _names_of_base_values(message: Message) -> list[str] | None:
         if record.get("purpose") == BASE_VALUES and isinstance(names, list):
             return [str(name) for name in names]
     return None
+
+
+def _asked(message: Message, key: str) -> bool:
+    """Whether the strategy asks for something by this key."""
+    return any(record.get(key) is True for record in message.content.config_records.values())
 
 
 def _trainable(message: Message) -> list[str] | None:

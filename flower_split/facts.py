@@ -36,6 +36,10 @@ TURN = "turn"
 """Key in a training message's ConfigRecord: which part of its data the client takes, as the how-manyth
 of its trainings it is, from 1; absent: the server round."""
 
+WEIGHT_NORMS = "weight-norms"
+"""Key in a training message's ConfigRecord: the reply shall hold the norms of DoRA's weights, in a
+ConfigRecord of this name: module name to fp32 bytes."""
+
 TRAINABLE = "trainable"
 """Key in a training message's ConfigRecord: names of the weights that train; absent: all."""
 

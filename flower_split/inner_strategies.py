@@ -14,7 +14,7 @@ What cannot be combined is refused here, before the first round, with the reason
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
 from flwr.serverapp.strategy import (
@@ -32,12 +32,13 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
+from flower_split.aggregation import METHODS
 from flower_split.aggregation.modules import AdapterAggregator, AdapterSpec
 from flower_split.config import RunConfig, StrategyConfig
 from flower_split.errors import ConfigError
 from flower_split.fedbuff import FedBuff
 from flower_split.handshake import num_participants
-from flower_split.lora_fedavg import LoraFedAvg
+from flower_split.lora_fedavg import LoraFedAvg, method_notes
 from flower_split.replies import UNIFORM
 
 CLASSES: Mapping[str, type[FedAvg]] = MappingProxyType(
@@ -99,6 +100,8 @@ def make_inner(context: InnerContext) -> Strategy:
     config = context.config.strategy
     if config.name in _OURS:
         ours = _OURS[config.name]
+        if context.config.privacy.mechanism != "none":  # the norms would travel without noise
+            config = replace(config, dora="mean")
         return ours(config, context.scales, context.initial, context.slot_of, context.specs)
     _check_keys(config)
     if context.specs:
@@ -221,7 +224,7 @@ def inner_notes(context: InnerContext) -> list[str]:
     """What a reader of the report must know about the strategy that the run config names."""
     config, notes = context.config.strategy, []
     if config.name in _OURS:
-        return []
+        return method_notes(METHODS[config.aggregator])
     options, count = parse_options(config.name, config.options), context.num_sampled
     if config.aggregator != "ffa-lora":
         notes.append(

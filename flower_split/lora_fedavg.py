@@ -17,7 +17,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from flower_split.aggregation.configured import adapter_aggregator
+from flower_split.aggregation.base import Aggregator
+from flower_split.aggregation.configured import adapter_aggregator, check_adapter, fits_dora
+from flower_split.aggregation.dora import DoraMean, norms_from
 from flower_split.aggregation.modules import AdapterSpec, AdapterUpdate, RoundSummary
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.base_change import base_change_state
@@ -29,12 +31,32 @@ from flower_split.facts import (
     PRIVATE_DIGEST,
     PRIVATE_FOLDER,
     TRAINABLE,
+    WEIGHT_NORMS,
 )
 from flower_split.private_factors import checked_digest, digests_of, private_state
 
 logger = logging.getLogger(__name__)
 
 _WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
+
+
+def method_notes(method: type[Aggregator]) -> list[str]:
+    """What a reader of the report must know about what a method leaves behind."""
+    if method.private:
+        return [
+            f'strategy.aggregator = "{method.name}" is personalised: factor '
+            f"{' and '.join(sorted(method.private))} of every module stays in each client's own "
+            "directory, and there is no global model. adapters/client.safetensors has the shared "
+            "factors with the initial ones; flower-split export RUN --client PARTITION gives one "
+            "client's model."
+        ]
+    if method.changes_base:
+        return [
+            f'strategy.aggregator = "{method.name}" puts part of what is learnt beside the clients\' '
+            "base weights: adapters/client.safetensors means something only together with "
+            "adapters/base.safetensors. flower-split export puts both into one adapter."
+        ]
+    return []
 
 
 class LoraFedAvg(FedAvg):
@@ -80,7 +102,9 @@ class LoraFedAvg(FedAvg):
         )
         self.weighting = config.weighting
         self.aggregator = adapter_aggregator(config, scales)
+        check_adapter(config, initial)
         self.aggregator.init(initial)
+        self._dora = DoraMean(initial, scales) if fits_dora(config, initial) else None
         self._initial = dict(initial)
         self._slot_of = slot_of
         self._specs = dict(specs)
@@ -127,10 +151,12 @@ class LoraFedAvg(FedAvg):
         self._sent = self._address(messages, arrays)
         for message in messages:
             sent = self._sent[self._slot_of(message.metadata.dst_node_id)]
+            asks: dict[str, bool | list[str]] = {} if self._dora is None else {WEIGHT_NORMS: True}
             if not sent.keys() <= trainable:
+                asks[TRAINABLE] = sorted(sent.keys() & trainable)
+            if asks:
                 content = RecordDict(dict(message.content.items()))
-                own = {**dict(config.items()), TRAINABLE: sorted(sent.keys() & trainable)}
-                content[self.configrecord_key] = ConfigRecord(own)
+                content[self.configrecord_key] = ConfigRecord({**dict(config.items()), **asks})
                 message.content = content
         self._add_base_change(messages)
         self._leave_private(messages)
@@ -157,6 +183,7 @@ class LoraFedAvg(FedAvg):
         """
         updates: list[AdapterUpdate] = []
         digests: dict[int, str] = {}
+        norms: dict[str | int, Mapping[str, Tensor]] = {}
         contents: dict[int, RecordDict] = {}
         malformed: dict[str | int, str] = {}
         for reply in replies:
@@ -164,6 +191,8 @@ class LoraFedAvg(FedAvg):
             try:
                 updates.append(self._update(slot, reply.content))
                 digests |= self._digest(slot, reply.content)
+                if self._dora is not None:
+                    norms[slot] = self._norms(slot, reply.content)
                 contents[slot] = reply.content
             except AggregationError as error:
                 if not self.excludes_invalid:
@@ -171,7 +200,8 @@ class LoraFedAvg(FedAvg):
                 malformed[slot] = str(error)
         if not updates:
             raise AggregationError("no client update to aggregate. " + " ".join(malformed.values()))
-        summary = self.aggregator.aggregate(updates)
+        exact = [] if self._dora is None else [replace(self._dora, norms=norms)]
+        summary = self.aggregator.aggregate(updates, then=exact)
         excluded = dict(sorted({**malformed, **summary.excluded}.items(), key=lambda item: item[0]))
         self.last_summary = replace(summary, excluded=excluded)
         self._digests |= {slot: d for slot, d in digests.items() if slot not in excluded}
@@ -200,6 +230,16 @@ class LoraFedAvg(FedAvg):
             scales=spec.scales,
             modules=spec.modules,
         )
+
+    def _norms(self, slot: int, content: RecordDict) -> dict[str, Tensor]:
+        """What a client says of the norms of its modules with DoRA.
+
+        Raises:
+            AggregationError: It does not say them, or they cannot be.
+        """
+        record = content.config_records.get(WEIGHT_NORMS, ConfigRecord())
+        raw = {name: value for name, value in record.items() if isinstance(value, bytes)}
+        return norms_from(slot, raw, self._sent[slot])
 
     def _digest(self, slot: int, content: RecordDict) -> dict[int, str]:
         """Slot → digest of the private factors that a client has kept; empty: none are private.

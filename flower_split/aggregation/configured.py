@@ -10,12 +10,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from types import NoneType
 
+from torch import Tensor
+
 from flower_split.aggregation.base import Aggregator
 from flower_split.aggregation.clients import AdapterSpec
 from flower_split.aggregation.coordinate_wise import Median, TrimmedMean
+from flower_split.aggregation.dora import has_magnitudes
 from flower_split.aggregation.krum import Krum, MultiKrum
 from flower_split.aggregation.modules import AdapterAggregator
 from flower_split.aggregation.norm_clipping import NormClipping
+from flower_split.aggregation.product import ProductAggregator
 from flower_split.aggregation.registry import METHODS, make_aggregator
 from flower_split.aggregation.robust import parse_rules
 from flower_split.aggregation.rules import ClampWeights, Rule, UniformWeights
@@ -148,6 +152,36 @@ def check_clients(
                     f"which needs at least {needed} clients in a round; {num_participants} take "
                     "part. Raise num-clients or fraction-train, or lower the number."
                 )
+
+
+def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None:
+    """Check what depends on what the adapter holds.
+
+    Raises:
+        AggregationError: It has DoRA, and the method would put something into the base, or keep
+            factors private, to which a magnitude then does not fit.
+    """
+    method = METHODS[config.aggregator]
+    if has_magnitudes(adapter) and (method.changes_base or method.private):
+        does = "changes the clients' base weights" if method.changes_base else "keeps B private"
+        raise AggregationError(
+            f'strategy.aggregator = "{method.name}" {does}, and the magnitudes of DoRA '
+            "(lora.*.use-dora) would be those of other weights. Use "
+            '"product-delta", or set lora.*.use-dora = false.'
+        )
+
+
+def fits_dora(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> bool:
+    """Whether the mean of clients with DoRA is made exact: the method's result is the mean of ΔW."""
+    return (
+        config.name == "lora-fedavg"
+        and config.dora == "exact"
+        and has_magnitudes(adapter)
+        and issubclass(METHODS[config.aggregator], ProductAggregator)
+        and not config.rules
+        and config.server_optimizer == "none"
+        and config.server_learning_rate == 1
+    )
 
 
 def _options(config: StrategyConfig) -> dict[str, Option]:

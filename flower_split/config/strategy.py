@@ -44,6 +44,7 @@ class StrategyConfig:
     server_beta1: float = 0.9  # decay of its momentum
     server_beta2: float = 0.99  # decay of its second moment
     server_epsilon: float = 1e-3  # smallest root of its second moment
+    dora: str = "exact"  # DoRA's magnitudes: exact (clients say their weights' norms), or their mean
     buffer_size: int = 2  # fedbuff: arrivals that make a server round
     concurrency: int = 0  # fedbuff: clients at work at a time; 0: all
     max_staleness: int = 10  # fedbuff: steps an arrival may be behind; 0: nobody overtakes anybody
@@ -55,6 +56,7 @@ class StrategyConfig:
         one_of("strategy.name", self.name, STRATEGIES)
         one_of("strategy.weighting", self.weighting, ("tokens", "examples", "uniform"))
         one_of("strategy.on-invalid", self.on_invalid, ON_INVALID)
+        one_of("strategy.dora", self.dora, ("exact", "mean"))
         at_least("strategy.max-rank", self.max_rank, 0)
         above("strategy.server-learning-rate", self.server_learning_rate, 0)
         at_least("strategy.buffer-size", self.buffer_size, 1)

@@ -11,6 +11,7 @@ from flower_split.lora.initial import (
     base_values,
     has_base_values,
     initial_client_adapter,
+    weight_norms,
 )
 from flower_split.lora.places import embedding_names, output_embeddings, part_of, stack_of
 from flower_split.lora.plain import BaseWeight
@@ -38,4 +39,5 @@ __all__ = [
     "part_of",
     "set_trainable",
     "stack_of",
+    "weight_norms",
 ]

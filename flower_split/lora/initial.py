@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
@@ -204,11 +205,30 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
+def weight_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Module with DoRA -> the norm of every row of W + ΔW as it is now, fp32 on the CPU, sorted.
+
+    Of an embedding: of every column.
+    """
+    norms: dict[str, Tensor] = {}
+    for name, layer in sorted(lora_layers(model)):
+        if ADAPTER_NAME in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[ADAPTER_NAME]
+            before = cast(nn.Parameter, magnitude.weight)
+            _renew(layer)
+            norms[name] = cast(Tensor, magnitude.weight).detach().float().cpu()
+            magnitude.weight = before
+    return norms
+
+
 def renew_magnitudes(model: nn.Module) -> None:
     """Set every magnitude of DoRA to the norms of W + ΔW, so that the layer computes with W + ΔW."""
     for _, layer in lora_layers(model):
-        if ADAPTER_NAME not in layer.lora_magnitude_vector:
-            continue
+        _renew(layer)
+
+
+def _renew(layer: LoraLayer) -> None:
+    if ADAPTER_NAME in layer.lora_magnitude_vector:
         magnitude = cast(DoraLinearLayer, layer.lora_magnitude_vector[ADAPTER_NAME])
         if ADAPTER_NAME in layer.lora_A:
             a, b = (cast(nn.Linear, f[ADAPTER_NAME]).weight for f in (layer.lora_A, layer.lora_B))
