@@ -86,17 +86,24 @@ def own_factors(run: RunDirectory) -> dict[int, State]:
     }
 
 
-def by_hand(config: RunConfig) -> tuple[State, dict[int, State]]:
-    """The paper's algorithm on the unsplit model: mean A, and every client's own B."""
+def by_hand(
+    config: RunConfig, participants: dict[int, list[int]]
+) -> tuple[State, dict[int, State]]:
+    """The paper's algorithm on the unsplit model: mean A, and every client's own B.
+
+    Args:
+        config: The run's; its trunk trains nothing.
+        participants: Round → the partitions that trained in it.
+    """
     model = AutoModelForCausalLM.from_pretrained(config.model.name)
     attach_lora(model, model_cuts(config), client_parts(config), seed=config.seed)
     initial = adapter_state(model)
     shared = {name: tensor for name, tensor in initial.items() if not is_b(name)}
     own = {slot: {n: t for n, t in initial.items() if is_b(n)} for slot in range(CLIENTS)}
-    for server_round in range(1, ROUNDS + 1):
+    for server_round, slots in sorted(participants.items()):
         sums: dict[str, Tensor] = {name: torch.zeros(1).double() for name in shared}
         tokens = 0
-        for slot in range(CLIENTS):
+        for slot in slots:
             client = Client.of(config, slot, CLIENTS)
             load_adapter_state(model, shared | own[slot])
             place = client._place(server_round)
@@ -109,20 +116,27 @@ def by_hand(config: RunConfig) -> tuple[State, dict[int, State]]:
     return shared, own
 
 
-def test_run_is_the_papers_algorithm_on_the_unsplit_model(job: Job) -> None:
-    outcome = job.run("run", METHOD, mode="frozen", **own_dir(job))
-    shared, own = by_hand(outcome.directory.config)
+@pytest.mark.parametrize("fraction", [1.0, 0.67])
+def test_run_is_the_papers_algorithm_on_the_unsplit_model(job: Job, fraction: float) -> None:
+    outcome = job.run("run", METHOD, mode="frozen", fraction_train=fraction, **own_dir(job))
+    participants = {
+        server_round: [message.metadata.dst_node_id - 100 for message, _ in pairs]
+        for server_round, pairs in outcome.trained.items()
+    }
+    absent = sum(CLIENTS - len(slots) for slots in participants.values())
+    assert absent == (0 if fraction == 1 else ROUNDS)
+    shared, own = by_hand(outcome.directory.config, participants)
     client = outcome.directory.read_adapter("client")
     assert {name for name in client if not is_b(name)} == shared.keys()
     for name, expected in shared.items():
         torch.testing.assert_close(client[name], expected, rtol=1e-4, atol=1e-6)
     found = own_factors(outcome.directory)
-    assert found.keys() == own.keys()
-    for slot, state in own.items():
-        assert found[slot].keys() == state.keys()
-        for name, expected in state.items():
-            torch.testing.assert_close(found[slot][name], expected, rtol=1e-4, atol=1e-6)
-            assert not torch.allclose(found[slot][name], own[(slot + 1) % CLIENTS][name])
+    assert found.keys() == {slot for slots in participants.values() for slot in slots}
+    for slot, state in found.items():
+        assert state.keys() == own[slot].keys()
+        for name, expected in own[slot].items():
+            torch.testing.assert_close(state[name], expected, rtol=1e-4, atol=1e-6)
+            assert not torch.allclose(state[name], own[(slot + 1) % CLIENTS][name])
 
 
 def names_in(content: RecordDict) -> set[str]:
