@@ -1,9 +1,11 @@
 """Everything that may train beside LoRA, through the ServerApp, real clients and a real trunk."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -16,7 +18,7 @@ from flower_split.parts import all_parts, model_cuts
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
 from tests.flower.local_grid import LocalGrid, TrunkHere
-from tests.flower.recording import assert_same_end, fail_commit
+from tests.flower.recording import RecordingGrid, arrays, assert_same_end, fail_commit
 from tests.flower.test_runs import central_step
 from tests.flower.tiny import make_data, make_model, tiny_config
 
@@ -68,13 +70,28 @@ def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def job(
-    base: Path, root: Path, grid: type[LocalGrid] = LocalGrid, **changes: Scalar
+    base: Path,
+    root: Path,
+    grid: Callable[[int, dict[str, Scalar]], LocalGrid] = LocalGrid,
+    **changes: Scalar,
 ) -> RunDirectory:
     changes = {"trunk__step_every": "server-round", **changes}
     config = tiny_config(base, make_data(root / "data", 2), **changes)
     config["run-dir"] = str(root / "run")
     run(grid(2, config), parse_run_config(config))
     return RunDirectory.open(root / "run")
+
+
+def recorded(base: Path, root: Path, **changes: Scalar) -> tuple[RunDirectory, list[Message]]:
+    """A run, and what its clients returned in round 1."""
+    grids: list[RecordingGrid] = []
+
+    def grid(num_clients: int, config: dict[str, Scalar]) -> RecordingGrid:
+        grids.append(RecordingGrid(num_clients, config))
+        return grids[0]
+
+    done = job(base, root, grid, **changes)
+    return done, [reply for _, reply in grids[0].trained[1]]
 
 
 def unsplit(config: RunConfig, state: dict[str, Tensor]) -> torch.nn.Module:
@@ -123,3 +140,42 @@ def test_resumed_run_with_base_values_ends_on_the_same_bits(
         bases["untied"], tmp_path / "killed", resume=str(tmp_path / "killed/run"), **changes
     )
     assert_same_end(calm, resumed, ("client", "trunk"))
+
+
+def dense_weight(model: torch.nn.Module, module: str, state: dict[str, Tensor]) -> Tensor:
+    """What a linear layer with DoRA computes with, [out, in], fp64; scale is alpha / r = 4."""
+    a, b = (state[f"{module}.lora_{factor}.weight"].double() for factor in "AB")
+    direction = model.get_submodule(module).weight.detach().double() + 4.0 * b @ a
+    magnitude = state[f"{module}.lora_magnitude_vector"].double()
+    return (magnitude / direction.norm(dim=1))[:, None] * direction
+
+
+@pytest.mark.parametrize(("dora", "distance"), [("exact", 1e-5), ("mean", 1e9)])
+def test_magnitudes_after_a_round_are_the_row_norms_of_the_mean_of_the_clients(
+    bases: dict[str, Path], tmp_path: Path, dora: str, distance: float
+) -> None:
+    changes: dict[str, Scalar] = {
+        f"lora__{part}__{key}": value
+        for part in ("bottom", "top")
+        for key, value in (("use_dora", True), ("target_modules", "v_proj,down_proj"))
+    }
+    changes |= {"strategy__aggregator": "product-delta", "strategy__dora": dora}
+    done, replies = recorded(
+        bases["untied"], tmp_path, train__local_steps=8, train__batch_size=2, **changes
+    )
+    plain = LlamaForCausalLM.from_pretrained(bases["untied"]).requires_grad_(False)
+    tokens = [float(str(reply.content["metrics"]["num-tokens"])) for reply in replies]
+    states = [arrays(reply, "arrays") for reply in replies]
+    found = done.read_adapter("client")
+    for name in (n for n in found if n.endswith("lora_magnitude_vector")):
+        module = name.removesuffix(".lora_magnitude_vector")
+        mean = sum(
+            n * dense_weight(plain, module, state)
+            for n, state in zip(tokens, states, strict=True)
+        ) / sum(tokens)  # fmt: skip
+        error = float((found[name].double() - mean.norm(dim=1)).norm())
+        step = float((mean - plain.get_submodule(module).weight.double()).norm())
+        assert error < distance * step, name
+        assert dora == "exact" or error > 1e-4 * step, name
+        kept = [name for reply in replies for name in reply.content.config_records]
+        assert ("weight-norms" in kept) == (dora == "exact")
