@@ -76,8 +76,8 @@ class Job:
     data: str
     nodes: Mapping[int, object] = field(default_factory=lambda: NODES)
 
-    def run(self, aggregator: str, **changes: Scalar) -> tuple[RunDirectory, list[list[Turn]]]:
-        """The finished run, and its turns by round, in order of slots."""
+    def config(self, aggregator: str, **changes: Scalar) -> dict[str, Scalar]:
+        """Three clients, two rounds of two steps; ``changes`` as of :func:`tiny_config`."""
         config = tiny_config(self.model, self.data, **changes)
         config |= {
             "run-dir": str(self.root / "run"),
@@ -91,6 +91,11 @@ class Job:
         for part in ("bottom", "top"):
             config |= {f"lora.{part}.r": FULL, f"lora.{part}.alpha": ALPHA}
         config |= {name.replace("__", ".").replace("_", "-"): v for name, v in changes.items()}
+        return config
+
+    def run(self, aggregator: str, **changes: Scalar) -> tuple[RunDirectory, list[list[Turn]]]:
+        """The finished run, and its turns by round, in order of slots."""
+        config = self.config(aggregator, **changes)
         grid = Watched(3, config, self.nodes)
         run(grid, parse_run_config(config))
         rounds = [grid.turns[i : i + 3] for i in range(0, len(grid.turns), 3)]
