@@ -31,6 +31,8 @@ from flower_split.errors import CodecError, ConfigError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
+from flower_split.split.host_call import Mask
+from flower_split.split.trunk_inputs import TrunkInputs, check_constant
 from flower_split.trunk.calls import ContributionKey, ForwardMode, SessionGrant
 from flower_split.trunk.messages import (
     cache_to_proto,
@@ -270,33 +272,39 @@ class RemoteTrunk(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
         use_cache: bool | None = None,
         cache: CacheStep | None = None,
+        layer_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
 
         Args:
             hidden_states: The smashed data, [batch, seq, hidden].
-            attention_mask: The padding mask of zeros and ones, [batch, seq].
-            position_ids: [batch or 1, seq].
+            attention_mask: The padding mask of zeros and ones, [batch, seq]; where layers need
+                another one, that: [batch or 1, heads or 1, seq, seq], or one per kind of layer.
+            position_ids: [batch or 1, seq], with an axis before them where the model has several.
             use_cache: As the model's own argument; ``None``: its configuration's.
             cache: Go on from the key-value cache that the trunk keeps under its id: the tensors are
                 those of the new positions only. Not in training.
+            layer_arguments: What the client's frozen weights make for all layers, by place.
 
         Raises:
+            SplitError: A layer argument would need a gradient.
             TrunkError: Called outside :meth:`micro_batch` in training, twice within one, or without
                 a session.
             TrunkUnavailable: No answer within the call timeout.
             TrunkRefused: The trunk answered no; the reason is typed.
             RoundAborted: The round was given up.
         """
-        extras = {}
-        if attention_mask is not None:
-            extras["attention_mask"] = _padding_mask(attention_mask)
+        check_constant(layer_arguments or {})
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 4:
+            attention_mask = _padding_mask(attention_mask)
+        given = TrunkInputs(attention_mask, position_ids, layer_arguments or {})
+        extras = {name: to_host(tensor) for name, tensor in given.named().items()}
         if position_ids is not None:
-            extras["position_ids"] = to_host(position_ids).to(torch.int64)
+            extras["position_ids"] = extras["position_ids"].to(torch.int64)
         if cache is not None and cache.rows is not None:
             extras["cache_rows"] = cache.rows
         if self._evaluate or not torch.is_grad_enabled():

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from flower_split.errors import SplitError
+
 Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
@@ -61,6 +63,7 @@ def _put(value: object, place: str, tensor: Tensor) -> object:
     head, _, rest = place.partition(".")
     if isinstance(value, dict):
         return {**value, head: _put(value.get(head), rest, tensor)}
-    assert isinstance(value, (tuple, list)), "a place in a call that has another form"
+    if not isinstance(value, (tuple, list)):
+        raise SplitError(f"a layer's call has no place {head!r} to put a tensor of the client at.")
     items = [_put(item, rest, tensor) if str(i) == head else item for i, item in enumerate(value)]
     return tuple(items) if isinstance(value, tuple) else items

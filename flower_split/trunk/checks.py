@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.fingerprint import CUT_LAYERS
+from flower_split.split.trunk_inputs import fits
 
 
 def check_fingerprint(
@@ -70,17 +71,15 @@ def check_tensors(tensors: Mapping[str, Tensor], hidden_size: int) -> None:
             f"{got}.",
         )
     batch, sequence = hidden.shape[:2]
-    allowed = {
-        "attention_mask": {(batch, sequence)},
-        "position_ids": {(batch, sequence), (1, sequence)},
-    }
     for name, tensor in tensors.items():
-        if name != "hidden_states" and tuple(tensor.shape) not in allowed.get(name, set()):
+        if name != "hidden_states" and not fits(name, tensor, batch, sequence):
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST,
                 f"{name} of shape {tuple(tensor.shape)} does not belong to hidden_states of shape "
                 f"{tuple(hidden.shape)}.",
             )
+        if name.startswith("layer_argument/"):
+            check_finite(name, tensor)
     check_finite("hidden_states (the smashed data)", hidden)
 
 

@@ -21,6 +21,7 @@ from flower_split.optim import LearningRate, make_optimizer
 from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.cache import TrunkCache, keeps_only_keys_and_values
 from flower_split.split.quantise import float_dtype
+from flower_split.split.trunk_inputs import TrunkInputs
 from flower_split.trunk.activations import Activation, SavedBytes
 from flower_split.trunk.checks import check_all_finite, check_finite
 from flower_split.trunk.spans import Spans
@@ -83,7 +84,7 @@ class TrunkCompute:
         """``trunk_output`` without a graph.
 
         Args:
-            tensors: ``hidden_states`` and optionally ``attention_mask``, ``position_ids``.
+            tensors: ``hidden_states``, and what :mod:`flower_split.split.trunk_inputs` names.
             train: Dropout as in training.
             seed_of: Names the micro-batch; the same name gives the same dropout mask.
             use_cache: As the model's own argument; nothing outlives the call.
@@ -319,14 +320,17 @@ class TrunkCompute:
         weights: Weights | None,
     ) -> Tensor:
         self.trunk.train(train)
-        options = {"use_cache": use_cache} if isinstance(self.trunk, TrunkModel) else {}
+        given = TrunkInputs.of(tensors, self.device)
+        options: dict[str, Any] = {}
+        if isinstance(self.trunk, TrunkModel):
+            options = {"use_cache": use_cache, "layer_arguments": given.layer_arguments}
         with self._places.holding(weights), torch.random.fork_rng(devices=self._cuda):
             if train:
                 torch.manual_seed(_seed(self.seed, seed_of))
             output: Tensor = self.spans.of(cuts)(
                 hidden,
-                attention_mask=_moved(tensors.get("attention_mask"), self.device),
-                position_ids=_moved(tensors.get("position_ids"), self.device),
+                attention_mask=given.attention_mask,
+                position_ids=given.position_ids,
                 **options,
             )
         return output

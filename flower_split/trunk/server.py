@@ -259,7 +259,7 @@ class _Shell:
             tensors = received.tensors
             rows = tensors.pop("cache_rows", None)
             mask = tensors.get("attention_mask")
-            if mask is not None and mask.dtype == torch.bool:
+            if mask is not None and mask.dtype == torch.bool and mask.ndim == 2:
                 tensors["attention_mask"] = mask.to(torch.int64)  # as tokenizers give it
             result = self._engine.forward(
                 call.session,

@@ -327,7 +327,7 @@ def test_remote_double_differentiation_raises() -> None:
 def test_remote_mask_that_is_not_a_padding_mask_raises() -> None:
     with served(FakeEngine()) as port, remote(port) as trunk, torch.no_grad():
         trunk.open(1)
-        for mask in (torch.zeros(1, 1, 2, 2), torch.full((1, 2), -1e9), torch.tensor([[2, 1]])):
+        for mask in (torch.zeros(1, 2, 2), torch.full((1, 2), -1e9), torch.tensor([[2, 1]])):
             with pytest.raises(TrunkError, match="padding mask"):
                 trunk(torch.ones(1, 2, HIDDEN), mask)
 
