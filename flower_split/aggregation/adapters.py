@@ -36,7 +36,8 @@ class Layout:
     def held(self, modules: frozenset[str] | None, who: str) -> "Layout":
         """The part of the layout that a client with these modules holds; None: all of it.
 
-        A bias of B goes with its module; tensors that belong to no module are everybody's.
+        What else belongs to a module (its bias, the bias of B, a magnitude) goes with it; tensors
+        that belong to no module are everybody's.
 
         Args:
             modules: Names of modules.
@@ -53,11 +54,8 @@ class Layout:
                 f"{who} holds {', '.join(unknown[:4])}, which the initial adapter does not have; "
                 "it must cover the modules of every client."
             )
-        left = {
-            module + suffix
-            for module in self.modules.keys() - modules
-            for suffix in (*self.modules[module], BIAS)
-        }
+        gone = tuple(module + "." for module in self.modules.keys() - modules)
+        left = {name for name in self.shapes if gone and name.startswith(gone)}
         return Layout(
             {module: self.modules[module] for module in self.modules if module in modules},
             tuple(name for name in self.others if name not in left),

@@ -21,8 +21,8 @@ class AdapterSpec:
         ranks: The client's rank, one for all modules or per module; None, or a module that is not
             named: the rank of the initial adapter.
         scales: The client's scale of ΔW per module; None, or not named: the aggregator's.
-        modules: The modules it holds; None: all. A bias of B goes with its module; tensors that
-            belong to no module go to every client.
+        modules: The modules it holds; None: all. Their biases and magnitudes go with them; tensors
+            that belong to no module go to every client.
     """
 
     ranks: Mapping[str, int] | int | None = None

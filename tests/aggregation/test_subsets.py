@@ -27,6 +27,8 @@ def adapter():
         state[f"{module}.lora_A.weight"] = torch.randn(3, 6 + index, generator=rng)
         state[f"{module}.lora_B.weight"] = torch.randn(5 + index, 3, generator=rng)
         state[f"{module}.lora_B.bias"] = torch.zeros(5 + index)
+        state[f"{module}.lora_magnitude_vector"] = torch.ones(5 + index)
+        state[f"{module}.bias"] = torch.zeros(5 + index)
     return state
 
 
@@ -59,6 +61,8 @@ def test_distribute_gives_the_modules_asked_for_with_their_biases():
         f"{MIDDLE}.lora_A.weight",
         f"{MIDDLE}.lora_B.weight",
         f"{MIDDLE}.lora_B.bias",
+        f"{MIDDLE}.lora_magnitude_vector",
+        f"{MIDDLE}.bias",
         "norm.weight",
     }
 
