@@ -40,6 +40,7 @@ from flower_split.split.quantise import (
     keep_trainable,
     quantization_of,
     resolve_quantization,
+    settle_dtype,
 )
 from flower_split.split.self_check import check_client, check_splittable, settle_cache
 from flower_split.split.stack import LayerStack, find_stack
@@ -346,6 +347,8 @@ class _Source:
                 ) from error
         model: PreTrainedModel = loaded[0]
         keep_trainable(model)
+        if asked is not self.quantization and self.dtype is not None:
+            settle_dtype(model, owned, self.dtype)
         self._check_complete(loaded[1]["missing_keys"])
         model.__class__ = self.model_class
         model.config.name_or_path = self.name_or_path

@@ -14,7 +14,7 @@ Scale", NeurIPS 2022.
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -155,13 +155,30 @@ def check_quantised(
         why = "the gradient of a tiny input is zero or not finite"
         if deaf:
             fine, why = False, f"no gradient passes {deaf[0]}"
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+    except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
         fine, why = False, f"{type(error).__name__}: {' '.join(str(error).split())}"
     finally:
         for handle in handles:
             handle.remove()
     if not fine:
         raise SplitError(_untrainable(name_or_path, quantization, why))
+
+
+def settle_dtype(model: PreTrainedModel, names: Collection[str], dtype: torch.dtype) -> None:
+    """Give a part of a quantised checkpoint the dtype asked for, where it is not quantised.
+
+    transformers leaves such weights as they were stored.
+
+    Args:
+        model: The part.
+        names: The parameters that the part has without quantisation.
+        dtype: Theirs.
+    """
+    kept = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, parameter in model.named_parameters():
+        plain = parameter.is_floating_point() and parameter.itemsize > 1
+        if name in names and plain and not any(word in name.split(".") for word in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -162,15 +162,18 @@ def test_checkpoint_that_is_quantised_is_read_as_it_is_from_its_shards(
     assert_parts_match(whole, client, trunk)
 
 
-def test_fp8_checkpoint_is_dequantised_to_what_its_numbers_stand_for(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fp8_checkpoint_is_dequantised_to_what_its_numbers_stand_for(
+    dtype: str, tmp_path: Path
+) -> None:
     meant = write_fp8(tmp_path)
-    path, options = str(tmp_path), {"dtype": "float32", "quantization": "dequantize"}
+    path, options = str(tmp_path), {"dtype": dtype, "quantization": "dequantize"}
     whole = load_whole_model(path, **options)
     trunk = load_trunk_model(path, CUTS, **options)
     client = load_client_model(path, CUTS, trunk, **options)
     for part in (trunk, client):
         for name, tensor in part.state_dict().items():
-            torch.testing.assert_close(tensor, meant[name])
+            torch.testing.assert_close(tensor, meant[name].to(getattr(torch, dtype)))
     assert len(trunk.state_dict()) == 2 * 9
     attach_lively_lora(whole, client, trunk)
     assert_parts_match(whole, client, trunk)
