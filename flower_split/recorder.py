@@ -120,6 +120,7 @@ class Recorder:
                 "clients": [str(client) for client in summary.clients],
                 "excluded": {str(client): why for client, why in summary.excluded.items()},
                 "unchanged_modules": list(summary.unchanged),
+                "truncation": summary.truncation,
                 "seconds": summary.seconds,
             },
         )
@@ -227,7 +228,7 @@ class Recorder:
             "bytes sent by clients": int(self._totals["bytes_sent"]),
             "bytes received by clients": int(self._totals["bytes_received"]),
         }
-        all_facts = {"seconds": round(seconds, 1), **totals, **facts}
+        all_facts = {"seconds": round(seconds, 1), **totals, **self._truncation(), **facts}
         notes = [*self.notes, *self._exclusions()]
         self.run.write_outcome(rows, facts=all_facts, notes=notes)
         if rows:
@@ -236,6 +237,13 @@ class Recorder:
             logger.info("\n%s", text.getvalue().rstrip())
         else:
             logger.info("run directory: %s", self.run.path)
+
+    def _truncation(self) -> dict[str, float]:
+        """What the server knew beyond the adapter that it wrote, after the last round."""
+        records = self.run.metrics("aggregation")
+        share = records[-1].get("truncation", 0.0) if records else 0.0
+        label = "share of ΔW beyond the adapter's rank, kept by the server only"
+        return {label: share} if isinstance(share, float) and share > 0 else {}
 
     def _exclusions(self) -> list[str]:
         """One note for each client whose adapter was ever left out, with its first reason."""

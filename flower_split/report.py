@@ -5,7 +5,9 @@ Layout::
     config.json                    the resolved run config, flat, as parse_run_config reads it
     versions.json                  Python, this package and the libraries that computed the run
     metrics.jsonl                  one JSON object per line; "kind" is one of METRIC_KINDS
-    adapters/client.safetensors    the clients' global adapter (bottom and top), fp32
+    adapters/client.safetensors    the clients' global adapter (bottom and top), fp32, at the ranks of
+                                   lora.*.r: of a ΔW that the server keeps at a higher rank, the
+                                   nearest of that rank (all of it is in checkpoints/)
     adapters/base.safetensors      methods that change the base: the low-rank change beside it, fp32
     adapters/trunk.safetensors     the trunk's adapter, fp32
     summary.json, report.md        the outcome, for programs and for people

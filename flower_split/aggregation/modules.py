@@ -40,7 +40,7 @@ from flower_split.aggregation.clients import (
     named,
 )
 from flower_split.aggregation.factors import Factors, State, Update
-from flower_split.aggregation.lowrank import LowRankSum, factors_of
+from flower_split.aggregation.lowrank import LowRankSum, factors_of, inner_product
 from flower_split.aggregation.product import ProductAggregator
 from flower_split.aggregation.registry import make_aggregator
 from flower_split.errors import AggregationError
@@ -63,12 +63,14 @@ class RoundSummary:
         excluded: Client id → why its update was left out (policy "exclude" only).
         seconds: Wall-clock time of the aggregation.
         unchanged: Modules that no client of the round held, which therefore stay as they were.
+        truncation: As :meth:`AdapterAggregator.truncation` says afterwards.
     """
 
     clients: tuple[str | int, ...]
     excluded: Mapping[str | int, str] = field(default_factory=dict)
     seconds: float = 0.0
     unchanged: tuple[str, ...] = ()
+    truncation: float = 0.0
 
 
 class AdapterAggregator:
@@ -210,7 +212,8 @@ class AdapterAggregator:
         self._others = others
         ids = tuple(client.client_id for client in clients)
         unchanged = tuple(module for module in self._states if module not in set(modules))
-        return RoundSummary(ids, excluded, time.perf_counter() - start, unchanged)
+        seconds = time.perf_counter() - start
+        return RoundSummary(ids, excluded, seconds, unchanged, self.truncation())
 
     def trainable(self) -> list[str]:
         """Names of the tensors that clients train in the coming round; they freeze the others."""
@@ -234,6 +237,22 @@ class AdapterAggregator:
     def deltas(self) -> dict[str, Factors]:
         """Module name → the global ΔW as factors, without what went into the base."""
         return {module: self.method.delta(state).to(CPU) for module, state in self._states.items()}
+
+    def truncation(self) -> float:
+        """What of the global ΔW an adapter of the initial ranks leaves out, as a share of its length.
+
+        Frobenius, over all modules. The server of a method that recompresses ΔW keeps more than that
+        from round to round (``max_rank``); an adapter has its leading components. Others: 0.
+        """
+        if not self.method.recompresses:
+            return 0.0
+        whole = beyond = 0.0
+        for state in self._states.values():
+            delta, rank = self.method.delta(state), int(state.basis.shape[0])
+            rest = Factors(delta.A[rank:], delta.B[:, rank:], delta.scale)
+            whole += max(inner_product(delta, delta), 0.0)
+            beyond += max(inner_product(rest, rest), 0.0)
+        return (beyond / whole) ** 0.5 if whole > 0 else 0.0
 
     def base_changes(self) -> dict[str, Factors]:
         """Module name → what clients add to their frozen base weight, over all rounds so far.
