@@ -345,3 +345,22 @@ def test_sums_on_the_gpu_equal_those_on_the_cpu(name):
     back.load_state_dict(stored, adapter())
     first, second = two.distribute(), back.distribute()
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_truncation_is_what_an_adapter_of_the_initial_rank_leaves_out():
+    aggregator = started()
+    assert aggregator.truncation() == 0
+    summary = aggregator.aggregate(played(aggregator))
+    whole = left = 0.0
+    for module, delta in aggregator.deltas().items():
+        values = torch.linalg.svdvals(delta.scale * delta.B.double() @ delta.A.double())
+        whole += float(values.square().sum())
+        left += float(values[3:].square().sum())
+    assert left > 0.01 * whole
+    assert summary.truncation == pytest.approx((left / whole) ** 0.5, rel=1e-5)
+    assert started("fedit").aggregate(played(started("fedit"))).truncation == 0
+
+
+def test_truncation_is_zero_where_the_server_keeps_no_more_than_the_adapter():
+    aggregator = started(max_rank=3)
+    assert aggregator.aggregate(played(aggregator)).truncation == 0
