@@ -123,7 +123,7 @@ def test_adapters_missing_or_damaged_are_named(run: RunDirectory) -> None:
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(RunDirectoryError, match="trunk.safetensors is damaged"):
         run.read_adapter("trunk")
-    with pytest.raises(RunDirectoryError, match="one of client, trunk"):
+    with pytest.raises(RunDirectoryError, match="one of client, base, trunk"):
         run.read_adapter("top")
 
 
