@@ -9,7 +9,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from flower_split.aggregation import METHODS
 from flower_split.aggregation.modules import AdapterAggregator, AdapterUpdate
+from flower_split.base_change import base_change_state, set_base_change
 from flower_split.config import (
     LoraConfigs,
     LoraPartConfig,
@@ -230,8 +232,16 @@ def federated(aggregator: AdapterAggregator, client: nn.Module, rounds: int = 2)
     load_adapter_state(client, aggregator.distribute())
 
 
-def exported(tmp_path: Path, config: RunConfig, client: nn.Module, trunk: nn.Module) -> Path:
+def exported(
+    tmp_path: Path,
+    config: RunConfig,
+    client: nn.Module,
+    trunk: nn.Module,
+    aggregator: AdapterAggregator | None = None,
+) -> Path:
     run = RunDirectory.create(config)
+    if aggregator is not None and aggregator.method.changes_base:
+        run.write_adapter("base", base_change_state(aggregator.base_changes()))
     run.write_adapter("client", adapter_state(client))
     run.write_adapter("trunk", adapter_state(trunk))
     return export_adapter(run.path, tmp_path / "out")
@@ -255,6 +265,41 @@ def test_adapter_survives_the_round_trip_to_plain_peft(tmp_path: Path, variety: 
     peft = PeftModel.from_pretrained(plain, str(exported(tmp_path, config, client, trunk))).eval()
     torch.testing.assert_close(peft(**padded_batch()).logits, expected, rtol=1e-5, atol=1e-5)
     assert (expected - without).abs().max() > 1e-2
+
+
+BESIDE = LoraConfigs(
+    bottom=LORA(r=4, bias="all", modules_to_save="wte", init="random"),
+    top=LORA(r=4, alpha=2.0, bias="lora_only", modules_to_save="ln_f"),
+)
+MIXED_DORA = LoraConfigs(
+    bottom=replace(BESIDE.bottom, use_dora=True), top=replace(BESIDE.top, use_dora=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("method", "lora"),
+    [
+        *((name, "lora") for name, method in METHODS.items() if not method.private),
+        *((name, "dora") for name in ("fedit", "product-delta", "raflora")),
+    ],
+)
+def test_adapter_survives_every_method_on_the_way(tmp_path: Path, method: str, lora: str) -> None:
+    parts = BESIDE if lora == "lora" else MIXED_DORA
+    config, client, trunk = make(tmp_path, parts, GPT2, method)
+    initial, scales = beginning(config, client)
+    aggregator = AdapterAggregator(method, scales)
+    aggregator.init(initial)
+    federated(aggregator, client)
+    set_base_change(client, base_change_state(aggregator.base_changes()))
+    expected = client.eval()(**padded_batch()).logits
+    path = str(exported(tmp_path, config, client, trunk, aggregator))
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), path)
+    torch.testing.assert_close(peft.eval()(**padded_batch()).logits, expected, rtol=1e-5, atol=1e-5)
+    kinds = ("wte.weight", "ln_f.bias", "c_attn.base_layer.bias", "lora_magnitude_vector")
+    final = adapter_state(client)
+    for kind in kinds if lora == "dora" else kinds[:-1]:  # what is no factor is averaged by all
+        (name, *_) = (name for name in final if name.endswith(kind))
+        assert (final[name] - initial[name]).abs().max() > 1e-2, name
 
 
 def test_patterns_give_the_longest_matching_name_its_rank_and_alpha(tmp_path: Path) -> None:
