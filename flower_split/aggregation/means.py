@@ -35,6 +35,14 @@ def mean_b(clients: Sequence[Share], scale: float) -> Tensor:
     return mean_of(clients, lambda factors: factors.B.double() * (factors.scale / scale))
 
 
+def held_shares(clients: Sequence[Share], rank: int) -> Tensor:
+    """[rank], fp64: the sum of the shares of the clients that have each component of a ΔW."""
+    held = torch.zeros(rank, dtype=torch.float64)
+    for client in clients:
+        held[: client.returned.rank] += client.share
+    return held
+
+
 def step_towards(old: Tensor, mean: Tensor, learning_rate: float) -> Tensor:
     """Old + η (mean − old), fp32; the mean itself at η = 1."""
     if learning_rate == 1:

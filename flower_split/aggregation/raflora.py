@@ -14,21 +14,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
-
 from flower_split.aggregation.base import Aggregator, checked_rank_scale, leading
-from flower_split.aggregation.checks import Share, check_factors, check_updates
+from flower_split.aggregation.checks import check_factors, check_updates
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.lowrank import LowRankSum, factors_of, row_length
+from flower_split.aggregation.means import held_shares
 from flower_split.aggregation.product import ordered_init
-
-
-def _held(clients: Sequence[Share], rank: int) -> Tensor:
-    """[rank]: the sum of the shares of the clients that have each component."""
-    held = torch.zeros(rank, dtype=torch.float64)
-    for client in clients:
-        held[: client.returned.rank] += client.share
-    return held
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,7 +45,7 @@ class RaFLoRA(Aggregator):
         clients = [client for client in check_updates(state, updates) if client.share > 0]
         present = max(client.returned.rank for client in clients)
         total = LowRankSum(state.out_features, state.in_features, device=state.basis.device)
-        held = _held(clients, present).to(state.basis.device)
+        held = held_shares(clients, present).to(state.basis.device)
         for client in clients:
             own = client.returned
             weights = own.scale * client.share / held[: own.rank]
