@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from flower_split.config import (
     LoraConfigs,
@@ -35,7 +35,7 @@ from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora
 from flower_split.parts import all_parts, client_parts, model_cuts
 from flower_split.remote_trunk import RemoteTrunk
-from flower_split.split import load_client_model
+from flower_split.split import load_client_model, load_whole_model
 from flower_split.training import Batch, RoundPlace, StepMetrics, train_round
 from flower_split.trunk.calls import RoundPlan
 from flower_split.trunk.child import TrunkProcess
@@ -86,7 +86,11 @@ def make_config(preset: Preset, path: Path, args: argparse.Namespace) -> RunConf
     return RunConfig(
         num_server_rounds=1,
         model=ModelConfig(
-            name=str(path), first_cut=preset.cuts[0], second_cut=preset.cuts[1], dtype=preset.dtype
+            name=str(path),
+            first_cut=preset.cuts[0],
+            second_cut=preset.cuts[1],
+            dtype=preset.dtype,
+            quantization=args.quantization,
         ),
         lora=LoraConfigs(bottom=part, trunk=part, top=part),
         train=TrainConfig(
@@ -100,6 +104,7 @@ def make_config(preset: Preset, path: Path, args: argparse.Namespace) -> RunConf
             activation_memory=args.activation_memory,
             num_threads=args.threads,
             wire_dtype=args.wire_dtype,
+            device_map=args.device_map,
         ),
     )
 
@@ -130,9 +135,13 @@ def run_unsplit(preset: Preset, args: argparse.Namespace, path: Path, rows: int,
     """Send the seconds of each step of the unsplit model."""
     config = make_config(preset, path, args)
     torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, preset.dtype))
+    model = load_whole_model(
+        str(path),
+        dtype=preset.dtype,
+        device=args.device,
+        quantization=args.quantization or None,
+    )
     attach_lora(model, model_cuts(config), all_parts(config), seed=0)
-    model.to(args.device)
     data = batches(preset, rows, args.steps * args.accumulate, 0)
     pipe.send(train_round(model, iter(data), config, place(args, 0), None).steps)
 
@@ -153,7 +162,12 @@ def run_client(
         wire_dtype=config.trunk.wire_dtype,
     )
     model = load_client_model(
-        str(path), model_cuts(config), trunk, dtype=preset.dtype, device=args.device
+        str(path),
+        model_cuts(config),
+        trunk,
+        dtype=preset.dtype,
+        device=args.device,
+        quantization=args.quantization or None,
     )
     attach_lora(model, model_cuts(config), client_parts(config), seed=0)
     data = batches(preset, rows, args.steps * args.accumulate, slot)
@@ -233,6 +247,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--wire-dtype", default="native")
     parser.add_argument("--activation-memory", type=float, default=60.0, help="GiB")
+    parser.add_argument("--quantization", default="", help="as model.quantization")
+    parser.add_argument("--device-map", default="", help="as trunk.device-map")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     preset = PRESETS[args.preset]

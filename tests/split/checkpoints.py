@@ -10,9 +10,9 @@ from torch import Tensor
 from tests.split.tiny import tiny_model
 
 
-def write_fp8(path: Path) -> dict[str, Tensor]:
+def write_fp8(path: Path, **changes: object) -> dict[str, Tensor]:
     """A checkpoint in blockwise 8-bit floats; returns what its weights stand for."""
-    tiny_model("llama").save_pretrained(path)
+    tiny_model("llama", **changes).save_pretrained(path)
     state, meant = {}, {}
     generator = torch.Generator().manual_seed(0)
     for name, tensor in load_file(path / "model.safetensors").items():

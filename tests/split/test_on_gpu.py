@@ -33,7 +33,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 
-CUTS = CutLayers(1, 3)
+CUTS = CutLayers(2, 10)
+NUM_LAYERS = 12
 LORA = {part: LoraPartConfig(r=8) for part in ("bottom", "trunk", "top")}
 WIDE = {
     "hidden_size": 256,
@@ -42,7 +43,9 @@ WIDE = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "max_position_embeddings": 256,
+    "num_hidden_layers": NUM_LAYERS,
 }
+OWN = {"gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * (NUM_LAYERS // 2)}}
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +55,7 @@ def _no_progress_bar() -> None:
 
 def checkpoint(path: Path, family: str = "llama") -> str:
     """Layers of 256, large enough for the GPU's matrix units."""
-    tiny_model(family, **WIDE).save_pretrained(path)
+    tiny_model(family, **WIDE, **OWN.get(family, {})).save_pretrained(path)
     return str(path)
 
 
@@ -89,7 +92,7 @@ def largest_difference(whole: nn.Module, client: nn.Module, trunk: nn.Module) ->
     """The largest ‖split − unsplit‖ / ‖unsplit‖ over the loss and every gradient."""
     loss, gradients = loss_and_gradients(whole, batch())
     split_loss, split_gradients = loss_and_gradients(client, batch(), trunk)
-    assert gradients.keys() == split_gradients.keys() and len(gradients) == 4 * 7 * 2
+    assert gradients.keys() == split_gradients.keys() and len(gradients) == NUM_LAYERS * 7 * 2
     pairs = [(loss, split_loss)]
     for name, gradient in gradients.items():
         other = split_gradients[name]
@@ -158,7 +161,7 @@ def test_gpu_quantised_base_equals_unsplit(
 
 
 def test_gpu_fp8_checkpoint_is_dequantised_and_equals_unsplit(tmp_path: Path) -> None:
-    write_fp8(tmp_path)
+    write_fp8(tmp_path, **WIDE)
     options = {"dtype": "bfloat16", "quantization": "dequantize"}
     assert largest_difference(*parts_of(str(tmp_path), {"device": "cuda"}, **options)) < 1e-2
 
@@ -166,7 +169,7 @@ def test_gpu_fp8_checkpoint_is_dequantised_and_equals_unsplit(tmp_path: Path) ->
 def test_gpu_fp8_checkpoint_as_it_is_trains_or_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_fp8(tmp_path)
+    write_fp8(tmp_path, **WIDE)
     try:
         parts = parts_of(str(tmp_path), {"device": "cuda"}, dtype="bfloat16")
     except SplitError as refused:
@@ -179,14 +182,18 @@ def test_gpu_fp8_checkpoint_as_it_is_trains_or_is_refused(
 MAPS = [
     pytest.param("auto", id="auto"),
     pytest.param("balanced", id="balanced"),
-    pytest.param({"": 1, "model.layers.1": "cuda:0"}, id="by-layer"),
+    pytest.param({"": 1, "model.layers.2": "cuda:0"}, id="by-layer"),
 ]
 
 
-def devices_of(trunk: nn.Module) -> list[set[int | None]]:
-    """The devices of each trunk layer's parameters."""
+def devices_of(trunk: nn.Module) -> list[int | None]:
+    """The device of each trunk layer, of which every parameter is on one."""
     layers = trunk.get_submodule("model.layers")
-    return [{p.device.index for p in layers[index].parameters()} for index in range(1, 3)]
+    places = [
+        {p.device.index for p in layers[i].parameters()} for i in range(CUTS.first, CUTS.second)
+    ]
+    assert all(len(place) == 1 for place in places)  # LoRA as well
+    return [place.pop() for place in places]
 
 
 @two_gpus
@@ -198,7 +205,8 @@ def test_gpu_trunk_over_two_gpus_equals_unsplit(
     path = checkpoint(tmp_path)
     options = {"dtype": "bfloat16", "quantization": quantization}
     whole, client, trunk = parts_of(path, {"device_map": device_map}, **options)
-    assert devices_of(trunk) == [{0}, {1}]  # LoRA as well
+    places = devices_of(trunk)
+    assert set(places) == {0, 1} and places == sorted(places)
     difference = largest_difference(whole, client, trunk)
     report(capsys, f"two GPUs, {device_map}, {quantization or 'plain'}", difference)
     assert difference < 1e-2
@@ -267,9 +275,14 @@ def test_gpu_generation_over_two_gpus_equals_unsplit(tmp_path: Path) -> None:
     options = {"max_new_tokens": 16, "min_new_tokens": 16, "num_beams": 2, "pad_token_id": 0}
     expected = whole.generate(**inputs, **options)
     assert torch.equal(client.generate(**inputs, **options), expected)
-    kept = next(iter(trunk._caches.values()), None)
-    places = {} if kept is None else {i: kept.cache.layers[i].keys.device.index for i in (1, 2)}
-    assert places in ({}, {1: 0, 2: 1})
+    with torch.no_grad():
+        held = client(
+            **inputs, use_cache=True
+        ).past_key_values  # while it lives, so does the trunk's
+    (kept,) = trunk._caches.values()
+    layers = kept.cache.layers[CUTS.first : CUTS.second]
+    assert [layer.keys.device.index for layer in layers] == devices_of(trunk)
+    assert held.get_seq_length() == 96
 
 
 @two_gpus
@@ -278,6 +291,7 @@ def test_gpu_federated_step_with_the_trunk_over_two_gpus_equals_one_central_step
 ) -> None:
     write_checkpoint(tmp_path)
     plain = make_config(tmp_path)
+    plain = replace(plain, model=replace(plain.model, first_cut=1, second_cut=5))
     config = replace(plain, trunk=replace(plain.trunk, device_map="balanced"))
     batches = {0: make_batch(1, [3], seed=0), 1: make_batch(4, [12, 12, 2, 7], seed=2)}
     with federation(config) as run:
