@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+
 from flower_split.aggregation.base import Aggregator, checked_rank_scale, leading
 from flower_split.aggregation.checks import check_factors, check_updates
 from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
