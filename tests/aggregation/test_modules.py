@@ -352,7 +352,7 @@ def test_truncation_is_what_an_adapter_of_the_initial_rank_leaves_out():
     assert aggregator.truncation() == 0
     summary = aggregator.aggregate(played(aggregator))
     whole = left = 0.0
-    for module, delta in aggregator.deltas().items():
+    for delta in aggregator.deltas().values():
         values = torch.linalg.svdvals(delta.scale * delta.B.double() @ delta.A.double())
         whole += float(values.square().sum())
         left += float(values[3:].square().sum())
