@@ -3,6 +3,7 @@
 # ruff: noqa: TID251
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -89,8 +90,18 @@ def check_like_sent(
     sent: Mapping[int, ArrayRecord],
     federation: Federation,
     server_round: int,
+    largest_weights: Mapping[int, float] = MappingProxyType({}),
+    weight_key: str = "num-tokens",
 ) -> None:
     """Check what Flower's strategies take on trust: names, shapes and types as sent, sane weights.
+
+    Args:
+        replies: By slot.
+        sent: By slot, what the client was sent.
+        federation: The run's nodes.
+        server_round: For the error.
+        largest_weights: Slot to the largest ``weight_key`` that this client can report truthfully.
+        weight_key: The metric by which clients are weighed.
 
     Raises:
         FederationError: A reply has other weights than its client was sent (Flower would broadcast
@@ -120,6 +131,13 @@ def check_like_sent(
                     f"{who} returned {key} = {value}; it must be a number of at least 0. Look at "
                     "that client's data."
                 )
+        value, most = scalars(reply.content).get(weight_key), largest_weights.get(slot)
+        if value is not None and most is not None and value > most:
+            raise FederationError(
+                f"{who} reports {weight_key} = {value:g}, but its steps, batch size and sequence "
+                f"length allow at most {most:g} in a round. It must not be trusted, or its train.* "
+                "settings differ from the run's."
+            )
 
 
 def sent_arrays(messages: Mapping[int, Message]) -> dict[int, ArrayRecord]:

@@ -244,6 +244,7 @@ def make_strategy(
         on_steps=recorder.steps,
         on_evaluation=recorder.evaluation,
     )
+    strategy.largest_weights = largest_weights(config, facts)
     strategy.summary()
     if resumed is None:
         nothing = RoundReport(

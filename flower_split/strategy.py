@@ -147,6 +147,10 @@ class TrunkStrategy(Strategy):
         on_steps: Receives the step metrics of accepted replies.
         on_evaluation: Receives the metrics of evaluation replies.
 
+    Attributes:
+        largest_weights: Slot to the largest weight that this client can report truthfully, where
+            Flower's strategies weigh clients by what they say; one above is refused.
+
     Raises:
         ConfigError: The inner strategy would lose the noise of the wrapper around it.
     """
@@ -180,6 +184,7 @@ class TrunkStrategy(Strategy):
         self.epoch = 0  # of the trunk process that the open phase runs on
         self._on_commit = on_commit
         self.last_report: RoundReport | None = None
+        self.largest_weights: Mapping[int, float] = {}
         self._on_steps = on_steps
         self._on_evaluation = on_evaluation
         self._phase: _Phase | None = None
@@ -511,7 +516,10 @@ class TrunkStrategy(Strategy):
         if self._phase is None or isinstance(parts[-1], LoraFedAvg):
             return
         sent = sent_arrays(dict(zip(self._phase.slots, self._phase.messages, strict=True)))
-        check_like_sent(replies, sent, self.federation, server_round)
+        key = "num-examples" if self.config.strategy.weighting == "examples" else "num-tokens"
+        check_like_sent(
+            replies, sent, self.federation, server_round, self.largest_weights, weight_key=key
+        )
         for part in parts:
             if isinstance(part, (*FixedClipping, *AdaptiveClipping)):
                 for slot, reply in replies.items():

@@ -30,10 +30,12 @@ from flwr.serverapp.strategy import (
 )
 
 from flower_split.client_app import make_client_app
-from flower_split.config import Scalar
+from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import ConfigError, FederationError, FlowerSplitError, RunDirectoryError
 from flower_split.inner_strategies import InnerContext
-from flower_split.privacy import update_norm
+from flower_split.lora import initial_client_adapter
+from flower_split.parts import client_parts, model_cuts
+from flower_split.privacy import update_norm, with_privacy
 from tests.flower.composition import (
     CLIENTS,
     Exchanged,
@@ -88,7 +90,13 @@ FLOWERS: dict[str, tuple[str, Strategy]] = {
 }
 
 
-@pytest.mark.parametrize("name", FLOWERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in FLOWERS if name not in ("fedadagrad", "multikrum")),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("fedadagrad", "multikrum")),
+    ],
+)
 def test_run_with_a_strategy_of_flower_ends_on_what_its_class_makes_of_the_same_replies(
     job: Job, name: str
 ) -> None:
@@ -270,7 +278,9 @@ def _with_metric(item: Exchanged, key: str, value: float) -> Exchanged:
     )
 
 
-@pytest.mark.parametrize("aggregator", ["product-delta", "fedit"])
+@pytest.mark.parametrize(
+    "aggregator", ["product-delta", pytest.param("fedit", marks=pytest.mark.slow)]
+)
 def test_run_with_local_privacy_adds_the_noise_on_the_client(
     job: Job, monkeypatch: pytest.MonkeyPatch, aggregator: str
 ) -> None:
@@ -377,7 +387,15 @@ def test_run_that_would_spend_more_than_its_limit_is_refused_before_round_1(job:
         )
 
 
-@pytest.mark.parametrize("mechanism", ["server-fixed", "client-fixed", "client-adaptive", "local"])
+@pytest.mark.parametrize(
+    "mechanism",
+    [
+        "server-fixed",
+        "local",
+        pytest.param("client-fixed", marks=pytest.mark.slow),
+        pytest.param("client-adaptive", marks=pytest.mark.slow),
+    ],
+)
 def test_update_of_zero_is_clipped_without_an_error(job: Job, mechanism: str) -> None:
     outcome = job.run(
         "run",
@@ -451,7 +469,18 @@ STATEFUL: dict[str, dict[str, Scalar]] = {
 }
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fedavgm",
+        "fedadam",
+        "client-adaptive",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("fedyogi", "fedadagrad", "server-adaptive")
+        ),
+    ],
+)
 def test_resumed_run_goes_on_with_the_strategys_state_bit_for_bit(job: Job, name: str) -> None:
     changes: dict[str, Scalar] = {"num_server_rounds": 3, **STATEFUL[name]}
     if name.endswith("adaptive"):
@@ -504,7 +533,6 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
     ({"strategy__name": "fedavg", "strategy__rules": "median"}, "strategy.rules"),
     ({"strategy__name": "fedavg", "strategy__server_optimizer": "adam"}, "server-optimizer"),
     ({"strategy__name": "fedavg", "strategy__aggregator": "flexlora"}, "would not be used"),
-    ({"strategy__name": "fedavg", "lora__rank_by_partition": "0=2"}, "cannot mix clients"),
     (
         {**DP, "strategy__name": "lora-fedavg", "strategy__aggregator": "fedit"},
         "without that noise",
@@ -525,9 +553,35 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED)
-def test_what_cannot_be_combined_is_refused_before_any_client_trains(
-    job: Job, changes: dict[str, Scalar], reason: str
+def test_what_cannot_be_combined_is_refused_with_the_reason(
+    parts: tuple[Path, str], changes: dict[str, Scalar], reason: str
 ) -> None:
     with pytest.raises(FlowerSplitError, match=reason) as caught:
-        job.run("run", stop_at=1, **changes)
+        config = parse_run_config(Job(Path(), *parts).config("run", **changes))
+        state, scales = initial_client_adapter(
+            config.model.name, model_cuts(config), client_parts(config), seed=0
+        )
+        with_privacy(
+            InnerContext(
+                config=config,
+                num_clients=CLIENTS,
+                initial=state,
+                scales=scales,
+                slot_of=lambda node: node,
+            )
+        )
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strategy__name": "fedavg", "lora__rank_by_partition": "0=2"}, "cannot mix clients"),
+        (DP | {"strategy__name": "fedmedian"}, "plain mean"),
+    ],
+)
+def test_what_cannot_be_combined_ends_the_run_before_any_client_trains(
+    job: Job, changes: dict[str, Scalar], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        job.run("run", stop_at=1, **changes)

@@ -225,6 +225,13 @@ def test_reply_that_flower_would_broadcast_or_believe_is_refused_and_named(
     assert coordinator.calls[-1] == "abort"
 
 
+def test_weight_above_what_a_clients_steps_allow_is_refused_and_named() -> None:
+    strategy = around(FedAvg(**KEYS))
+    strategy.largest_weights = {0: 10.0, 1: 20.0, 2: 29.0, 3: 40.0}  # slot s reports 10 (s + 1)
+    with pytest.raises(FederationError, match=r"partition 2 \(node 700\) reports num-tokens = 30"):
+        train(strategy, grid())
+
+
 def test_strategy_that_diverges_is_named() -> None:
     class Diverging(FedTrimmedAvg):
         def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
