@@ -11,7 +11,9 @@ Layout, under the client's directory::
     run-<experiment>/partition-<id>/round-<r>.<digest>.safetensors
 
 A file's header names the file that its round began with. Those two generations are kept, for a run
-may go back to the round before its last; everything else goes when the client trains next.
+may go back to the round before its last; everything else of earlier rounds goes when the client
+trains next. Nothing of the same or a later round is ever removed, so that a process that was given up
+and comes to life again cannot take away what the run has gone on with.
 """
 
 import hashlib
@@ -31,12 +33,14 @@ from torch import Tensor
 from flower_split.concurrency import simulated_clients_at_once
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, FederationError, RunDirectoryError
-from flower_split.files import remove_leftovers, write_atomically
+from flower_split.files import write_atomically
 
 FOLDER = "clients"
 """In the run directory: where simulated clients keep what is theirs."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"\.?round-(?P<round>\d+)\.(?P<digest>[0-9a-f]{64})\.safetensors(\..*\.tmp)?")
+_ORIGIN = "round-and-base"
 _STATE = "private/"
 
 
@@ -118,12 +122,12 @@ class PrivateFolder:
                     "client. Lower train.optimizer.learning-rate, or look at its data."
                 )
         tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
-        content = save(tensors, metadata={"base": base, "server_round": str(server_round)})
+        # One entry, for safetensors writes several in no certain order.
+        content = save(tensors, metadata={_ORIGIN: f"{server_round} {base}"})
         digest = hashlib.sha256(content).hexdigest()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            remove_leftovers(self.path)
-            self._prune(base)
+            self._prune(server_round, base)
             write_atomically(self.path / f"round-{server_round}.{digest}.safetensors", content)
         except OSError as error:
             raise RunDirectoryError(
@@ -150,11 +154,14 @@ class PrivateFolder:
             )
         return content
 
-    def _prune(self, base: str) -> None:
-        """Remove everything but ``base`` and the factors that its own round began with."""
-        keep = {base, _header(self._content(base)).get("base", "")} if base else set()
-        for path in self.path.glob("round-*.safetensors"):
-            if path.name.split(".")[1] not in keep:
+    def _prune(self, server_round: int, base: str) -> None:
+        """Of earlier rounds, leave only ``base`` and the factors that its own round began with."""
+        keep = {base, _base_of(self._content(base))} if base else set()
+        for path in self.path.iterdir():
+            found = _FILE.fullmatch(path.name)
+            if found is None or int(found["round"]) >= server_round:
+                continue
+            if found["digest"] not in keep or path.name.endswith(".tmp"):
                 path.unlink(missing_ok=True)
 
 
@@ -189,8 +196,8 @@ def checked_digest(digest: str) -> str:
     return digest
 
 
-def _header(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: 8 bytes of length, then JSON."""
+def _base_of(content: bytes) -> str:
+    """What a file's round began with, from its header: 8 bytes of length, then JSON."""
     length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    return {str(key): str(value) for key, value in metadata.items()}
+    origin = json.loads(content[8 : 8 + length])["__metadata__"][_ORIGIN]
+    return str(origin).split(" ")[1]

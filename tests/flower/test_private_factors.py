@@ -48,11 +48,25 @@ def test_write_keeps_the_base_and_the_base_before_and_drops_what_was_never_commi
     aborted = own.write(factors(2.5), server_round=3, base=two)
     three = own.write(factors(3.0), server_round=3, base=two)
     assert torch.equal(own.read(one)["m.lora_B.weight"], torch.full((2, 1), 1.0))
-    with pytest.raises(RunDirectoryError, match=r"not in .*client-dir"):
-        own.read(aborted)
+    (own.path / f".round-3.{aborted}.safetensors.0a.tmp").write_bytes(b"killed while writing")
     four = own.write(factors(4.0), server_round=4, base=three)
     names = {path.name.split(".")[1] for path in own.path.iterdir()}
     assert names == {two, three, four}
+    with pytest.raises(RunDirectoryError, match=r"not in .*client-dir"):
+        own.read(aborted)
+
+
+def test_write_of_a_process_that_was_given_up_takes_nothing_of_the_run_away(
+    tmp_path: Path,
+) -> None:
+    own = folder(tmp_path)
+    one = own.write(factors(1.0), server_round=1, base="")
+    two = own.write(factors(2.0), server_round=2, base=one)  # of the second attempt: committed
+    own.write(factors(2.5), server_round=2, base=one)  # of the first, which comes too late
+    assert torch.equal(own.read(two)["m.lora_B.weight"], torch.full((2, 1), 2.0))
+    three = own.write(factors(3.0), server_round=3, base=two)
+    own.write(factors(2.6), server_round=2, base=one)
+    own.read(two), own.read(three)
 
 
 def test_write_of_nan_is_refused_and_leaves_what_was_there(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from flower_split.checkpoint import FOLDER, RunCheckpoints
 from flower_split.cli.main import FAILED, WRONG_USE, main
 from flower_split.client import Client
 from flower_split.config import RunConfig, Scalar
-from flower_split.errors import FederationError, RoundLost, RunDirectoryError
+from flower_split.errors import FederationError, RoundLost, RunDirectoryError, TrunkUnavailable
 from flower_split.export import export_adapter
 from flower_split.generation import open_generator
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
@@ -185,6 +185,24 @@ def test_round_that_was_lost_leaves_no_factors_to_go_on_from(
     failed = fail_commit(monkeypatch, 2, RoundLost("the connection was lost"))
     again = job.run("again", METHOD, **own_dir(job))
     assert failed == [2] and len(again.trained[2]) == 2 * CLIENTS
+    assert_same_end(calm.directory, again.directory)
+
+
+def test_client_that_died_after_keeping_its_factors_trains_the_round_again(
+    calm: Outcome, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, died = PrivateFolder.write, []
+
+    def dying(self: PrivateFolder, state: State, *, server_round: int, base: str) -> str:
+        digest = write(self, state, server_round=server_round, base=base)
+        if server_round == 2 and not died:
+            died.append(self.path.name)
+            raise TrunkUnavailable("the process was killed before it could answer")
+        return digest
+
+    monkeypatch.setattr(PrivateFolder, "write", dying)
+    again = job.run("again", METHOD, **own_dir(job))
+    assert len(died) == 1 and len(again.trained[2]) > CLIENTS
     assert_same_end(calm.directory, again.directory)
 
 
