@@ -175,6 +175,7 @@ def test_clients_that_work_at_once_do_not_disturb_each_other(config: RunConfig) 
         work(fed, 2, 1, start, batches[1])
         rounds.close((2, 1.0))
         new = rounds.trunk()
+        assert all((new[name] - old[name]).abs().max() > 1e-4 for name in names)
         rounds.send((3, 1))
         found: dict[int, Adapter] = {}
 
