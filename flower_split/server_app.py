@@ -74,7 +74,6 @@ _MAY_DIFFER = (  # keys that a resumed run may change: none of them changes what
     "trunk.window-timeout",
     "trunk.call-timeout",
 )
-_OWN_AGGREGATION = ("lora-fedavg", "fedbuff")  # strategies that take an aggregator of this package
 _CONTROL_SECONDS = 60.0  # deadline of one control call to the trunk
 
 
@@ -99,7 +98,7 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
-    if inner is None and config.strategy.name in _OWN_AGGREGATION:
+    if inner is None and config.strategy.aggregates_lora:
         check_strategy(config.strategy)
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
@@ -191,7 +190,7 @@ def make_strategy(
         slot_of=federation.slot_of,
         specs=cut_specs(config, cuts, state, client_specs(config, facts, scales)),
     )
-    if make_inner is None and config.strategy.name in _OWN_AGGREGATION:
+    if make_inner is None and config.strategy.aggregates_lora:
         check_clients(
             config.strategy, context.specs, context.num_sampled, federation.nodes.__getitem__
         )

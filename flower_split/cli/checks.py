@@ -15,6 +15,18 @@ _PAIR = re.compile(r"([a-z-]+)\s*=\s*(\S+)")
 _CONTROL_SECONDS = 10.0
 
 
+def check_aggregation(config: RunConfig) -> None:
+    """Check that ``strategy.*`` describes an aggregation that can be.
+
+    Raises:
+        AggregationError: It does not; the reason is given.
+    """
+    from flower_split.aggregation.configured import check_strategy
+
+    if config.strategy.aggregates_lora:
+        check_strategy(config.strategy)
+
+
 def check_model(config: RunConfig) -> None:
     """Check that the model can be cut as asked and takes the LoRA settings; reads no weights.
 

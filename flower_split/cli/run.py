@@ -15,7 +15,12 @@ from flwr.cli.constant import (
 from flwr.cli.flower_config import read_superlink_connection
 
 from flower_split.cli.app import load_app_config, parse_overrides
-from flower_split.cli.checks import check_model, check_trunk, simulation_settings
+from flower_split.cli.checks import (
+    check_aggregation,
+    check_model,
+    check_trunk,
+    simulation_settings,
+)
 from flower_split.cli.paths import as_run_config, path_overrides
 from flower_split.errors import FederationError
 from flower_split.logs import MARK
@@ -55,6 +60,7 @@ def run_app(
     if resume is not None:
         overrides["resume"] = str(resume.expanduser().absolute())
     config = load_app_config(app, [as_run_config(overrides)])
+    check_aggregation(config)
     check_model(config)
     check_trunk(config)
     where = [superlink] if superlink else []

@@ -51,6 +51,11 @@ class StrategyConfig:
     staleness: str = "polynomial"  # fedbuff: an arrival's factor by its staleness, or constant: 1
     staleness_exponent: float = 0.5  # fedbuff: of polynomial, (1 + staleness) ** -exponent
 
+    @property
+    def aggregates_lora(self) -> bool:
+        """Whether the strategy is this package's, with ``aggregator`` and all that belongs to it."""
+        return self.name in ("lora-fedavg", "fedbuff")
+
     def __post_init__(self) -> None:
         """Check choices and ranges; the aggregator's name is checked where they are made."""
         one_of("strategy.name", self.name, STRATEGIES)
