@@ -235,12 +235,18 @@ class AsynchronousRounds:
         plan = self._plan(server_round, [item.dispatch for item in new])
         if not plan.dispatches:
             return
-        epoch, _ = self.strategy.coordinator.begin_round(plan)
+        lost = (
+            f"round {server_round}: the trunk has restarted; what its clients had computed with it is "
+            "gone."
+        )
+        try:
+            epoch, _ = self.strategy.coordinator.begin_round(plan)
+        except TrunkRefused as error:  # by another process, which knows nobody of those at work?
+            if others and self.strategy.coordinator.status().epoch != self._epoch:
+                raise RoundLost(lost) from error
+            raise
         if others and epoch != self._epoch:
-            raise RoundLost(
-                f"round {server_round}: the trunk has restarted; what its clients had computed with it "
-                "is gone."
-            )
+            raise RoundLost(lost)
         self._epoch = self.strategy.epoch = epoch
         for item in new:
             name = next(iter(self.grid.push_messages([item.message])), "")

@@ -15,7 +15,14 @@ from flower_split.aggregation.modules import AdapterAggregator, AdapterSpec, Ada
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.asynchronous import AsynchronousRounds
 from flower_split.config import RunConfig, Scalar, parse_run_config
-from flower_split.errors import AggregationError, ConfigError, FederationError, RoundLost
+from flower_split.errors import (
+    AggregationError,
+    ConfigError,
+    FederationError,
+    RefusalReason,
+    RoundLost,
+    TrunkRefused,
+)
 from flower_split.exchange import Federation
 from flower_split.fedbuff import Arrived, FedBuff
 from flower_split.rounds import TrunkCare
@@ -538,6 +545,23 @@ def test_restarted_trunk_loses_the_round_and_its_clients_are_sent_out_again() ->
     loop.run(1)
     assert len(loop.grid.pushed) >= before + 3
     assert loop.arrived() == [[(0, 0), (1, 0), (2, 0)]]
+
+
+def test_refusal_of_a_restarted_trunk_loses_the_round_and_another_refusal_ends_the_run() -> None:
+    """A new process does not know that an earlier dispatch of a slot has arrived, and refuses."""
+    for epoch, error in ((2, RoundLost), (1, TrunkRefused)):
+        loop = Loop(Scripted(good), strategy__buffer_size=3)
+        loop.coordinator.state = dataclasses.replace(loop.coordinator.state, epoch=epoch)
+        begin = loop.coordinator.begin_round
+
+        def refuse(plan, begin=begin):
+            if len(plan.dispatches) > 3:
+                raise TrunkRefused(RefusalReason.INVALID_REQUEST, "a slot is at work twice")
+            return begin(plan)
+
+        loop.coordinator.begin_round = refuse
+        with pytest.raises(error):
+            loop.run(1)
 
 
 def test_duplicate_and_late_replies_are_ignored() -> None:
