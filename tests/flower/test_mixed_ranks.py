@@ -18,8 +18,9 @@ from flower_split.lora import adapter_state, load_adapter_state
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
 from flower_split.training import TrainResult, train_round
+from tests.flower.conftest import Flower
 from tests.flower.local_grid import LocalGrid, TrunkHere
-from tests.flower.tiny import make_data, make_model, tiny_config
+from tests.flower.tiny import make_app, make_data, make_model, tiny_config
 
 ALPHA, FULL = 16.0, 8
 RANKS = {0: 2, 1: 4, 2: 8}
@@ -285,3 +286,26 @@ def test_method_of_one_rank_names_nodes_and_ranks(job: Job, aggregator: str) -> 
     assert f'"{aggregator}" needs one rank' in text and "\n" not in text
     assert "rank 2 of partition 0 (node 100); rank 4 of partition 1 (node 101)" in text
     assert "product-delta" in text and "node 102" not in text
+
+
+@pytest.mark.slow
+def test_simulation_of_mixed_ranks_ends_on_the_bits_of_this_process(
+    job: Job, flower: Flower
+) -> None:
+    changes: dict[str, Scalar] = {
+        "lora__rank_by_memory": "",
+        "lora__rank_by_partition": "0=2, 1=4",
+        "strategy__server_optimizer": "momentum",
+        "local_only_baseline": True,
+    }
+    config = job.config("product-delta", **changes)
+    here = {**config, "run-dir": str(job.root / "here")}
+    run(Watched(3, here, {}), parse_run_config(here))
+    done = flower.command("flower-split", "run", str(make_app(job.root / "app", config)))
+    assert done.returncode == 0, done.stdout
+    one, two = (RunDirectory.open(job.root / name) for name in ("here", "run"))
+    for part in ("client", "trunk"):
+        first, second = one.read_adapter(part), two.read_adapter(part)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    assert one.summary()["clients"] == two.summary()["clients"]
