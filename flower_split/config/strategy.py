@@ -32,9 +32,7 @@ class StrategyConfig:
 
     name: str = "lora-fedavg"  # lora-fedavg (an aggregator of this package) or a class of Flower's
     aggregator: str = "product-delta"  # a name of flower_split.aggregation
-    options: str = (
-        ""  # "name=value, ...": the method's own, such as "tau=0.9" of florist, or the class's
-    )
+    options: str = ""  # "name=value, ...": the method's, such as florist's tau=0.9, or the class's
     max_rank: int = 0  # that the server keeps ΔW at; 0: four times the adapter's largest
     weighting: str = "tokens"  # a client's weight: label tokens, examples, or uniform
     rules: str = ""  # before the method, in order: "norm-clipping=1.0, trimmed-mean=0.2", ...
@@ -44,7 +42,7 @@ class StrategyConfig:
     server_beta1: float = 0.9  # decay of its momentum
     server_beta2: float = 0.99  # decay of its second moment
     server_epsilon: float = 1e-3  # smallest root of its second moment
-    dora: str = "exact"  # DoRA's magnitudes: exact (clients say their weights' norms), or their mean
+    dora: str = "exact"  # DoRA's magnitudes: exact (clients say their norms), or their mean
     buffer_size: int = 2  # fedbuff: arrivals that make a server round
     concurrency: int = 0  # fedbuff: clients at work at a time; 0: all
     max_staleness: int = 10  # fedbuff: steps an arrival may be behind; 0: nobody overtakes anybody

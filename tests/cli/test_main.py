@@ -52,6 +52,15 @@ def test_run_with_an_unknown_key_exits_with_2_and_names_the_nearest(
     assert "'train.local-steps'" in message_of(capsys)
 
 
+def test_run_with_an_aggregation_that_cannot_be_says_why(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = app_with(tmp_path, model)
+    given = 'strategy.aggregator="fedit" strategy.server-optimizer="adam"'
+    assert main(["run", str(app), "-c", given]) > 0
+    assert "fedit takes no server optimizer" in message_of(capsys)
+
+
 def test_run_with_a_value_out_of_range_exits_with_2(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
