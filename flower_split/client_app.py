@@ -20,6 +20,7 @@ from flower_split import failpoints
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.client import Client, TrunkOrder, planned_steps
 from flower_split.client_ranks import own_lora
+from flower_split.clipping import privacy_mod
 from flower_split.concurrency import simulated_clients_at_once
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import (
@@ -47,7 +48,6 @@ from flower_split.facts import (
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import adapter_state, weight_norms
 from flower_split.parts import client_cuts
-from flower_split.privacy import privacy_mod
 from flower_split.private_factors import PrivateFolder, client_directory
 
 logger = logging.getLogger(__name__)

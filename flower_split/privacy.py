@@ -13,14 +13,8 @@ depends on all clients' data through the trunk, so that no epsilon holds for the
 """
 
 # ruff: noqa: TID251
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
-import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message
-from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
-from flwr.clientapp.typing import ClientAppCallable, Mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
@@ -28,17 +22,9 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     Strategy,
 )
-from flwr.supercore.privacy_accounting import (
-    GaussianPrivacyEvent,
-    NeighboringRelation,
-    PrivacyAccountant,
-    SamplingMethod,
-)
-from flwr.supercore.privacy_accounting import PrivacyConfig as AccountantConfig
-from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
+from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, PrivacyAccountant
 
-from flower_split.config import PrivacyConfig, RunConfig, parse_run_config
-from flower_split.errors import ConfigError, FederationError
+from flower_split.errors import ConfigError
 from flower_split.frozen_factors import FrozenFactors
 from flower_split.inner_strategies import (
     InnerContext,
@@ -47,37 +33,16 @@ from flower_split.inner_strategies import (
     make_inner,
 )
 from flower_split.lora_fedavg import LoraFedAvg
+from flower_split.privacy_report import INSTALL, rdp_accountant
 from flower_split.strategy_state import AdaptiveClipping, FixedClipping, chain
 
-CLIENT_SIDE = (
-    DifferentialPrivacyClientSideFixedClipping,
-    DifferentialPrivacyClientSideAdaptiveClipping,
-)
 _WRAPPERS: Mapping[str, type[Strategy]] = {
     "server-fixed": DifferentialPrivacyServerSideFixedClipping,
     "server-adaptive": DifferentialPrivacyServerSideAdaptiveClipping,
     "client-fixed": DifferentialPrivacyClientSideFixedClipping,
     "client-adaptive": DifferentialPrivacyClientSideAdaptiveClipping,
 }
-_ROUNDING = 1e-3  # of an fp32 update that was clipped, added and subtracted again
 _MEANS = ("fedavg", "fedprox")  # whose aggregate is the plain mean of the replies
-
-INSTALL = "The epsilon is not computed: install the extra with pip install 'flower-split[dp]'."
-TRUNK_TRAINS = (
-    'NO EPSILON HOLDS FOR THIS RUN AS A WHOLE: in mode "joint" the trunk trains on the clients\' '
-    "gradients without noise, and through it every client's update depends on all clients' data. Any "
-    'epsilon below is of the adapters\' noise alone. Mode "frozen" or "forward-only" keeps the trunk '
-    "as it is."
-)
-TRUNK_SEES = (
-    "Not private: what the trunk's server sees (smashed data{gradients}) and the training and "
-    "evaluation metrics carry no noise. Privacy is towards those who see adapters only."
-)
-ADAPTIVE = (
-    "No epsilon is given for adaptive clipping: Flower has no accountant for it, and scales the noise "
-    "by the clipping norm of after the update. As of Flower 1.41 the norm falls while more than "
-    "privacy.target-quantile of the updates are clipped, and grows while fewer are."
-)
 
 
 def check_privacy(context: InnerContext) -> None:
@@ -228,7 +193,7 @@ def _accountant(context: InnerContext) -> PrivacyAccountant | None:
         ConfigError: The run would spend more than ``privacy.max-epsilon``.
     """
     privacy, limit = context.config.privacy, context.config.privacy.max_epsilon
-    accountant = _rdp(privacy.delta, context.num_clients, limit or None)
+    accountant = rdp_accountant(privacy.delta, context.num_clients, limit or None)
     if accountant is None:
         if limit:
             raise ConfigError(f"privacy.max-epsilon cannot be kept. {INSTALL}")
@@ -236,28 +201,14 @@ def _accountant(context: InnerContext) -> PrivacyAccountant | None:
     rounds = context.config.num_server_rounds
     event = GaussianPrivacyEvent(privacy.noise_multiplier, context.num_sampled, context.num_clients)
     if limit and accountant.would_exceed(event, count=rounds):
-        possible = next(n for n in range(rounds - 1, -1, -1)
-                        if n == 0 or not accountant.would_exceed(event, count=n))  # fmt: skip
+        fitting = (n for n in range(1, rounds) if not accountant.would_exceed(event, count=n))
+        possible = max(fitting, default=0)
         raise ConfigError(
             f"{rounds} rounds would spend more than privacy.max-epsilon = {limit:g} at delta = "
             f"{privacy.delta:g}; {possible} would not. Lower num-server-rounds, raise "
             "privacy.noise-multiplier, or raise the limit."
         )
     return accountant
-
-
-def _rdp(delta: float, population: int, limit: float | None) -> RdpAccountant | None:
-    config = AccountantConfig(
-        target_delta=delta,
-        population_size=population,
-        neighboring_relation=NeighboringRelation.ADD_OR_REMOVE_ONE,
-        sampling_method=SamplingMethod.NO_AMPLIFICATION,
-        max_epsilon=limit,
-    )
-    try:
-        return RdpAccountant(config)
-    except ImportError:
-        return None
 
 
 def check_wrapped(inner: Strategy) -> None:
@@ -274,180 +225,3 @@ def check_wrapped(inner: Strategy) -> None:
             "LoraFedAvg goes on from its own ΔW, without that noise. Put FedAvg inside; "
             'strategy.name = "fedavg" with strategy.aggregator = "ffa-lora" does.'
         )
-
-
-def check_clipped(
-    reply: Message, sent: ArrayRecord, clipping_norm: float, who: str, server_round: int
-) -> None:
-    """Check that a client has clipped where the server relies on it.
-
-    Raises:
-        FederationError: Its update is longer than the norm: its ClientApp runs without the mod.
-    """
-    (returned,) = reply.content.array_records.values()
-    norm = update_norm(sent, returned)
-    if norm > clipping_norm * (1 + _ROUNDING) + _ROUNDING:
-        raise FederationError(
-            f"round {server_round}: {who} returned an update of L2 norm {norm:.4g}, above the clipping "
-            f"norm {clipping_norm:.4g}: its ClientApp does not clip. Use this package's ClientApp with "
-            'privacy.mechanism = "client-fixed" or "client-adaptive", or Flower\'s fixedclipping_mod '
-            "or adaptiveclipping_mod around training."
-        )
-
-
-# ------------------------------------------------------------------ the clients' side
-
-
-def client_mod(privacy: PrivacyConfig) -> Mod | None:
-    """Flower's mod that the mechanism needs on the clients; None: it needs none."""
-    if privacy.mechanism == "client-fixed":
-        return fixedclipping_mod
-    if privacy.mechanism == "client-adaptive":
-        return adaptiveclipping_mod
-    if privacy.mechanism == "local":
-        return LocalDpMod(
-            privacy.clipping_norm, privacy.local_sensitivity, privacy.epsilon, privacy.delta
-        )
-    return None
-
-
-def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """The mod of this app's clients: Flower's one for ``privacy.mechanism``, around training."""
-    mod = client_mod(parse_run_config(context.run_config).privacy)
-    if mod is None:
-        return call_next(message, context)
-
-    def train(request: Message, node: Context) -> Message:
-        reply = call_next(request, node)
-        if not reply.has_error():
-            (sent,) = request.content.array_records.values()
-            move_zero_update(reply, sent)
-        return reply
-
-    return mod(message, context, train)
-
-
-def move_zero_update(reply: Message, sent: ArrayRecord) -> None:
-    """Move an update of exactly zero by the smallest step of its largest weight, in place.
-
-    Flower's clipping divides by the update's norm; one is zero where a warm-up begins at learning
-    rate 0.
-    """
-    for record in reply.content.array_records.values():
-        if list(record) != list(sent) or update_norm(sent, record) > 0:
-            continue
-        name = max(record, key=lambda n: float(np.abs(record[n].numpy()).max(initial=0.0)))
-        values = record[name].numpy().copy()
-        place = np.unravel_index(np.abs(values).argmax(), values.shape)
-        step = np.spacing(np.abs(values[place]), dtype=values.dtype)
-        values[place] += max(step, values.dtype.type(1e-12))
-        record[name] = Array(values)
-
-
-def update_norm(sent: ArrayRecord, returned: ArrayRecord) -> float:
-    """The L2 norm of ``returned − sent`` over all weights, in fp64."""
-    squares = (
-        float(np.square(returned[n].numpy().astype(np.float64) - sent[n].numpy()).sum())
-        for n in sent
-    )
-    return math.sqrt(math.fsum(squares))
-
-
-# ------------------------------------------------------------------ what holds
-
-
-@dataclass(frozen=True, slots=True)
-class PrivacyReport:
-    """What the run's report says of privacy."""
-
-    facts: Mapping[str, int | float | str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-def privacy_notes(context: InnerContext, inner: Strategy) -> list[str]:
-    """What a reader of the log and the report must know of the run's privacy, before it begins."""
-    config, privacy = context.config, context.config.privacy
-    wrappers = [w for w in chain(inner) if isinstance(w, (*FixedClipping, *AdaptiveClipping))]
-    if privacy.mechanism == "none" and not wrappers:
-        return []
-    notes = [TRUNK_TRAINS] if config.mode == "joint" else []
-    seen = "" if config.mode == "forward-only" else " and gradients"
-    notes.append(TRUNK_SEES.format(gradients=seen))
-    for wrapper in wrappers:
-        if wrapper.noise_multiplier == 0:
-            notes.append("The noise multiplier is 0: updates are clipped, and nothing is private.")
-        elif isinstance(wrapper, AdaptiveClipping):
-            notes.append(ADAPTIVE)
-    if privacy.mechanism == "local" and privacy.epsilon >= 1:
-        notes.append(
-            "LocalDpMod's rule for the noise is proven for epsilon below 1; the epsilon of all "
-            "updates in this report comes from the noise itself."
-        )
-    if privacy.mechanism == "local" and privacy.local_sensitivity < 2 * privacy.clipping_norm:
-        notes.append(
-            f"privacy.sensitivity = {privacy.sensitivity:g} is below the distance of two clipped "
-            f"updates ({2 * privacy.clipping_norm:g}): an update has less privacy than "
-            "privacy.epsilon says."
-        )
-    frozen = any(isinstance(part, FrozenFactors) for part in chain(inner))
-    if not frozen:
-        notes.append(
-            "Noise on A and on B multiplies in B @ A; ffa-lora, which freezes A, avoids it."
-        )
-    return notes
-
-
-def privacy_spent(inner: Strategy, config: RunConfig, releases: int) -> PrivacyReport:
-    """The privacy that the adapters' noise has spent.
-
-    Args:
-        inner: The run's inner strategy, wherever in it the wrapper is.
-        config: The run's configuration.
-        releases: Updates that one client has sent at most, repeated rounds included.
-    """
-    privacy = config.privacy
-    wrappers = [
-        part for part in chain(inner) if isinstance(part, (*FixedClipping, *AdaptiveClipping))
-    ]
-    facts: dict[str, int | float | str] = {}
-    if privacy.mechanism != "none" or wrappers:
-        facts["privacy"] = privacy.mechanism if privacy.mechanism != "none" else "own wrapper"
-    for wrapper in wrappers:
-        facts["privacy clipping norm"] = wrapper.clipping_norm
-        facts["privacy noise multiplier"] = wrapper.noise_multiplier
-        if not isinstance(wrapper, FixedClipping) or wrapper.noise_multiplier == 0:
-            continue
-        spent = wrapper.privacy_spent()
-        if spent is None:
-            return PrivacyReport(facts, (INSTALL,))
-        facts |= _spent(spent.epsilon, spent.delta, spent.num_releases)
-        facts["privacy neighbours"] = "one client more or less, all of its data"
-    if privacy.mechanism == "local":
-        deviation = _local_deviation(privacy)
-        facts |= {"privacy clipping norm": privacy.clipping_norm, "privacy noise": deviation}
-        accountant = _rdp(privacy.delta, 1, None)
-        if accountant is None:
-            return PrivacyReport(facts, (INSTALL,))
-        # Two clipped updates are at most twice the norm apart, whatever sensitivity was set.
-        multiplier = deviation / (2 * privacy.clipping_norm)
-        accountant.compose(GaussianPrivacyEvent(multiplier, 1, 1), max(releases, 1))
-        facts |= _spent(accountant.get_epsilon(privacy.delta), privacy.delta, max(releases, 1))
-        facts["privacy neighbours"] = "any two data sets of a client"
-    return PrivacyReport(facts)
-
-
-def _spent(epsilon: float, delta: float, releases: int) -> dict[str, int | float | str]:
-    """As facts; JSON has no word for infinity."""
-    shown: float | str = epsilon if math.isfinite(epsilon) else "infinite"
-    return {
-        "privacy epsilon of the adapters' noise": shown,
-        "privacy delta": delta,
-        "privacy releases": releases,
-        "privacy accounting": "Rényi, no amplification by sampling",
-    }
-
-
-def _local_deviation(privacy: PrivacyConfig) -> float:
-    """Standard deviation of LocalDpMod's noise on every weight."""
-    scale = math.sqrt(2 * math.log(1.25 / privacy.delta))
-    return privacy.local_sensitivity * scale / privacy.epsilon

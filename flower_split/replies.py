@@ -1,19 +1,17 @@
 """What is looked at in the clients' training replies before the inner strategy sees them."""
 
 # ruff: noqa: TID251
-import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.app import Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import Strategy
 
 from flower_split.aggregation.modules import RoundSummary
 from flower_split.errors import FederationError
 from flower_split.exchange import Federation
-from flower_split.facts import BASE_CHANGE, STEPS
+from flower_split.facts import STEPS
 from flower_split.trunk.calls import RoundReport
 
 UNIFORM = "uniform-weight"
@@ -83,69 +81,6 @@ def check_values(
             f"round {server_round}: no client trained on a label token, so there is nothing to "
             "aggregate. Give the clients examples with labels."
         )
-
-
-def check_like_sent(
-    replies: Mapping[int, Message],
-    sent: Mapping[int, ArrayRecord],
-    federation: Federation,
-    server_round: int,
-    largest_weights: Mapping[int, float] = MappingProxyType({}),
-    weight_key: str = "num-tokens",
-) -> None:
-    """Check what Flower's strategies take on trust: names, shapes and types as sent, sane weights.
-
-    Args:
-        replies: By slot.
-        sent: By slot, what the client was sent.
-        federation: The run's nodes.
-        server_round: For the error.
-        largest_weights: Slot to the largest ``weight_key`` that this client can report truthfully.
-        weight_key: The metric by which clients are weighed.
-
-    Raises:
-        FederationError: A reply has other weights than its client was sent (Flower would broadcast
-            them), or a count that is no number of at least 0; the client is named.
-    """
-    for slot, reply in replies.items():
-        who = f"round {server_round}: partition {slot} (node {federation.nodes[slot]})"
-        records = list(reply.content.array_records.values())
-        if len(records) != 1 or list(records[0]) != list(sent[slot]):
-            raise FederationError(
-                f"{who} returned other weights than it was sent: Flower's strategies and mods need "
-                "the same names in the same order, in one ArrayRecord. Run the same version of the "
-                "app on every machine."
-            )
-        for name, array in records[0].items():
-            expected = sent[slot][name]
-            if (tuple(array.shape), array.dtype) != (tuple(expected.shape), expected.dtype):
-                raise FederationError(
-                    f"{who} returned {name} as {array.dtype} {list(array.shape)}; it was sent "
-                    f"{expected.dtype} {list(expected.shape)}. Use one rank and scale for all "
-                    'clients, or strategy.name = "lora-fedavg".'
-                )
-        for key in ("num-tokens", "num-examples"):
-            value = scalars(reply.content).get(key)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise FederationError(
-                    f"{who} returned {key} = {value}; it must be a number of at least 0. Look at "
-                    "that client's data."
-                )
-        value, most = scalars(reply.content).get(weight_key), largest_weights.get(slot)
-        if value is not None and most is not None and value > most:
-            raise FederationError(
-                f"{who} reports {weight_key} = {value:g}, but its steps, batch size and sequence "
-                f"length allow at most {most:g} in a round. It must not be trusted, or its train.* "
-                "settings differ from the run's."
-            )
-
-
-def sent_arrays(messages: Mapping[int, Message]) -> dict[int, ArrayRecord]:
-    """The adapter in every message, by slot."""
-    return {
-        slot: next(a for name, a in m.content.array_records.items() if name != BASE_CHANGE)
-        for slot, m in messages.items()
-    }
 
 
 def with_uniform_weight(content: RecordDict) -> RecordDict:

@@ -42,7 +42,8 @@ from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.parts import client_parts, model_cuts
-from flower_split.privacy import own_inner, privacy_notes, privacy_spent, with_privacy
+from flower_split.privacy import own_inner, with_privacy
+from flower_split.privacy_report import privacy_notes, privacy_spent
 from flower_split.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.recorder import Recorder
 from flower_split.report import RunDirectory

@@ -23,13 +23,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from flower_split import failpoints
-from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import RunConfig
 from flower_split.errors import (
     FederationError,
@@ -42,28 +40,18 @@ from flower_split.errors import (
 )
 from flower_split.exchange import Federation, by_slot, describe, lost_slots
 from flower_split.handshake import num_participants
-from flower_split.lora_fedavg import LoraFedAvg
+from flower_split.inner_checks import check_for_inner, checked_result, weighs_uniformly
 from flower_split.node_view import NodeView
-from flower_split.privacy import CLIENT_SIDE, check_clipped, check_wrapped, move_zero_update
+from flower_split.privacy import check_wrapped
 from flower_split.replies import (
-    UNIFORM,
-    check_like_sent,
     check_values,
     completed,
     excluded_by,
     scalars,
-    sent_arrays,
     with_uniform_weight,
     without_steps,
 )
-from flower_split.strategy_state import (
-    AdaptiveClipping,
-    FixedClipping,
-    begin_again,
-    chain,
-    load_state,
-    state_of,
-)
+from flower_split.strategy_state import begin_again, load_state, state_of
 from flower_split.trunk.calls import Arrival, RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.trunk.windows import StepEvery
 
@@ -228,7 +216,14 @@ class TrunkStrategy(Strategy):
             kept, problems = completed(good, problems, report)
             self._require(kept, problems, server_round)
             check_values(kept, self.federation, server_round, self.inner)
-            self._check_for_flower(kept, server_round)
+            check_for_inner(
+                self.inner,
+                kept,
+                dict(zip(phase.slots, phase.messages, strict=True)),
+                self.federation,
+                server_round,
+                self._weights_to_check(),
+            )
             failpoints.reach("server.aggregate.before")
             contents = {slot: self._for_inner(server_round, slot, kept[slot]) for slot in kept}
             arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
@@ -238,7 +233,7 @@ class TrunkStrategy(Strategy):
                     f"{type(self.inner).__name__} returned no adapter from {len(kept)} replies; "
                     "see its messages in the log."
                 )
-            arrays = self._checked_result(arrays, server_round)
+            arrays = checked_result(self.inner, arrays, server_round)
             problems |= excluded_by(self.inner)  # the quorum is about the trunk's windows
             self.commit(server_round, report, arrays)
         except BaseException as error:
@@ -306,7 +301,7 @@ class TrunkStrategy(Strategy):
         for slot, reply in good.items():
             if self._on_evaluation is not None:
                 self._on_evaluation(server_round, slot, scalars(reply.content))
-            if self._weighs_uniformly:
+            if weighs_uniformly(self.inner):
                 reply.content = with_uniform_weight(reply.content)
         return self.inner.aggregate_evaluate(server_round, list(good.values()))
 
@@ -497,50 +492,14 @@ class TrunkStrategy(Strategy):
             f"Mend it and start the run again.{lower}"
         )
 
+    def _weights_to_check(self) -> dict[str, Mapping[int, float]]:
+        by_examples = self.config.strategy.weighting == "examples"
+        return {"num-examples" if by_examples else "num-tokens": self.largest_weights}
+
     def _for_inner(self, server_round: int, slot: int, reply: Message) -> Message:
         """The reply as Flower's strategies expect it; its step metrics go to the sink."""
         content, steps = without_steps(reply.content)
         if steps and self._on_steps is not None:
             self._on_steps(server_round, slot, steps, scalars(reply.content))
-        reply.content = with_uniform_weight(content) if self._weighs_uniformly else content
+        reply.content = with_uniform_weight(content) if weighs_uniformly(self.inner) else content
         return reply
-
-    @property
-    def _weighs_uniformly(self) -> bool:
-        """Whether the innermost strategy takes each client's weight from :data:`UNIFORM`."""
-        return any(getattr(part, "weighted_by_key", "") == UNIFORM for part in chain(self.inner))
-
-    def _check_for_flower(self, replies: Mapping[int, Message], server_round: int) -> None:
-        """What Flower's strategies take on trust; this package's own look for themselves."""
-        parts = list(chain(self.inner))
-        if self._phase is None or isinstance(parts[-1], LoraFedAvg):
-            return
-        sent = sent_arrays(dict(zip(self._phase.slots, self._phase.messages, strict=True)))
-        key = "num-examples" if self.config.strategy.weighting == "examples" else "num-tokens"
-        check_like_sent(
-            replies, sent, self.federation, server_round, self.largest_weights, weight_key=key
-        )
-        for part in parts:
-            if isinstance(part, (*FixedClipping, *AdaptiveClipping)):
-                for slot, reply in replies.items():
-                    if isinstance(part, CLIENT_SIDE):
-                        who = f"partition {slot} (node {self.federation.nodes[slot]})"
-                        check_clipped(reply, sent[slot], part.clipping_norm, who, server_round)
-                    move_zero_update(reply, sent[slot])
-
-    def _checked_result(self, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
-        """The inner strategy's adapter in fp32, which some of Flower's do not keep.
-
-        Raises:
-            FederationError: It is not finite.
-        """
-        for name, array in arrays.items():
-            if not np.isfinite(array.numpy()).all():
-                raise FederationError(
-                    f"round {server_round}: the inner strategy {type(self.inner).__name__} made NaN or "
-                    f"Inf of finite replies, in {name}. Lower its server learning rate "
-                    "(strategy.options, such as eta) or its noise."
-                )
-        if all(array.dtype == "float32" for array in arrays.values()):
-            return arrays
-        return to_arrays(from_arrays(arrays))

@@ -30,12 +30,13 @@ from flwr.serverapp.strategy import (
 )
 
 from flower_split.client_app import make_client_app
+from flower_split.clipping import update_norm
 from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import ConfigError, FederationError, FlowerSplitError, RunDirectoryError
 from flower_split.inner_strategies import InnerContext
 from flower_split.lora import initial_client_adapter
 from flower_split.parts import client_parts, model_cuts
-from flower_split.privacy import update_norm, with_privacy
+from flower_split.privacy import with_privacy
 from tests.flower.composition import (
     CLIENTS,
     Exchanged,
