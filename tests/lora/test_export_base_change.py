@@ -22,9 +22,15 @@ from flower_split.errors import RunDirectoryError, SplitError
 from flower_split.export import export_adapter
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state, lora_scales
 from flower_split.report import RunDirectory
-from flower_split.split import CutLayers, load_client_model, load_trunk_model
+from flower_split.split import (
+    CutLayers,
+    load_client_model,
+    load_trunk_model,
+    load_whole_model,
+)
 from tests.lora.test_base_change import random_change
 from tests.split.tiny import padded_batch, tiny_model
+from tests.split.toy_quantiser import METHOD, ToyLinear
 
 CUTS = CutLayers(1, 3)
 # PEFT itself reads a property that transformers has deprecated.
@@ -37,7 +43,11 @@ TARGETS = {
 
 
 def finished_run(
-    tmp_path: Path, family: str, dtype: str = "float32", scale: float = 0.2
+    tmp_path: Path,
+    family: str,
+    dtype: str = "float32",
+    scale: float = 0.2,
+    quantization: str = "",
 ) -> tuple[RunConfig, PreTrainedModel]:
     """A run's directory without its base change, and the split model that it ended with."""
     base = tmp_path / "base"
@@ -49,13 +59,16 @@ def finished_run(
         top=LoraPartConfig(r=3, alpha=10.0, target_modules=top),
     )
     config = RunConfig(
-        model=ModelConfig(name=str(base), first_cut=1, second_cut=3, dtype=dtype),
+        model=ModelConfig(
+            name=str(base), first_cut=1, second_cut=3, dtype=dtype, quantization=quantization
+        ),
         lora=lora,
         strategy=StrategyConfig(aggregator="fedex-lora"),
         run_dir=str(tmp_path / "run"),
     )
-    trunk = load_trunk_model(str(base), CUTS, dtype=dtype)
-    client = load_client_model(str(base), CUTS, trunk, dtype=dtype)
+    quantised = quantization or None
+    trunk = load_trunk_model(str(base), CUTS, dtype=dtype, quantization=quantised)
+    client = load_client_model(str(base), CUTS, trunk, dtype=dtype, quantization=quantised)
     attach_lora(client, CUTS, {"bottom": lora.bottom, "top": lora.top}, seed=1)
     attach_lora(trunk, CUTS, {"trunk": lora.trunk}, seed=1)
     run = RunDirectory.create(config)
@@ -82,7 +95,11 @@ def logits_of(model: nn.Module) -> Tensor:
 
 def exported(config: RunConfig, tmp_path: Path) -> nn.Module:
     out = export_adapter(Path(config.run_dir), tmp_path / "out")
-    base = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=config.model.dtype)
+    base = load_whole_model(
+        config.model.name,
+        dtype=config.model.dtype,
+        quantization=config.model.quantization or None,
+    )
     return PeftModel.from_pretrained(base, str(out)).eval()
 
 
@@ -99,6 +116,42 @@ def test_export_holds_the_base_change_as_well(family: str, tmp_path: Path) -> No
     content = json.loads((tmp_path / "out/adapter_config.json").read_text())
     ranks = {content["rank_pattern"].get(name, content["r"]) for name in lora_scales(client)}
     assert ranks == {2 + 7, 3 + 7}
+
+
+def test_base_change_stands_beside_a_quantised_base_and_is_exported(tmp_path: Path) -> None:
+    config, client = finished_run(
+        tmp_path, "llama", quantization=json.dumps({"quant_method": METHOD})
+    )
+    name = "model.layers.3.mlp.down_proj"
+    base = client.get_submodule(name).get_base_layer()
+    assert isinstance(base, ToyLinear)
+    codes, x = base.weight.clone(), torch.randn(2, 5, base.in_features)
+    before = base(x).double()
+    changes = random_change_of(client, 3)
+    change_base(config, client, changes)
+    dense = changes[name].B.double() @ changes[name].A.double()
+    torch.testing.assert_close(
+        base(x).double(), before + x.double() @ dense.T, rtol=1e-5, atol=1e-5
+    )
+    assert torch.equal(base.weight, codes)
+    expected = logits_of(client)
+    torch.testing.assert_close(
+        logits_of(exported(config, tmp_path)), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def random_change_of(model: nn.Module, seed: int) -> dict[str, Factors]:
+    """A change of every LoRA module, from its own sizes: quantised weights have none to tell."""
+    generator = torch.Generator().manual_seed(seed)
+    changes = {}
+    for name in lora_scales(model):
+        layer = model.get_submodule(name)
+        out, into = layer.out_features, layer.in_features
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            out, into = layer.get_base_layer().weight.shape
+        a = torch.randn(2, into, generator=generator)
+        changes[name] = Factors(a, torch.randn(out, 2, generator=generator) * 0.02)
+    return changes
 
 
 def test_export_without_the_file_of_the_base_change_is_refused(tmp_path: Path) -> None:
