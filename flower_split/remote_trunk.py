@@ -277,6 +277,7 @@ class RemoteTrunk(nn.Module):
         use_cache: bool | None = None,
         cache: CacheStep | None = None,
         layer_arguments: Mapping[str, Tensor] | None = None,
+        host_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
 
@@ -289,19 +290,22 @@ class RemoteTrunk(nn.Module):
             cache: Go on from the key-value cache that the trunk keeps under its id: the tensors are
                 those of the new positions only. Not in training.
             layer_arguments: What the client's frozen weights make for all layers, by place.
+            host_arguments: What the model's forward adds between layers, by place; constants.
 
         Raises:
-            SplitError: A layer argument would need a gradient.
+            SplitError: One of these arguments would need a gradient.
             TrunkError: Called outside :meth:`micro_batch` in training, twice within one, or without
                 a session.
             TrunkUnavailable: No answer within the call timeout.
             TrunkRefused: The trunk answered no; the reason is typed.
             RoundAborted: The round was given up.
         """
-        check_constant(layer_arguments or {})
+        check_constant({**(layer_arguments or {}), **(host_arguments or {})})
         if isinstance(attention_mask, Tensor) and attention_mask.ndim != 4:
             attention_mask = _padding_mask(attention_mask)
-        given = TrunkInputs(attention_mask, position_ids, layer_arguments or {})
+        given = TrunkInputs(
+            attention_mask, position_ids, layer_arguments or {}, host_arguments or {}
+        )
         extras = {name: to_host(tensor) for name, tensor in given.named().items()}
         if position_ids is not None:
             extras["position_ids"] = extras["position_ids"].to(torch.int64)

@@ -29,7 +29,7 @@ from flower_split.split.cache import (
 )
 from flower_split.split.cuts import CutLayers
 from flower_split.split.host_call import Mask, argument_names
-from flower_split.split.layer_arguments import nested_tensors, tensors_of
+from flower_split.split.layer_arguments import by_place, nested_tensors, tensors_of
 from flower_split.split.probe import same_bits
 from flower_split.split.rehearsal import Rehearsal
 from flower_split.split.stack import LayerStack
@@ -51,7 +51,8 @@ _KNOWN_ARGUMENTS = frozenset(
 # Where packed sequences begin: told by the position ids as well, which the trunk is given.
 _PACKING_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
-LAYER_ARGUMENTS = "layer_arguments"  # of a trunk's forward that takes them
+# Arguments that a trunk's forward may have: see TrunkModel.forward.
+LAYER_ARGUMENTS, HOST_ARGUMENTS = "layer_arguments", "host_arguments"
 
 
 @dataclass(slots=True)
@@ -81,10 +82,11 @@ class _Call:
     position_ids: Tensor | None
     use_cache: bool | None
     has_past: bool  # whether it goes on with a key-value cache
-    unknown: tuple[str, ...]  # tensors among the arguments that the trunk does not receive
+    unknown: dict[str, object]  # arguments with tensors in them that the trunk does not receive
     outer: "_Call | None"  # the call of a model around this one
     returned: tuple[Tensor, int] | None = None  # by the trunk, and autograd's count of its changes
     rehearsed: _Rehearsed | None = None
+    shared: bool = False  # whether the trunk is given the unknown ones after all
 
 
 _call: ContextVar[_Call | None] = ContextVar("call", default=None)
@@ -139,8 +141,10 @@ class PassThrough(StandIn):
         """
         call = _call.get()
         if call is not None and call.returned is not None:
-            _check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
             _check_arguments(self._index, args, kwargs, call)
+            if call.shared:  # what the client's forward added, the trunk's has added itself
+                return self._layer_output.wrap(call.returned[0], args, kwargs)
+            _check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
         return super().forward(*args, **kwargs)
 
 
@@ -211,7 +215,10 @@ class TrunkSlot(StandIn):
         if call.unknown or self.learned is not None:
             self._rehearse(call, hidden_states, mask)
             _check_arguments(self._index, args, kwargs, call)
-        given = self._carried_arguments(args, kwargs)
+        given = {
+            LAYER_ARGUMENTS: self._carried_arguments(args, kwargs),
+            HOST_ARGUMENTS: self._shared_arguments(call),
+        }
         cache = find_cache(args, kwargs)
         step = None if cache is None else self._step(cache, hidden_states)
         if step is None and call.has_past:
@@ -233,17 +240,17 @@ class TrunkSlot(StandIn):
         smashed: Tensor,
         mask: Mask,
         step: CacheStep | None,
-        given: dict[str, Tensor],
+        given: dict[str, dict[str, Tensor]],
     ) -> Tensor:
         trunk, positions = self.trunk, call.position_ids
-        options = {"layer_arguments": given} if given else {}
+        options = {argument: tensors for argument, tensors in given.items() if tensors}
         result: Tensor
         if not isinstance(trunk, CachingTrunk):
             result = trunk(smashed, attention_mask=mask, position_ids=positions, **options)
         elif step is None:
             result = trunk(smashed, mask, positions, use_cache=call.use_cache, **options)
         else:
-            if given or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
+            if options or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
                 raise SplitError(
                     "with a key-value cache the trunk takes a padding mask [batch, seq] alone, and "
                     "this call needs another. Call the model, or its generate, with use_cache=False."
@@ -260,25 +267,47 @@ class TrunkSlot(StandIn):
                 return
             raise SplitError(
                 f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
-                f"receive. Call the split model without {call.unknown[0]}."
+                f"receive. Call the split model without {next(iter(call.unknown))}."
             )
-        prepared = self.rehearsal.arguments(hidden_states, mask, call.position_ids, call.use_cache)
+        beside = (mask, call.position_ids, call.use_cache)
         if self.learned is not None:
-            self.learned.append(prepared)
-        else:
-            call.rehearsed = _Rehearsed(prepared, frozenset(self.carried) | self.ignored)
+            self.learned.append(self.rehearsal.arguments(hidden_states, *beside).arguments)
+            return
+        whole = self.rehearsal.arguments(hidden_states, *beside, call.unknown)
+        call.shared = whole.changes
+        if not call.shared:
+            whole = self.rehearsal.arguments(hidden_states, *beside)
+        call.rehearsed = _Rehearsed(whole.arguments, frozenset(self.carried) | self.ignored)
+
+    def _shared_arguments(self, call: _Call) -> dict[str, Tensor]:
+        """What the trunk's forward needs to add to the hidden states between its layers."""
+        if not call.shared:
+            return {}
+        self._check_takes(HOST_ARGUMENTS, tuple(call.unknown))
+        shared = by_place(call.unknown)
+        for place, tensor in shared.items():
+            if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+                raise SplitError(
+                    f"the model adds something of {place} to the hidden states between layers of the "
+                    "trunk, and integers, which may be token ids, do not leave the client. Choose "
+                    "other cut layers."
+                )
+        return shared
+
+    def _check_takes(self, argument: str, places: tuple[str, ...]) -> None:
+        if argument not in argument_names(type(self.trunk).forward):
+            raise SplitError(
+                f"the trunk's layers need what this client makes ({', '.join(places)}), and "
+                f"{type(self.trunk).__name__} takes none of it: its forward has no argument "
+                f"{argument}. Use TrunkModel or RemoteTrunk, or other cut layers."
+            )
 
     def _carried_arguments(
         self, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> dict[str, Tensor]:
         if not self.carried:
             return {}
-        if LAYER_ARGUMENTS not in argument_names(type(self.trunk).forward):
-            raise SplitError(
-                f"the layers of this family are given tensors that the client's weights make "
-                f"({', '.join(self.carried)}), and {type(self.trunk).__name__} takes none: its "
-                f"forward has no argument {LAYER_ARGUMENTS}. Use TrunkModel or RemoteTrunk."
-            )
+        self._check_takes(LAYER_ARGUMENTS, self.carried)
         there = tensors_of(args, kwargs)
         return {place: there[place] for place in self.carried}
 
@@ -312,14 +341,14 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
         # Layers of other kinds, such as linear attention, need them themselves.
         if keeps_only_keys_and_values(model.config):
             known |= _PACKING_ARGUMENTS
-    unknown = (name for name, value in named.items() if name not in known and nested_tensors(value))
+    unknown = {n: v for n, v in named.items() if n not in known and nested_tensors(v)}
     _call.set(
         _Call(
             attention_mask=named.get("attention_mask"),
             position_ids=named.get("position_ids"),
             use_cache=use_cache,
             has_past=isinstance(cache, Cache) and bool(cache.get_seq_length() > 0),
-            unknown=tuple(unknown),
+            unknown=unknown,
             outer=_call.get(),
         )
     )
@@ -385,7 +414,7 @@ def _check_arguments(
             raise SplitError(
                 f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
                 f"receive, so its layers would compute something else: layer {index} is given another "
-                f"{place}. Call the split model without {call.unknown[0]}."
+                f"{place}. Call the split model without {next(iter(call.unknown))}."
             )
 
 

@@ -1,4 +1,4 @@
-"""The tensors that a model's forward hands to its layers beside the hidden states, by place.
+"""Tensors among the arguments of a layer, or of a model, by place.
 
 A place is ``"2"`` for the third positional argument, ``"attention_mask"`` for a named one, and
 ``"position_embeddings.0"`` for the first entry of a named tuple.
@@ -67,3 +67,25 @@ def _put(value: object, place: str, tensor: Tensor) -> object:
         raise SplitError(f"a layer's call has no place {head!r} to put a tensor of the client at.")
     items = [_put(item, rest, tensor) if str(i) == head else item for i, item in enumerate(value)]
     return tuple(items) if isinstance(value, tuple) else items
+
+
+def by_place(values: Mapping[str, object]) -> dict[str, Tensor]:
+    """The tensors in named values and, nested, in tuples, lists and dicts, by place."""
+    return dict(_tensors(dict(values), ""))
+
+
+def from_places(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+    """Named values, as :func:`by_place` took them apart; tuples come back as lists."""
+    values: dict[str, object] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for place, tensor in tensors.items():
+        head, _, rest = place.partition(".")
+        if rest:
+            parts.setdefault(head, {})[rest] = tensor
+        else:
+            values[head] = tensor
+    for head, inner in parts.items():
+        found = from_places(inner)
+        numbered = found.keys() == {str(index) for index in range(len(found))}
+        values[head] = [found[str(i)] for i in range(len(found))] if numbered else found
+    return values

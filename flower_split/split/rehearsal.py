@@ -11,8 +11,9 @@ import contextlib
 import contextvars
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,24 @@ from flower_split.split.carve import drop_outer_weights, trunk_replacements
 from flower_split.split.cuts import CutLayers
 from flower_split.split.host_call import Mask, embedding_width, host_inputs
 from flower_split.split.layer_arguments import tensors_of
+from flower_split.split.probe import same_bits
 from flower_split.split.stack import LayerStack
-from flower_split.split.stand_in import LayerOutput, StandIn
+from flower_split.split.stand_in import LayerOutput, StandIn, take_hidden_states
+
+
+@dataclass(slots=True)
+class Rehearsed:
+    """What a rehearsal noted.
+
+    Args:
+        arguments: Index of the layer -> place -> tensor: what the trunk's layers were given.
+        changes: Whether the forward changed the hidden states between two of them.
+        passing: The hidden states that the last of them was given.
+    """
+
+    arguments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    changes: bool = False
+    passing: Tensor | None = None
 
 
 class Rehearsal:
@@ -72,7 +89,8 @@ class Rehearsal:
         mask: Mask,
         position_ids: Tensor | None,
         use_cache: bool | None,
-    ) -> dict[int, dict[str, Tensor]]:
+        host_arguments: Mapping[str, object] | None = None,
+    ) -> Rehearsed:
         """What the trunk's layers would be given beside the hidden states.
 
         Args:
@@ -80,19 +98,18 @@ class Rehearsal:
             mask: As the trunk is given it.
             position_ids: As the trunk is given them.
             use_cache: As the trunk is given it.
-
-        Returns:
-            Index of the layer -> place -> tensor.
+            host_arguments: Other arguments of the module that owns the layers.
 
         Raises:
             SplitError: The model does not run like that.
         """
         hidden_states = smashed.new_zeros(*smashed.shape[:2], self._width)
         inputs = host_inputs(self._host, hidden_states, self._width, mask, position_ids, use_cache)
-        calls: dict[int, dict[str, Tensor]] = {}
+        inputs.update(host_arguments or {})
+        rehearsed = Rehearsed()
 
         def run() -> None:  # in a context of its own, which a forward that is ended leaves as it is
-            _calls.set(calls)
+            _rehearsed.set(rehearsed)
             with torch.no_grad(), contextlib.suppress(_Stop):
                 self._host(**inputs)
 
@@ -103,7 +120,7 @@ class Rehearsal:
                 f"{type(self._root).__name__} does not run from hidden states, the padding mask "
                 f"and the position ids alone: {type(error).__name__}: {error}"
             ) from error
-        return calls
+        return rehearsed
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Move the buffers along with the client's weights."""
@@ -115,13 +132,18 @@ class _Stop(BaseException):
 
 
 # Where the rehearsal that is running in this context notes the layers' arguments.
-_calls: ContextVar[dict[int, dict[str, Tensor]]] = ContextVar("calls")
+_rehearsed: ContextVar[Rehearsed] = ContextVar("rehearsed")
 
 
 def _note(
     index: int, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> None:
-    _calls.get()[index] = tensors_of(args, kwargs)
+    rehearsed, hidden_states = _rehearsed.get(), take_hidden_states(args, kwargs)
+    before = rehearsed.passing
+    if before is not None and before is not hidden_states:
+        rehearsed.changes |= not same_bits(before, hidden_states)
+    rehearsed.passing = hidden_states
+    rehearsed.arguments[index] = tensors_of(args, kwargs)
 
 
 def _stop(module: nn.Module, args: tuple[object, ...]) -> None:

@@ -36,6 +36,7 @@ from flower_split.split.host_call import (
     forbid_cache,
     host_inputs,
 )
+from flower_split.split.layer_arguments import from_places
 from flower_split.split.quantise import float_dtype
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn
@@ -149,7 +150,7 @@ class TrunkModel(nn.Module):
         problems: dict[str, Exception] = {}
         token = probing.set(True)
         try:
-            for use_cache, length in itertools.product((None, False), (1, None, 2, 3, 4)):
+            for use_cache, length in itertools.product((None, False), (None, 1, 2, 3, 4)):
                 output.length = length
                 try:
                     with torch.no_grad():
@@ -191,6 +192,7 @@ class TrunkModel(nn.Module):
         use_cache: bool | None = None,
         cache: CacheStep | None = None,
         layer_arguments: Mapping[str, Tensor] | None = None,
+        host_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run the trunk layers.
 
@@ -208,6 +210,8 @@ class TrunkModel(nn.Module):
             cache: Go on from the keys and values kept in this process under its id.
             layer_arguments: What the client's model makes with weights of its own for all layers,
                 such as a position bias, by place (:mod:`flower_split.split.layer_arguments`).
+            host_arguments: What the model's forward adds to the hidden states between the trunk's
+                layers, such as features of images: the arguments that it takes them by, by place.
 
         Returns:
             The last trunk layer's hidden states, ``[batch, seq, hidden]``.
@@ -217,9 +221,16 @@ class TrunkModel(nn.Module):
                 is no such cache.
         """
         if cache is None:
+            more = from_places(host_arguments or {})
             given = layer_arguments or {}
-            return self._run(hidden_states, attention_mask, position_ids, use_cache, None, given)
-        if layer_arguments or not (attention_mask is None or isinstance(attention_mask, Tensor)):
+            return self._run(
+                hidden_states, attention_mask, position_ids, use_cache, None, given, more
+            )
+        if (
+            layer_arguments
+            or host_arguments
+            or not (attention_mask is None or isinstance(attention_mask, Tensor))
+        ):
             raise SplitError("a trunk with a key-value cache takes the padding mask alone.")
         if cache.step == 0:
             self._caches[cache.id] = TrunkCache(self.config)
@@ -251,7 +262,7 @@ class TrunkModel(nn.Module):
         """
         batch, seq = hidden_states.shape[:2]
         mask = kept.extend_mask(attention_mask, batch, seq)
-        output = self._run(hidden_states, mask, position_ids, True, kept.cache, {})
+        output = self._run(hidden_states, mask, position_ids, True, kept.cache, {}, {})
         kept.advance(hidden_states, range(self.cuts.first, self.cuts.second))
         return output
 
@@ -267,10 +278,12 @@ class TrunkModel(nn.Module):
         use_cache: bool | None,
         past: DynamicCache | None,
         layer_arguments: Mapping[str, Tensor],
+        host_arguments: Mapping[str, object],
     ) -> Tensor:
         host = self._host[0]
         width = self._width
         inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
+        inputs.update(host_arguments)
         if past is not None:
             inputs["past_key_values"] = past
         begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)

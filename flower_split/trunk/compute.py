@@ -323,7 +323,11 @@ class TrunkCompute:
         given = TrunkInputs.of(tensors, self.device)
         options: dict[str, Any] = {}
         if isinstance(self.trunk, TrunkModel):
-            options = {"use_cache": use_cache, "layer_arguments": given.layer_arguments}
+            options = {
+                "use_cache": use_cache,
+                "layer_arguments": given.layer_arguments,
+                "host_arguments": given.host_arguments,
+            }
         with self._places.holding(weights), torch.random.fork_rng(devices=self._cuda):
             if train:
                 torch.manual_seed(_seed(self.seed, seed_of))

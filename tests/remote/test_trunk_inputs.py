@@ -117,6 +117,12 @@ def test_positions_of_several_axes_over_grpc_match_unsplit() -> None:
     _assert_matches_over_grpc(model, padded_batch() | {"position_ids": positions})
 
 
+def test_frozen_features_of_images_over_grpc_match_unsplit() -> None:
+    model = _model("AutoModelForImageTextToText", "qwen3_vl")
+    model.model.visual.requires_grad_(False)
+    _assert_matches_over_grpc(model, _batch("image-text-to-text", model))
+
+
 def test_layer_argument_that_no_layer_takes_is_refused_by_the_trunk() -> None:
     _, trunk = split_model(_model("AutoModelForCausalLM", "llama"), CUTS)
     with _connected(trunk) as (wire, _), torch.no_grad():

@@ -1,7 +1,8 @@
 """A tiny batch for a model of any task: text with padded rows, images, or both.
 
-A vision-language model gets images where one of two recipes fits it: pictures of the configured
-size, or patches with a grid; the number of image tokens is what its vision tower returns.
+A vision-language model gets images where one of these recipes fits it: pictures of the configured
+size, with or without their sizes or a dimension for several, or patches with a grid. The number of
+image tokens is what its vision tower returns.
 """
 
 import inspect
@@ -71,16 +72,26 @@ def image_classification(model: PreTrainedModel) -> Iterator[tuple[str, Batch]]:
 
 def image_text_to_text(model: PreTrainedModel) -> Iterator[tuple[str, Batch]]:
     """Text after one image per row; failing that, text alone."""
-    for pictures in (_grid_pictures(model.config), _pictures(model.config)):
+    pictures = _pictures(model.config)
+    sizes = torch.tensor([pictures["pixel_values"].shape[-2:]] * 3)
+    recipes = [
+        _grid_pictures(model.config),
+        pictures,
+        pictures | {"image_sizes": sizes},
+        {"pixel_values": pictures["pixel_values"][:, None]},
+    ]
+    for recipe in recipes:
         try:
-            features = _image_features(model, pictures)
+            features = _image_features(model, recipe)
         except Exception:  # this recipe is not the family's
             continue
         if len(features) % 3 == 0:
-            yield "with images", _with_images(model, pictures, len(features) // 3)
+            yield "with images", _with_images(model, recipe, len(features) // 3)
     batch = padded_batch()
     if model.config.is_encoder_decoder:
         batch["labels"] = batch["input_ids"].flip(1).clamp_min(3)
+    if not hasattr(model.base_model, "get_image_features"):
+        yield "with images", batch | pictures  # which the layers look at, or which are the text
     yield "text alone", batch
 
 
@@ -131,6 +142,7 @@ def _grid_pictures(config: PreTrainedConfig) -> Batch:
     """Three images of 4 x 4 patches each, as patches of all of them one after another."""
     vision = _vision(config)
     patch = getattr(vision, "patch_size", 4)
+    patch = patch[0] if isinstance(patch, (list, tuple)) else patch
     channels = getattr(vision, "in_channels", None) or getattr(vision, "num_channels", None) or 3
     width = channels * getattr(vision, "temporal_patch_size", 1) * patch * patch
     generator = torch.Generator().manual_seed(2)

@@ -23,8 +23,10 @@ from flower_split.split import (
     TrunkModel,
     load_client_model,
     load_trunk_model,
+    set_trunk,
     split_model,
 )
+from tests.split.task_batches import image_text_to_text
 from tests.split.tiny import assert_same_bits, padded_batch, tiny_model
 from tests.split.tiny_configs import tiny_config
 
@@ -116,30 +118,78 @@ def test_encoder_decoder_is_cut_in_its_encoder_and_matches_unsplit(family: str) 
     _assert_split_matches(model, _text(labels=padded_batch()["input_ids"]))
 
 
-def _image_model(family: str) -> PreTrainedModel:
-    config = tiny_config(family)
-    config.vision_config.image_size = 16
-    config.vision_config.patch_size = 4
-    config.image_token_id = config.image_token_index = 60
-    torch.manual_seed(0)
-    return AutoModelForImageTextToText.from_config(config).train()
+def _with_images(family: str) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    model = _model(AutoModelForImageTextToText, family)
+    kind, batch = next(image_text_to_text(model))
+    assert kind == "with images"
+    return model, batch
 
 
-def test_vision_language_model_with_images_split_matches_unsplit() -> None:
-    model = _image_model("llava")
-    # 16 patches of one image in each row, then text.
-    text = padded_batch()["input_ids"].clamp_min(3)
-    ids = torch.cat([torch.full((3, 16), 60), text], dim=1)
-    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    batch = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": pixels,
-        "labels": ids.masked_fill(ids == 60, -100),
-    }
+@pytest.mark.parametrize(
+    "family", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl", "glm4v"]
+)
+def test_vision_language_model_with_images_split_matches_unsplit(family: str) -> None:
+    model, batch = _with_images(family)
     client, trunk = split_model(model, CUTS)
     assert all("language_model" in name for name, _ in trunk.named_parameters())
+    assert any("vis" in name for name, _ in client.named_parameters())
     _assert_parts_match(model, client, trunk, batch)
+
+
+@pytest.mark.parametrize("cuts", [(0, 1), (0, 2), (0, 4), (1, 2), (1, 4), (2, 4), (3, 4)])
+def test_features_of_images_between_layers_split_matches_unsplit(cuts: tuple[int, int]) -> None:
+    model, batch = _with_images("qwen3_vl")
+    assert len(model.config.vision_config.deepstack_visual_indexes) == 3  # after layers 0, 1, 2
+    client, trunk = split_model(model, CutLayers(*cuts))
+    _assert_parts_match(model, client, trunk, batch)
+
+
+class _PlainTrunk(torch.nn.Module):
+    """A trunk that takes the three tensors of every trunk and nothing else."""
+
+    def __init__(self, trunk: TrunkModel) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        return self.trunk(hidden_states, attention_mask, position_ids)
+
+
+def test_features_between_layers_of_a_trunk_that_takes_none_are_refused() -> None:
+    model, batch = _with_images("qwen3_vl")
+    client, trunk = split_model(model, CUTS)
+    set_trunk(client, _PlainTrunk(trunk))
+    with pytest.raises(SplitError, match="host_arguments"):
+        client(**batch)
+    client, trunk = split_model(model, CutLayers(3, 4))  # behind all of the features
+    set_trunk(client, _PlainTrunk(trunk))
+    _assert_parts_match(model, client, trunk, batch)
+
+
+def test_bias_of_all_layers_with_a_trunk_that_takes_none_is_refused() -> None:
+    client, trunk = split_model(_model(AutoModelForSeq2SeqLM, "t5"), CUTS)
+    set_trunk(client, _PlainTrunk(trunk))
+    with pytest.raises(SplitError, match="layer_arguments"):
+        client(**_text(labels=padded_batch()["input_ids"]))
+
+
+@pytest.mark.parametrize("cuts", [(0, 1), (0, 3)])
+def test_bias_that_the_trunk_would_make_for_the_top_is_refused(cuts: tuple[int, int]) -> None:
+    model = _model(AutoModelForSeq2SeqLM, "t5")
+    with pytest.raises(SplitError, match="first cut 1 or more"):
+        split_model(model, CutLayers(*cuts))
+
+
+@pytest.mark.parametrize("cuts", [(0, 4), (1, 2), (2, 4), (3, 4)])
+def test_bias_of_all_layers_with_odd_cuts_matches_unsplit(cuts: tuple[int, int]) -> None:
+    model = _model(AutoModelForSeq2SeqLM, "t5")
+    client, trunk = split_model(model, CutLayers(*cuts))
+    _assert_parts_match(model, client, trunk, _text(labels=padded_batch()["input_ids"]))
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "gemma3", "llava"])

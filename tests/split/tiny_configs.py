@@ -100,6 +100,16 @@ _SMALL: dict[str, object] = {
     "patch_size": 4,
     "image_token_id": 60,
     "image_token_index": 60,
+    "video_token_id": 61,
+    "video_token_index": 61,
+    "mm_tokens_per_image": 4,
+    "depth": NUM_LAYERS,
+    "embed_dim": _HIDDEN,
+    "out_hidden_size": _HIDDEN,
+    "projection_dim": _HIDDEN,
+    "fullatt_block_indexes": [1],
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1, 2],  # added after the first three layers of the text model
     # length
     "max_position_embeddings": 64,
     "n_positions": 64,
@@ -206,6 +216,8 @@ _FAMILY: dict[str, dict[str, object]] = {
         "ple_embed_dim": 8,
         "ngram_vocab_size_base": 64,
     },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 62, "vision_end_token_id": 63},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 62, "vision_end_token_id": 63},
     "reformer": {
         "is_decoder": True,
         "attn_layers": ["local", "lsh", "local", "lsh"],
@@ -276,16 +288,30 @@ def _shrunk(default: PreTrainedConfig, changes: dict[str, object]) -> dict[str, 
     for name, value in _SMALL.items():
         own = reverse.get(name, name)
         if own in vars(default) and (vars(default)[own] is not None or name in _EVEN_IF_NONE):
-            settings[own] = value
+            several = isinstance(vars(default)[own], (list, tuple)) and not isinstance(value, list)
+            settings[own] = [value] * len(vars(default)[own]) if several else value
     if "kv_lora_rank" in settings:  # latent attention has no groups of heads
         settings["num_key_value_heads"] = _HEADS
     for name in getattr(default, "sub_configs", {}):
         part = getattr(default, name, None)
         if isinstance(part, PreTrainedConfig):
-            settings[name] = _shrunk(part, _FAMILY.get(part.model_type, {})) | {
-                "model_type": part.model_type
+            settings[name] = {
+                **_axes(part),
+                **_shrunk(part, _FAMILY.get(part.model_type, {})),
+                "model_type": part.model_type,
             }
     return settings | changes
+
+
+def _axes(part: PreTrainedConfig) -> dict[str, object]:
+    """Rotary positions of a text model in several axes, for those that have them."""
+    rope = getattr(part, "rope_parameters", None)
+    if not isinstance(rope, dict) or "rope_type" not in rope:
+        return {}
+    half = int(8 * rope.get("partial_rotary_factor", 1.0)) // 2
+    quarter = half // 4 or half // 2
+    sections = [half - 2 * quarter, quarter, quarter]
+    return {"rope_parameters": {**rope, "mrope_section": sections}}
 
 
 def _without_dropout(config: PreTrainedConfig) -> None:
