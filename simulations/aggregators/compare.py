@@ -25,7 +25,13 @@ Results = dict[tuple[str, str], Outcome]
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=list(METHODS),
+        metavar="METHOD",
+        help="names, or name:options such as product-delta:rank-weighting=holders",
+    )
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--local-steps", type=int, default=6, help="optimizer steps per round")
@@ -128,7 +134,7 @@ def main(arguments: Sequence[str]) -> None:
     results: Results = {}
     for method in options.methods:
         for setting in settings:
-            if len(set(setting.ranks)) > 1 and not METHODS[method].mixed_ranks:
+            if len(set(setting.ranks)) > 1 and not METHODS[method.partition(":")[0]].mixed_ranks:
                 continue
             outcome = results[method, setting.name] = run(lab, method, setting)
             print(

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from flower_split.aggregation import make_aggregator
+from flower_split.aggregation.configured import parse_options
 from flower_split.aggregation.modules import AdapterAggregator, AdapterUpdate
 from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, ModelConfig, RunConfig, TrainConfig
@@ -192,10 +194,12 @@ def bytes_sent(
 
 
 def run(lab: Lab, method: str, setting: Setting) -> Outcome:
-    """One method in one federation."""
+    """One method, by name or as ``name:options``, in one federation."""
+    name, _, options = method.partition(":")
     arguments, top = lab.arguments, max(setting.ranks)
     clients = lab.clients(setting)
-    aggregator = AdapterAggregator(method, lab.scales(top), seed=arguments.seed)
+    settings = {"seed": arguments.seed, **parse_options(name, options)}
+    aggregator = AdapterAggregator(make_aggregator(name, **settings), lab.scales(top))
     aggregator.init(lab.adapters[top])
     private = set(aggregator.private())
     sampler, outcome = random.Random(arguments.seed), Outcome()
@@ -213,7 +217,7 @@ def run(lab: Lab, method: str, setting: Setting) -> Outcome:
             client.private = {name: trained[name] for name in private}
             shown = {name: trained[name] for name in trainable if name not in private}
             up = num_bytes(shown)
-            if method == "fed-sb" and server_round > 0:  # its core is all that need travel
+            if name == "fed-sb" and server_round > 0:  # its core is all that need travel
                 up = down = 4 * client.rank**2 * len(scales)
             outcome.bytes_up += up
             outcome.bytes_down += down
