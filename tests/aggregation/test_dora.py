@@ -115,17 +115,22 @@ def test_dora_mean_without_training_changes_nothing() -> None:
 
 
 def test_dora_mean_of_clients_that_cancel_out_keeps_the_plain_means() -> None:
-    layer = Layer()
-    aggregator = AdapterAggregator("product-delta", {"m": SCALE})
-    aggregator.init(layer.initial)
-    sent = aggregator.distribute()
-    opposite = {**sent, "m.lora_magnitude_vector": -sent["m.lora_magnitude_vector"]}
-    norms = {c: {"m": layer.norm(sent).float()} for c in range(2)}
-    updates = [AdapterUpdate(0, sent, sent, 1.0), AdapterUpdate(1, sent, opposite, 1.0)]
-    aggregator.aggregate(updates, then=[DoraMean(layer.initial, {"m": SCALE}, norms)])
-    found = aggregator.distribute()
-    assert torch.equal(found["m.lora_magnitude_vector"], torch.zeros(OUT))
-    assert all(bool(torch.isfinite(value).all()) for value in found.values())
+    layer, found = Layer(), []
+    first = layer.trained(layer.initial)
+    second = {**layer.trained(layer.initial)}
+    # Magnitudes of opposite sign: what is left of the common direction is noise.
+    opposite = first["m.lora_magnitude_vector"].double() / layer.norm(first) * layer.norm(second)
+    second["m.lora_magnitude_vector"] = (-(1 - 1e-6) * opposite).float()
+    for exact in (True, False):
+        aggregator = AdapterAggregator("product-delta", {"m": SCALE})
+        aggregator.init(layer.initial)
+        sent = aggregator.distribute()
+        norms = {c: {"m": layer.norm(state).float()} for c, state in enumerate((first, second))}
+        updates = [AdapterUpdate(c, sent, state, 1.0) for c, state in enumerate((first, second))]
+        dora = DoraMean(layer.initial, {"m": SCALE}, norms)
+        aggregator.aggregate(updates, then=[dora] if exact else [])
+        found.append(aggregator.distribute())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_dora_mean_of_clients_that_were_sent_other_ranks_keeps_the_plain_means() -> None:
