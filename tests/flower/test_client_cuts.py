@@ -243,6 +243,32 @@ def test_generator_computes_the_model_of_a_client_with_these_cuts(
     assert isinstance(text, str)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"strategy__aggregator": "product-delta", "lora__rank_by_partition": "1=2"},
+        pytest.param({"strategy__aggregator": "flora"}, marks=pytest.mark.slow),
+        pytest.param({"strategy__aggregator": "fedex-lora"}, marks=pytest.mark.slow),
+        pytest.param({"strategy__name": "fedbuff", "strategy__aggregator": "product-delta"},
+                     marks=pytest.mark.slow),
+    ],
+    ids=lambda changes: "-".join(str(value) for value in changes.values()),
+)  # fmt: skip
+def test_other_methods_with_own_cuts_export_what_the_split_model_computes(
+    job: Job, changes: dict[str, Scalar], tmp_path: Path
+) -> None:
+    done = job.run("run", num_server_rounds=2, fraction_evaluate=0.0, **changes)
+    for cuts in (None, CutLayers(2, 4)):
+        out = export_adapter(done.path, tmp_path / str(cuts), cuts)
+        base = AutoModelForCausalLM.from_pretrained(done.config.model.name)
+        plain = logits(base)
+        exported = logits(PeftModel.from_pretrained(base, str(out)).eval())
+        with open_generator(done.path, None, cuts) as generator:
+            torch.testing.assert_close(logits(generator.model), exported, rtol=0, atol=1e-5)
+        assert (exported - plain).abs().max() > 1e-3
+
+
 # ---- modes, node configs, refusals
 
 
