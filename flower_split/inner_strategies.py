@@ -223,8 +223,13 @@ def _check_clients(name: str, options: Mapping[str, int | float], context: Inner
 def inner_notes(context: InnerContext) -> list[str]:
     """What a reader of the report must know about the strategy that the run config names."""
     config, notes = context.config.strategy, []
+    if config.name == "fedbuff" and config.max_staleness > 0:
+        notes.append(
+            'strategy.name = "fedbuff": the order in which clients come back depends on time, so two '
+            "runs differ; metrics.jsonl records it. strategy.max-staleness = 0 is repeatable."
+        )
     if config.name in _OURS:
-        return method_notes(METHODS[config.aggregator])
+        return notes + method_notes(METHODS[config.aggregator])
     options, count = parse_options(config.name, config.options), context.num_sampled
     if config.aggregator != "ffa-lora":
         notes.append(

@@ -228,7 +228,8 @@ class Recorder:
             "bytes sent by clients": int(self._totals["bytes_sent"]),
             "bytes received by clients": int(self._totals["bytes_received"]),
         }
-        all_facts = {"seconds": round(seconds, 1), **totals, **self._truncation(), **facts}
+        kept = {**self._truncation(), **self._lateness()}
+        all_facts = {"seconds": round(seconds, 1), **totals, **kept, **facts}
         notes = [*self.notes, *self._exclusions()]
         self.run.write_outcome(rows, facts=all_facts, notes=notes)
         if rows:
@@ -237,6 +238,19 @@ class Recorder:
             logger.info("\n%s", text.getvalue().rstrip())
         else:
             logger.info("run directory: %s", self.run.path)
+
+    def _lateness(self) -> dict[str, int | float]:
+        """Of an asynchronous run: how late its arrivals were, in versions; empty for any other."""
+        records = self.run.metrics("arrival")
+        late = [int(str(record["staleness"])) for record in records if "staleness" in record]
+        if not records:
+            return {}
+        return {
+            "arrivals": len(late),
+            "mean staleness": round(sum(late) / max(len(late), 1), 3),
+            "largest staleness": max(late, default=0),
+            "dispatches dropped": sum("dropped" in record for record in records),
+        }
 
     def _truncation(self) -> dict[str, float]:
         """What the server knew beyond the adapter that it wrote, after the last round."""

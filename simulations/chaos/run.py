@@ -48,6 +48,13 @@ from flower_split import failpoints
 from flower_split.config import Scalar
 
 _DUPLICATED = 0.3  # share of the connections to the trunk
+_FEDBUFF: dict[str, Scalar] = {
+    "fraction-train": 1.0,
+    "trunk.step-every": "server-round",
+    "strategy.name": "fedbuff",
+    "strategy.buffer-size": 3,
+    "strategy.max-staleness": 0,
+}
 _RUN_SECONDS = 240.0  # one run must end by then, whatever is done to it
 
 
@@ -233,12 +240,19 @@ def main() -> int:
     parser.add_argument(
         "--supervised", action="store_true", help="kill the trunk that the ServerApp looks after"
     )
+    parser.add_argument(
+        "--fedbuff",
+        action="store_true",
+        help="rounds are buffers of arrivals, of which none is late, so that runs are repeatable",
+    )
     parser.add_argument("--keep", type=Path, help="where the runs' directories stay")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     network = ["network"] * (arguments.network or arguments.no_kills)
     root = arguments.keep or Path(tempfile.mkdtemp(prefix="chaos-"))
     config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
+    if arguments.fedbuff:
+        config |= _FEDBUFF
     places: Counter[str] = Counter()
     expected = Chaos(Job(root / "reference", config), random.Random(0), 0, [], places).run()
     if expected.problem:

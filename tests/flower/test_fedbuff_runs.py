@@ -222,7 +222,13 @@ def test_run_with_a_slow_client_has_staleness_and_learns(job: Job) -> None:
     assert losses[-1] < losses[0] - 0.1
     steps = [record["optimizer_steps"] for record in done.metrics("trunk")]
     assert steps == [1] * 6  # one step of the trunk for every buffer
-    assert (done.path / "report.md").exists()
+    facts = json.loads((done.path / "summary.json").read_text())["facts"]
+    late = [item[2] for item in arrivals]
+    assert (facts["arrivals"], facts["largest staleness"]) == (12, max(late))
+    assert facts["mean staleness"] == round(sum(late) / 12, 3)
+    report = (done.path / "report.md").read_text()
+    assert "largest staleness" in report
+    assert "the order in which clients come back depends on time" in report
 
 
 def test_run_in_mode_frozen_serves_late_clients_without_a_step(job: Job) -> None:

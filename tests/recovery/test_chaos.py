@@ -44,6 +44,15 @@ def test_chaos_200_kills_at_random_times_and_at_every_failpoint(tmp_path):
 
 
 @pytest.mark.slow
+def test_chaos_of_buffered_rounds_ends_on_the_expected_hash(tmp_path):
+    done = chaos("--faults", "24", "--fedbuff", "--keep", str(tmp_path / "runs"), timeout=600)
+    assert done.returncode == 0, done.stdout
+    assert "on the expected hash, 0 not" in done.stdout
+    arrivals = (tmp_path / "runs" / "reference" / "run" / "metrics.jsonl").read_text()
+    assert '"kind": "arrival"' in arrivals
+
+
+@pytest.mark.slow
 def test_chaos_of_a_supervised_trunk_recovers_by_itself(tmp_path):
     options = ["--supervised", "--faults-per-run", "3", "--rounds", "12"]
     done = chaos("--faults", "3", *options, "--keep", str(tmp_path / "runs"), timeout=500)
