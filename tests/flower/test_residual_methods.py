@@ -112,6 +112,11 @@ def test_run_whose_method_changes_the_base_is_exactly_the_mean_of_the_clients(
     assert drift(outcome) < 1e-6
     for pairs in outcome.trained.values():
         assert len(pairs) == CLIENTS
+    starts = [arrays(pairs[0][0], "arrays") for _, pairs in sorted(outcome.trained.items())]
+    begun = [any(bool(delta.any()) for delta in dense(state).values()) for state in starts]
+    assert begun == [False, *[aggregator == "fedex-lora"] * (ROUNDS - 1)]  # flora starts afresh
+    for one, two in zip(starts, starts[1:], strict=False):
+        assert not any(torch.equal(one[n], two[n]) for n in one if n.endswith("lora_A.weight"))
     _, reply = outcome.trained[ROUNDS][0]
     assert list(reply.content.array_records) == ["arrays"]
     assert not any("base_" in name for name in arrays(reply, "arrays"))
