@@ -309,3 +309,24 @@ def test_simulation_of_mixed_ranks_ends_on_the_bits_of_this_process(
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
     assert one.summary()["clients"] == two.summary()["clients"]
+
+
+def test_own_ranks_and_own_cut_layers_go_together(job: Job) -> None:
+    """Client 0 (rank 2) and client 2 (rank 8) hold layer 1 beside the trunk, client 1 does not."""
+    changes: dict[str, Scalar] = {
+        "model__cuts_by_partition": "0=2:3, 2=2:3",
+        "lora__trunk__r": FULL,
+        "num_server_rounds": 1,
+    }
+    done, (turns,) = job.run("product-delta", **changes)
+    final, overlap = done.read_adapter("client"), 0
+    for module in modules_of(final):
+        holders = [t for t in turns if f"{module}.lora_A.weight" in t.received]
+        middle = ".layers.1." in module
+        overlap += middle
+        assert [t.slot for t in holders] == ([0, 2] if middle else [0, 1, 2])
+        for turn in holders:
+            assert factors(turn.returned, module)[0].shape[0] == RANKS[turn.slot]
+        goal = best_of_rank(mean_change(holders, module, torch.zeros(())), FULL)
+        assert float((dense(final, module) - goal).norm() / goal.norm()) < 1e-5, module
+    assert overlap == 7
