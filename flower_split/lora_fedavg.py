@@ -189,10 +189,12 @@ class LoraFedAvg(FedAvg):
         for reply in replies:
             slot = self._slot_of(reply.metadata.src_node_id)
             try:
-                updates.append(self._update(slot, reply.content))
-                digests |= self._digest(slot, reply.content)
+                update = self._update(slot, reply.content)
+                digest = self._digest(slot, reply.content)
                 if self._dora is not None:
                     norms[slot] = self._norms(slot, reply.content)
+                updates.append(update)  # only now: nothing of it may be malformed
+                digests |= digest
                 contents[slot] = reply.content
             except AggregationError as error:
                 if not self.excludes_invalid:
