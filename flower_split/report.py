@@ -9,6 +9,7 @@ Layout::
                                    lora.*.r: of a ΔW that the server keeps at a higher rank, the
                                    nearest of that rank (all of it is in checkpoints/)
     adapters/base.safetensors      methods that change the base: the low-rank change beside it, fp32
+    clients/                       simulated clients' own factors (flower_split.private_factors)
     adapters/trunk.safetensors     the trunk's adapter, fp32
     summary.json, report.md        the outcome, for programs and for people
 
