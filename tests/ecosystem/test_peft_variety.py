@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
@@ -265,6 +266,25 @@ def test_adapter_survives_the_round_trip_to_plain_peft(tmp_path: Path, variety: 
     peft = PeftModel.from_pretrained(plain, str(exported(tmp_path, config, client, trunk))).eval()
     torch.testing.assert_close(peft(**padded_batch()).logits, expected, rtol=1e-5, atol=1e-5)
     assert (expected - without).abs().max() > 1e-2
+
+
+def test_adapter_of_a_bfloat16_base_is_exported_in_fp32(tmp_path: Path) -> None:
+    parts = LoraConfigs(bottom=replace(DORA, bias="all"), top=LORA(modules_to_save="ln_f,lm_head"))
+    config, client, trunk = make(tmp_path, parts, GPT2, dtype="bfloat16")
+    initial, scales = beginning(config, client)
+    aggregator = AdapterAggregator("product-delta", scales)
+    aggregator.init(initial)
+    federated(aggregator, client)
+    path = exported(tmp_path, config, client, trunk)
+    saved = load_file(path / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    final = aggregator.distribute()
+    assert torch.equal(saved["base_model.model.lm_head.weight"], final["lm_head.weight"])
+    assert final["lm_head.weight"].bfloat16().float().ne(final["lm_head.weight"]).any()
+    base = AutoModelForCausalLM.from_pretrained(config.model.name, dtype="bfloat16")
+    peft = PeftModel.from_pretrained(base, str(path)).eval()
+    expected = client.eval()(**padded_batch()).logits
+    torch.testing.assert_close(peft(**padded_batch()).logits, expected, rtol=5e-2, atol=5e-2)
 
 
 BESIDE = LoraConfigs(

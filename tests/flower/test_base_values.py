@@ -1,6 +1,7 @@
 """Initial values that only the clients know: who is asked, and what is not believed."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +10,15 @@ from torch import Tensor
 
 from flower_split.arrays import to_arrays
 from flower_split.base_values import gather_base_values
-from flower_split.errors import FederationError
+from flower_split.client import Client, TrunkOrder
+from flower_split.config import parse_run_config
+from flower_split.errors import FederationError, TrunkUnavailable
 from flower_split.exchange import Federation
 from flower_split.facts import BASE_VALUES, ClientFacts
+from flower_split.lora import adapter_state
 from flower_split.lora.initial import digest_of
 from tests.flower.fakes import FakeGrid
+from tests.flower.tiny import make_data, make_model, tiny_config
 
 NODES = {0: 70, 1: 20, 2: 30}
 VALUES = {
@@ -61,6 +66,36 @@ def gather(
 
 def honest(slot: int, names: list[str]) -> dict[str, Tensor]:
     return {name: VALUES[name] for name in names}
+
+
+def test_base_values_of_a_client_whose_adapter_has_moved_are_still_the_base_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_run_config(
+        tiny_config(
+            make_model(tmp_path / "model"),
+            make_data(tmp_path / "data", 1),
+            lora__top__modules_to_save="lm_head",
+            lora__bottom__use_dora=True,
+        )
+    )
+    client = Client.of(config, 0, 1)
+    digests = client.base_digests()
+    before = client.base_values(digests)
+    assert before.keys() == digests.keys() and "lm_head.weight" in digests
+    moved = {name: value + 1 for name, value in adapter_state(client.model).items()}
+
+    def unreachable(self: Client, order: TrunkOrder) -> None:
+        raise TrunkUnavailable("nobody is there")
+
+    monkeypatch.setattr(Client, "_trunk", unreachable)
+    order = TrunkOrder(address="", token="", root_certificates="", server_round=1)
+    with pytest.raises(TrunkUnavailable, match="nobody is there"):
+        client.evaluate(moved, order)
+    assert torch.equal(adapter_state(client.model)["lm_head.weight"], moved["lm_head.weight"])
+    assert client.base_digests() == digests
+    after = client.base_values(digests)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_base_values_come_from_the_lowest_slot_alone() -> None:
