@@ -103,7 +103,7 @@ def make_inner(context: InnerContext) -> Strategy:
         if context.config.privacy.mechanism != "none":  # the norms would travel without noise
             config = replace(config, dora="mean")
         return ours(config, context.scales, context.initial, context.slot_of, context.specs)
-    _check_keys(config)
+    check_flower(config)
     if context.specs:
         raise ConfigError(
             f'strategy.name = "{config.name}" averages weights name by name and cannot mix clients of '
@@ -174,8 +174,12 @@ def parse_options(name: str, text: str) -> dict[str, int | float]:
     return values
 
 
-def _check_keys(config: StrategyConfig) -> None:
-    """Refuse keys that a strategy of Flower's would silently not know."""
+def check_flower(config: StrategyConfig) -> None:
+    """Check what ``strategy.*`` asks of a class of Flower's; needs no client.
+
+    Raises:
+        ConfigError: The class would silently not know a key; an option is unknown or out of range.
+    """
     for item in fields(config):
         value = getattr(config, item.name)
         if item.name not in _KEYS_OF_FLOWER and value != item.default:
@@ -189,6 +193,12 @@ def _check_keys(config: StrategyConfig) -> None:
             f'strategy.name = "{config.name}" averages the weights of A and B itself, so that '
             f'strategy.aggregator = "{config.aggregator}" would not be used. Set "fedit" (A and B) or '
             '"ffa-lora" (A frozen), or strategy.name = "lora-fedavg".'
+        )
+    options = parse_options(config.name, config.options)
+    if config.name == "fedprox" and not options.get("proximal_mu"):
+        raise ConfigError(
+            'strategy.name = "fedprox" needs strategy.options = "proximal-mu=…" above 0; with 0 it is '
+            'FedAvg. Set it, or strategy.name = "fedavg".'
         )
 
 
@@ -213,11 +223,6 @@ def _check_clients(name: str, options: Mapping[str, int | float], context: Inner
                 f'strategy.name = "{name}" counts on all {count} clients of a round, and a quorum '
                 "below 1 lets rounds go on with fewer. Set trunk.quorum = 1 and trunk.quorum-count = 0."
             )
-    if name == "fedprox" and not options.get("proximal_mu"):
-        raise ConfigError(
-            'strategy.name = "fedprox" needs strategy.options = "proximal-mu=…" above 0; with 0 it is '
-            'FedAvg. Set it, or strategy.name = "fedavg".'
-        )
 
 
 def inner_notes(context: InnerContext) -> list[str]:
@@ -241,6 +246,8 @@ def inner_notes(context: InnerContext) -> list[str]:
             f"fedtrimmedavg trims no client: beta = {options.get('beta', 0.2):g} of {count} clients "
             f"is less than one. Raise beta in strategy.options to at least {1 / count:.3g}."
         )
+    if config.name == "fedmedian" and count < 3:
+        notes.append(f"fedmedian over {count} clients is their mean, and robust to nobody.")
     if config.name in ("fedadam", "fedyogi", "fedadagrad") and "eta" not in options:
         notes.append(
             f"{config.name} steps by Flower's default eta, which is made for whole models and moves "

@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import (
 )
 from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, PrivacyAccountant
 
+from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.frozen_factors import FrozenFactors
 from flower_split.inner_strategies import (
@@ -45,56 +46,50 @@ _WRAPPERS: Mapping[str, type[Strategy]] = {
 _MEANS = ("fedavg", "fedprox")  # whose aggregate is the plain mean of the replies
 
 
-def check_privacy(context: InnerContext) -> None:
-    """Refuse what privacy cannot be combined with.
+def check_privacy(config: RunConfig) -> None:
+    """Refuse what privacy cannot be combined with; needs no client.
 
     Raises:
         ConfigError: With the reason and the remedy.
     """
-    config, privacy = context.config, context.config.privacy
-    if privacy.mechanism == "none":
-        return
-    if config.local_only_baseline:
-        raise ConfigError(
-            f'privacy.mechanism = "{privacy.mechanism}" cannot be combined with local-only-baseline: '
-            "its adapters go from client to client without clipping or noise. Set "
-            "local-only-baseline = false."
-        )
-    if privacy.central:
-        _check_central(context)
-
-
-def _check_central(context: InnerContext) -> None:
-    config, privacy, name = context.config, context.config.privacy, context.config.strategy.name
+    privacy, strategy = config.privacy, config.strategy
     what = f'privacy.mechanism = "{privacy.mechanism}"'
-    if name == "lora-fedavg":
+    if privacy.mechanism != "none":
+        _check_baseline(config)
+    if not privacy.central:
+        return
+    if strategy.name == "lora-fedavg":
         raise ConfigError(
             f"{what} adds noise to the aggregate that clients receive, but strategy.name = "
             '"lora-fedavg" goes on from its own ΔW, without that noise. Use strategy.name = "fedavg" '
             'with strategy.aggregator = "ffa-lora" (best: noise on B alone) or "fedit", or '
             'privacy.mechanism = "local".'
         )
-    if name not in _MEANS:
+    if strategy.name not in _MEANS:
         raise ConfigError(
             f"{what} scales its noise to what one client can move a plain mean; strategy.name = "
-            f'"{name}" moves by more, or adds its step before the noise. Use strategy.name = '
+            f'"{strategy.name}" moves by more, or adds its step before the noise. Use strategy.name = '
             '"fedavg" or "fedprox", or privacy.mechanism = "local".'
         )
-    if config.strategy.weighting != "uniform":
+    if strategy.weighting != "uniform":
         raise ConfigError(
-            f'{what} needs clients of equal weight; with strategy.weighting = "'
-            f'{config.strategy.weighting}" one of much data moves the mean by more than the noise '
-            'hides. Set strategy.weighting = "uniform".'
-        )
-    if config.trunk.quorum_of(context.num_sampled) < 1:
-        raise ConfigError(
-            f"{what} scales its noise to all {context.num_sampled} clients of a round, and a quorum "
-            "below 1 lets rounds go on with fewer. Set trunk.quorum = 1 and trunk.quorum-count = 0."
+            f'{what} needs clients of equal weight; with strategy.weighting = "{strategy.weighting}" '
+            "one of much data moves the mean by more than the noise hides. Set strategy.weighting = "
+            '"uniform".'
         )
     if config.resume_previous and privacy.noise_multiplier > 0:
         raise ConfigError(
             "resume-previous would train a round again that clients have seen already, and spend its "
             f"privacy twice without counting it ({what}). Resume from the latest round, or begin anew."
+        )
+
+
+def _check_baseline(config: RunConfig) -> None:
+    if config.local_only_baseline:
+        raise ConfigError(
+            f'privacy.mechanism = "{config.privacy.mechanism}" cannot be combined with '
+            "local-only-baseline: its adapters go from client to client without clipping or noise. "
+            "Set local-only-baseline = false."
         )
 
 
@@ -104,7 +99,7 @@ def with_privacy(context: InnerContext) -> Strategy:
     Raises:
         ConfigError: Something in the configuration cannot be combined.
     """
-    check_privacy(context)
+    check_privacy(context.config)
     inner, privacy = make_inner(context), context.config.privacy
     if privacy.mechanism == "local" and isinstance(inner, LoraFedAvg):
         _check_local(inner, context)
@@ -133,8 +128,8 @@ def own_inner(context: InnerContext, factory: InnerFactory) -> Strategy:
             f"inner strategy is {' around '.join(type(p).__name__ for p in chain(inner))}. Wrap it, or "
             'set privacy.mechanism = "none".'
         )
-    if privacy.mechanism != "none" and context.config.local_only_baseline:
-        check_privacy(context)
+    if privacy.mechanism != "none":
+        _check_baseline(context.config)
     return inner
 
 
@@ -154,6 +149,12 @@ def _check_local(inner: LoraFedAvg, context: InnerContext) -> None:
 
 def _wrapped(inner: Strategy, context: InnerContext) -> Strategy:
     privacy, count = context.config.privacy, context.num_sampled
+    if context.config.trunk.quorum_of(count) < 1:
+        raise ConfigError(
+            f'privacy.mechanism = "{privacy.mechanism}" scales its noise to all {count} clients of a '
+            "round, and a quorum below 1 lets rounds go on with fewer. Set trunk.quorum = 1 and "
+            "trunk.quorum-count = 0."
+        )
     try:
         if privacy.adaptive:
             adaptive = (

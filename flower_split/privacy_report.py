@@ -33,8 +33,8 @@ TRUNK_TRAINS = (
     "as it is."
 )
 TRUNK_SEES = (
-    "Not private: what the trunk's server sees (smashed data{gradients}) and the training and "
-    "evaluation metrics carry no noise. Privacy is towards those who see adapters only."
+    "Not private: what the trunk's server sees (smashed data{gradients}) and the metrics and "
+    "counts of data that clients report carry no noise. Privacy is towards those who see adapters only."
 )
 ADAPTIVE = (
     "No epsilon is given for adaptive clipping: Flower has no accountant for it, and scales the noise "

@@ -37,12 +37,12 @@ from flower_split.exchange import Federation
 from flower_split.facts import ClientFacts
 from flower_split.fedbuff import FedBuff
 from flower_split.handshake import describe_clients, shake_hands, wait_for_nodes
-from flower_split.inner_strategies import InnerContext, InnerFactory, inner_notes
+from flower_split.inner_strategies import InnerContext, InnerFactory, check_flower, inner_notes
 from flower_split.logs import log_to_stderr, quiet_libraries
 from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.parts import client_parts, model_cuts
-from flower_split.privacy import own_inner, with_privacy
+from flower_split.privacy import check_privacy, own_inner, with_privacy
 from flower_split.privacy_report import privacy_notes, privacy_spent
 from flower_split.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.recorder import Recorder
@@ -99,8 +99,10 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
-    if inner is None and config.strategy.aggregates_lora:
-        check_strategy(config.strategy)
+    if inner is None:
+        check_privacy(config)
+        check = check_strategy if config.strategy.aggregates_lora else check_flower
+        check(config.strategy)
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
     resumed = checkpoints.latest(previous=config.resume_previous) if config.resume else None

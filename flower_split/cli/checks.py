@@ -20,11 +20,15 @@ def check_aggregation(config: RunConfig) -> None:
 
     Raises:
         AggregationError: It does not; the reason is given.
+        ConfigError: A strategy of Flower's does not know a key or an option.
     """
     from flower_split.aggregation.configured import check_strategy
+    from flower_split.inner_strategies import check_flower
 
     if config.strategy.aggregates_lora:
         check_strategy(config.strategy)
+    else:
+        check_flower(config.strategy)
 
 
 def check_model(config: RunConfig) -> None:

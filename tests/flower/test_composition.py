@@ -4,6 +4,7 @@ Expected adapters come from Flower's own classes, fed the same replies by hand, 
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideAdaptiveClipping,
+    DifferentialPrivacyServerSideFixedClipping,
     FedAdagrad,
     FedAdam,
     FedAvg,
@@ -33,7 +35,7 @@ from flower_split.client_app import make_client_app
 from flower_split.clipping import update_norm
 from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import ConfigError, FederationError, FlowerSplitError, RunDirectoryError
-from flower_split.inner_strategies import InnerContext
+from flower_split.inner_strategies import InnerContext, inner_notes
 from flower_split.lora import initial_client_adapter
 from flower_split.parts import client_parts, model_cuts
 from flower_split.privacy import with_privacy
@@ -543,6 +545,7 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
     ({**DP, "strategy__weighting": "tokens"}, "equal weight"),
     ({**DP, "trunk__quorum_count": 2}, "quorum below 1"),
     ({**DP, "local_only_baseline": True}, "local-only-baseline"),
+    ({**DP, "resume": "run", "resume_previous": True}, "resume-previous"),
     ({**DP, "privacy__mechanism": "server-adaptive"}, "clipped-count-stddev"),
     ({"privacy__mechanism": "local", "strategy__aggregator": "ffa-lora"}, "freezes weights"),
     ({"privacy__mechanism": "local", "strategy__aggregator": "fedex-lora"}, "changes the clients'"),
@@ -553,24 +556,29 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
 ]
 
 
+def context_of(
+    parts: tuple[Path, str], changes: Mapping[str, Scalar], num_clients: int = CLIENTS
+) -> InnerContext:
+    """What an inner strategy of a run with ``changes`` would be made from."""
+    config = parse_run_config(Job(Path(), *parts).config("run", **changes))
+    state, scales = initial_client_adapter(
+        config.model.name, model_cuts(config), client_parts(config), seed=0
+    )
+    return InnerContext(
+        config=config,
+        num_clients=num_clients,
+        initial=state,
+        scales=scales,
+        slot_of=lambda node: node,
+    )
+
+
 @pytest.mark.parametrize(("changes", "reason"), REFUSED)
 def test_what_cannot_be_combined_is_refused_with_the_reason(
     parts: tuple[Path, str], changes: dict[str, Scalar], reason: str
 ) -> None:
     with pytest.raises(FlowerSplitError, match=reason) as caught:
-        config = parse_run_config(Job(Path(), *parts).config("run", **changes))
-        state, scales = initial_client_adapter(
-            config.model.name, model_cuts(config), client_parts(config), seed=0
-        )
-        with_privacy(
-            InnerContext(
-                config=config,
-                num_clients=CLIENTS,
-                initial=state,
-                scales=scales,
-                slot_of=lambda node: node,
-            )
-        )
+        with_privacy(context_of(parts, changes))
     assert "\n" not in str(caught.value)
 
 
@@ -586,3 +594,28 @@ def test_what_cannot_be_combined_ends_the_run_before_any_client_trains(
 ) -> None:
     with pytest.raises(ConfigError, match=reason):
         job.run("run", stop_at=1, **changes)
+
+
+def test_noise_is_scaled_to_the_clients_of_a_round_not_of_the_run(parts: tuple[Path, str]) -> None:
+    changes = {**DP, "fraction_train": 0.5, "strategy__aggregator": "fedit"}
+    wrapper = with_privacy(context_of(parts, changes, num_clients=8))
+    assert isinstance(wrapper, DifferentialPrivacyServerSideFixedClipping)
+    assert wrapper.num_sampled_clients == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_clients", "note"),
+    [
+        ({"strategy__name": "fedtrimmedavg"}, 4, "trims no client: beta = 0.2 of 4 clients"),
+        ({"strategy__name": "fedtrimmedavg"}, 5, ""),
+        ({"strategy__name": "fedmedian"}, 2, "is their mean"),
+        ({"strategy__name": "fedadam"}, 3, "Flower's default eta"),
+        ({"strategy__name": "fedadam", "strategy__options": "eta=0.01"}, 3, ""),
+    ],
+)
+def test_report_says_when_a_strategy_of_flower_does_not_do_what_its_name_promises(
+    parts: tuple[Path, str], changes: dict[str, Scalar], num_clients: int, note: str
+) -> None:
+    first, *rest = inner_notes(context_of(parts, changes, num_clients))
+    assert "not the average of the clients' ΔW" in first
+    assert len(rest) == (1 if note else 0) and note in "".join(rest)
