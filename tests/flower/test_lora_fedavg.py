@@ -10,7 +10,7 @@ from flower_split.arrays import from_arrays, to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.exchange import Federation, exchange
-from flower_split.facts import TRAINABLE
+from flower_split.facts import PRIVATE, TRAINABLE
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.node_view import NodeView
 from tests.flower.fakes import FakeGrid, train_content
@@ -167,3 +167,45 @@ def test_aggregate_measures_each_clients_change_against_what_it_was_sent() -> No
 def test_a_rank_that_the_method_cannot_serve_ends_the_run_before_it_begins() -> None:
     with pytest.raises(AggregationError, match="fedit has one rank for all clients"):
         of_own_kind("fedit")
+
+
+def test_client_malformed_beside_its_adapter_does_not_count_with_the_adapter_either() -> None:
+    """With fedsa-lora a client says the digest of what it kept; client 1 says none."""
+    config = StrategyConfig(aggregator="fedsa-lora", on_invalid="exclude")
+    strategy = LoraFedAvg(config, {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+    moved = {0: A0 + 1, 1: A0 - 5}
+
+    def answer(message: Message) -> object:
+        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
+        content = train_content(to_arrays({"m.lora_A.weight": moved[slot]}), tokens=TOKENS[slot])
+        if slot == 0:
+            content[PRIVATE] = ConfigRecord({"digest": "0" * 64})
+        return content
+
+    grid = FakeGrid([9, 4], answer)  # type: ignore[arg-type]
+    messages = strategy.configure_train(
+        1, strategy.initial_arrays(), ConfigRecord(), NodeView(grid, [9, 4])
+    )
+    arrays, _ = strategy.aggregate_train(1, exchange(grid, messages, timeout=1))
+    assert arrays is not None
+    torch.testing.assert_close(from_arrays(arrays)["m.lora_A.weight"], moved[0])
+    assert strategy.last_summary.clients == (0,)
+    assert list(strategy.last_summary.excluded) == [1]
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(30, True), (31, False)])
+def test_weight_above_what_a_client_can_have_trained_on_is_malformed(
+    tokens: int, fits: bool
+) -> None:
+    strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+    strategy.largest_weights = {1: 30.0}
+    grid = FakeGrid([9, 4], lambda message: train_content(to_arrays(INITIAL), tokens=tokens))
+    messages = strategy.configure_train(
+        1, strategy.initial_arrays(), ConfigRecord(), NodeView(grid, [9, 4])
+    )
+    replies = exchange(grid, messages, timeout=1)
+    if fits:
+        strategy.aggregate_train(1, replies)
+        return
+    with pytest.raises(AggregationError, match="client 1 reports num-tokens = 31.*at most 30"):
+        strategy.aggregate_train(1, replies)
