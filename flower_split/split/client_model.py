@@ -112,8 +112,10 @@ class IdentityTrunk(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Mask = None,
         position_ids: Tensor | None = None,
+        layer_arguments: Mapping[str, Tensor] | None = None,
+        host_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Return ``hidden_states``."""
         return hidden_states

@@ -13,7 +13,7 @@ from flower_split.errors import SplitError
 from flower_split.split.host_call import argument_names
 from flower_split.split.layer_arguments import tensors_of
 from flower_split.split.stack import LayerStack
-from flower_split.split.stand_in import take_hidden_states
+from flower_split.split.stand_in import StandIn, take_hidden_states
 
 _SEQUENCE = 6
 _CHARACTERS = 128  # of a model that reads text without a vocabulary
@@ -80,8 +80,8 @@ def _probe_images(model: PreTrainedModel) -> Tensor:
 
 @contextlib.contextmanager
 def quiet(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient, and the random state as before afterwards."""
-    modes = [(part, part.training) for module in modules for part in module.modules()]
+    """Evaluation mode, no gradient; modes, random state and what forwards note as before afterwards."""
+    states = [(part, _plain_state(part)) for module in modules for part in module.modules()]
     devices = {parameter.device for module in modules for parameter in module.parameters()}
     try:
         with torch.no_grad(), torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
@@ -89,8 +89,22 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
                 module.eval()
             yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for part, state in states:
+            part.__dict__.update(state)
+
+
+def _plain_state(module: nn.Module) -> dict[str, object]:
+    """The values that a forward may change: a capacity for so many tokens, the last positions.
+
+    Of stand-ins, whose own fields are no part of the model, the mode alone.
+    """
+    if isinstance(module, StandIn):
+        return {"training": module.training}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if value is None or isinstance(value, (bool, int, float, str, Tensor))
+    }
 
 
 def trace(

@@ -100,7 +100,12 @@ def learn_handed_on(found: Trace, cuts: CutLayers, output: LayerOutput) -> bool:
 
 
 def check_made_in_trunk(
-    found: Trace, stack: LayerStack, cuts: CutLayers, output: LayerOutput, name: str
+    found: Trace,
+    stack: LayerStack,
+    cuts: CutLayers,
+    output: LayerOutput,
+    name: str,
+    known_form: bool,
 ) -> None:
     """Check that the trunk's layers make nothing for the top but hidden states.
 
@@ -110,6 +115,7 @@ def check_made_in_trunk(
         cuts: The cut layers.
         output: The form of layer outputs, learned from ``found``.
         name: Of the model's class.
+        known_form: ``output`` was learned from the whole model.
 
     Raises:
         SplitError: They make something that the top's layers would share, as far as one can tell.
@@ -118,7 +124,7 @@ def check_made_in_trunk(
     if not top:
         return
     shared = sorted(place for place in output.handed_on.values() if place not in top[0].others)
-    alone = cuts.second == stack.num_layers - 1 and not output.handed_on
+    alone = cuts.second == stack.num_layers - 1 and not output.handed_on and not known_form
     if shared or (alone and len(nested_tensors(top[0].output)) > 1):
         raise SplitError(
             f"the first layer of {name} makes a tensor that all layers share"
@@ -166,7 +172,7 @@ def check_client(
                 found = trace(client, stack, batch)
             check_chain(found, cuts, name)
             if cuts.first == 0:
-                check_made_in_trunk(found, stack, cuts, output, name)
+                check_made_in_trunk(found, stack, cuts, output, name, known_form)
         try:
             slot.rehearsal = Rehearsal(client, stack, cuts, output, constants)
             compared = [_compare_arguments(client, stack, cuts, batch) for batch in batches]
@@ -280,7 +286,8 @@ def _trace_learning(
             problem = problem or error
             continue
         shapes = {call.hidden_states.shape for call in found.calls}
-        if len(shapes) == 1 and found.result is not None and found.result.dim() == 3:
+        rows = len(next(iter(batch.values())))
+        if len(shapes) == 1 and found.result is not None and len(found.result) == rows:
             learn_handed_on(found, cuts, output)
             return found
     raise problem or SplitError(

@@ -147,3 +147,15 @@ def test_coverage_of_transformers_is_95_percent_and_nothing_is_wrong() -> None:
     assert counts["within tolerance"] == 0
     assert counts["tried"] >= 150
     assert counts["identical"] >= 0.95 * counts["tried"], counts
+
+
+def test_split_model_whose_forward_notes_something_is_as_before_and_matches_unsplit() -> None:
+    # In evaluation its router notes a capacity, which training goes by from then on.
+    torch.manual_seed(0)
+    config = tiny_config("nllb-moe")
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config).train()
+    before = {name: vars(part).get("expert_capacity") for name, part in model.named_modules()}
+    split_model(model, CUTS)
+    assert before == {n: vars(part).get("expert_capacity") for n, part in model.named_modules()}
+    (row,) = check_families(["nllb-moe"], "seq2seq")
+    assert row.outcome == "identical", row
