@@ -25,6 +25,7 @@ from flower_split.aggregation.robust import parse_rules
 from flower_split.aggregation.rules import ClampWeights, Rule, UniformWeights
 from flower_split.aggregation.server_optimizer import ADAPTIVE
 from flower_split.config import StrategyConfig
+from flower_split.devices import resolve_device
 from flower_split.errors import AggregationError
 
 logger = logging.getLogger(__name__)
@@ -51,12 +52,15 @@ def adapter_aggregator(config: StrategyConfig, scales: Mapping[str, float]) -> A
 
     Raises:
         AggregationError: As for :func:`check_strategy`.
+        ConfigError: The device is not there.
     """
     return AdapterAggregator(
         check_strategy(config),
         scales,
         transforms=parse_rules(config.rules),
         on_invalid=config.on_invalid,
+        workers=config.num_threads,
+        device=str(resolve_device(config.device, "strategy.device")),
     )
 
 

@@ -42,6 +42,8 @@ class StrategyConfig:
     server_beta1: float = 0.9  # decay of its momentum
     server_beta2: float = 0.99  # decay of its second moment
     server_epsilon: float = 1e-3  # smallest root of its second moment
+    device: str = "cpu"  # where ΔW is aggregated: cpu, auto, cuda, cuda:1, ...
+    num_threads: int = 1  # modules aggregated at a time; the result does not depend on it
     dora: str = "exact"  # DoRA's magnitudes: exact (clients say their norms), or their mean
     buffer_size: int = 2  # fedbuff: arrivals that make a server round
     concurrency: int = 0  # fedbuff: clients at work at a time; 0: all
@@ -61,6 +63,7 @@ class StrategyConfig:
         one_of("strategy.on-invalid", self.on_invalid, ON_INVALID)
         one_of("strategy.dora", self.dora, ("exact", "mean"))
         at_least("strategy.max-rank", self.max_rank, 0)
+        at_least("strategy.num-threads", self.num_threads, 1)
         above("strategy.server-learning-rate", self.server_learning_rate, 0)
         at_least("strategy.buffer-size", self.buffer_size, 1)
         at_least("strategy.concurrency", self.concurrency, 0)

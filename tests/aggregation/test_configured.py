@@ -127,8 +127,15 @@ def test_adaptive_optimizer_at_rate_one_is_warned_of(caplog):
     assert "moves every entry" in caplog.text
 
 
+def test_device_that_is_not_there_is_refused_by_key():
+    with pytest.raises(ConfigError, match="strategy.device"):
+        adapter_aggregator(config(device="cuda:77"), {"m": 1})
+
+
 def test_aggregator_has_the_rules_and_the_policy():
-    aggregator = adapter_aggregator(config(rules="clamp-weights=2", on_invalid="exclude"), {"m": 1})
+    given = config(rules="clamp-weights=2", on_invalid="exclude", num_threads=3)
+    aggregator = adapter_aggregator(given, {"m": 1})
+    assert aggregator._workers == 3 and str(aggregator._device) == "cpu"
     assert aggregator.method == ProductDelta()
     assert [type(rule).__name__ for rule in aggregator._transforms] == ["ClampWeights"]
     assert aggregator._exclude
