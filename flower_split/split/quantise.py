@@ -193,12 +193,18 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that a part computes in: of its base weights that are neither LoRA nor quantised."""
+    """The dtype that a part computes in: of its base weights; of a quantised part, the declared one.
+
+    LoRA in fp32 beside a bf16 base does not decide it, nor do the scales of quantised weights.
+    """
+    config = getattr(module, "config", None)
+    declared = getattr(config, "dtype", None)
+    if isinstance(declared, torch.dtype) and getattr(config, "quantization_config", None):
+        return declared
     for name, parameter in module.named_parameters():
         trains = "lora_" in name or ".parametrizations." in name  # in fp32 whatever the base's is
         if parameter.is_floating_point() and parameter.itemsize > 1 and not trains:
             return parameter.dtype
-    declared = getattr(getattr(module, "config", None), "dtype", None)
     return declared if isinstance(declared, torch.dtype) else torch.float32
 
 
