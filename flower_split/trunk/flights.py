@@ -174,6 +174,7 @@ class Flights:
             else None
         )
         for entry in new:
+            self.activations.release_slot(entry.slot)  # forwards that its last dispatch left behind
             self._flights[entry.number] = self._begun(plan, entry, weights)
 
     def _check(self, known: Sequence[Flight], new: Sequence[Dispatch]) -> None:
@@ -245,8 +246,6 @@ class Flights:
         }
         for flight in taken:
             del self._flights[flight.number]
-            if not self._trains:  # where nothing counts contributions, a forward may be left over
-                self.activations.release_slot(flight.slot)
         self._forget_versions()
         return taken, gradients, {i: factors[flight.number] for i, flight in enumerate(taken)}
 

@@ -385,6 +385,26 @@ def test_recomputed_forwards_use_the_version_of_their_dispatch(activation_bytes:
     engine.close()
 
 
+def test_frozen_trunk_lets_a_client_go_on_while_its_former_work_is_taken() -> None:
+    engine = make_engine(mode="frozen")
+    coordinator = Coordinator(engine)
+    coordinator.send((1, 0))
+    first = ToyClient(engine, 1)
+    first.forward(hidden(9), micro_batch=1, digest=b"left behind")
+    first.forward(hidden(1))
+    first.backward(hidden(2))
+    first.close()
+    coordinator.send((2, 0))  # its reply has come: it is sent out again, in the same round
+    second = ToyClient(engine, 2)
+    assert engine.status().activations.num_bytes == 0  # what it left behind is gone
+    second.forward(hidden(3))
+    coordinator.close((1, 1.0))
+    grad = hidden(4)
+    expected = grad @ ToyTrunk().weight.detach().T
+    assert torch.allclose(second.backward(grad).tensor, expected, atol=1e-6)
+    engine.close()
+
+
 def test_frozen_trunk_serves_dispatches_without_a_step() -> None:
     engine = make_engine(mode="frozen")
     coordinator = Coordinator(engine)
