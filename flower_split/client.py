@@ -289,7 +289,8 @@ class Client:
             order: How to reach the trunk.
             trainable: Names of the weights that train in this round; None: all.
             base_change: What the method adds to the frozen base weights.
-            proximal_mu: As for :func:`flower_split.training.train_round`.
+            proximal_mu: As for :func:`flower_split.training.train_round`; 0: as the run config has
+                it.
 
         Raises:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
@@ -303,7 +304,12 @@ class Client:
             trunk.open(place.num_steps)
             batches = self._batches(order.turn or order.server_round)
             result = train_round(
-                self.model, batches, self.config, place, trunk, proximal_mu=proximal_mu
+                self.model,
+                batches,
+                self.config,
+                place,
+                trunk,
+                proximal_mu=proximal_mu or self.config.train.proximal_mu,
             )
         return _train_reply(result)
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -226,7 +227,7 @@ class TrunkStrategy(Strategy):
             )
             failpoints.reach("server.aggregate.before")
             contents = {slot: self._for_inner(server_round, slot, kept[slot]) for slot in kept}
-            arrays, metrics = self.inner.aggregate_train(server_round, list(contents.values()))
+            arrays, metrics = self._aggregate(server_round, list(contents.values()))
             if arrays is None or len(arrays) == 0:
                 raise FederationError(
                     f"round {server_round}: the inner strategy "
@@ -491,6 +492,18 @@ class TrunkStrategy(Strategy):
             f"(trunk.quorum, trunk.quorum-count) needs {required}. Cause: {why.rstrip('.')}. "
             f"Mend it and start the run again.{lower}"
         )
+
+    def _aggregate(
+        self, server_round: int, replies: list[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """What the inner strategy makes of the replies; Flower's own errors in this package's."""
+        try:
+            return self.inner.aggregate_train(server_round, replies)
+        except AppExitException as error:
+            raise FederationError(
+                f"round {server_round}: the inner strategy {type(self.inner).__name__} cannot "
+                f"aggregate {len(replies)} replies: {error}"
+            ) from error
 
     def _weights_to_check(self) -> dict[str, Mapping[int, float]]:
         by_examples = self.config.strategy.weighting == "examples"

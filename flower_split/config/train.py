@@ -43,6 +43,9 @@ class TrainConfig:
     sequence_length: int = 128  # tokens; longer examples are cut
     device: str = "auto"  # "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
     num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
+    proximal_mu: float = (
+        0.0  # FedProx's pull to the round's first weights; also of strategy.options
+    )
     auxiliary_head: bool = False  # forward-only mode: train the bottom with a local head and loss
     client_dir: str = ""  # where private factors stay; empty: in the run directory, if simulated
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -63,4 +66,5 @@ class TrainConfig:
             "num_threads",
         ):
             at_least(f"train.{kebab(name)}", getattr(self, name), 1)
+        at_least("train.proximal-mu", self.proximal_mu, 0)
         at_least("train.sequence-length", self.sequence_length, 2)

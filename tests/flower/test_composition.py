@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import Array, Context, Message
 from flwr.clientapp.mod import fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable
 from flwr.serverapp.strategy import (
@@ -441,6 +441,27 @@ def test_client_app_in_code_takes_mods_of_the_users_own_around_training(job: Job
     assert equal(outcome.adapter(), by_hand(FedAvg(**TOKENS), [items])[0])
 
 
+def test_what_a_mod_of_the_users_own_does_is_clipped_as_well(job: Job) -> None:
+    def enlarging(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        (sent,) = message.content.array_records.values()
+        answer = call_next(message, context)
+        (record,) = answer.content.array_records.values()
+        for name in record:
+            grown = sent[name].numpy() + 100 * (record[name].numpy() - sent[name].numpy())
+            record[name] = Array(grown)
+        return answer
+
+    outcome = job.run(
+        "run",
+        num_server_rounds=1,
+        client_app=make_client_app([enlarging]),
+        privacy__mechanism="client-fixed",
+        privacy__clipping_norm=2.0,
+        **CENTRAL,
+    )
+    assert [length_of(i) for i in outcome.grid.rounds()[0]] == pytest.approx([2.0] * 3, rel=1e-4)
+
+
 def test_wrapper_that_relies_on_clipping_clients_refuses_those_that_do_not(job: Job) -> None:
     def inner(context: InnerContext) -> Strategy:
         return DifferentialPrivacyClientSideFixedClipping(
@@ -549,6 +570,8 @@ REFUSED: list[tuple[dict[str, Scalar], str]] = [
     ({**DP, "privacy__mechanism": "server-adaptive"}, "clipped-count-stddev"),
     ({"privacy__mechanism": "local", "strategy__aggregator": "ffa-lora"}, "freezes weights"),
     ({"privacy__mechanism": "local", "strategy__aggregator": "fedex-lora"}, "changes the clients'"),
+    ({"privacy__mechanism": "local", "strategy__aggregator": "rolora"}, "freezes weights"),
+    ({"privacy__mechanism": "local", "strategy__aggregator": "fedsa-lora"}, "keeps weights"),
     ({"privacy__mechanism": "local", "local_only_baseline": True}, "local-only-baseline"),
     ({"privacy__mechanism": "local", "privacy__delta": 1.0}, "privacy.delta"),
     ({"privacy__mechanism": "local", "privacy__max_epsilon": 1.0}, "max-epsilon"),

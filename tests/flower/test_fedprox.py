@@ -79,12 +79,13 @@ def test_run_with_fedprox_pulls_the_second_step_back_by_mu_times_the_first(
     monkeypatch.setattr("flower_split.server_app.TrunkProcess", TrunkHere)
     job = Job(tmp_path, make_model(tmp_path / "model"), make_data(tmp_path / "data", CLIENTS))
 
-    def update(name: str, steps: int, mu: float) -> list[dict[str, np.ndarray]]:
+    def update(name: str, steps: int, mu: float, ours: float = 0.0) -> list[dict[str, np.ndarray]]:
         outcome = job.run(
             name,
             mode="frozen",  # so that nothing but the term differs between the runs
             num_server_rounds=1,
             train__local_steps=steps,
+            train__proximal_mu=ours,
             strategy__name="fedprox" if mu else "fedavg",
             strategy__options=f"proximal-mu={mu}" if mu else "",
         )
@@ -92,9 +93,11 @@ def test_run_with_fedprox_pulls_the_second_step_back_by_mu_times_the_first(
         return [{n: i.returned[n].astype(np.float64) - i.sent[n] for n in i.sent} for i in items]
 
     one, two, pulled = update("one", 1, 0.0), update("two", 2, 0.0), update("pulled", 2, 0.4)
+    by_key = update("by-key", 2, 0.0, ours=0.4)  # for any strategy, by run config
     for client in range(CLIENTS):
         for name, first in one[client].items():
             # w₂ = w₁ − η (g(w₁) + μ (w₁ − w₀)), with η = 0.5
             expected = two[client][name] - 0.5 * 0.4 * first
             assert np.abs(pulled[client][name] - expected).max() <= 1e-6
+            assert np.array_equal(by_key[client][name], pulled[client][name])
         assert max(np.abs(first).max() for first in one[client].values()) > 1e-3

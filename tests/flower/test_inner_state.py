@@ -232,6 +232,14 @@ def test_weight_above_what_a_clients_steps_allow_is_refused_and_named() -> None:
         train(strategy, grid())
 
 
+def test_error_of_flowers_own_names_the_round_and_the_strategy() -> None:
+    coordinator = FakeCoordinator()
+    inner = FedAvg(**{**KEYS, "weighted_by_key": "num-pages"})
+    with pytest.raises(FederationError, match="round 1: .*FedAvg cannot aggregate 4 .*num-pages"):
+        train(around(inner, coordinator), grid())
+    assert coordinator.calls[-1] == "abort"
+
+
 def test_strategy_that_diverges_is_named() -> None:
     class Diverging(FedTrimmedAvg):
         def aggregate_train(self, server_round, replies):  # type: ignore[no-untyped-def]
