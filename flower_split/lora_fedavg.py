@@ -114,8 +114,11 @@ class LoraFedAvg(FedAvg):
         self.private_folder = ""
         self.largest_weights: Mapping[int, float] = MappingProxyType({})
         self._digests: dict[int, str] = {}  # slot -> of its private factors, last committed round
+        tried: list[AdapterSpec] = []
         for spec in self._specs.values():  # what cannot be served ends the run now
-            self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
+            if spec not in tried:
+                self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
+                tried.append(spec)
 
     def initial_arrays(self) -> ArrayRecord:
         """The global adapter before round 1, of every module at its initial rank."""
