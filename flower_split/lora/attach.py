@@ -93,6 +93,8 @@ def attach_lora(
     train_whole(model, [place for plan in plans for place in plan.whole])
     for _, parameter in adapter_parameters(model):
         parameter.requires_grad_(True)
+    if getattr(model, "is_quantized", False):
+        vars(model)["is_quantized"] = False  # to transformers' Trainer: that nothing in it trains
 
 
 def plans_of(
