@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from flower_split.aggregation.adapters import MAGNITUDE
 from flower_split.config import RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora.attach import plans_of
 from flower_split.lora.places import lies_in
-from flower_split.lora.state import MAGNITUDE
 from flower_split.parts import all_parts, client_parts, model_cuts
 from flower_split.split.load import load_whole_model
 from flower_split.split.stack import find_stack

@@ -17,6 +17,7 @@ from flower_split.errors import AggregationError
 PLAIN = (".lora_A.weight", ".lora_B.weight")
 EMBEDDING = (".lora_embedding_A", ".lora_embedding_B")
 BIAS = ".lora_B.bias"
+MAGNITUDE = ".lora_magnitude_vector"  # of DoRA
 
 
 @dataclass(frozen=True, slots=True)

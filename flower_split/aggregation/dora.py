@@ -21,14 +21,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from flower_split.aggregation.adapters import EMBEDDING, factors_from, layout_of
+from flower_split.aggregation.adapters import EMBEDDING, MAGNITUDE, factors_from, layout_of
 from flower_split.aggregation.checks import shares_of
 from flower_split.aggregation.clients import ClientUpdate
 from flower_split.aggregation.factors import Factors
 from flower_split.aggregation.lowrank import same_factors
 from flower_split.errors import AggregationError
 
-MAGNITUDE = ".lora_magnitude_vector"
 _SMALLEST = 1e-3  # of C against Σ |a|: below, a row's clients cancel out, and it has no direction
 
 Norms = Mapping[str, Tensor]

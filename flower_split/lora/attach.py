@@ -17,6 +17,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from flower_split.aggregation.adapters import MAGNITUDE
 from flower_split.config import LoraPartConfig
 from flower_split.errors import ConfigError, SplitError
 from flower_split.lora.initial import Inits, initial_value, renew_magnitudes
@@ -33,7 +34,6 @@ from flower_split.lora.places import (
 from flower_split.lora.plain import Place, own_parameters, train_whole
 from flower_split.lora.state import (
     ADAPTER_NAME,
-    MAGNITUDE,
     adapter_parameters,
     lora_parameters,
 )

@@ -15,13 +15,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
+from flower_split.aggregation.adapters import MAGNITUDE
 from flower_split.config import LoraPartConfig
 from flower_split.errors import SplitError
 from flower_split.lora.places import part_of, some, stack_of
 from flower_split.lora.plain import base_weights
 from flower_split.lora.state import (
     ADAPTER_NAME,
-    MAGNITUDE,
     adapter_parameters,
     adapter_state,
     lora_layers,

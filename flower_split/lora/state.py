@@ -11,12 +11,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from flower_split.aggregation.adapters import MAGNITUDE
 from flower_split.errors import SplitError
 from flower_split.lora.places import some
 from flower_split.lora.plain import base_weights, saved_name
 
 ADAPTER_NAME = "default"
-MAGNITUDE = ".lora_magnitude_vector"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:

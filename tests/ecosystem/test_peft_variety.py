@@ -35,7 +35,7 @@ from flower_split.lora import (
 from flower_split.parts import client_parts, model_cuts, trunk_parts
 from flower_split.report import RunDirectory
 from flower_split.split import load_client_model, load_trunk_model
-from tests.split.tiny import padded_batch, tiny_model
+from tests.split.tiny import FAMILIES, padded_batch, tiny_model
 
 # PEFT asks for a property that transformers has renamed, and wonders about tied embeddings.
 pytestmark = [
@@ -266,6 +266,39 @@ def test_adapter_survives_the_round_trip_to_plain_peft(tmp_path: Path, variety: 
     peft = PeftModel.from_pretrained(plain, str(exported(tmp_path, config, client, trunk))).eval()
     torch.testing.assert_close(peft(**padded_batch()).logits, expected, rtol=1e-5, atol=1e-5)
     assert (expected - without).abs().max() > 1e-2
+
+
+FULL = LORA(train="full")
+OF_FAMILIES = {
+    "full": LoraConfigs(bottom=FULL, top=FULL),
+    "full top": LoraConfigs(top=FULL),
+    "dora": LoraConfigs(bottom=DORA, trunk=DORA, top=replace(DORA, init="random")),
+    "bias": LoraConfigs(bottom=LORA(r=2, bias="all"), top=LORA(r=2, bias="all")),
+}
+WITH_BIASES = ("gpt2", "qwen2", "gpt_neox", "opt", "bloom", "falcon", "gptj")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variety", OF_FAMILIES)
+def test_adapter_of_a_family_survives_the_round_trip(
+    tmp_path: Path, family: str, variety: str
+) -> None:
+    if variety == "bias" and family not in WITH_BIASES:
+        with pytest.raises(ConfigError, match=r"lora\.bottom\.bias"):
+            make(tmp_path, OF_FAMILIES[variety], (family, True))
+        return
+    config, client, trunk = make(tmp_path, OF_FAMILIES[variety], (family, True))
+    initial, scales = beginning(config, client)
+    aggregator = AdapterAggregator("product-delta", scales)
+    aggregator.init(initial)
+    federated(aggregator, client)
+    load_adapter_state(trunk, changed(adapter_state(trunk), 7))
+    expected = client.eval()(**padded_batch()).logits
+    path = str(exported(tmp_path, config, client, trunk))
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(config.model.name), path)
+    found = peft.eval()(**padded_batch()).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max().clamp(min=1)
 
 
 def test_adapter_of_a_bfloat16_base_is_exported_in_fp32(tmp_path: Path) -> None:
