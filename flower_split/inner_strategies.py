@@ -38,8 +38,9 @@ from flower_split.config import RunConfig, StrategyConfig
 from flower_split.errors import ConfigError
 from flower_split.fedbuff import FedBuff
 from flower_split.handshake import num_participants
-from flower_split.lora_fedavg import LoraFedAvg, method_notes
+from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.replies import UNIFORM
+from flower_split.residuals import method_notes
 
 CLASSES: Mapping[str, type[FedAvg]] = MappingProxyType(
     {

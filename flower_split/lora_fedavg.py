@@ -7,7 +7,6 @@ scales and modules than each other (:class:`flower_split.aggregation.modules.Ada
 """
 
 # ruff: noqa: TID251
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -17,46 +16,18 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from flower_split.aggregation.base import Aggregator
 from flower_split.aggregation.configured import adapter_aggregator, check_adapter, fits_dora
 from flower_split.aggregation.dora import DoraMean, norms_from
 from flower_split.aggregation.modules import AdapterSpec, AdapterUpdate, RoundSummary
 from flower_split.arrays import from_arrays, to_arrays
 from flower_split.base_change import base_change_state
 from flower_split.config import StrategyConfig
-from flower_split.errors import AggregationError, FederationError
-from flower_split.facts import (
-    BASE_CHANGE,
-    PRIVATE,
-    PRIVATE_DIGEST,
-    PRIVATE_FOLDER,
-    TRAINABLE,
-    WEIGHT_NORMS,
-)
-from flower_split.private_factors import checked_digest, digests_of, private_state
-
-logger = logging.getLogger(__name__)
+from flower_split.errors import AggregationError
+from flower_split.facts import TRAINABLE, WEIGHT_NORMS
+from flower_split.private_factors import digests_of, private_state
+from flower_split.residuals import add_base_change, kept_digest, leave_private
 
 _WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
-
-
-def method_notes(method: type[Aggregator]) -> list[str]:
-    """What a reader of the report must know about what a method leaves behind."""
-    if method.private:
-        return [
-            f'strategy.aggregator = "{method.name}" is personalised: factor '
-            f"{' and '.join(sorted(method.private))} of every module stays in each client's own "
-            "directory, and there is no global model. adapters/client.safetensors has the shared "
-            "factors with the initial ones; flower-split export RUN --client PARTITION gives one "
-            "client's model."
-        ]
-    if method.changes_base:
-        return [
-            f'strategy.aggregator = "{method.name}" puts part of what is learnt beside the clients\' '
-            "base weights: adapters/client.safetensors means something only together with "
-            "adapters/base.safetensors. flower-split export puts both into one adapter."
-        ]
-    return []
 
 
 class LoraFedAvg(FedAvg):
@@ -161,8 +132,7 @@ class LoraFedAvg(FedAvg):
                 content = RecordDict(dict(message.content.items()))
                 content[self.configrecord_key] = ConfigRecord({**dict(config.items()), **asks})
                 message.content = content
-        self._add_base_change(messages)
-        self._leave_private(messages)
+        self._add_residuals(messages)
         return messages
 
     def configure_evaluate(
@@ -171,8 +141,7 @@ class LoraFedAvg(FedAvg):
         """As FedAvg, but to each client its own adapter."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self._address(messages, arrays)
-        self._add_base_change(messages)
-        self._leave_private(messages)
+        self._add_residuals(messages)
         return messages
 
     def aggregate_train(
@@ -193,7 +162,8 @@ class LoraFedAvg(FedAvg):
             slot = self._slot_of(reply.metadata.src_node_id)
             try:
                 update = self._update(slot, reply.content)
-                digest = self._digest(slot, reply.content)
+                private = self.aggregator.method.private
+                digest = kept_digest(slot, reply.content) if private else {}
                 if self._dora is not None:
                     norms[slot] = self._norms(slot, reply.content)
                 updates.append(update)  # only now: nothing of it may be malformed
@@ -246,20 +216,6 @@ class LoraFedAvg(FedAvg):
         raw = {name: value for name, value in record.items() if isinstance(value, bytes)}
         return norms_from(slot, raw, self._sent[slot])
 
-    def _digest(self, slot: int, content: RecordDict) -> dict[int, str]:
-        """Slot → digest of the private factors that a client has kept; empty: none are private.
-
-        Raises:
-            AggregationError: The client does not say.
-        """
-        if not self.aggregator.method.private:
-            return {}
-        record = content.config_records.get(PRIVATE, ConfigRecord())
-        try:
-            return {slot: checked_digest(str(record.get("digest")))}
-        except FederationError as error:
-            raise AggregationError(f"client {slot}: {error}") from error
-
     def _address(
         self, messages: Iterable[Message], arrays: ArrayRecord
     ) -> dict[int, Mapping[str, Tensor]]:
@@ -286,46 +242,22 @@ class LoraFedAvg(FedAvg):
             )
         return sent
 
-    def _add_base_change(self, messages: Sequence[Message]) -> None:
-        """Put the base change into every message, as far as its receiver holds the modules.
-
-        All of it every time: a client may be a new process, or one that missed rounds.
-        """
-        changes = self.aggregator.base_changes()
-        records: dict[frozenset[str] | None, ArrayRecord] = {}
-        for message in messages if changes else ():
-            spec = self._specs.get(self._slot_of(message.metadata.dst_node_id), AdapterSpec())
-            if spec.modules not in records:
-                held = changes if spec.modules is None else changes.keys() & spec.modules
-                records[spec.modules] = to_arrays(base_change_state({n: changes[n] for n in held}))
-            message.content = RecordDict(
-                {**dict(message.content.items()), BASE_CHANGE: records[spec.modules]}
-            )
-        if changes:
-            size = max((record.count_bytes() for record in records.values()), default=0)
-            logger.info("every message carries the base change, %.1f MB", size / 1e6)
-
-    def _leave_private(self, messages: Sequence[Message]) -> None:
-        """Say what stays with each client, and from which of its factors it goes on.
-
-        A client that has factors of its own is not sent the initial ones.
-        """
-        private = set(self.aggregator.private())
+    def _add_residuals(self, messages: Sequence[Message]) -> None:
+        """What a method has the clients hold beside the adapter, or keep to themselves."""
+        add_base_change(messages, self.aggregator, self._spec_of)
+        private = self.aggregator.private()
         for message in messages if private else ():
-            digest = self._digests.get(self._slot_of(message.metadata.dst_node_id), "")
-            content = RecordDict(dict(message.content.items()))
-            arrays = content.array_records[self.arrayrecord_key]
-            own = {
-                **dict(content.config_records.get(self.configrecord_key, ConfigRecord()).items()),
-                PRIVATE: sorted(private & set(arrays)),
-                PRIVATE_DIGEST: digest,
-                PRIVATE_FOLDER: self.private_folder,
-            }
-            content[self.configrecord_key] = ConfigRecord(own)
-            if digest:
-                shared = {name: arrays[name] for name in arrays if name not in private}
-                content[self.arrayrecord_key] = ArrayRecord(shared)
-            message.content = content
+            leave_private(
+                message,
+                private,
+                digest=self._digests.get(self._slot_of(message.metadata.dst_node_id), ""),
+                folder=self.private_folder,
+                arrays_key=self.arrayrecord_key,
+                config_key=self.configrecord_key,
+            )
+
+    def _spec_of(self, message: Message) -> AdapterSpec:
+        return self._specs.get(self._slot_of(message.metadata.dst_node_id), AdapterSpec())
 
     def _weight(self, metrics: MetricRecord, slot: int) -> float:
         key = _WEIGHT_KEYS[self.weighting]
