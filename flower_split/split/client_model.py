@@ -334,6 +334,13 @@ def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[st
     named = dict(bound.arguments)
     named.update(named.pop("kwargs", {}))
     named.pop("self", None)
+    config = getattr(model, "config", None)
+    routing = named.get("output_router_logits", getattr(config, "output_router_logits", False))
+    if routing:
+        raise SplitError(
+            "the model was called with output_router_logits, for an auxiliary loss over all layers, "
+            "of which the client has some. Set output_router_logits to False."
+        )
     cache = named.pop("past_key_values", None)
     use_cache = named.get("use_cache")
     if use_cache is None and getattr(model.config, "use_cache", None) is False:

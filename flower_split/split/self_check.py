@@ -39,6 +39,12 @@ def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers)
     name = type(model).__name__
     if any(isinstance(layer, StandIn) for layer in stack.layers(model)):
         raise SplitError(f"this {name} is already split. Split the unsplit model.")
+    named = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    if isinstance(named, int) and stack.num_layers == 1 < named:
+        raise SplitError(
+            f"{name} runs one layer's weights {named} times ({stack.path} holds one module), so its "
+            "layers cannot live on two machines. This family cannot be split as it is configured."
+        )
     cuts.check(stack.num_layers, name)
     inside: dict[int, str] = {}
     outside: dict[int, str] = {}

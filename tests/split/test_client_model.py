@@ -203,6 +203,27 @@ def test_split_model_setting_that_couples_layers_is_refused(
         split_model(tiny_model(family, **setting), CUTS)
 
 
+def test_client_call_that_asks_for_all_router_logits_is_refused() -> None:
+    client, _ = split_model(tiny_model("mixtral"), CUTS)
+    with pytest.raises(SplitError, match="output_router_logits"):
+        client(**padded_batch(), output_router_logits=True)
+
+
+def test_split_model_of_one_layer_run_again_and_again_says_so() -> None:
+    from transformers import AlbertConfig, AlbertForMaskedLM
+
+    config = AlbertConfig(
+        vocab_size=64,
+        embedding_size=8,
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_hidden_layers=4,
+    )
+    with pytest.raises(SplitError, match="one layer's weights 4 times"):
+        split_model(AlbertForMaskedLM(config), CUTS)
+
+
 def test_split_model_weight_shared_across_the_cut_is_refused() -> None:
     model = tiny_model("llama")
     model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
