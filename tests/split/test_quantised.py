@@ -10,10 +10,17 @@ import torch
 import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import LlamaConfig, OlmoConfig, OlmoForCausalLM
+from transformers import (
+    LlamaConfig,
+    OlmoConfig,
+    OlmoForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 from flower_split.client import Client
-from flower_split.config import LoraPartConfig, RunConfig, parse_run_config
+from flower_split.config import LoraPartConfig, OptimizerConfig, RunConfig, parse_run_config
 from flower_split.errors import ConfigError, SplitError
 from flower_split.fingerprint import fingerprint
 from flower_split.lora import adapter_state, attach_lora, initial_client_adapter, lora_scales
@@ -27,6 +34,7 @@ from flower_split.split import (
 from flower_split.split import load as load_module
 from flower_split.split.client_model import IdentityTrunk
 from flower_split.trunk.assemble import make_engine
+from tests.ecosystem.rig import arguments
 from tests.split.checkpoints import set_quantization, write_fp8
 from tests.split.test_loading import tensors_read  # noqa: F401  a fixture
 from tests.split.tiny import (
@@ -345,3 +353,24 @@ def test_bitsandbytes_parts_match_the_quantised_model_bitwise(
     with torch.no_grad():  # which must not change how it trains
         client(**padded_batch())
     assert_parts_match(whole, client, trunk)
+
+
+def test_quantised_client_trains_under_trainer_as_the_quantised_model(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    whole = load_whole_model(str(tmp_path), quantization=TOY)
+    trunk = load_trunk_model(str(tmp_path), CUTS, quantization=TOY)
+    client = load_client_model(str(tmp_path), CUTS, trunk, quantization=TOY)
+    attach_lively_lora(whole, client, trunk)
+    rows = [{"input_ids": [3 + i, 5, 7, 11 + i], "labels": [3 + i, 5, 7, 11 + i]} for i in range(4)]
+
+    def one_step(model: PreTrainedModel) -> tuple[float, dict[str, Tensor]]:
+        settings = arguments(tmp_path, OptimizerConfig(name="sgd", learning_rate=0.5), max_steps=1)
+        trainer = Trainer(model=model, args=TrainingArguments(**settings), train_dataset=rows)
+        return trainer.train().training_loss, adapter_state(model)
+
+    before = adapter_state(client)
+    loss, expected = one_step(whole)
+    split_loss, found = one_step(client)
+    assert split_loss == loss
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert not any(torch.equal(found[name], before[name]) for name in found)
