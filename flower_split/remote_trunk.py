@@ -12,14 +12,11 @@ micro-batches in flight do not wait for each other's calls.
 Next: ``flower_split/wire/codec.py``.
 """
 
-import itertools
-import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,49 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flower_split.errors import CodecError, ConfigError, TrunkError
+from flower_split.errors import ConfigError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
 from flower_split.split.host_call import Mask
 from flower_split.split.trunk_inputs import TrunkInputs, check_constant
 from flower_split.trunk.calls import ContributionKey, ForwardMode, SessionGrant
-from flower_split.trunk.messages import (
-    cache_to_proto,
-    cuts_to_proto,
-    grant_from_proto,
-    key_to_proto,
-)
+from flower_split.trunk.messages import cache_to_proto, key_to_proto
+from flower_split.trunk_session import TrunkSession, WireStats
 from flower_split.wire.buffers import Allocate
 from flower_split.wire.channel import TrunkChannel
-from flower_split.wire.frames import Incoming, Outgoing
-from flower_split.wire.staging import allocator, to_device, to_host
-
-logger = logging.getLogger(__name__)
+from flower_split.wire.device_copies import from_cpu, to_cpu
+from flower_split.wire.staging import allocator, to_host
 
 _WIRE_DTYPES = {"native": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-_CLOSE_SECONDS = 2.0  # a trunk that has gone must not hold up a client that is done
-
-
-@dataclass(frozen=True, slots=True)
-class WireStats:
-    """Totals over the calls of a :class:`RemoteTrunk`; retries count once.
-
-    Args:
-        bytes_sent: In frames.
-        bytes_received: In frames.
-        wire_seconds: From a call's start to its end, less the trunk's two shares below.
-        trunk_compute_seconds: As the trunk reports it.
-        trunk_queue_seconds: Waiting at the trunk: for its processor, and for the other clients.
-        calls: Forwards and backwards.
-    """
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    wire_seconds: float = 0.0
-    trunk_compute_seconds: float = 0.0
-    trunk_queue_seconds: float = 0.0
-    calls: int = 0
 
 
 @dataclass(slots=True)
@@ -136,24 +105,28 @@ class RemoteTrunk(nn.Module):
             raise ConfigError(
                 f"trunk.wire-dtype must be one of {', '.join(_WIRE_DTYPES)}; it is {wire_dtype!r}."
             )
-        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
         self.always = torch.empty(0, requires_grad=True)
-        self._channel = TrunkChannel(
-            address, token=token, timeout=call_timeout, root_certificates=root_certificates
+        self._session = TrunkSession(
+            TrunkChannel(
+                address, token=token, timeout=call_timeout, root_certificates=root_certificates
+            ),
+            fingerprint,
+            cuts,
+            call_timeout,
         )
-        self._fingerprint = dict(fingerprint)
-        self._cuts = cuts
         self._mode = mode
         self._wire_dtype = _WIRE_DTYPES[wire_dtype]
-        self._call_timeout = call_timeout
-        self._grant: SessionGrant | None = None
-        self._evaluate = False
-        self._max_tensor_bytes = 0
         self._current = threading.local()  # .micro_batch, of the thread that is inside one
         self._released: deque[int] = deque()  # key-value caches that the trunk may forget
-        self._stats = WireStats()
-        self._stats_lock = threading.Lock()
-        self._answered: dict[int, set[int]] = {}  # window -> micro-batches whose backward is done
+
+    @property
+    def waiting(self) -> Callable[[], AbstractContextManager[object]]:
+        """Entered around every call."""
+        return self._session.waiting
+
+    @waiting.setter
+    def waiting(self, enter: Callable[[], AbstractContextManager[object]]) -> None:
+        self._session.waiting = enter
 
     # ------------------------------------------------------------------ the session
 
@@ -169,47 +142,16 @@ class RemoteTrunk(nn.Module):
             TrunkRefused: The trunk does not take this client; the reason is typed.
             RoundAborted: The round was given up.
         """
-        if self._grant is not None:
-            raise TrunkError("this RemoteTrunk has a session already; make a new one per round.")
-        request = pb.OpenSessionRequest(
-            fingerprint=self._fingerprint,
-            planned_steps=planned_steps,
-            evaluate=evaluate,
-            cuts=cuts_to_proto(self._cuts),
-        )
-        with self.waiting():
-            reply = self._channel.unary("OpenSession", request, pb.OpenSessionReply)
-        self._evaluate = evaluate
-        self._max_tensor_bytes = reply.max_tensor_bytes
-        self._grant = grant_from_proto(reply)
-        logger.debug(
-            "session open: slot=%d round=%d version=%d",
-            reply.slot,
-            reply.server_round,
-            reply.version,
-        )
-        return self._grant
+        return self._session.open(planned_steps, evaluate=evaluate)
 
     @property
     def grant(self) -> SessionGrant | None:
         """What :meth:`open` returned; ``None`` without an open session."""
-        return self._grant
+        return self._session.grant
 
     def close(self) -> None:
         """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
-        grant, self._grant = self._grant, None
-        if grant is not None:
-            request = pb.CloseSessionRequest(session=grant.session, trunk_epoch=grant.epoch)
-            try:
-                self._channel.unary(
-                    "CloseSession",
-                    request,
-                    pb.CloseSessionReply,
-                    timeout=min(self._call_timeout, _CLOSE_SECONDS),
-                )
-            except TrunkError as error:
-                logger.debug("the session ends without the trunk's answer: %s", error)
-        self._channel.close()
+        self._session.close()
 
     def __enter__(self) -> Self:
         """Close at the end of a ``with`` block."""
@@ -231,12 +173,7 @@ class RemoteTrunk(nn.Module):
             TrunkUnavailable: They do not within the call timeout.
             RoundAborted: The round was given up.
         """
-        grant = self._session()
-        request = pb.WaitVersionRequest(
-            session=grant.session, trunk_epoch=grant.epoch, version=version
-        )
-        with self.waiting():
-            return self._channel.unary("WaitVersion", request, pb.WaitVersionReply).version
+        return self._session.wait_version(version)
 
     # ------------------------------------------------------------------ training
 
@@ -311,7 +248,7 @@ class RemoteTrunk(nn.Module):
             extras["position_ids"] = extras["position_ids"].to(torch.int64)
         if cache is not None and cache.rows is not None:
             extras["cache_rows"] = cache.rows
-        if self._evaluate or not torch.is_grad_enabled():
+        if self._session.evaluate or not torch.is_grad_enabled():
             mode, micro_batch = ForwardMode.EVALUATE, None
         else:
             train = self._mode != "forward-only"
@@ -319,13 +256,13 @@ class RemoteTrunk(nn.Module):
             micro_batch = self._take_micro_batch()
         caching = _Caching(use_cache, cache, self._take_released() if cache else [])
         exchange = _Exchange(
-            self, mode, micro_batch, extras, allocator(hidden_states.device), caching
+            self._session, mode, micro_batch, extras, allocator(hidden_states.device), caching
         )
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts and copies: autograd converts and carries the gradients back.
-            smashed = _to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
+            smashed = to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
             output: Tensor = _CallTrunk.apply(smashed, self.always, exchange)  # type: ignore[no-untyped-call]
-            return _from_cpu(output, hidden_states.device).to(hidden_states.dtype)
+            return from_cpu(output, hidden_states.device).to(hidden_states.dtype)
 
     def release_cache(self, cache_id: int) -> None:
         """The trunk may forget a key-value cache; it is told with the next call that uses one."""
@@ -359,92 +296,11 @@ class RemoteTrunk(nn.Module):
     @property
     def stats(self) -> WireStats:
         """Totals since the beginning, or since the last :meth:`take_stats`."""
-        with self._stats_lock:
-            return self._stats
+        return self._session.stats
 
     def take_stats(self) -> WireStats:
         """The totals, which begin anew."""
-        with self._stats_lock:
-            taken, self._stats = self._stats, WireStats()
-            return taken
-
-    def _answered_below(self, window: int) -> int:
-        """The first micro-batch of ``window`` that still waits for a reply."""
-        with self._stats_lock:
-            answered = self._answered.get(window, set())
-            return next(index for index in itertools.count() if index not in answered)
-
-    def _note_answered(self, window: int, index: int) -> None:
-        with self._stats_lock:
-            self._answered = {window: self._answered.get(window, set()) | {index}}
-
-    def _count(self, sent: int, received: int, seconds: float, reply: pb.ReplyHeader) -> None:
-        elsewhere = reply.compute_seconds + reply.queue_seconds
-        with self._stats_lock:
-            total = self._stats
-            self._stats = replace(
-                total,
-                bytes_sent=total.bytes_sent + sent,
-                bytes_received=total.bytes_received + received,
-                wire_seconds=total.wire_seconds + max(0.0, seconds - elsewhere),
-                trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
-                trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
-                calls=total.calls + 1,
-            )
-
-    # ------------------------------------------------------------------ the wire
-
-    def _session(self) -> SessionGrant:
-        if self._grant is None:
-            raise TrunkError("the remote trunk has no open session; call RemoteTrunk.open() first.")
-        return self._grant
-
-    def _call(
-        self,
-        method: str,
-        header: pb.Header,
-        tensors: Mapping[str, Tensor],
-        result: tuple[str, Tensor],
-        allocate: Allocate,
-    ) -> tuple[Tensor, int]:
-        """One Forward or Backward.
-
-        Args:
-            method: Which.
-            header: Of the call.
-            tensors: To send.
-            result: The name of the tensor that comes back, and one of the shape and dtype it has.
-            allocate: Where it is received.
-
-        Returns:
-            The tensor, and the version of the weights that made it.
-        """
-        name, like = result
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if size > self._max_tensor_bytes:
-            raise CodecError(
-                f"one call may carry {self._max_tensor_bytes} bytes of tensors to this trunk; this "
-                f"{method} has {size}. Lower train.batch-size or train.sequence-length."
-            )
-        message = Outgoing(header, tensors)
-        started = time.monotonic()
-
-        def read(frames: Iterator[bytes]) -> tuple[Tensor, pb.ReplyHeader, int]:
-            incoming = Incoming(frames)
-            received = incoming.receive(like.nbytes, allocate=allocate)
-            tensor = received.tensors.get(name)
-            if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
-                raise CodecError(
-                    f"the trunk must answer {method} with {name!r} of {like.dtype} "
-                    f"{list(like.shape)}; it sent "
-                    f"{ {n: (str(t.dtype), list(t.shape)) for n, t in received.tensors.items()} }."
-                )
-            return tensor, incoming.header.reply, received.num_bytes
-
-        with self.waiting():
-            tensor, reply, received_bytes = self._channel.stream(method, message, read)
-        self._count(message.num_bytes, received_bytes, time.monotonic() - started, reply)
-        return tensor, reply.version
+        return self._session.take_stats()
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,16 +317,16 @@ class _Exchange:
 
     def __init__(
         self,
-        remote: RemoteTrunk,
+        session: TrunkSession,
         mode: ForwardMode,
         micro_batch: _MicroBatch | None,
         extras: Mapping[str, Tensor],
         allocate: Allocate,
         caching: _Caching,
     ) -> None:
-        self._remote = remote
+        self._session = session
         self._caching = caching
-        self._grant = grant = remote._session()
+        self._grant = grant = session.require()
         self._mode = mode
         self._micro_batch = micro_batch
         self._extras = extras
@@ -487,13 +343,13 @@ class _Exchange:
         )
         if self._micro_batch is not None:
             header.key.CopyFrom(self._key(self._micro_batch))
-            header.acknowledged = self._remote._answered_below(self._micro_batch.window)
+            header.acknowledged = self._session.answered_below(self._micro_batch.window)
         if self._caching.use_cache is not None:
             header.use_cache = self._caching.use_cache
         if self._caching.step is not None:
             header.cache.CopyFrom(cache_to_proto(self._caching.step))
             header.released_caches.extend(self._caching.released)
-        output, self._version = self._remote._call(
+        output, self._version = self._session.call(
             "Forward",
             pb.Header(forward=header),
             {"hidden_states": smashed, **self._extras},
@@ -521,14 +377,14 @@ class _Exchange:
             loss_denominator=micro_batch.loss_denominator,
             last=micro_batch.last,
         )
-        smashed_grad, _ = self._remote._call(
+        smashed_grad, _ = self._session.call(
             "Backward",
             pb.Header(backward=header),
             {"trunk_output_grad": trunk_output_grad},
             ("smashed_grad", trunk_output_grad),
             self._allocate,
         )
-        self._remote._note_answered(micro_batch.window, micro_batch.index)
+        self._session.note_answered(micro_batch.window, micro_batch.index)
         return smashed_grad
 
     def _key(self, micro_batch: _MicroBatch) -> pb.ContributionKey:
@@ -555,49 +411,6 @@ class _CallTrunk(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
         return ctx.exchange.backward(trunk_output_grad), None, None
-
-
-class _ToHost(torch.autograd.Function):
-    """Smashed data to the CPU; its gradient to the device."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.device = tensor.device
-        return to_host(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return to_device(gradient, ctx.device)
-
-
-class _ToDevice(torch.autograd.Function):
-    """trunk_output to the device; its gradient to the CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
-        return to_device(tensor, device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return to_host(gradient), None
-
-
-def _to_cpu(tensor: Tensor) -> Tensor:
-    """To the CPU within autograd."""
-    if tensor.device.type == "cpu":
-        return tensor
-    copy: Tensor = _ToHost.apply(tensor)  # type: ignore[no-untyped-call]
-    return copy
-
-
-def _from_cpu(tensor: Tensor, device: torch.device) -> Tensor:
-    """From the CPU within autograd."""
-    if device.type == "cpu":
-        return tensor
-    copy: Tensor = _ToDevice.apply(tensor, device)  # type: ignore[no-untyped-call]
-    return copy
 
 
 def _padding_mask(attention_mask: Tensor) -> Tensor:
