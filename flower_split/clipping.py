@@ -14,7 +14,8 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 from flower_split.config import PrivacyConfig, parse_run_config
 from flower_split.errors import FederationError
 
-_ROUNDING = 1e-3  # of an fp32 update that was clipped, added and subtracted again
+_CLIPPING_ERROR = 1e-3  # of Flower's norm, which it takes in fp32, relative
+_ROUNDING = 1e-6  # of an fp32 update that is added and subtracted again, relative to the weights
 
 
 def client_mod(privacy: PrivacyConfig) -> Mod | None:
@@ -82,7 +83,10 @@ def check_clipped(
     """
     (returned,) = reply.content.array_records.values()
     norm = update_norm(sent, returned)
-    if norm > clipping_norm * (1 + _ROUNDING) + _ROUNDING:
+    size = math.sqrt(
+        math.fsum(float(np.square(a.numpy()).sum(dtype=np.float64)) for a in sent.values())
+    )
+    if norm > clipping_norm * (1 + _CLIPPING_ERROR) + _ROUNDING * size:
         raise FederationError(
             f"round {server_round}: {who} returned an update of L2 norm {norm:.4g}, above the clipping "
             f"norm {clipping_norm:.4g}: its ClientApp does not clip. Use this package's ClientApp with "
