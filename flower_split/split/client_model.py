@@ -252,15 +252,30 @@ class TrunkSlot(StandIn):
         elif step is None:
             result = trunk(smashed, mask, positions, use_cache=call.use_cache, **options)
         else:
-            if options or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
+            more = {**given[HOST_ARGUMENTS], **self._whole_mask(mask)}
+            padding = _padding_mask(call)
+            if given[LAYER_ARGUMENTS]:
                 raise SplitError(
-                    "with a key-value cache the trunk takes a padding mask [batch, seq] alone, and "
-                    "this call needs another. Call the model, or its generate, with use_cache=False."
+                    "with a key-value cache the trunk takes nothing that the client's weights make "
+                    "for its layers. Call the model, or its generate, with use_cache=False."
                 )
-            if mask is not None:
-                mask = mask[:, step.past_length :]
-            result = trunk(smashed, mask, positions, use_cache=True, cache=step)
+            if padding is not None:
+                padding = padding[:, step.past_length :]
+            extra = {HOST_ARGUMENTS: more} if more else {}
+            result = trunk(smashed, padding, positions, use_cache=True, cache=step, **extra)
         return result
+
+    def _whole_mask(self, mask: Mask) -> dict[str, Tensor]:
+        """A mask that does not follow from padding, as an argument beside the padding mask."""
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return {}
+        self._check_takes(HOST_ARGUMENTS, ("attention_mask",))
+        if isinstance(mask, Mapping) and any(part is None for part in mask.values()):
+            raise SplitError(
+                "with a key-value cache the trunk takes a mask for every kind of layer, or none; the "
+                "model made some. Call the model, or its generate, with use_cache=False."
+            )
+        return by_place({"attention_mask": mask})
 
     def _rehearse(self, call: _Call, hidden_states: Tensor, mask: Mask) -> None:
         """Find out what the trunk's layers will be given."""
@@ -393,6 +408,17 @@ def _mask_for_trunk(call: _Call) -> Mask:
             f"seq, seq]; it was given {list(made.shape) if isinstance(made, Tensor) else made!r}."
         )
     return made  # type: ignore[return-value]
+
+
+def _padding_mask(call: _Call) -> Tensor | None:
+    """The padding mask of a call, or of the nearest one around it that has one."""
+    around: _Call | None = call
+    while around is not None:
+        mask = around.attention_mask
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            return mask
+        around = around.outer
+    return None
 
 
 def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, index: int) -> None:

@@ -226,12 +226,8 @@ class TrunkModel(nn.Module):
             return self._run(
                 hidden_states, attention_mask, position_ids, use_cache, None, given, more
             )
-        if (
-            layer_arguments
-            or host_arguments
-            or not (attention_mask is None or isinstance(attention_mask, Tensor))
-        ):
-            raise SplitError("a trunk with a key-value cache takes the padding mask alone.")
+        if layer_arguments or not (attention_mask is None or isinstance(attention_mask, Tensor)):
+            raise SplitError("with a key-value cache a trunk takes the padding mask alone.")
         if cache.step == 0:
             self._caches[cache.id] = TrunkCache(self.config)
         kept = self._caches.get(cache.id)
@@ -240,7 +236,7 @@ class TrunkModel(nn.Module):
                 f"this trunk keeps no key-value cache {cache.id}. Begin generation anew."
             )
         kept.go_back(cache.past_length, cache.rows)
-        return self.run_cached(kept, hidden_states, attention_mask, position_ids)
+        return self.run_cached(kept, hidden_states, attention_mask, position_ids, host_arguments)
 
     def run_cached(
         self,
@@ -248,6 +244,7 @@ class TrunkModel(nn.Module):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
+        host_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Run the trunk layers on new positions, after those in ``kept``, which grows by them.
 
@@ -256,13 +253,16 @@ class TrunkModel(nn.Module):
             hidden_states: Smashed data of the new positions, ``[batch, seq, hidden]``.
             attention_mask: Their padding mask, ``[batch, seq]``, or None.
             position_ids: Theirs, ``[batch or 1, seq]``; None: the model's own default.
+            host_arguments: As for :meth:`forward`; ``attention_mask`` among them is the whole mask,
+                over the positions before as well, where it does not follow from padding.
 
         Returns:
             The last trunk layer's hidden states, ``[batch, seq, hidden]``.
         """
         batch, seq = hidden_states.shape[:2]
         mask = kept.extend_mask(attention_mask, batch, seq)
-        output = self._run(hidden_states, mask, position_ids, True, kept.cache, {}, {})
+        more = from_places(host_arguments or {})
+        output = self._run(hidden_states, mask, position_ids, True, kept.cache, {}, more)
         kept.advance(hidden_states, range(self.cuts.first, self.cuts.second))
         return output
 

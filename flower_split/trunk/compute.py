@@ -119,13 +119,16 @@ class TrunkCompute:
         trunk = self.spans.of(cuts)
         assert isinstance(trunk, TrunkModel)  # which made ``kept``
         hidden = tensors["hidden_states"]
+        given = TrunkInputs.of(tensors, self.device)
+        mask = given.attention_mask
         self.trunk.train(False)
         with torch.no_grad():
             output = trunk.run_cached(
                 kept,
                 hidden.to(self.device, self.dtype),
-                _moved(tensors.get("attention_mask"), self.device),
-                _moved(tensors.get("position_ids"), self.device),
+                mask if isinstance(mask, Tensor) else None,
+                given.position_ids,
+                given.host_arguments,
             )
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
@@ -338,10 +341,6 @@ class TrunkCompute:
                 **options,
             )
         return output
-
-
-def _moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
 
 
 def _seed(seed: int, name: str) -> int:

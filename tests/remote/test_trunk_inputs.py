@@ -123,6 +123,19 @@ def test_frozen_features_of_images_over_grpc_match_unsplit() -> None:
     _assert_matches_over_grpc(model, _batch("image-text-to-text", model))
 
 
+@pytest.mark.parametrize("family", ["qwen3_vl", "gemma3"])
+def test_generation_after_images_over_grpc_matches_unsplit(family: str) -> None:
+    model = _model("AutoModelForImageTextToText", family).eval()
+    client, trunk = split_model(model, CUTS)
+    batch = _batch("image-text-to-text", model)
+    del batch["labels"]
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**batch, **options)
+    with _connected(trunk) as (wire, _):
+        set_trunk(client, wire)
+        assert torch.equal(client.generate(**batch, **options), expected)
+
+
 def test_layer_argument_that_no_layer_takes_is_refused_by_the_trunk() -> None:
     _, trunk = split_model(_model("AutoModelForCausalLM", "llama"), CUTS)
     with _connected(trunk) as (wire, _), torch.no_grad():

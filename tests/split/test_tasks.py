@@ -144,6 +144,20 @@ def test_features_of_images_between_layers_split_matches_unsplit(cuts: tuple[int
     _assert_parts_match(model, client, trunk, batch)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen3_vl", "gemma3"])
+def test_generation_after_images_matches_unsplit_token_for_token(family: str) -> None:
+    model, batch = _with_images(family)
+    model.eval()
+    client, trunk = split_model(model, CUTS)
+    del batch["labels"]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(**batch, **options)
+    positions = []
+    trunk.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[1]))
+    assert torch.equal(client.generate(**batch, **options), expected)
+    assert positions == [batch["input_ids"].shape[1], 1, 1, 1, 1, 1]
+
+
 class _PlainTrunk(torch.nn.Module):
     """A trunk that takes the three tensors of every trunk and nothing else."""
 
