@@ -16,18 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import replace
-from functools import partial
-from typing import TypeVar
 
 from torch import Tensor
 
 from flower_split import failpoints
-from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.split import CutLayers
 from flower_split.split.cache import CacheStep
-from flower_split.threads import pinned_pool
 from flower_split.trunk.activations import ActivationCache
 from flower_split.trunk.caches import CacheStore
 from flower_split.trunk.calls import (
@@ -51,14 +47,14 @@ from flower_split.trunk.round import (
     Round,
     Session,
     contribution_hash,
-    hashed,
     seed_name,
 )
+from flower_split.trunk.waiting import WaitingRoom
+from flower_split.trunk.watchdog import Watchdog
 from flower_split.trunk.windows import StepEvery
+from flower_split.trunk.worker import ComputeThread
 
 logger = logging.getLogger(__name__)
-
-Value = TypeVar("Value")
 
 
 class TrunkEngine:
@@ -119,10 +115,11 @@ class TrunkEngine:
             clock=clock,
         )
         self._caches = CacheStore(compute, cache_bytes, clock)
-        self._worker = pinned_pool(1, "trunk-compute")
-        self._closed = False
-        self._watchdog = threading.Thread(target=self._watch, name="trunk-deadlines", daemon=True)
-        self._watchdog.start()
+        self._worker = ComputeThread(compute, clock)
+        self._waiting = WaitingRoom(self._keeper, compute, self._changed, clock)
+        self._watchdog = Watchdog(
+            self._keeper, self._worker, self._changed, clock, self._free_caches
+        )
 
     # ------------------------------------------------------------------ clients
 
@@ -150,12 +147,12 @@ class TrunkEngine:
             RoundAborted: The round was given up.
         """
         with self._changed:
-            self._slot_of(self._keeper.round_of_token(token), token)
+            self._keeper.round_of_token(token).slot_of(token)
         if cuts is not None and not self._compute.spans.is_admitted(cuts):
-            self._on_worker(lambda: self._compute.spans.admit(cuts))
+            self._worker.do(lambda: self._compute.spans.admit(cuts))
         with self._changed:
             current = self._keeper.round_of_token(token)
-            slot = self._slot_of(current, token)
+            slot = current.slot_of(token)
             check_fingerprint(self.fingerprint, fingerprint, slot, own_cuts=cuts is not None)
             if evaluate != current.plan.evaluate:
                 raise TrunkRefused(
@@ -247,15 +244,15 @@ class TrunkEngine:
                     tensors, train=False, seed_of="", use_cache=use_cache, cuts=member.cuts
                 )
 
-            return self._submit(evaluate, deadline)
+            return self._worker.call(evaluate, deadline)
         if cache is not None:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "only an evaluation may keep a key-value cache."
             )
-        name = self._name(current, member, key, CallKind.FORWARD)
+        name = current.name_of(member, key, CallKind.FORWARD)
         if mode is ForwardMode.NO_GRAD:
             seed_of = seed_name(current, name)
-            result = self._submit(
+            result = self._worker.call(
                 lambda: self._compute.forward(
                     tensors,
                     train=True,
@@ -273,7 +270,8 @@ class TrunkEngine:
                 RefusalReason.INVALID_REQUEST,
                 'the trunk runs in mode "forward-only" and keeps nothing for a backward.',
             )
-        self._await_weights(current, name, version, deadline)
+        with self._changed:
+            self._waiting.before_forward(current, name, version, deadline)
         return self._once(
             current,
             name,
@@ -319,7 +317,7 @@ class TrunkEngine:
         """
         with self._changed:
             current, member = self._keeper.member(session, epoch)
-        name = self._name(current, member, key, CallKind.BACKWARD)
+        name = current.name_of(member, key, CallKind.BACKWARD)
 
         def run() -> Tensor:
             return self._keeper.backward(
@@ -337,7 +335,7 @@ class TrunkEngine:
         """
         with self._changed:
             current, _ = self._keeper.member(session, epoch)
-            self._wait_until(
+            self._waiting.until(
                 current,
                 lambda: self._compute.version >= version,
                 deadline,
@@ -358,7 +356,7 @@ class TrunkEngine:
                 return
             if current.windows.slots[member.slot].finished:
                 return
-        self._on_worker(
+        self._worker.do(
             lambda: self._keeper.drop(current, member.slot, "it closed its session early")
         )
 
@@ -369,7 +367,7 @@ class TrunkEngine:
             self._caches.expire(self._is_open)
             return self._caches.num_bytes
 
-        return self._on_worker(run)
+        return self._worker.do(run)
 
     def count_bytes(self, session: str, received: int, sent: int) -> None:
         """Add a call's bytes on the wire to its slot's totals."""
@@ -399,7 +397,7 @@ class TrunkEngine:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "a round needs at least one participant."
             )
-        return self._on_worker(lambda: self._keeper.begin(plan))
+        return self._worker.do(lambda: self._keeper.begin(plan))
 
     def prepare_round(
         self,
@@ -426,7 +424,7 @@ class TrunkEngine:
         prepared = self._worker.submit(
             self._keeper.prepare, experiment, server_round, attempt, arrivals
         )
-        return self._result(prepared, deadline)
+        return self._worker.result(prepared, deadline)
 
     def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
         """Keep what the round did; return the weights' version. Safe to retry.
@@ -435,7 +433,7 @@ class TrunkEngine:
             RoundAborted: The round was given up.
             TrunkRefused: That round is not open, or was not prepared.
         """
-        return self._on_worker(lambda: self._keeper.commit(experiment, server_round, attempt))
+        return self._worker.do(lambda: self._keeper.commit(experiment, server_round, attempt))
 
     def abort_round(self, experiment: str, server_round: int, attempt: int, why: str) -> int:
         """Give the round up and roll the weights back to its beginning. Safe to retry.
@@ -452,7 +450,7 @@ class TrunkEngine:
             self._keeper.settle(current)
             return self._compute.version
 
-        return self._on_worker(run)
+        return self._worker.do(run)
 
     def status(self) -> TrunkStatus:
         """Where the trunk stands. Never waits for a forward or a backward."""
@@ -484,120 +482,20 @@ class TrunkEngine:
 
     def adapter(self) -> dict[str, Tensor]:
         """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
-        return self._on_worker(self._compute.adapter)
+        return self._worker.do(self._compute.adapter)
 
     def close(self) -> None:
         """End the engine's threads; whoever waits is told that the round is over."""
         with self._changed:
-            self._closed = True
             if self._keeper.round is not None and not self._keeper.round.committed:
                 self._keeper.round.windows.abort("the trunk is shutting down")
             for flight in self._keeper.flights.all():
                 flight.windows.abort("the trunk is shutting down")
             self._changed.notify_all()
-        self._watchdog.join(timeout=10)
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._watchdog.close()
+        self._worker.close()
 
-    # ------------------------------------------------------------------ waiting and running
-
-    def _slot_of(self, current: Round, token: str) -> int:
-        slot = current.slots_by_token.get(hashed(token))
-        if slot is None:
-            raise TrunkRefused(
-                RefusalReason.UNAUTHENTICATED,
-                f"the session token does not belong to {current}. Tokens are handed out by the "
-                "strategy, one per client and round; this client's message is of another round.",
-            )
-        return slot
-
-    def _name(
-        self, current: Round, member: Session, key: ContributionKey | None, kind: CallKind
-    ) -> CallName:
-        plan = current.plan
-        if plan.evaluate or key is None:
-            raise TrunkRefused(
-                RefusalReason.INVALID_REQUEST,
-                "a training call needs a contribution key, and a session of a training round.",
-            )
-        if (key.experiment, key.server_round, key.attempt) != (
-            plan.experiment,
-            plan.server_round,
-            plan.attempt,
-        ):
-            raise TrunkRefused(
-                RefusalReason.WRONG_ATTEMPT,
-                f"slot {member.slot} sends a contribution to round {key.server_round} (attempt "
-                f"{key.attempt}); {current} is open.",
-            )
-        return CallName(member.slot, key.window, key.micro_batch, kind)
-
-    def _await_weights(self, current: Round, name: CallName, version: int, deadline: float) -> None:
-        """Return when a training forward may run: at its version, or holding the turn."""
-        with self._changed:
-            if current.ledger.knows(name):
-                return
-            current.windows.check_planned(name.slot, name.window)
-            if not self._keeper.trains:
-                return
-            if isinstance(current, Flight):
-                current.check_forward(version)
-                return
-            if current.windows.step_every is StepEvery.CONTRIBUTION:
-                self._take_turn(current, name, deadline)
-                return
-            self._wait_until(
-                current,
-                lambda: self._compute.version >= version or self._is_dropped(current, name.slot),
-                deadline,
-                lambda: (
-                    f"version {version} of the trunk's weights; {current.windows.waiting_for()}"
-                ),
-            )
-            current.windows.check(name.slot, name.window)
-            if version != self._compute.version:
-                raise TrunkRefused(
-                    RefusalReason.STALE_VERSION,
-                    f"slot {name.slot} asks for version {version} of the weights; they are at "
-                    f"{self._compute.version}.",
-                )
-
-    def _take_turn(self, current: Round, name: CallName, deadline: float) -> None:
-        mine = (name.slot, name.window, name.micro_batch)
-
-        def free() -> bool:
-            self._keeper.touch(current, name.slot)  # who waits for its turn is not silent
-            if current.turn not in (None, mine) and (
-                self._clock() > current.turn_since + current.plan.window_seconds
-            ):
-                assert current.turn is not None
-                self._keeper.activations.release(current.turn)
-                current.turn = None
-            return current.turn in (None, mine)
-
-        self._wait_until(
-            current, free, deadline, lambda: "its turn (trunk.step-every contribution)"
-        )
-        current.turn, current.turn_since = mine, self._clock()
-
-    def _is_dropped(self, current: Round, slot: int) -> bool:
-        return bool(current.windows.slots[slot].dropped)
-
-    def _wait_until(
-        self,
-        current: Round,
-        reached: Callable[[], bool],
-        deadline: float,
-        what: Callable[[], str],
-    ) -> None:
-        """Wait, with the lock released meanwhile."""
-        while True:
-            self._keeper.require_open(current)
-            if reached():
-                return
-            left = deadline - self._clock()
-            if left <= 0:
-                raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
-            self._changed.wait(min(left, 1.0))
+    # ------------------------------------------------------------------ running
 
     def _once(
         self,
@@ -614,7 +512,7 @@ class TrunkEngine:
             future, mine = current.ledger.claim(name, digest)
         if mine:
             self._worker.submit(self._run_once, current, name, digest, future, run, arrived)
-        return self._result(future, deadline)
+        return self._worker.result(future, deadline)
 
     def _run_once(
         self,
@@ -626,7 +524,7 @@ class TrunkEngine:
         arrived: float,
     ) -> None:
         try:
-            result = self._timed(run, arrived)
+            result = self._worker.timed(run, arrived)
             if isinstance(current, Flight):
                 result = replace(result, version=current.version)
             current.compute_seconds += result.compute_seconds
@@ -644,23 +542,9 @@ class TrunkEngine:
         future.set_result(result)
         self._keeper.settle(current)
 
-    def _timed(self, run: Callable[[], Tensor], submitted: float) -> CallResult:
-        started = self._clock()
-        version = self._compute.version
-        tensor = run()
-        return CallResult(tensor, version, self._clock() - started, started - submitted)
-
-    def _submit(self, run: Callable[[], Tensor], deadline: float) -> CallResult:
-        submitted = self._clock()
-        return self._result(self._worker.submit(self._timed, run, submitted), deadline)
-
-    def _result(self, future: Future[Value], deadline: float) -> Value:
-        try:
-            return future.result(timeout=max(0.0, deadline - self._clock()))
-        except FutureTimeoutError:
-            raise TrunkUnavailable(
-                "the deadline passed while waiting for the trunk's compute thread."
-            ) from None
+    def _free_caches(self) -> None:
+        if not self._caches.is_empty:
+            self.cache_bytes()
 
     def _is_open(self, session: str) -> bool:
         with self._changed:
@@ -671,31 +555,6 @@ class TrunkEngine:
                 and session in current.sessions
                 and session not in current.closed
             )
-
-    def _on_worker(self, run: Callable[[], Value]) -> Value:
-        return self._worker.submit(run).result()
-
-    def _watch(self) -> None:
-        """Wake at the open window's deadline and let the compute thread expire it."""
-        while True:
-            with self._changed:
-                if self._closed:
-                    return
-                current = self._keeper.round
-                deadline = (
-                    current.windows.deadline if current and not current.over else float("inf")
-                )
-                left = deadline - self._clock()
-                silent = bool(current and self._keeper.silent(current))
-                silent = silent or bool(self._keeper.flights.silent())
-                if left > 0 and not silent:
-                    self._changed.wait(min(left, 1.0))
-            if left > 0 and not silent:
-                if not self._caches.is_empty and not self._closed:
-                    self.cache_bytes()
-                continue
-            if current is not None:
-                self._on_worker(partial(self._keeper.expire, current))
 
 
 def _naming(error: BaseException, slot: int) -> BaseException:

@@ -3,11 +3,18 @@
 import hashlib
 from dataclasses import dataclass, field
 
+from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.split import CutLayers
-from flower_split.trunk.calls import CallResult, RoundPlan, RoundReport, SlotReport
+from flower_split.trunk.calls import (
+    CallResult,
+    ContributionKey,
+    RoundPlan,
+    RoundReport,
+    SlotReport,
+)
 from flower_split.trunk.compute import Snapshot
 from flower_split.trunk.gradients import SlotGradient
-from flower_split.trunk.ledger import CallName, Ledger
+from flower_split.trunk.ledger import CallKind, CallName, Ledger
 from flower_split.trunk.windows import Phase, WindowMachine
 
 
@@ -52,6 +59,45 @@ class Round:
     def over(self) -> bool:
         """Whether nothing more can happen in it."""
         return self.committed or self.windows.phase is Phase.ABORTED
+
+    def slot_of(self, token: str) -> int:
+        """Whose session token this is.
+
+        Raises:
+            TrunkRefused: Nobody's of this round (UNAUTHENTICATED).
+        """
+        slot = self.slots_by_token.get(hashed(token))
+        if slot is None:
+            raise TrunkRefused(
+                RefusalReason.UNAUTHENTICATED,
+                f"the session token does not belong to {self}. Tokens are handed out by the "
+                "strategy, one per client and round; this client's message is of another round.",
+            )
+        return slot
+
+    def name_of(self, member: Session, key: ContributionKey | None, kind: CallKind) -> CallName:
+        """A training call's name in the ledger; its slot is the session's, whatever the key says.
+
+        Raises:
+            TrunkRefused: There is no key, the round only evaluates, or the key is of another attempt.
+        """
+        plan = self.plan
+        if plan.evaluate or key is None:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                "a training call needs a contribution key, and a session of a training round.",
+            )
+        if (key.experiment, key.server_round, key.attempt) != (
+            plan.experiment,
+            plan.server_round,
+            plan.attempt,
+        ):
+            raise TrunkRefused(
+                RefusalReason.WRONG_ATTEMPT,
+                f"slot {member.slot} sends a contribution to round {key.server_round} (attempt "
+                f"{key.attempt}); {self} is open.",
+            )
+        return CallName(member.slot, key.window, key.micro_batch, kind)
 
     def __str__(self) -> str:
         plan = self.plan

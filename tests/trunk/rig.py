@@ -116,7 +116,7 @@ class Rig:
         assert current is not None
         if current.windows.deadline < float("inf"):
             self.clock.now = current.windows.deadline
-            self.engine._on_worker(lambda: self.engine._keeper.expire(current))
+            self.engine._worker.do(lambda: self.engine._keeper.expire(current))
         self._model.expire()
         self.compare()
 

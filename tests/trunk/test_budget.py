@@ -195,7 +195,7 @@ def test_lease_of_a_silent_client_ends_and_the_others_go_on(step_every):
         digest = str(index).encode()
         version = busy.forward(INPUT, 0, index, digest=digest, timeout=1e9).version
         busy.backward(INPUT, 0, index, last=False, version=version, digest=digest)
-    engine._on_worker(lambda: engine._keeper.expire(engine._keeper.round))
+    engine._worker.do(lambda: engine._keeper.expire(engine._keeper.round))
     slots = {slot.slot: slot for slot in engine.status().slots}
     assert slots[0].problem == "it was silent for 30 s, so its lease ended"
     assert not slots[1].problem  # it has called all along

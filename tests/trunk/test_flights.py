@@ -275,7 +275,7 @@ def test_silent_dispatch_loses_its_lease() -> None:
     silent = ToyClient(engine, 1)
     silent.forward(hidden(1), timeout=1e9)
     clock.now += 31.0
-    engine._on_worker(lambda: engine._keeper.expire(engine._keeper.round))
+    engine._worker.do(lambda: engine._keeper.expire(engine._keeper.round))
     with pytest.raises(RoundAborted, match="lease ended"):
         silent.engine.backward(
             silent.grant.session, silent.grant.epoch, silent.key(0), 0, hidden(2), 1.0, 1.0, True,
