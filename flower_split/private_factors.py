@@ -126,7 +126,7 @@ class PrivateFolder:
         content = save(tensors, metadata={_ORIGIN: f"{server_round} {base}"})
         digest = hashlib.sha256(content).hexdigest()
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._prune(server_round, base)
             write_atomically(self.path / f"round-{server_round}.{digest}.safetensors", content)
         except OSError as error:

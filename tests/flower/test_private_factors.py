@@ -29,6 +29,7 @@ def test_read_gives_what_write_was_given(tmp_path: Path) -> None:
     digest = folder(tmp_path).write(factors(3.0), server_round=1, base="")
     found = folder(tmp_path).read(digest)
     assert list(found) == sorted(factors(3.0))
+    assert folder(tmp_path).path.stat().st_mode & 0o077 == 0
     assert torch.equal(found["m.lora_B.weight"], torch.full((2, 1), 3.0))
 
 
