@@ -11,7 +11,10 @@ import transformers
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaConfig,
+    Mxfp4Config,
     OlmoConfig,
     OlmoForCausalLM,
     PreTrainedModel,
@@ -35,7 +38,7 @@ from flower_split.split import load as load_module
 from flower_split.split.client_model import IdentityTrunk
 from flower_split.trunk.assemble import make_engine
 from tests.ecosystem.rig import arguments
-from tests.split.checkpoints import set_quantization, write_fp8
+from tests.split.checkpoints import set_quantization, write_fp8, write_mxfp4
 from tests.split.test_loading import tensors_read  # noqa: F401  a fixture
 from tests.split.tiny import (
     VOCAB_SIZE,
@@ -104,7 +107,7 @@ def test_quantised_parts_match_the_quantised_model_bitwise(
     model = OlmoForCausalLM(OLMO) if family == "olmo" else tiny_model(family)
     model.save_pretrained(tmp_path)
     path = str(tmp_path)
-    whole = load_whole_model(path, dtype=dtype, quantization=TOY)
+    whole = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=ToyConfig())
     of_whole = sorted(QUANTISED)
     assert len(of_whole) >= 4 * 4
     QUANTISED.clear()
@@ -203,6 +206,21 @@ def test_fp8_checkpoint_is_dequantised_to_what_its_numbers_stand_for(
     assert len(trunk.state_dict()) == 2 * 9
     attach_lively_lora(whole, client, trunk)
     assert_parts_match(whole, client, trunk)
+
+
+def test_mxfp4_checkpoint_dequantised_matches_the_whole_model_bitwise(tmp_path: Path) -> None:
+    write_mxfp4(tmp_path)
+    path, options = str(tmp_path), {"dtype": "bfloat16", "quantization": "dequantize"}
+    whole = AutoModelForCausalLM.from_pretrained(
+        path, dtype="bfloat16", quantization_config=Mxfp4Config(dequantize=True)
+    ).train()
+    trunk = load_trunk_model(path, CUTS, **options).train()
+    client = load_client_model(path, CUTS, trunk, **options).train()
+    assert {parameter.dtype for parameter in trunk.parameters()} == {torch.bfloat16}
+    loss, gradients = loss_and_gradients(whole, padded_batch())
+    split_loss, split_gradients = loss_and_gradients(client, padded_batch(), trunk)
+    assert torch.equal(loss, split_loss)
+    assert_same_bits(gradients, split_gradients)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +361,18 @@ def test_bitsandbytes_parts_match_the_quantised_model_bitwise(
     wide = {"n_embd": 64, "vocab_size": VOCAB_SIZE} if family == "gpt2" else {"hidden_size": 64}
     tiny_model(family, **wide).save_pretrained(tmp_path)
     options = {"dtype": dtype, "quantization": quantization}
-    whole = load_whole_model(str(tmp_path), **options)
+    settings = {
+        "bnb-8bit": {"load_in_8bit": True},
+        "bnb-4bit": {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        },
+    }[quantization]
+    whole = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=dtype, quantization_config=BitsAndBytesConfig(**settings)
+    )
     trunk = load_trunk_model(str(tmp_path), CUTS, **options)
     client = load_client_model(str(tmp_path), CUTS, trunk, **options)
     kinds = {type(module).__module__.split(".")[0] for module in trunk.modules()}
