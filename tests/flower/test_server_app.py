@@ -234,7 +234,7 @@ def test_run_over_tls_hands_the_certificate_to_the_clients(job: Job, tmp_path: P
 def test_run_whose_clients_all_fail_in_training_is_an_error(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, proximal_mu: float) -> None:
         raise FederationError("the disk is full. Make room.")
 
     monkeypatch.setattr("flower_split.client.train_round", fail)
