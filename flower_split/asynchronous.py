@@ -125,6 +125,12 @@ class AsynchronousRounds:
         self._epoch = 0  # of the trunk process that everybody at work was sent out with
         self._dropped: list[_Record] = []
         self._looked = time.monotonic()
+        logger.info(
+            "fedbuff: %d clients at work at a time, %d arrivals make a round, at most %d versions late",
+            self._concurrency,
+            self._size,
+            strategy.config.strategy.max_staleness,
+        )
 
     def run(
         self, server_round: int, arrays: ArrayRecord, trunk: TrunkCare

@@ -12,7 +12,9 @@ was sent, at version ``v_i``, and applied to the version ``t`` of the round: wit
 which with equal weights is the paper's ``η / K · Σ s(τ_i) Δ_i``. It is ``product-delta`` with stale
 arrivals counting less, so ranks, scales and server optimizers are those of any round; methods that
 average what clients return instead of what they changed would pull the global adapter back to the
-versions that stale clients began with, and are refused.
+versions that stale clients began with, and are refused. What is no LoRA factor (biases, whole modules,
+DoRA's magnitudes) moves by the same mean of changes; magnitudes are exact in a buffer whose clients all
+began alike (:mod:`flower_split.aggregation.dora`).
 
 What sends the clients out and collects them is :mod:`flower_split.asynchronous`; the trunk's side is
 :mod:`flower_split.trunk.flights`.
@@ -31,7 +33,7 @@ from flower_split.aggregation.modules import AdapterSpec, AdapterUpdate
 from flower_split.arrays import to_arrays
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
-from flower_split.facts import TURN
+from flower_split.facts import TURN, WEIGHT_NORMS
 from flower_split.lora_fedavg import LoraFedAvg
 from flower_split.staleness import Discounted, Staleness
 from flower_split.trunk.calls import Dispatch
@@ -109,6 +111,8 @@ class FedBuff(LoraFedAvg):
             ttl: Seconds until Flower drops the message.
         """
         config = ConfigRecord({TURN: self.turns.get(dispatch.slot, 0) + ahead + 1})
+        if self._dora is not None:
+            config[WEIGHT_NORMS] = True
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         message = Message(content, node, MessageType.TRAIN, ttl=ttl)
         sent = self._address([message], arrays)[dispatch.slot]
@@ -128,11 +132,14 @@ class FedBuff(LoraFedAvg):
         updates: list[AdapterUpdate] = []
         slots: dict[str | int, int] = {}
         malformed: dict[str | int, str] = {}
+        norms: dict[str | int, Mapping[str, Tensor]] = {}
         for arrived in sorted(arrivals, key=lambda item: item.name):
             slots[arrived.name] = arrived.dispatch.slot
             self._sent = {arrived.dispatch.slot: arrived.sent}
             try:
                 update = self._update(arrived.dispatch.slot, arrived.content)
+                if self._dora is not None:
+                    norms[arrived.name] = self._norms(arrived.dispatch.slot, arrived.content)
                 updates.append(replace(update, client_id=arrived.name))
             except AggregationError as error:
                 if not self.excludes_invalid:
@@ -143,8 +150,9 @@ class FedBuff(LoraFedAvg):
         factors: dict[str | int, float] = {
             arrived.name: self.staleness(arrived.staleness(server_round)) for arrived in arrivals
         }
+        exact = [] if self._dora is None else [replace(self._dora, norms=norms)]
         discounted = Discounted(factors, self.aggregator.distribute())
-        summary = self.aggregator.aggregate(updates, then=[discounted])
+        summary = self.aggregator.aggregate(updates, then=[*exact, discounted])
         excluded = {**malformed, **summary.excluded}
         used = [arrived for arrived in arrivals if arrived.name not in excluded]
         self.last_summary = replace(

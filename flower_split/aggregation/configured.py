@@ -178,7 +178,7 @@ def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None
 def fits_dora(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> bool:
     """Whether the mean of clients with DoRA is made exact: the method's result is the mean of ΔW."""
     return (
-        config.name == "lora-fedavg"
+        config.name in ("lora-fedavg", "fedbuff")
         and config.dora == "exact"
         and has_magnitudes(adapter)
         and issubclass(METHODS[config.aggregator], ProductAggregator)

@@ -21,8 +21,9 @@ from flower_split.lora import attach_lora
 from flower_split.parts import all_parts, model_cuts
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
+from tests.flower.conftest import Flower
 from tests.flower.local_grid import LocalGrid, TrunkHere
-from tests.flower.tiny import make_data, make_model, tiny_config
+from tests.flower.tiny import make_app, make_data, make_model, tiny_config
 
 RATE = 0.5  # of tiny_config's SGD
 SCALE = 4.0  # alpha / r of tiny_config
@@ -150,6 +151,7 @@ def test_run_without_staleness_equals_synchronous_rounds_bit_for_bit(job: Job) -
         "num_clients": 3,
         "num_server_rounds": 3,
         "train__local_steps": 2,
+        "lora__bottom__use_dora": True,
         "train__optimizer__name": "adamw",
         "trunk__optimizer__name": "adamw",
         "trunk__optimizer__learning_rate": 0.01,
@@ -314,3 +316,28 @@ def test_run_that_dies_with_late_clients_at_work_goes_on_from_the_committed_roun
     lines = [json.loads(line) for line in (done.path / "metrics.jsonl").read_text().splitlines()]
     first_after = next(r for r in lines if r["kind"] == "arrival" and r["server_round"] == 3)
     assert first_after["staleness"] == 0  # whoever was at work was sent out again
+
+
+@pytest.mark.slow
+def test_flwr_run_with_clients_at_work_all_the_time(
+    flower: Flower, parts: tuple[Path, str], tmp_path: Path
+) -> None:
+    """Under Flower's own simulation: three clients at once, two arrivals a round."""
+    job = Job(tmp_path, *parts)
+    config = job.config(
+        "run",
+        num_clients=3,
+        num_server_rounds=4,
+        train__local_steps=2,
+        strategy__buffer_size=2,
+        fraction_evaluate=0.0,
+    )
+    app = make_app(tmp_path / "app", config)
+    done = flower.command("flower-split", "run", str(app), timeout=600)
+    assert done.returncode == 0, done.stdout
+    finished = RunDirectory.open(tmp_path / "run")
+    arrivals = arrivals_of(finished)
+    assert [r for r, *_ in arrivals] == [1, 1, 2, 2, 3, 3, 4, 4]
+    assert max(staleness for *_, staleness in arrivals) >= 1
+    assert [record["optimizer_steps"] for record in finished.metrics("trunk")] == [1] * 4
+    assert any(tensor.count_nonzero() for tensor in finished.read_adapter("trunk").values())
