@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -111,7 +111,15 @@ def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> It
         yield
 
 
-@pytest.mark.parametrize("kind", sorted(TAMPERS))
+def some_slow(names: Iterable[str], quick: Collection[str]) -> list[object]:
+    """All names as parameters; those that are not quick run with ``-m slow`` only."""
+    return [
+        name if name in quick else pytest.param(name, marks=pytest.mark.slow)
+        for name in sorted(names)
+    ]
+
+
+@pytest.mark.parametrize("kind", some_slow(TAMPERS, ("nan", "rank", "absurd")))
 def test_malformed_update_is_excluded_by_name_and_the_others_alone_count(
     job: Job,
     monkeypatch: pytest.MonkeyPatch,
@@ -139,7 +147,7 @@ def test_malformed_update_is_excluded_by_name_and_the_others_alone_count(
     )
 
 
-@pytest.mark.parametrize("kind", ["nan", "rank", "two", "absurd"])
+@pytest.mark.parametrize("kind", some_slow(["nan", "rank", "two", "absurd"], ("nan", "two")))
 def test_malformed_update_is_refused_by_name_unless_it_may_be_excluded(
     job: Job, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -180,7 +188,7 @@ OPTIONS: dict[str, dict[str, Scalar]] = {
 }
 
 
-@pytest.mark.parametrize("options", sorted(OPTIONS))
+@pytest.mark.parametrize("options", some_slow(OPTIONS, ("adam",)))
 def test_run_with_server_moments_is_resumed_to_the_same_bits(
     job: Job, monkeypatch: pytest.MonkeyPatch, options: str
 ) -> None:

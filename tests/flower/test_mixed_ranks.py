@@ -194,7 +194,13 @@ def expected(aggregator: str, rounds: list[list[Turn]], module: str) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize("aggregator", sorted(REFERENCES))
+@pytest.mark.parametrize(
+    "aggregator",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "florist" else [])
+        for name in sorted(REFERENCES)
+    ],
+)
 def test_run_with_mixed_ranks_ends_on_the_dense_reference(job: Job, aggregator: str) -> None:
     done, rounds = job.run(aggregator)
     final = done.read_adapter("client")
