@@ -403,3 +403,19 @@ def test_quantised_client_trains_under_trainer_as_the_quantised_model(tmp_path: 
     assert split_loss == loss
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert not any(torch.equal(found[name], before[name]) for name in found)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("quantization", ["bnb-4bit", "bnb-8bit"])
+def test_bitsandbytes_checkpoint_is_read_as_it_is(quantization: str, tmp_path: Path) -> None:
+    tiny_model("llama", hidden_size=64).save_pretrained(tmp_path / "plain")
+    whole = load_whole_model(str(tmp_path / "plain"), quantization=quantization)
+    directory = tmp_path / "quantised"
+    whole.save_pretrained(directory, max_shard_size="40KB")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    assert any("layers.1.mlp.up_proj.weight." in name or "SCB" in name for name in index)
+    trunk = load_trunk_model(str(directory), CUTS)
+    client = load_client_model(str(directory), CUTS, trunk)
+    attach_lively_lora(whole, client, trunk)
+    assert_parts_match(whole, client, trunk)
