@@ -92,6 +92,21 @@ def parsed(request_type: type[Request], data: bytes) -> Request:
         raise CodecError("the request is not a valid protobuf message.") from error
 
 
+def unary(
+    request_type: type[Request], behaviour: Callable[[Request, Context], Message]
+) -> "grpc.RpcMethodHandler[bytes, bytes]":
+    """The handler of a control call: its bytes parsed, its reply's serialised."""
+    name = request_type.DESCRIPTOR.name.removesuffix("Request")
+
+    def handle(data: bytes, context: Context) -> bytes:
+        def work() -> bytes:
+            return behaviour(parsed(request_type, data), context).SerializeToString()
+
+        return answered(context, name, work)
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
 def expect(incoming: Incoming, call: str) -> None:
     """Check that a stream's header is of ``call``.
 

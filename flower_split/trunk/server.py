@@ -16,11 +16,10 @@ import logging
 import math
 import struct
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import grpc  # noqa: TID251
 import torch
@@ -28,12 +27,7 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from torch import Tensor
 
-from flower_split.errors import (
-    CodecError,
-    ConfigError,
-    RefusalReason,
-    TrunkRefused,
-)
+from flower_split.errors import CodecError, ConfigError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.answers import (
     Context,
@@ -41,22 +35,19 @@ from flower_split.trunk.answers import (
     answered,
     deadline_of,
     expect,
-    parsed,
-    same_token,
     token_of,
+    unary,
 )
 from flower_split.trunk.calls import CallResult, ForwardMode
+from flower_split.trunk.coordination import CoordinatorCalls
 from flower_split.trunk.engine import TrunkEngine
 from flower_split.trunk.messages import (
-    arrivals_from_proto,
     cache_from_proto,
     cuts_from_proto,
     grant_to_proto,
     key_from_proto,
-    plan_from_proto,
-    report_to_proto,
-    status_to_proto,
 )
+from flower_split.trunk.tokens import SessionTokens
 from flower_split.wire.buffers import Allocate, pinned, pooled
 from flower_split.wire.channel import (
     SERVICE,
@@ -71,9 +62,6 @@ logger = logging.getLogger(__name__)
 
 MAX_TENSOR_BYTES = 1 << 30
 _MIN_WORKERS = 8
-_MAX_SESSIONS = 4096  # whose tokens are remembered; those of the latest rounds
-
-Request = TypeVar("Request", bound=Message)
 
 
 class TrunkServer:
@@ -129,9 +117,10 @@ class TrunkServer:
             options=server_options(),
             interceptors=list(interceptors),
         )
-        shell = _Shell(engine, coordinator_token, max_workers * 3 // 4, max_tensor_bytes)
+        shell = _Shell(engine, max_workers * 3 // 4, max_tensor_bytes)
+        handlers = shell.handlers() | CoordinatorCalls(engine, coordinator_token).handlers()
         self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, shell.handlers()),)
+            (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
@@ -180,33 +169,23 @@ class TrunkServer:
 
 
 class _Shell:
-    """The protocol's methods over one engine."""
+    """The clients' methods over one engine."""
 
-    def __init__(
-        self, engine: TrunkEngine, coordinator_token: str, max_waiting: int, max_tensor_bytes: int
-    ) -> None:
+    def __init__(self, engine: TrunkEngine, max_waiting: int, max_tensor_bytes: int) -> None:
         self._engine = engine
-        self._coordinator_token = coordinator_token
         self._max_tensor_bytes = max_tensor_bytes
         self._waiting = threading.BoundedSemaphore(max_waiting)
         self._max_waiting = max_waiting
-        self._tokens: OrderedDict[str, str] = OrderedDict()  # by session, oldest first
-        self._tokens_lock = threading.Lock()
+        self._tokens = SessionTokens(lambda: engine.epoch)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Every method by its name; tensors pass as the bytes they are."""
         return {
-            "OpenSession": self._unary(pb.OpenSessionRequest, self._open_session),
-            "WaitVersion": self._unary(pb.WaitVersionRequest, self._wait_version),
-            "CloseSession": self._unary(pb.CloseSessionRequest, self._close_session),
+            "OpenSession": unary(pb.OpenSessionRequest, self._open_session),
+            "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version),
+            "CloseSession": unary(pb.CloseSessionRequest, self._close_session),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
-            "BeginRound": self._unary(pb.BeginRoundRequest, self._begin_round),
-            "PrepareRound": self._unary(pb.PrepareRoundRequest, self._prepare_round),
-            "CommitRound": self._unary(pb.CommitRoundRequest, self._commit_round),
-            "AbortRound": self._unary(pb.AbortRoundRequest, self._abort_round),
-            "Status": self._unary(pb.StatusRequest, self._status),
-            "GetAdapter": grpc.unary_stream_rpc_method_handler(self._get_adapter),
         }
 
     # ------------------------------------------------------------------ clients
@@ -220,15 +199,11 @@ class _Shell:
             request.evaluate,
             cuts_from_proto(request),
         )
-        with self._tokens_lock:
-            self._tokens[grant.session] = token
-            self._tokens.move_to_end(grant.session)
-            while len(self._tokens) > _MAX_SESSIONS:
-                self._tokens.popitem(last=False)
+        self._tokens.remember(grant.session, token)
         return grant_to_proto(grant, self._max_tensor_bytes)
 
     def _wait_version(self, request: pb.WaitVersionRequest, context: Context) -> Message:
-        self._authenticate(context, request.session, request.trunk_epoch)
+        self._tokens.check(context, request.session, request.trunk_epoch)
         with WaitingPlace(self._waiting, self._max_waiting):
             version = self._engine.wait_version(
                 request.session, request.trunk_epoch, request.version, deadline_of(context)
@@ -236,7 +211,7 @@ class _Shell:
         return pb.WaitVersionReply(version=version)
 
     def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
-        self._authenticate(context, request.session, request.trunk_epoch)
+        self._tokens.check(context, request.session, request.trunk_epoch)
         self._engine.close_session(request.session, request.trunk_epoch)
         return pb.CloseSessionReply()
 
@@ -246,7 +221,7 @@ class _Shell:
             incoming = Incoming(requests)
             call = incoming.header.forward
             expect(incoming, "forward")
-            self._authenticate(context, call.session, call.trunk_epoch)
+            self._tokens.check(context, call.session, call.trunk_epoch)
             try:
                 mode = ForwardMode(call.mode)
             except ValueError:
@@ -289,7 +264,7 @@ class _Shell:
             incoming = Incoming(requests)
             call = incoming.header.backward
             expect(incoming, "backward")
-            self._authenticate(context, call.session, call.trunk_epoch)
+            self._tokens.check(context, call.session, call.trunk_epoch)
             received = self._receive(incoming, digest=True)
             grad = received.tensors.get("trunk_output_grad")
             if grad is None:
@@ -317,64 +292,7 @@ class _Shell:
 
         yield from answered(context, "Backward", work).frames()
 
-    # ------------------------------------------------------------------ the coordinator
-
-    def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
-        epoch, version = self._engine.begin_round(plan_from_proto(request))
-        return pb.BeginRoundReply(trunk_epoch=epoch, version=version)
-
-    def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
-        report = self._engine.prepare_round(
-            request.experiment,
-            request.server_round,
-            request.attempt,
-            deadline_of(context),
-            arrivals_from_proto(request),
-        )
-        return report_to_proto(report)
-
-    def _commit_round(self, request: pb.CommitRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
-        version = self._engine.commit_round(
-            request.experiment, request.server_round, request.attempt
-        )
-        return pb.CommitRoundReply(version=version)
-
-    def _abort_round(self, request: pb.AbortRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
-        version = self._engine.abort_round(
-            request.experiment, request.server_round, request.attempt, request.why
-        )
-        return pb.AbortRoundReply(version=version)
-
-    def _status(self, request: pb.StatusRequest, context: Context) -> Message:
-        self._require_coordinator(context)
-        return status_to_proto(self._engine.status())
-
-    def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
-        def work() -> Outgoing:
-            self._require_coordinator(context)
-            adapter = self._engine.adapter()
-            return Outgoing(pb.Header(reply=pb.ReplyHeader()), adapter)
-
-        yield from answered(context, "GetAdapter", work).frames()
-
     # ------------------------------------------------------------------ pieces
-
-    def _unary(
-        self, request_type: type[Request], behaviour: Callable[[Request, Context], Message]
-    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-        name = request_type.DESCRIPTOR.name.removesuffix("Request")
-
-        def handle(data: bytes, context: Context) -> bytes:
-            def work() -> bytes:
-                return behaviour(parsed(request_type, data), context).SerializeToString()
-
-            return answered(context, name, work)
-
-        return grpc.unary_unary_rpc_method_handler(handle)
 
     def _receive(self, incoming: Incoming, *, digest: bool) -> Received:
         allocate: Allocate = (
@@ -392,33 +310,3 @@ class _Shell:
         reply = Outgoing(pb.Header(reply=header), {name: tensor})
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
         return reply
-
-    def _authenticate(self, context: Context, session: str, epoch: int) -> None:
-        """The session must have been opened in this process with the token that the call carries."""
-        if epoch != self._engine.epoch:
-            raise TrunkRefused(
-                RefusalReason.WRONG_EPOCH,
-                "the trunk has restarted since this session opened; what the session had "
-                "contributed is gone. Leave this round; the next one opens a new session.",
-            )
-        with self._tokens_lock:
-            expected = self._tokens.get(session)
-        if expected is None:
-            raise TrunkRefused(
-                RefusalReason.UNKNOWN_SESSION,
-                "the trunk knows no such session: it was never opened, or belongs to a round long "
-                "past. Open a session for every round.",
-            )
-        if not same_token(token_of(context), expected):
-            raise TrunkRefused(
-                RefusalReason.UNAUTHENTICATED,
-                "the token of this call is not the one that opened its session.",
-            )
-
-    def _require_coordinator(self, context: Context) -> None:
-        if not same_token(token_of(context), self._coordinator_token):
-            raise TrunkRefused(
-                RefusalReason.UNAUTHENTICATED,
-                "this call needs the coordinator's token. Give the ServerApp the trunk's token file "
-                "(trunk.token-file).",
-            )
