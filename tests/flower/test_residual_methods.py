@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from flower_split.data import eval_batches, load_client_data, load_tokenizer
 from flower_split.errors import RoundLost, RunDirectoryError
 from flower_split.export import export_adapter
+from flower_split.generation import open_generator
 from flower_split.training import evaluate
 from tests.flower.local_grid import TrunkHere
 from tests.flower.recording import (
@@ -146,6 +147,11 @@ def test_exported_adapter_has_the_held_out_loss_that_the_clients_reported(
         batches = eval_batches(data.evaluate, done.config.train.batch_size, 0)
         found = evaluate(model.get_base_model(), batches, torch.device("cpu")).loss_sum
         assert found == pytest.approx(reported[partition], rel=1e-5)
+    ids = torch.arange(3, 12)[None]
+    with open_generator(done.path) as generator, torch.no_grad():
+        said = generator.model(input_ids=ids).logits
+        exported = model.get_base_model().eval()(input_ids=ids).logits
+    torch.testing.assert_close(said, exported, rtol=1e-5, atol=1e-5)
     change = done.read_adapter("base")
     done.write_adapter("base", {name: tensor * 0 for name, tensor in change.items()})
     export_adapter(done.path, tmp_path / "without")
