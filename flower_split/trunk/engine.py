@@ -458,7 +458,7 @@ class TrunkEngine:
             base = TrunkStatus(
                 epoch=self.epoch,
                 version=self._compute.version,
-                experiment=self._keeper.experiment,
+                experiment=self._keeper.weights.experiment,
                 fingerprint=self.fingerprint,
             )
             current = self._keeper.round

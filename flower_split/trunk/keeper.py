@@ -25,6 +25,7 @@ from flower_split.trunk.calls import (
 )
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_weights
+from flower_split.trunk.committed import CommittedWeights
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.flights import Flight, Flights
 from flower_split.trunk.gradients import Reduction, SlotGradient
@@ -72,10 +73,7 @@ class RoundKeeper:
         self.changed = changed
         self.clock = clock
         self.round: Round | None = None
-        self.experiment = ""
-        self.committed_round = 0  # whose weights these are, between rounds
-        self._checkpoints = checkpoints
-        self._initial = compute.snapshot()
+        self.weights = CommittedWeights(compute, checkpoints)
 
     # ------------------------------------------------------------------ looking, with the lock held
 
@@ -343,11 +341,12 @@ class RoundKeeper:
                     self._keep(former)
                 else:
                     self._supersede(former, plan)
-            if plan.experiment != self.experiment:
+            if plan.experiment != self.weights.experiment:
                 self.flights.clear(f"experiment {plan.experiment} begins")
-                self.compute.restore(self._initial)
-                self.experiment, self.committed_round = plan.experiment, 0
-            self._stand_at(plan.base)
+                self.weights.begin_experiment(plan.experiment)
+            if not self.weights.stands_at(plan.base):
+                self.flights.clear("the trunk goes back to the last committed round")
+            self.weights.stand_at(plan.base)
             total = plan.num_server_rounds
             if plan.step_every not in (StepEvery.SERVER_ROUND, StepEvery.BUFFER):
                 total *= plan.steps_per_round
@@ -395,42 +394,6 @@ class RoundKeeper:
             and plan.base == RoundBase(former.plan.server_round, former.report.digest)
             and former.plan.experiment == plan.experiment
         )
-
-    def _stand_at(self, base: RoundBase | None) -> None:
-        """Have the weights of the committed round ``base``, restoring them if need be.
-
-        Raises:
-            TrunkRefused: They are nowhere (NO_CHECKPOINT).
-        """
-        if base is None or not self.compute.parameters:
-            return
-        if base.server_round == 0:
-            if self.committed_round != 0:
-                self.flights.clear("the trunk goes back to its initial weights")
-                self.compute.restore(self._initial)
-        elif self.committed_round != base.server_round or self.compute.digest() != base.digest:
-            if self._checkpoints is None:
-                raise TrunkRefused(
-                    RefusalReason.NO_CHECKPOINT,
-                    f"round {base.server_round} of experiment {self.experiment} is not in this trunk "
-                    "process, which has no checkpoint directory. Start the trunk with --checkpoints "
-                    "DIR, and begin a new run.",
-                )
-            record, tensors = self._checkpoints.load(
-                self.experiment, base.server_round, base.digest
-            )
-            self.flights.clear(f"the trunk goes back to round {base.server_round}")
-            self.compute.load_state_tensors(tensors, record.version)
-            if self.compute.digest() != base.digest:
-                raise TrunkRefused(
-                    RefusalReason.NO_CHECKPOINT,
-                    f"the checkpoint of round {base.server_round} does not restore the weights it "
-                    "says; it was written by another version. Begin a new run.",
-                )
-            logger.info("restored round %d, version %d", base.server_round, record.version)
-        self.committed_round = base.server_round
-        if self._checkpoints is not None:
-            self._checkpoints.discard_after(self.experiment, base.server_round)
 
     def _supersede(self, former: Round, plan: RoundPlan) -> None:
         """Give an unfinished round up for a new one, unless it is another experiment's at work."""
@@ -517,23 +480,13 @@ class RoundKeeper:
 
     def _save(self, current: Round, digest: str) -> None:
         """Write the round's checkpoint, or give the round up."""
-        if self._checkpoints is None or current.plan.evaluate or not self.compute.parameters:
-            return
         try:
-            self._checkpoints.save(
-                self.compute.state_tensors(),
-                experiment=current.plan.experiment,
-                server_round=current.plan.server_round,
-                attempt=current.plan.attempt,
-                version=self.compute.version,
-                digest=digest,
-                ledger=f"{current.ledger_hash:064x}",
-            )
+            self.weights.save(current, digest)
         except OSError as error:
             logger.error("%s: the checkpoint cannot be written: %s", current, error)
             with self.changed:
                 current.windows.abort(
-                    f"the trunk's checkpoint cannot be written to {self._checkpoints.directory}: "
+                    f"the trunk's checkpoint cannot be written to {self.weights.directory}: "
                     f"{error.strerror or error}. The checkpoints before it are intact; free space, "
                     "and resume"
                 )
@@ -557,10 +510,7 @@ class RoundKeeper:
     def _keep(self, current: Round) -> None:
         """What ``current`` did stays."""
         current.committed = True
-        if not current.plan.evaluate:
-            self.committed_round = current.plan.server_round
-            if self._checkpoints is not None:
-                self._checkpoints.prune(current.plan.experiment, self.committed_round)
+        self.weights.keep(current)
         self.activations.clear()
         self.changed.notify_all()
 
