@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flower_split.config import RunConfig
 from flower_split.errors import TrunkRefused
+from flower_split.fingerprint import fingerprint
 from flower_split.lora import adapter_state, load_adapter_state
 from flower_split.remote_trunk import RemoteTrunk
 from flower_split.split import CutLayers, set_trunk
@@ -76,17 +77,14 @@ class Rounds:
 
 
 def remote(fed: Federation, number: int, slot: int) -> RemoteTrunk:
-    trunk = fed.remote(slot)
-    trunk.close()
-    made = RemoteTrunk(
+    return RemoteTrunk(
         fed.address,
         token=f"token of {number}",
-        fingerprint=trunk._fingerprint,
+        fingerprint=fingerprint(fed.config),
         mode="joint",
         call_timeout=20.0,
         cuts=fed.cuts.get(slot),
     )
-    return made
 
 
 def work(
