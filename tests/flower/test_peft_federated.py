@@ -17,10 +17,11 @@ from flower_split.lora import attach_lora, load_adapter_state
 from flower_split.parts import all_parts, model_cuts
 from flower_split.report import RunDirectory
 from flower_split.server_app import run
+from tests.flower.conftest import Flower
 from tests.flower.local_grid import LocalGrid, TrunkHere
 from tests.flower.recording import RecordingGrid, arrays, assert_same_end, fail_commit
 from tests.flower.test_runs import central_step
-from tests.flower.tiny import make_data, make_model, tiny_config
+from tests.flower.tiny import make_app, make_data, make_model, tiny_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing.:FutureWarning"),
@@ -120,6 +121,27 @@ def test_one_round_is_one_step_of_the_unsplit_model_and_exports_to_plain_peft(
     peft = PeftModel.from_pretrained(plain, str(export_adapter(done.path, tmp_path / "out")))
     logits = unsplit(done.config, expected)(input_ids=ids).logits
     torch.testing.assert_close(peft.eval()(input_ids=ids).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_run_of_processes_with_base_values_is_one_step_of_the_unsplit_model(
+    flower: Flower, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    changes = VARIETIES["dora, untied"] | {
+        "lora__bottom__bias": "all",
+        "lora__top__use_dora": False,
+        "lora__top__train": "full",
+    }
+    config = tiny_config(bases["untied"], make_data(tmp_path / "data", 2), **changes)
+    app = make_app(tmp_path / "app", {**config, "run-dir": str(tmp_path / "run")})
+    done = flower.command("flower-split", "run", str(app))
+    assert done.returncode == 0, done.stdout
+    run = RunDirectory.open(tmp_path / "run")
+    found = run.read_adapter("client") | run.read_adapter("trunk")
+    expected = central_step(run.config, 2)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_resumed_run_with_base_values_ends_on_the_same_bits(
