@@ -8,11 +8,7 @@ stand-ins as the trunk returned them, and if the model is given tensors that the
 rehearsal of the trunk's forward tells whether they make a difference to its layers.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,69 +23,26 @@ from flower_split.split.cache import (
     find_cache,
     keeps_only_keys_and_values,
 )
+from flower_split.split.calling import (
+    Expected,
+    ModelCall,
+    check_arguments,
+    check_unchanged,
+    forget_call,
+    mask_for_trunk,
+    note_call,
+    padding_mask,
+    running_call,
+)
 from flower_split.split.cuts import CutLayers
 from flower_split.split.host_call import Mask, argument_names
-from flower_split.split.layer_arguments import by_place, nested_tensors, tensors_of
-from flower_split.split.probe import same_bits
+from flower_split.split.layer_arguments import by_place, tensors_of
 from flower_split.split.rehearsal import Rehearsal
 from flower_split.split.stack import LayerStack
 from flower_split.split.stand_in import LayerOutput, StandIn, take_hidden_states
 
-# Arguments of the model that no layer computes with, or that the trunk is given or builds itself.
-_KNOWN_ARGUMENTS = frozenset(
-    {
-        "input_ids",
-        "inputs_embeds",
-        "hidden_states",
-        "attention_mask",
-        "position_ids",
-        "cache_position",
-        "labels",
-        "num_items_in_batch",
-    }
-)
-# Where packed sequences begin: told by the position ids as well, which the trunk is given.
-_PACKING_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
-
 # Arguments that a trunk's forward may have: see TrunkModel.forward.
 LAYER_ARGUMENTS, HOST_ARGUMENTS = "layer_arguments", "host_arguments"
-
-
-@dataclass(slots=True)
-class _Rehearsed:
-    """What the trunk's layers are given, where the call leaves that in doubt."""
-
-    prepared: dict[int, dict[str, Tensor]]  # layer -> place -> tensor
-    apart: frozenset[str]  # places that need not agree
-    # Pairs that do, kept so that none of the ids is used again: most are the same in all layers.
-    agreed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def same(self, one: Tensor, other: Tensor) -> bool:
-        """Whether the two are equal bit for bit."""
-        pair = id(one), id(other)
-        if pair not in self.agreed:
-            if not same_bits(one.detach(), other):
-                return False
-            self.agreed[pair] = one, other
-        return True
-
-
-@dataclass(slots=True)
-class _Call:
-    """What the trunk needs of the running call of a model around the layers."""
-
-    attention_mask: object
-    position_ids: Tensor | None
-    use_cache: bool | None
-    has_past: bool  # whether it goes on with a key-value cache
-    unknown: dict[str, object]  # arguments with tensors in them that the trunk does not receive
-    outer: "_Call | None"  # the call of a model around this one
-    returned: tuple[Tensor, int] | None = None  # by the trunk, and autograd's count of its changes
-    rehearsed: _Rehearsed | None = None
-    shared: bool = False  # whether the trunk is given the unknown ones after all
-
-
-_call: ContextVar[_Call | None] = ContextVar("call", default=None)
 
 
 @runtime_checkable
@@ -141,12 +94,12 @@ class PassThrough(StandIn):
             SplitError: The model's forward changes the hidden states between the trunk's layers, or
                 gives this one what the trunk's layer is not given.
         """
-        call = _call.get()
+        call = running_call.get()
         if call is not None and call.returned is not None:
-            _check_arguments(self._index, args, kwargs, call)
+            check_arguments(self._index, args, kwargs, call)
             if call.shared:  # what the client's forward added, the trunk's has added itself
                 return self._layer_output.wrap(call.returned[0], args, kwargs)
-            _check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
+            check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
         return super().forward(*args, **kwargs)
 
 
@@ -203,7 +156,7 @@ class TrunkSlot(StandIn):
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Call the trunk with the hidden states and the running call's mask and positions."""
-        call = _call.get()
+        call = running_call.get()
         if call is None:
             raise SplitError(
                 "the trunk was reached outside a call of the model that owns its layers. Call the "
@@ -213,10 +166,10 @@ class TrunkSlot(StandIn):
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # With nothing trainable below, autograd would skip a remote trunk's backward.
             hidden_states = hidden_states.detach().requires_grad_()
-        mask = _mask_for_trunk(call)
+        mask = mask_for_trunk(call)
         if call.unknown or self.learned is not None:
             self._rehearse(call, hidden_states, mask)
-            _check_arguments(self._index, args, kwargs, call)
+            check_arguments(self._index, args, kwargs, call)
         given = {
             LAYER_ARGUMENTS: self._carried_arguments(args, kwargs),
             HOST_ARGUMENTS: self._shared_arguments(call),
@@ -238,7 +191,7 @@ class TrunkSlot(StandIn):
 
     def _call_trunk(
         self,
-        call: _Call,
+        call: ModelCall,
         smashed: Tensor,
         mask: Mask,
         step: CacheStep | None,
@@ -253,7 +206,7 @@ class TrunkSlot(StandIn):
             result = trunk(smashed, mask, positions, use_cache=call.use_cache, **options)
         else:
             more = {**given[HOST_ARGUMENTS], **self._whole_mask(mask)}
-            padding = _padding_mask(call)
+            padding = padding_mask(call)
             if given[LAYER_ARGUMENTS]:
                 raise SplitError(
                     "with a key-value cache the trunk takes nothing that the client's weights make "
@@ -277,7 +230,7 @@ class TrunkSlot(StandIn):
             )
         return by_place({"attention_mask": mask})
 
-    def _rehearse(self, call: _Call, hidden_states: Tensor, mask: Mask) -> None:
+    def _rehearse(self, call: ModelCall, hidden_states: Tensor, mask: Mask) -> None:
         """Find out what the trunk's layers will be given."""
         if self.rehearsal is None:
             if self.learned is not None:
@@ -294,9 +247,9 @@ class TrunkSlot(StandIn):
         call.shared = whole.changes
         if not call.shared:
             whole = self.rehearsal.arguments(hidden_states, *beside)
-        call.rehearsed = _Rehearsed(whole.arguments, frozenset(self.carried) | self.ignored)
+        call.rehearsed = Expected(whole.arguments, frozenset(self.carried) | self.ignored)
 
-    def _shared_arguments(self, call: _Call) -> dict[str, Tensor]:
+    def _shared_arguments(self, call: ModelCall) -> dict[str, Tensor]:
         """What the trunk's forward needs to add to the hidden states between its layers."""
         if not call.shared:
             return {}
@@ -338,121 +291,6 @@ class TrunkSlot(StandIn):
         return step
 
 
-@functools.lru_cache(maxsize=64)
-def _signature(forward: Callable[..., object]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def _note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Before a model around the layers runs: keep its mask and positions for the trunk."""
-    bound = _signature(type(model).forward).bind(model, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.update(named.pop("kwargs", {}))
-    named.pop("self", None)
-    config = getattr(model, "config", None)
-    routing = named.get("output_router_logits", getattr(config, "output_router_logits", False))
-    if routing:
-        raise SplitError(
-            "the model was called with output_router_logits, for an auxiliary loss over all layers, "
-            "of which the client has some. Set output_router_logits to False."
-        )
-    cache = named.pop("past_key_values", None)
-    use_cache = named.get("use_cache")
-    if use_cache is None and getattr(model.config, "use_cache", None) is False:
-        use_cache = False
-    known = _KNOWN_ARGUMENTS | {model.main_input_name}
-    if _PACKING_ARGUMENTS & named.keys() and isinstance(named.get("position_ids"), Tensor):
-        # Layers of other kinds, such as linear attention, need them themselves.
-        if keeps_only_keys_and_values(model.config):
-            known |= _PACKING_ARGUMENTS
-    unknown = {n: v for n, v in named.items() if n not in known and nested_tensors(v)}
-    _call.set(
-        _Call(
-            attention_mask=named.get("attention_mask"),
-            position_ids=named.get("position_ids"),
-            use_cache=use_cache,
-            has_past=isinstance(cache, Cache) and bool(cache.get_seq_length() > 0),
-            unknown=unknown,
-            outer=_call.get(),
-        )
-    )
-
-
-def _forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> None:
-    call = _call.get()
-    _call.set(None if call is None else call.outer)
-
-
-def _mask_for_trunk(call: _Call) -> Mask:
-    """The mask that the trunk is given in a call of the module that owns the layers.
-
-    A model may hand that module a mask that it made; then the padding mask it was given itself
-    counts, as long as it made the other from that alone.
-
-    Raises:
-        SplitError: The mask is of no form that there is.
-    """
-    around: _Call | None = call
-    while around is not None:
-        mask = around.attention_mask
-        if around is not call and around.unknown:
-            break  # which may have gone into the mask
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            return mask
-        around = around.outer
-    made = call.attention_mask
-    masks = made.values() if isinstance(made, Mapping) else [made]
-    if not all(m is None or (isinstance(m, Tensor) and m.dim() in (2, 4)) for m in masks):
-        raise SplitError(
-            "a split model takes a padding mask of shape [batch, seq], or the whole mask, [batch, 1, "
-            f"seq, seq]; it was given {list(made.shape) if isinstance(made, Tensor) else made!r}."
-        )
-    return made  # type: ignore[return-value]
-
-
-def _padding_mask(call: _Call) -> Tensor | None:
-    """The padding mask of a call, or of the nearest one around it that has one."""
-    around: _Call | None = call
-    while around is not None:
-        mask = around.attention_mask
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask
-        around = around.outer
-    return None
-
-
-def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, index: int) -> None:
-    """Check that the hidden states that reach a stand-in are those that the trunk returned."""
-    if returned._version == version and (
-        hidden_states is returned or same_bits(hidden_states.detach(), returned.detach())
-    ):
-        return
-    raise SplitError(
-        f"the model changes the hidden states right before layer {index}, between layers of the "
-        "trunk, where the client cannot reach them (as when features of an image are added after "
-        f"the first layers). Choose cut layers with first >= {index}, or call the model without "
-        "what it adds there."
-    )
-
-
-def _check_arguments(
-    index: int, args: tuple[object, ...], kwargs: dict[str, object], call: _Call
-) -> None:
-    """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
-    rehearsed = call.rehearsed
-    if rehearsed is None:
-        return
-    there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
-    for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
-        one, other = there.get(place), expected.get(place)
-        if one is None or other is None or not rehearsed.same(one, other):
-            raise SplitError(
-                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
-                f"receive, so its layers would compute something else: layer {index} is given another "
-                f"{place}. Call the split model without {next(iter(call.unknown))}."
-            )
-
-
 def client_replacements(
     root: nn.Module, stack: LayerStack, cuts: CutLayers, output: LayerOutput, trunk: nn.Module
 ) -> dict[str, nn.Module]:
@@ -477,8 +315,8 @@ def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:
     for depth in range(len(parts) + 1):
         model = client.get_submodule(".".join(parts[:depth]))
         if isinstance(model, PreTrainedModel):
-            model.register_forward_pre_hook(_note_call, with_kwargs=True)
-            model.register_forward_hook(_forget_call, always_call=True)
+            model.register_forward_pre_hook(note_call, with_kwargs=True)
+            model.register_forward_hook(forget_call, always_call=True)
     _note_caching(client)
 
 

@@ -96,14 +96,17 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
 def _plain_state(module: nn.Module) -> dict[str, object]:
     """The values that a forward may change: a capacity for so many tokens, the last positions.
 
-    Of stand-ins, whose own fields are no part of the model, the mode alone.
+    Of stand-ins, whose own fields are no part of the model, the mode alone. What a forward with
+    autograd noted is not kept: nothing that is part of a graph can be copied.
     """
     if isinstance(module, StandIn):
         return {"training": module.training}
     return {
         name: value
         for name, value in vars(module).items()
-        if value is None or isinstance(value, (bool, int, float, str, Tensor))
+        if value is None
+        or isinstance(value, (bool, int, float, str))
+        or (isinstance(value, Tensor) and value.grad_fn is None)
     }
 
 

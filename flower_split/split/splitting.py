@@ -40,7 +40,9 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
     outputs are compared bit for bit.
 
     Args:
-        model: A causal language model of transformers, with or without adapters injected.
+        model: A model of transformers, with or without adapters injected: a language model, an
+            encoder with a head, an image classifier, a vision-language model (whose vision tower
+            stays with the client), an encoder-decoder model (which is cut in its encoder).
         cuts: The cut layers.
 
     Returns:

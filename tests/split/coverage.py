@@ -261,12 +261,40 @@ def markdown(tables: dict[str, list[Row]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def read_markdown(text: str) -> dict[str, list[Row]]:
+    """The tables that :func:`markdown` wrote."""
+    tasks = {task.title: name for name, task in TASKS.items()}
+    tables: dict[str, list[Row]] = {}
+    for line in text.splitlines():
+        if line.startswith("## "):
+            rows = tables.setdefault(tasks[line[3:]], [])
+        elif tables and line.startswith("| ") and line.split(" | ")[1] in OUTCOMES:
+            family, outcome, remark = line[2:-2].split(" | ", 2)
+            rows.append(Row(family, outcome, remark.replace("\\|", "|")))
+    return tables
+
+
+def _updated(tables: dict[str, list[Row]], path: Path) -> dict[str, list[Row]]:
+    """``tables``, and the rows at ``path`` of families that are not in them."""
+    before = read_markdown(path.read_text()) if path.exists() else {}
+    merged = {}
+    for task in TASKS:
+        rows = tables.get(task, [])
+        new = {row.family for row in rows}
+        merged[task] = [*rows, *(row for row in before.get(task, []) if row.family not in new)]
+    return {task: rows for task, rows in merged.items() if rows}
+
+
 def main() -> int:
     """Print the tables; the exit status is 1 if a family failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("family", nargs="*", help="default: every family of the task")
     parser.add_argument("--task", choices=list(TASKS), action="append", help="default: every task")
-    parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
+    parser.add_argument(
+        "--markdown",
+        type=Path,
+        help="also write the tables here; rows of other families stay",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity(50)
@@ -281,7 +309,7 @@ def main() -> int:
         counts = "  ".join(f"{name}: {count}" for name, count in summary(rows).items())
         print(f"{task:24} {counts}")
     if arguments.markdown is not None:
-        arguments.markdown.write_text(markdown(tables))
+        arguments.markdown.write_text(markdown(_updated(tables, arguments.markdown)))
     return 1 if any(summary(rows)["failed"] for rows in tables.values()) else 0
 
 

@@ -9,7 +9,7 @@ import transformers
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, split_model
 from flower_split.split.client_model import IdentityTrunk
-from tests.split.coverage import Row, check_families, families, markdown, summary
+from tests.split.coverage import Row, check_families, families, markdown, read_markdown, summary
 from tests.split.tiny import loss_and_gradients, padded_batch
 from tests.split.tiny_configs import tiny_config
 
@@ -124,7 +124,7 @@ def test_coverage_table_counts_and_puts_problems_first() -> None:
         Row("a", "identical", "x"),
         Row("b", "failed", "y"),
         Row("c", "not run", "z"),
-        Row("d", "refused", "w"),
+        Row("d", "refused", "w | v"),
     ]
     assert summary(rows) == {
         "tried": 3,
@@ -137,6 +137,8 @@ def test_coverage_table_counts_and_puts_problems_first() -> None:
     table = markdown({"masked-lm": rows}).splitlines()
     assert "| Masked language models | 3 | 1 | 0 | 1 | 1 | 1 |" in table
     assert [line.split()[1] for line in table[-4:]] == ["c", "b", "d", "a"]
+    read = read_markdown("\n".join(table))
+    assert sorted(read["masked-lm"], key=lambda row: row.family) == rows
 
 
 @pytest.mark.slow
