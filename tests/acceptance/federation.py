@@ -259,7 +259,7 @@ class Federation:
     def load_trunk(self, state: Mapping[str, Tensor]) -> None:
         """Give the trunk other initial adapter weights."""
         load_adapter_state(self.engine._compute.trunk, state)
-        self.engine._keeper._initial = self.engine._compute.snapshot()
+        self.engine._keeper.weights.initial = self.engine._compute.snapshot()
 
 
 @contextmanager
