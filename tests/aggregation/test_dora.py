@@ -166,6 +166,7 @@ def test_dora_with_a_method_that_it_does_not_fit_is_refused_by_name(method: str)
 def test_dora_mean_is_used_where_the_result_is_the_mean_of_the_deltas() -> None:
     adapter = Layer().initial
     assert fits_dora(StrategyConfig(), adapter)
+    assert fits_dora(StrategyConfig(name="fedbuff"), adapter)
     assert not fits_dora(StrategyConfig(), {"m.lora_A.weight": torch.ones(1)})
     for other in (
         StrategyConfig(dora="mean"),
@@ -174,6 +175,5 @@ def test_dora_mean_is_used_where_the_result_is_the_mean_of_the_deltas() -> None:
         StrategyConfig(server_learning_rate=0.5),
         StrategyConfig(server_optimizer="adam"),
         StrategyConfig(name="fedavg"),
-        StrategyConfig(name="fedbuff"),
     ):
         assert not fits_dora(other, adapter)
