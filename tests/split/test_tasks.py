@@ -26,6 +26,8 @@ from flower_split.split import (
     set_trunk,
     split_model,
 )
+from flower_split.split.client_model import IdentityTrunk
+from tests.split.coverage import TASKS
 from tests.split.task_batches import image_text_to_text
 from tests.split.tiny import assert_same_bits, padded_batch, tiny_model
 from tests.split.tiny_configs import tiny_config
@@ -254,3 +256,41 @@ def test_loaded_parts_with_a_new_head_match_the_whole_model(family: str, tmp_pat
         if "pooler" in name:  # the masked language model had none
             client.get_parameter(name).data.copy_(parameter.data)
     _assert_parts_match(whole, client, trunk, _text(labels=LABELS))
+
+
+@pytest.mark.parametrize(
+    ("auto_class", "family", "cuts"),
+    [
+        (AutoModelForSeq2SeqLM, "t5", (1, 3)),
+        (AutoModelForSeq2SeqLM, "t5", (0, 4)),
+        (AutoModelForTokenClassification, "deberta-v2", (1, 3)),
+        (AutoModelForImageTextToText, "qwen3_vl", (0, 3)),
+        (AutoModelForImageTextToText, "gemma3", (1, 3)),
+        (AutoModelForImageClassification, "vit", (0, 3)),
+    ],
+)
+def test_loaded_parts_of_another_task_match_the_whole_model(
+    auto_class: type, family: str, cuts: tuple[int, int], tmp_path: Path
+) -> None:
+    model = _model(auto_class, family)
+    model.save_pretrained(tmp_path)
+    trunk = load_trunk_model(str(tmp_path), CutLayers(*cuts), auto_class=auto_class).train()
+    client = load_client_model(
+        str(tmp_path), CutLayers(*cuts), trunk, auto_class=auto_class
+    ).train()
+    task = next(task for task in TASKS.values() if task.auto_class == auto_class.__name__)
+    _assert_parts_match(model, client, trunk, next(task.batches(model))[1])
+
+
+@pytest.mark.parametrize("cuts", [(0, 1), (0, 3)])
+def test_loaded_client_whose_trunk_would_make_a_bias_for_the_top_is_refused(
+    cuts: tuple[int, int], tmp_path: Path
+) -> None:
+    _model(AutoModelForSeq2SeqLM, "t5").save_pretrained(tmp_path)
+    with pytest.raises(SplitError, match="first cut 1 or more"):
+        load_client_model(
+            str(tmp_path),
+            CutLayers(*cuts),
+            IdentityTrunk(),
+            auto_class=AutoModelForSeq2SeqLM,
+        )
