@@ -39,6 +39,7 @@ from flower_split.trunk.calls import (
 from flower_split.trunk.checkpoint import CheckpointStore
 from flower_split.trunk.checks import check_fingerprint, check_tensors
 from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.contributions import Contributions
 from flower_split.trunk.flights import Flight, Flights
 from flower_split.trunk.gradients import Reduction
 from flower_split.trunk.keeper import RoundKeeper
@@ -116,6 +117,7 @@ class TrunkEngine:
         )
         self._caches = CacheStore(compute, cache_bytes, clock)
         self._worker = ComputeThread(compute, clock)
+        self._contributions = Contributions(self._keeper, compute, self._changed)
         self._waiting = WaitingRoom(self._keeper, compute, self._changed, clock)
         self._watchdog = Watchdog(
             self._keeper, self._worker, self._changed, clock, self._free_caches
@@ -276,7 +278,9 @@ class TrunkEngine:
             current,
             name,
             digest,
-            lambda: self._keeper.forward_train(current, name, tensors, acknowledged, use_cache),
+            lambda: self._contributions.forward_train(
+                current, name, tensors, acknowledged, use_cache
+            ),
             deadline,
             arrived,
         )
@@ -320,7 +324,7 @@ class TrunkEngine:
         name = current.name_of(member, key, CallKind.BACKWARD)
 
         def run() -> Tensor:
-            return self._keeper.backward(
+            return self._contributions.backward(
                 current, name, version, grad, num_tokens, loss_denominator, last
             )
 

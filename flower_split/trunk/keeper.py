@@ -7,10 +7,8 @@ window) stepped as one transaction.
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-
-from torch import Tensor
 
 from flower_split import failpoints
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
@@ -24,13 +22,11 @@ from flower_split.trunk.calls import (
     SlotReport,
 )
 from flower_split.trunk.checkpoint import CheckpointStore
-from flower_split.trunk.checks import check_weights
 from flower_split.trunk.committed import CommittedWeights
 from flower_split.trunk.compute import TrunkCompute
 from flower_split.trunk.flights import Flight, Flights
-from flower_split.trunk.gradients import Reduction, SlotGradient
-from flower_split.trunk.ledger import CallName
-from flower_split.trunk.round import Round, Session, hashed, seed_name, slot_reports
+from flower_split.trunk.gradients import Reduction
+from flower_split.trunk.round import Round, Session, hashed, slot_reports
 from flower_split.trunk.windows import Phase, StepEvery, WindowMachine
 
 logger = logging.getLogger(__name__)
@@ -172,86 +168,8 @@ class RoundKeeper:
 
     # ------------------------------------------------------------------ on the compute thread
 
-    def forward_train(
-        self,
-        current: Round,
-        name: CallName,
-        tensors: Mapping[str, Tensor],
-        acknowledged: int,
-        use_cache: bool | None = None,
-    ) -> Tensor:
-        """Run a forward and keep what its backward needs."""
-        with self.changed:
-            self.require_open(current)
-            current.ledger.acknowledge(name.slot, name.window, min(acknowledged, name.micro_batch))
-        activations = self._activations_of(current)
-        activations.require_room(
-            name.slot, tensors["hidden_states"].numel() * self.compute.dtype.itemsize
-        )
-        output, activation = self.compute.forward_train(
-            tensors,
-            seed_of=seed_name(current, name),
-            use_cache=use_cache,
-            cuts=current.cuts.get(name.slot),
-            weights=current.weights if isinstance(current, Flight) else None,
-        )
-        activations.put((name.slot, name.window, name.micro_batch), activation)
-        return output
-
-    def backward(
-        self,
-        current: Round,
-        name: CallName,
-        version: int,
-        grad: Tensor,
-        num_tokens: float,
-        loss_denominator: float,
-        last: bool,
-    ) -> Tensor:
-        """Run a backward and add its gradients to the open window, or do neither."""
-        place = (name.slot, name.window, name.micro_batch)
-        with self.changed:
-            self.require_open(current)
-            current.windows.check(name.slot, name.window)
-        activations = self._activations_of(current)
-        activation = activations.get(place)
-        if activation is None:
-            raise TrunkRefused(
-                RefusalReason.UNKNOWN_CONTRIBUTION,
-                f"slot {name.slot} sends a backward for window {name.window}, micro-batch "
-                f"{name.micro_batch}, without a forward that the trunk still holds.",
-            )
-        now = current.version if isinstance(current, Flight) else self.compute.version
-        if activation.version != now or version != activation.version:
-            raise TrunkRefused(
-                RefusalReason.STALE_VERSION,
-                f"the forward of slot {name.slot} ran at version {activation.version} (the client "
-                f"says {version}); the weights are at {now}. Run it again.",
-            )
-        check_weights(activation.hidden.shape, num_tokens, loss_denominator, name.slot)
-        smashed_grad, gradients = self.compute.backward(activation, grad)
-        with self.changed:
-            current.windows.contribute(
-                name.slot, name.window, name.micro_batch, num_tokens=num_tokens, last=last
-            )
-            if self.trains:
-                # Where every contribution is a step of its own, each is the first of its step.
-                alone = current.windows.step_every is StepEvery.CONTRIBUTION
-                covers = self.compute.covers(current.cuts.get(name.slot))
-                current.gradients.setdefault(name.slot, SlotGradient(covers)).add(
-                    0 if alone else name.micro_batch,
-                    gradients,
-                    num_tokens=num_tokens,
-                    loss_denominator=loss_denominator,
-                )
-            current.turn = None
-            activations.release(place)
-            if isinstance(current, Flight):
-                self.flights.settled(current)
-            self.changed.notify_all()
-        return smashed_grad
-
-    def _activations_of(self, current: Round) -> ActivationCache:
+    def activations_of(self, current: Round) -> ActivationCache:
+        """What is kept between forward and backward of a round, or of a dispatch."""
         return self.flights.activations if isinstance(current, Flight) else self.activations
 
     def settle(self, current: Round) -> None:
