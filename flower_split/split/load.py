@@ -134,7 +134,8 @@ def load_trunk_model(
         quantization: Of the base weights; the clients' one.
         device_map: Which layer goes to which of this host's devices, instead of ``device``:
             ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` or ``"sequential"``, or module name ->
-            device. Hidden states may then be on any device; the output comes back to it.
+            device. A trunk whose layers lie on several takes hidden states from any device, and
+            its output comes back to it.
 
     Returns:
         The trunk, in evaluation mode.
