@@ -55,6 +55,12 @@ class Aggregator(ABC):
         Raises:
             AggregationError: An option is out of range, or means nothing for this method.
         """
+        for label, value in (("max_rank", self.max_rank), ("seed", self.seed)):
+            optional = label == "max_rank" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int)):
+                raise AggregationError(f"{label} must be an integer; it is {value!r}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise AggregationError(f"seed must be an integer of 64 bits; it is {self.seed!r}.")
         if self.max_rank is not None and self.max_rank < 1:
             raise AggregationError(f"max_rank must be at least 1 or None; it is {self.max_rank!r}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -11,6 +11,8 @@ from torch import Tensor
 from flower_split.aggregation.factors import Factors, State, Update
 from flower_split.errors import AggregationError
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Share:
@@ -50,10 +52,10 @@ def check_factors(factors: Factors, who: str) -> None:
         who: The subject of the error's sentence, such as ``client 'a' returned factors``.
 
     Raises:
-        AggregationError: Wrong type, shape or scale, or NaN or Inf inside.
+        AggregationError: Wrong type, shape or scale, NaN or Inf inside, or a ΔW beyond fp32.
     """
     for name in ("A", "B"):
-        tensor = getattr(factors, name)
+        tensor = getattr(factors, name, None)
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise AggregationError(f"{who} whose {name} is {kind}; it must be a floating tensor.")
@@ -72,12 +74,21 @@ def check_factors(factors: Factors, who: str) -> None:
         raise AggregationError(
             f"{who} with scale {factors.scale!r}; it must be finite and above 0 (alpha / r)."
         )
+    size = scale
     for name in ("A", "B"):
-        if not bool(torch.isfinite(getattr(factors, name)).all()):
+        # The length of fp32 numbers in fp64 is finite exactly if all of them are.
+        length = float(torch.linalg.vector_norm(getattr(factors, name), dtype=torch.float64))
+        if not math.isfinite(length):
             raise AggregationError(
                 f"{who} with NaN or Inf in {name}; drop this client from the round, or lower its "
                 "learning rate."
             )
+        size *= length
+    if size > _LARGEST:
+        raise AggregationError(
+            f"{who} of a ΔW of size {size:.1g} (scale · ‖A‖ · ‖B‖), beyond the largest number of "
+            f"fp32, {_LARGEST:.1g}; drop this client from the round, or lower its learning rate."
+        )
 
 
 def check_weight(client_id: str | int, weight: object) -> float:

@@ -42,6 +42,16 @@ def test_non_finite_factors_are_refused_and_name_the_client(name, part, value):
         aggregator.aggregate(state, updates)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_finite_factors_of_a_delta_beyond_fp32_are_refused_and_name_the_client(name):
+    aggregator, state, updates = round_of(name)
+    returned = updates[1].returned  # finite each; their product is not, in fp32
+    returned = Factors(returned.A * 1e25, returned.B * 1e25, returned.scale)
+    updates[1] = replace(updates[1], returned=returned)
+    with pytest.raises(AggregationError, match="'client-1' returned.*beyond the largest number"):
+        aggregator.aggregate(state, updates)
+
+
 @pytest.mark.parametrize("weight", [-1, -0.5, float("nan"), float("inf"), 10**400, "3", None, True])
 @pytest.mark.parametrize("name", ALL)
 def test_invalid_weight_is_refused_and_names_the_client(name, weight):
@@ -271,6 +281,15 @@ def test_learning_rate_scales_the_step_on_the_global_update(name):
 def test_option_of_the_wrong_type_is_refused():
     with pytest.raises(AggregationError, match="product-delta: an option has the wrong type"):
         make_aggregator("product-delta", learning_rate="fast")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_rank": 2.5}, {"max_rank": True}, {"seed": None}, {"seed": 0.5}, {"seed": 2**70}],
+)
+def test_rank_or_seed_that_is_no_integer_is_refused(options):
+    with pytest.raises(AggregationError, match="must be an integer"):
+        make_aggregator("product-delta", **options)
 
 
 @pytest.mark.parametrize("options", [{"max_rank": 0}, {"learning_rate": 0}, {"learning_rate": -1}])
