@@ -22,6 +22,36 @@ def load_app_config(app: Path, overrides: Sequence[str] | None) -> RunConfig:
     Raises:
         ConfigError: There is no app, or a key or value is wrong.
     """
+    path, table = _app_table(app)
+    section = table.get("config", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: [tool.flwr.app.config] must be a table of keys.")
+    config = flatten_dict(section)
+    given = parse_overrides(overrides)
+    for key in given:
+        if key not in config:
+            parse_run_config({key: given[key]})  # an unknown key is told with its nearest name
+            raise ConfigError(
+                f"{key!r} is a key of this package, but Flower overrides only keys that the app "
+                f"has. Add it to [tool.flwr.app.config] in {path}."
+            )
+    return parse_run_config({**config, **given})
+
+
+def has_own_server_app(app: Path) -> bool:
+    """Whether the app's ServerApp is its own, which may bring a strategy that no key names.
+
+    Raises:
+        ConfigError: There is no app.
+    """
+    _, table = _app_table(app)
+    components = table.get("components")
+    named = components.get("serverapp") if isinstance(components, dict) else None
+    return named != "flower_split.server_app:app"
+
+
+def _app_table(app: Path) -> tuple[Path, dict[str, object]]:
+    """The app's pyproject.toml and its [tool.flwr.app]."""
     path = app.expanduser() / "pyproject.toml"
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -35,16 +65,7 @@ def load_app_config(app: Path, overrides: Sequence[str] | None) -> RunConfig:
     table = project.get("tool", {}).get("flwr", {}).get("app")
     if not isinstance(table, dict):
         raise ConfigError(f"{path} has no [tool.flwr.app] section: it is no Flower app.")
-    config = flatten_dict(table.get("config", {}))
-    given = parse_overrides(overrides)
-    for key in given:
-        if key not in config:
-            parse_run_config({key: given[key]})  # an unknown key is told with its nearest name
-            raise ConfigError(
-                f"{key!r} is a key of this package, but Flower overrides only keys that the app "
-                f"has. Add it to [tool.flwr.app.config] in {path}."
-            )
-    return parse_run_config({**config, **given})
+    return path, table
 
 
 def parse_overrides(values: Sequence[str] | None) -> dict[str, Scalar]:

@@ -3,11 +3,16 @@
 import logging
 import os
 import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from flower_split.concurrency import pool_cap
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.handshake import federation_config, needs_all_at_once, num_participants
+
+if TYPE_CHECKING:  # the checks import torch when they need it
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +36,11 @@ def check_aggregation(config: RunConfig) -> None:
         check_flower(config.strategy)
 
 
-def check_model(config: RunConfig) -> None:
+def check_model(config: RunConfig) -> "tuple[dict[str, Tensor], dict[str, float]]":
     """Check that the model can be cut as asked and takes the LoRA settings; reads no weights.
+
+    Returns:
+        The clients' initial adapter, and each module's scale of ΔW.
 
     Raises:
         SplitError: The model is not there, or cannot be cut so.
@@ -42,7 +50,7 @@ def check_model(config: RunConfig) -> None:
     from flower_split.lora import initial_client_adapter
     from flower_split.parts import client_parts, model_cuts
 
-    initial_client_adapter(
+    return initial_client_adapter(
         resolve_model_path(config.model.name),
         model_cuts(config),
         client_parts(config),
@@ -51,6 +59,47 @@ def check_model(config: RunConfig) -> None:
         revision=config.model.revision or None,
         attn_implementation=config.model.attn_implementation or None,
     )
+
+
+def check_clients(
+    config: RunConfig, adapter: "Mapping[str, Tensor]", scales: Mapping[str, float], settings: str
+) -> None:
+    """Check what depends on the clients of a simulation, which are known before it starts.
+
+    The ServerApp checks it again: a deployment's clients are known only there.
+
+    Args:
+        config: The run's, for the package's own ServerApp.
+        adapter: The clients' initial adapter.
+        scales: Module name -> scale of ΔW.
+        settings: The simulation's ``--federation-config``.
+
+    Raises:
+        AggregationError: The method or a rule cannot work on these clients.
+        ConfigError: Privacy or a strategy of Flower's cannot.
+    """
+    from flower_split.aggregation import configured
+    from flower_split.assets import resolve_model_path
+    from flower_split.client_ranks import own_lora, rank_specs
+    from flower_split.inner_strategies import InnerContext
+    from flower_split.privacy import check_privacy, with_privacy
+
+    check_privacy(config)
+    count = int(_number(dict(_PAIR.findall(settings)), "num-supernodes", 2))
+    own = {slot: own_lora(config, slot) for slot in range(count)}
+    context = InnerContext(
+        config=config,
+        num_clients=count,
+        initial=adapter,
+        scales=scales,
+        slot_of=int,
+        specs=rank_specs(config, own, scales, resolve_model_path(config.model.name)),
+    )
+    if config.strategy.aggregates_lora:
+        configured.check_clients(config.strategy, context.specs, context.num_sampled)
+        configured.check_adapter(config.strategy, adapter)
+    if not config.strategy.aggregates_lora or config.privacy.mechanism != "none":
+        with_privacy(context)
 
 
 def check_trunk(config: RunConfig) -> None:

@@ -14,9 +14,10 @@ from flwr.cli.constant import (
 )
 from flwr.cli.flower_config import read_superlink_connection
 
-from flower_split.cli.app import load_app_config, parse_overrides
+from flower_split.cli.app import has_own_server_app, load_app_config, parse_overrides
 from flower_split.cli.checks import (
     check_aggregation,
+    check_clients,
     check_model,
     check_trunk,
     simulation_settings,
@@ -61,12 +62,15 @@ def run_app(
         overrides["resume"] = str(resume.expanduser().absolute())
     config = load_app_config(app, [as_run_config(overrides)])
     check_aggregation(config)
-    check_model(config)
+    adapter, scales = check_model(config)
     check_trunk(config)
     where = [superlink] if superlink else []
     command = ["run", str(app), *where, "--format", "json"]
     if _is_local(superlink):
-        command += ["--federation-config", simulation_settings(config, federation_config)]
+        settings = simulation_settings(config, federation_config)
+        if not (has_own_server_app(app) or config.model.cuts_by_partition):
+            check_clients(config, adapter, scales, settings)
+        command += ["--federation-config", settings]
         overrides |= path_overrides(config, Path.cwd())
     elif federation_config:
         command += ["--federation-config", federation_config]

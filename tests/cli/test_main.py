@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flower_split.cli.app import load_app_config
+from flower_split.cli.app import has_own_server_app, load_app_config
 from flower_split.cli.checks import simulation_settings
 from flower_split.cli.main import main
 from flower_split.cli.trunk import token_from
@@ -59,6 +59,46 @@ def test_run_with_an_aggregation_that_cannot_be_says_why(
     given = 'strategy.aggregator="fedit" strategy.server-optimizer="adam"'
     assert main(["run", str(app), "-c", given]) > 0
     assert "fedit takes no server optimizer" in message_of(capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ('strategy.aggregator="fedit" lora.rank-by-partition="0=2"', "needs one rank for all"),
+        ('strategy.name="fedavg" lora.rank-by-partition="0=2"', "cannot mix clients"),
+        ('strategy.name="krum"', "at least 3 clients in a round"),
+        ('strategy.rules="krum=1"', "at least 5 clients in a round"),
+        ('strategy.name="fedtrimmedavg" strategy.options="beta=0.5"', "range [0, 0.5)"),
+        ('privacy.mechanism="client-fixed"', 'strategy.name = "fedavg"'),
+        ('strategy.name="fedavg" privacy.mechanism="client-fixed"', "equal weight"),
+        ('strategy.aggregator="flora" privacy.mechanism="local"', "cannot be combined"),
+    ],
+)
+def test_run_of_a_simulation_that_its_clients_cannot_have_is_refused_before_it_starts(
+    tmp_path: Path,
+    model: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    given: str,
+    words: str,
+) -> None:
+    started: list[object] = []
+    monkeypatch.setattr("flower_split.cli.run._ask", lambda *command: started.append(command))
+    app = app_with(tmp_path, model)
+    assert main(["run", str(app), "-c", given]) > 0
+    assert words in message_of(capsys) and not started
+
+
+def test_app_with_a_server_app_of_its_own_may_have_a_strategy_that_no_key_names(
+    tmp_path: Path, model: Path
+) -> None:
+    app = app_with(tmp_path, model)
+    assert not has_own_server_app(app)
+    project = app / "pyproject.toml"
+    text = project.read_text(encoding="utf-8")
+    assert "flower_split.server_app:app" in text
+    project.write_text(text.replace("flower_split.server_app:app", "mine:app"), encoding="utf-8")
+    assert has_own_server_app(app)
 
 
 def test_run_with_a_value_out_of_range_exits_with_2(
