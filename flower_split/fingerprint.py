@@ -14,7 +14,7 @@ from pathlib import Path
 from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import SplitError
-from flower_split.split.load import INDEX_FILE, WEIGHTS_FILE, fetch
+from flower_split.split.source import INDEX_FILE, WEIGHTS_FILE, fetch
 
 PROTOCOL_VERSION = "1"
 CUT_LAYERS = "cut-layers"

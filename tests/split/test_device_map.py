@@ -15,7 +15,7 @@ from flower_split.config import LoraPartConfig, OptimizerConfig, parse_run_confi
 from flower_split.errors import ConfigError, SplitError
 from flower_split.lora import attach_lora
 from flower_split.split import CutLayers, TrunkModel, load_client_model, load_trunk_model
-from flower_split.split import load as load_module
+from flower_split.split import source as source_module
 from flower_split.split.client_model import IdentityTrunk
 from flower_split.split.placement import check_placed, resolve_device_map
 from flower_split.split.stack import find_stack
@@ -40,7 +40,7 @@ def two(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(places, dict)
         return places | {next(reversed(places)): torch.device("cpu:0")}
 
-    monkeypatch.setattr(load_module, "resolve_device_map", resolve)
+    monkeypatch.setattr(source_module, "resolve_device_map", resolve)
 
 
 def hooked(trunk: nn.Module) -> int:

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
-from flower_split.split import load as load_module
+from flower_split.split import source as source_module
 from flower_split.split.client_model import IdentityTrunk
 from tests.split.tiny import (
     FAMILIES,
@@ -159,9 +159,9 @@ def test_loading_from_the_hub_fetches_shards_with_owned_tensors_only(
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     fetched: list[str] = []
-    monkeypatch.setattr(load_module, "fetch", _hub(tmp_path, fetched))
+    monkeypatch.setattr(source_module, "fetch", _hub(tmp_path, fetched))
     monkeypatch.setattr(
-        load_module,
+        source_module,
         "load_model_config",
         lambda *args, **kwargs: LlamaConfig.from_pretrained(tmp_path),
     )

@@ -34,7 +34,7 @@ from flower_split.split import (
     load_whole_model,
     split_model,
 )
-from flower_split.split import load as load_module
+from flower_split.split import source as source_module
 from flower_split.split.client_model import IdentityTrunk
 from flower_split.trunk.assemble import make_engine
 from tests.ecosystem.rig import arguments
@@ -176,8 +176,8 @@ def test_checkpoint_that_is_quantised_is_read_as_it_is_from_its_shards(
     def config(*args: object, **kwargs: object) -> LlamaConfig:
         return LlamaConfig.from_pretrained(directory)
 
-    monkeypatch.setattr(load_module, "fetch", fetch)
-    monkeypatch.setattr(load_module, "load_model_config", config)
+    monkeypatch.setattr(source_module, "fetch", fetch)
+    monkeypatch.setattr(source_module, "load_model_config", config)
     QUANTISED.clear()
     trunk = load_trunk_model("someone/quantised", CUTS)
     inside = {shard for n, shard in index.items() if ".layers.1." in n or ".layers.2." in n}
