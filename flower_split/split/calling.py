@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
 from flower_split.errors import SplitError
 from flower_split.split.cache import keeps_only_keys_and_values
@@ -78,7 +79,11 @@ def _signature(forward: Callable[..., object]) -> inspect.Signature:
 
 
 def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Before a model around the layers runs: keep its mask and positions for the trunk."""
+    """Before a model around the layers runs: keep its mask and positions for the trunk.
+
+    Raises:
+        SplitError: It is called with what no model in two places can do.
+    """
     bound = _signature(type(model).forward).bind(model, *args, **kwargs)
     named = dict(bound.arguments)
     named.update(named.pop("kwargs", {}))
@@ -91,6 +96,12 @@ def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str
             "of which the client has some. Set output_router_logits to False."
         )
     cache = named.pop("past_key_values", None)
+    if isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise SplitError(
+            f"the model was called with a {type(cache).__name__} of a fixed length, and the trunk's "
+            'grows with the positions it is sent. Generate with cache_implementation="dynamic" (the '
+            "default), or with use_cache=False."
+        )
     use_cache = named.get("use_cache")
     if use_cache is None and getattr(model.config, "use_cache", None) is False:
         use_cache = False

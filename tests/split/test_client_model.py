@@ -122,6 +122,14 @@ def test_client_with_a_filled_cache_is_refused() -> None:
         client(input_ids=ids[:, :1], past_key_values=cache)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_generate_with_a_cache_of_fixed_length_is_refused(family: str) -> None:
+    client, _ = split_model(tiny_model(family).eval(), CUTS)
+    batch = {k: v for k, v in padded_batch().items() if k != "labels"}
+    with pytest.raises(SplitError, match='StaticCache.*cache_implementation="dynamic"'):
+        client.generate(**batch, max_new_tokens=4, cache_implementation="static")
+
+
 def test_client_with_a_whole_mask_matches_unsplit() -> None:
     model = tiny_model("llama")
     client, trunk = split_model(model, CUTS)
