@@ -96,7 +96,8 @@ def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str
             "of which the client has some. Set output_router_logits to False."
         )
     cache = named.pop("past_key_values", None)
-    if isinstance(cache, Cache) and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+    layers = getattr(cache, "layers", ())  # a pair, of encoder and decoder, has none itself
+    if any(isinstance(layer, StaticLayer) for layer in layers):
         raise SplitError(
             f"the model was called with a {type(cache).__name__} of a fixed length, and the trunk's "
             'grows with the positions it is sent. Generate with cache_implementation="dynamic" (the '
