@@ -116,7 +116,7 @@ def plot(results: Results, settings: Sequence[Setting], path: Path) -> bool:
         axis.set_xlabel("round")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss per token")
-    axes[0].legend(fontsize=8)
+    axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))  # covers no line
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
