@@ -118,7 +118,12 @@ def _compare(
 
 
 def copy_with(root: PreTrainedModel, replacements: dict[str, nn.Module]) -> PreTrainedModel:
-    """A deep copy of ``root`` with some modules replaced; those are never copied."""
+    """A deep copy of ``root`` with some modules replaced; those are never copied.
+
+    The replacements take the training mode of ``root``, and so does a trunk that is put in them.
+    """
+    for module in replacements.values():
+        module.train(root.training)
     memo: dict[int, object] = {
         id(root.get_submodule(path)): module for path, module in replacements.items()
     }

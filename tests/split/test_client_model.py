@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, set_trunk, split_model
@@ -266,3 +266,29 @@ def test_split_model_layer_input_that_depends_on_the_tokens_is_refused() -> None
     model.model.__class__ = PerToken
     with pytest.raises(SplitError, match="computes something else"):
         split_model(model, CUTS)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_parts_take_the_training_mode_of_the_model(training: bool) -> None:
+    model = tiny_model("gpt2").train(training)
+    client, trunk = split_model(model, CUTS)
+    assert {module.training for part in (client, trunk) for module in part.modules()} == {training}
+
+
+def test_encoder_decoder_with_dropout_split_in_evaluation_generates_as_the_unsplit_model() -> None:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=4,
+        num_heads=2,
+        dropout_rate=0.5,
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config).eval()
+    inputs = {"input_ids": torch.arange(2, 14).view(2, 6), "max_new_tokens": 8, "num_beams": 2}
+    expected = model.generate(**inputs)
+    client, _ = split_model(model, CUTS)
+    assert torch.equal(client.generate(**inputs), expected)
