@@ -28,7 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
+        default=[*METHODS, "product-delta:rank-weighting=holders"],
         metavar="METHOD",
         help="names, or name:options such as product-delta:rank-weighting=holders",
     )
