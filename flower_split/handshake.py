@@ -194,12 +194,16 @@ def check_facts(
                 "configuration: flower-split trunk APP --run-config '…', and use the same model "
                 "files on every machine."
             )
-    strangers = sorted(config.model.own_cuts.keys() - nodes.keys())
-    if strangers:
-        raise FederationError(
-            f"model.cuts-by-partition names partition {', '.join(map(str, strangers))}, which no "
-            f"client holds; the partitions are {', '.join(map(str, nodes))}. Leave it out."
-        )
+    for key, named in (
+        ("model.cuts-by-partition", config.model.own_cuts),
+        ("lora.rank-by-partition", config.lora.ranks_by_partition),
+    ):
+        strangers = sorted(named.keys() - nodes.keys())
+        if strangers:
+            raise FederationError(
+                f"{key} names partition {', '.join(map(str, strangers))}, which no client holds; "
+                f"the partitions are {', '.join(map(str, sorted(nodes)))}. Leave it out."
+            )
     _check_concurrency([facts for _, facts in answers], config)
     return Federation(nodes)
 

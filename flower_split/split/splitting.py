@@ -46,7 +46,9 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
         cuts: The cut layers.
 
     Returns:
-        The client's model and the trunk.
+        The client's model and the trunk, both in the training mode of ``model``. What is set on the
+        client afterwards, such as another attention implementation, does not reach the trunk; with
+        ``output_hidden_states`` or ``output_attentions`` the client gives those of its own layers.
 
     Raises:
         SplitError: The cuts do not fit the model, or the family does not run its layers in a way

@@ -179,3 +179,8 @@ def test_wait_for_nodes_in_a_simulation_fails_at_once_with_the_line_to_use(
         wait_for_nodes(FakeGrid([5, 6], lambda _: None), config(num_clients=4))
     assert time.monotonic() - start < 5  # not join-timeout, which is 180 s
     assert federation_config(4) in str(caught.value)
+
+
+def test_check_facts_of_a_rank_for_a_partition_that_is_not_there_names_it() -> None:
+    text = check([(50, facts(1)), (10, facts(0))], config(lora__rank_by_partition="0=2, 9=4"))
+    assert "lora.rank-by-partition names partition 9" in text and "0, 1" in text
