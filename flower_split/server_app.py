@@ -318,8 +318,11 @@ def final_trunk_adapter(strategy: TrunkStrategy, trunk: ConnectedTrunk) -> dict[
     """The trunk's adapter after the last round, whatever happened to its process since."""
 
     def fetch() -> dict[str, Tensor]:
-        strategy.settle_trunk(strategy.config.num_server_rounds)
-        return trunk.coordinator.get_adapter()
+        epoch = strategy.settle_trunk(strategy.config.num_server_rounds)
+        adapter = trunk.coordinator.get_adapter()
+        if trunk.coordinator.status().epoch != epoch:  # a new process has the initial weights
+            raise TrunkUnavailable("the trunk restarted while its adapter was read.")
+        return adapter
 
     return with_retries(strategy, fetch, "the trunk's adapter", trunk.care)
 

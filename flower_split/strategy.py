@@ -351,14 +351,17 @@ class TrunkStrategy(Strategy):
             self._phase.cause = self._phase.cause or why
             self._phase.trunk_lost = True
 
-    def settle_trunk(self, server_round: int) -> None:
+    def settle_trunk(self, server_round: int) -> int:
         """Have the trunk stand at the committed round, whatever happened to it since.
+
+        Returns:
+            The epoch of the trunk process that stands there; another one does not.
 
         Raises:
             TrunkError: It does not answer, or cannot restore the round.
         """
         if self.base is None:
-            return
+            return self.coordinator.status().epoch
         plan = RoundPlan(
             experiment=self.experiment,
             server_round=server_round,
@@ -367,8 +370,9 @@ class TrunkStrategy(Strategy):
             evaluate=True,
             base=self.base,
         )
-        self.coordinator.begin_round(plan)
+        epoch, _ = self.coordinator.begin_round(plan)
         self.coordinator.abort_round(self.experiment, server_round, plan.attempt, "it stands")
+        return epoch
 
     def stop_phase(self, why: str) -> None:
         """Abort the trunk's round so that its clients end at once; the phase stays to be judged."""
