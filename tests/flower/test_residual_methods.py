@@ -164,7 +164,9 @@ def test_exported_adapter_has_the_held_out_loss_that_the_clients_reported(
     assert abs(lost - reported[0]) > 1e-3 * reported[0]
 
 
-@pytest.mark.parametrize("aggregator", ["flora", "fedex-lora"])
+@pytest.mark.parametrize(
+    "aggregator", ["flora", pytest.param("fedex-lora", marks=pytest.mark.slow)]
+)
 def test_resumed_run_whose_method_changes_the_base_ends_on_the_same_bits(
     job: Job, aggregator: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def test_run_exports_an_adapter_with_the_unsplit_names(
     assert names == adapters_of(finished).keys()
 
 
+@pytest.mark.slow
 def test_run_again_in_another_order_ends_on_the_same_adapters(
     flower: Flower, tiny: Tiny, finished: RunDirectory
 ) -> None:
@@ -158,6 +159,7 @@ def test_flower_split_run_of_a_job_that_fails_exits_with_1_and_one_paragraph(
     assert "line 1" in last and "1.jsonl" in last
 
 
+@pytest.mark.slow
 def test_run_with_too_few_clients_at_once_fails_at_once_with_the_line_to_use(
     flower: Flower, tiny: Tiny
 ) -> None:

@@ -60,6 +60,7 @@ def test_chaos_of_a_supervised_trunk_recovers_by_itself(tmp_path):
     assert "kill child trunk" in done.stdout
 
 
+@pytest.mark.slow
 def test_chaos_without_dedupe_reports_differences(tmp_path):
     options = ["--faults-per-run", "8", "--rounds", "3", "--seed", "7"]
     done = chaos("--faults", "8", *options, "--no-dedupe", "--keep", str(tmp_path), timeout=280)
