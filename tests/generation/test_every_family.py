@@ -32,7 +32,15 @@ def logits(model: PreTrainedModel, use_cache: bool) -> Tensor:
     return torch.stack(output.logits)
 
 
-@pytest.mark.parametrize("family", coverage.families())
+def sampled(families: list[str]) -> list[object]:
+    """Every third family by default, the others with the slow tests."""
+    return [
+        name if index % 3 == 0 else pytest.param(name, marks=pytest.mark.slow)
+        for index, name in enumerate(families)
+    ]
+
+
+@pytest.mark.parametrize("family", sampled(coverage.families()))
 def test_generate_of_a_family_equals_unsplit(family: str) -> None:
     try:
         model = coverage._tiny_model(family).eval()
