@@ -358,7 +358,8 @@ class TrunkStrategy(Strategy):
             The epoch of the trunk process that stands there; another one does not.
 
         Raises:
-            TrunkError: It does not answer, or cannot restore the round.
+            TrunkUnavailable: It does not answer, or restarted meanwhile.
+            TrunkRefused: It cannot restore the round.
         """
         if self.base is None:
             return self.coordinator.status().epoch
@@ -371,7 +372,12 @@ class TrunkStrategy(Strategy):
             base=self.base,
         )
         epoch, _ = self.coordinator.begin_round(plan)
-        self.coordinator.abort_round(self.experiment, server_round, plan.attempt, "it stands")
+        try:
+            self.coordinator.abort_round(self.experiment, server_round, plan.attempt, "it stands")
+        except TrunkRefused as error:  # a new process does not know the round that was just begun
+            raise TrunkUnavailable(
+                f"the trunk restarted while it was brought to round {self.base.server_round}: {error}"
+            ) from error
         return epoch
 
     def stop_phase(self, why: str) -> None:
