@@ -15,16 +15,12 @@ from flwr.serverapp import Grid, ServerApp
 from torch import Tensor
 
 from flower_split import failpoints
-from flower_split.aggregation.clients import AdapterSpec
-from flower_split.aggregation.configured import check_clients, check_strategy
+from flower_split.aggregation.configured import check_strategy
 from flower_split.arrays import from_arrays, to_arrays
-from flower_split.assets import resolve_model_path
 from flower_split.asynchronous import AsynchronousRounds, run_buffers
-from flower_split.base_values import gather_base_values
 from flower_split.baseline import run_local_only
 from flower_split.checkpoint import FOLDER, Resumed, RunCheckpoints
-from flower_split.client_cuts import check_resumed, cut_notes, cut_specs, overlap_adapter
-from flower_split.client_ranks import OwnLora, rank_specs
+from flower_split.client_cuts import check_resumed
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.coordinator import TrunkCoordinator
 from flower_split.errors import (
@@ -37,13 +33,11 @@ from flower_split.exchange import Federation
 from flower_split.facts import ClientFacts
 from flower_split.fedbuff import FedBuff
 from flower_split.handshake import describe_clients, shake_hands, wait_for_nodes
-from flower_split.inner_strategies import InnerContext, InnerFactory, check_flower, inner_notes
+from flower_split.inner_strategies import InnerFactory, check_flower
 from flower_split.logs import log_to_stderr, quiet_libraries
-from flower_split.lora import initial_client_adapter
 from flower_split.lora_fedavg import LoraFedAvg
-from flower_split.parts import client_parts, model_cuts
-from flower_split.privacy import check_privacy, own_inner, with_privacy
-from flower_split.privacy_report import privacy_notes, privacy_spent
+from flower_split.privacy import check_privacy
+from flower_split.privacy_report import privacy_spent
 from flower_split.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.recorder import Recorder
 from flower_split.report import RunDirectory
@@ -54,6 +48,7 @@ from flower_split.rounds import (
     run_rounds,
     with_retries,
 )
+from flower_split.run_inner import inner_context, inner_strategy, largest_weights
 from flower_split.strategy import TrunkAccess, TrunkStrategy
 from flower_split.strategy_state import check_resumable, load_state, state_of
 from flower_split.trunk.calls import RoundBase, RoundReport
@@ -170,47 +165,19 @@ def make_strategy(
     make_inner: InnerFactory | None = None,
 ) -> tuple[TrunkStrategy, ArrayRecord]:
     """The run's strategy and the adapter it begins with; both go on from ``resumed``."""
-    state, scales = initial_client_adapter(
-        resolve_model_path(config.model.name),
-        model_cuts(config),
-        client_parts(config),
-        seed=config.seed,
-        dtype=config.model.dtype,
-        revision=config.model.revision or None,
-        attn_implementation=config.model.attn_implementation or None,
-        fetch=lambda shapes: gather_base_values(
-            grid, federation, facts, shapes, timeout=config.round_timeout
-        ),
-    )
-    cuts = {slot: item.cuts or model_cuts(config) for slot, item in facts.items()}
-    overlap, overlap_scales = overlap_adapter(config, cuts.values())
-    state, scales = {**state, **overlap}, {**scales, **overlap_scales}
-    context = InnerContext(
-        config=config,
-        num_clients=len(federation.nodes),
-        initial=state,
-        scales=scales,
-        slot_of=federation.slot_of,
-        specs=cut_specs(config, cuts, state, client_specs(config, facts, scales)),
-    )
-    if make_inner is None and config.strategy.aggregates_lora:
-        check_clients(
-            config.strategy, context.specs, context.num_sampled, federation.nodes.__getitem__
-        )
-    inner = with_privacy(context) if make_inner is None else own_inner(context, make_inner)
-    notes = inner_notes(context) if make_inner is None else []
-    for note in notes + privacy_notes(context, inner) + cut_notes(config, cuts):
+    context = inner_context(grid, config, federation, facts)
+    inner, notes = inner_strategy(context, facts, federation, make_inner)
+    for note in notes:
         logger.warning("%s", note)
         recorder.notes.append(note)
-    arrays, base, attempt = to_arrays(state), RoundBase(0), 0
+    arrays, base, attempt = to_arrays(context.initial), RoundBase(0), 0
     if isinstance(inner, LoraFedAvg):
         arrays = inner.initial_arrays()
         inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
-        inner.largest_weights = largest_weights(config, facts)
     experiment = recorder.run.path.name + "-" + secrets.token_hex(4)
     if resumed is not None:
         entry = resumed.entry
-        check_resumed(resumed.adapter, state)
+        check_resumed(resumed.adapter, context.initial)
         check_resumable(inner)
         load_state(inner, resumed.strategy)
         arrays, base = to_arrays(resumed.adapter), RoundBase(entry.server_round, entry.trunk_digest)
@@ -259,33 +226,6 @@ def make_strategy(
 def _at_once(facts: Mapping[int, ClientFacts]) -> int:
     """How many clients a simulation runs at once; 0: as many as there are."""
     return min((item.concurrency for item in facts.values() if item.concurrency > 0), default=0)
-
-
-def client_specs(
-    config: RunConfig, facts: Mapping[int, ClientFacts], scales: Mapping[str, float]
-) -> dict[int, AdapterSpec]:
-    """What each client holds of the adapter, where that is not all of it as the run has it."""
-    own = {
-        slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
-    }
-    specs = rank_specs(config, own, scales, resolve_model_path(config.model.name))
-    if specs:
-        logger.info(
-            "clients with a LoRA rank or scale of their own, by partition: %s",
-            ", ".join(f"{slot}: {own[slot]}" for slot in specs),
-        )
-    return specs
-
-
-def largest_weights(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, float]:
-    """The largest weight that each client can report truthfully; empty where all count the same."""
-    if config.strategy.weighting == "uniform":
-        return {}
-    train = config.train
-    in_a_step = train.batch_size * train.gradient_accumulation_steps
-    if config.strategy.weighting == "tokens":
-        in_a_step *= train.sequence_length
-    return {slot: float(item.planned_steps * in_a_step) for slot, item in facts.items()}
 
 
 def open_directory(config: RunConfig) -> RunDirectory:
