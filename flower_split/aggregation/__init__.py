@@ -13,9 +13,9 @@ refusals. ``modules`` aggregates whole adapters, which is what the strategy uses
 the rules that may come before any method.
 """
 
-from flower_split.aggregation.base import Aggregator
-from flower_split.aggregation.factors import AggregationResult, Factors, State, Update
-from flower_split.aggregation.registry import METHODS, make_aggregator
+from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
+from flower_split.aggregation.core.method import Aggregator
+from flower_split.aggregation.methods.registry import METHODS, make_aggregator
 
 __all__ = [
     "METHODS",

@@ -4,15 +4,15 @@ import argparse
 import sys
 
 from flower_split.errors import ConfigError
-from flower_split.generation import (
+from flower_split.results.client_adapter import one_client
+from flower_split.results.generation import (
     Message,
     Sampling,
     TextGenerator,
     TrunkServer,
     open_generator,
 )
-from flower_split.logs import quiet_libraries
-from flower_split.personal import one_client
+from flower_split.runtime.logs import quiet_libraries
 from flower_split.split import CutLayers
 
 

@@ -175,8 +175,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         from flower_split.cli.generate import generate
 
         return generate(arguments)
-    from flower_split.export import export_adapter
-    from flower_split.personal import one_client
+    from flower_split.results.client_adapter import one_client
+    from flower_split.results.export import export_adapter
     from flower_split.split import CutLayers
 
     cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None

@@ -14,17 +14,17 @@ from flwr.cli.constant import (
 )
 from flwr.cli.flower_config import read_superlink_connection
 
-from flower_split.cli.app import has_own_server_app, load_app_config, parse_overrides
-from flower_split.cli.checks import (
+from flower_split.cli.app_config import has_own_server_app, load_app_config, parse_overrides
+from flower_split.cli.paths import as_run_config, path_overrides
+from flower_split.cli.preflight import (
     check_aggregation,
     check_clients,
     check_model,
     check_trunk,
     simulation_settings,
 )
-from flower_split.cli.paths import as_run_config, path_overrides
 from flower_split.errors import FederationError
-from flower_split.logs import MARK
+from flower_split.runtime.logs import MARK
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from flower_split import failpoints
-from flower_split.cli.app import load_app_config
+from flower_split.cli.app_config import load_app_config
 from flower_split.errors import ConfigError
-from flower_split.logs import log_to_stderr, quiet_libraries
-from flower_split.trunk.child import RunningTrunk, Serving
+from flower_split.runtime import failpoints
+from flower_split.runtime.logs import log_to_stderr, quiet_libraries
+from flower_split.trunk.serve import RunningTrunk, Serving
 
 logger = logging.getLogger(__name__)
 

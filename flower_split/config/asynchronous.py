@@ -3,9 +3,9 @@
 from dataclasses import fields
 
 from flower_split.config.privacy import PrivacyConfig
-from flower_split.config.rules import kebab
 from flower_split.config.strategy import StrategyConfig
 from flower_split.config.trunk import TrunkConfig
+from flower_split.config.validation import kebab
 from flower_split.errors import ConfigError
 
 FEDBUFF = "fedbuff"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from flower_split.config.rules import above, at_least, longest, one_of, pattern
+from flower_split.config.validation import above, at_least, longest, one_of, pattern
 from flower_split.errors import ConfigError
 
 CLIENT_SCALES = ("alpha", "scale")
@@ -119,7 +119,7 @@ class LoraConfigs:
     """LoRA settings, separately for each part, and which clients have a smaller rank.
 
     A client's own rank replaces ``r`` of the parts it holds where it is below; see
-    :mod:`flower_split.client_ranks`.
+    :mod:`flower_split.parties.client_ranks`.
     """
 
     bottom: LoraPartConfig = field(default_factory=LoraPartConfig)

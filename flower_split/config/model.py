@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from flower_split.config.rules import at_least, one_of
+from flower_split.config.validation import at_least, one_of
 from flower_split.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")

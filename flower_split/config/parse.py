@@ -7,8 +7,8 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
 from flower_split.config.lora import refuse_peft_option
-from flower_split.config.rules import kebab
 from flower_split.config.run import RunConfig
+from flower_split.config.validation import kebab
 from flower_split.errors import ConfigError
 
 Scalar = bool | int | float | str

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flower_split.config.rules import above, at_least, one_of
+from flower_split.config.validation import above, at_least, one_of
 from flower_split.errors import ConfigError
 
 MECHANISMS = (

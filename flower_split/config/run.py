@@ -7,10 +7,10 @@ from flower_split.config.data import DataConfig
 from flower_split.config.lora import LoraConfigs
 from flower_split.config.model import ModelConfig
 from flower_split.config.privacy import PrivacyConfig
-from flower_split.config.rules import above, at_least, one_of, share
 from flower_split.config.strategy import StrategyConfig
 from flower_split.config.train import TrainConfig
 from flower_split.config.trunk import TrunkConfig
+from flower_split.config.validation import above, at_least, one_of, share
 from flower_split.errors import ConfigError
 
 MODES = ("joint", "frozen", "forward-only")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flower_split.config.rules import above, at_least, one_of
+from flower_split.config.validation import above, at_least, one_of
 
 STRATEGIES = (
     "lora-fedavg",
@@ -27,7 +27,7 @@ class StrategyConfig:
     """How the clients' adapters become the next global adapter.
 
     What a method, its options and the rules can do together is checked before the run begins, by
-    ``flower_split.aggregation.configured``, which knows them.
+    ``flower_split.aggregation.from_config``, which knows them.
     """
 
     name: str = "lora-fedavg"  # lora-fedavg (an aggregator of this package) or a class of Flower's

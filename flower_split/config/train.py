@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flower_split.config.rules import above, at_least, kebab, one_of
+from flower_split.config.validation import above, at_least, kebab, one_of
 from flower_split.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from flower_split.config.rules import above, at_least, kebab, one_of, share
 from flower_split.config.train import OptimizerConfig
+from flower_split.config.validation import above, at_least, kebab, one_of, share
 from flower_split.errors import ConfigError
 
 STEP_EVERY = ("local-step", "server-round", "contribution")

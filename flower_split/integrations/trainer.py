@@ -28,12 +28,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import STEP_EVERY, OptimizerConfig
 from flower_split.errors import ConfigError, SplitError, TrunkError
-from flower_split.optim import LearningRate, make_optimizer
-from flower_split.remote_trunk import RemoteTrunk
 from flower_split.split import TrunkSlot
-from flower_split.split.client_model import trunk_slot
+from flower_split.split.client_side.model import trunk_slot
+from flower_split.training.optimizers import LearningRate, make_optimizer
 
 logger = logging.getLogger(__name__)
 

@@ -6,15 +6,14 @@ writes the adapter under the names that PEFT saves it by.
 """
 
 from flower_split.lora.attach import attach_lora
-from flower_split.lora.initial import (
+from flower_split.lora.initial_values import (
     base_digests,
     base_values,
     has_base_values,
     initial_client_adapter,
     weight_norms,
 )
-from flower_split.lora.places import embedding_names, output_embeddings, part_of, stack_of
-from flower_split.lora.plain import BaseWeight
+from flower_split.lora.model_parts import embedding_names, output_embeddings, part_of, stack_of
 from flower_split.lora.state import (
     adapter_name,
     adapter_state,
@@ -22,6 +21,7 @@ from flower_split.lora.state import (
     lora_scales,
     set_trainable,
 )
+from flower_split.lora.whole_weights import BaseWeight
 
 __all__ = [
     "BaseWeight",

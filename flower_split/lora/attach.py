@@ -17,11 +17,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from flower_split.aggregation.adapters import MAGNITUDE
+from flower_split.aggregation.core.adapter_layout import MAGNITUDE
 from flower_split.config import LoraPartConfig
 from flower_split.errors import ConfigError, SplitError
-from flower_split.lora.initial import Inits, initial_value, renew_magnitudes
-from flower_split.lora.places import (
+from flower_split.lora.initial_values import Inits, initial_value, renew_magnitudes
+from flower_split.lora.model_parts import (
     PARTS,
     embedding_names,
     ends_with,
@@ -31,14 +31,14 @@ from flower_split.lora.places import (
     some,
     stack_of,
 )
-from flower_split.lora.plain import Place, own_parameters, train_whole
 from flower_split.lora.state import (
     ADAPTER_NAME,
     adapter_parameters,
     lora_parameters,
 )
+from flower_split.lora.whole_weights import Place, own_parameters, train_whole
 from flower_split.split import CutLayers
-from flower_split.split.stack import LayerStack
+from flower_split.split.structure.stack import LayerStack
 
 
 def attach_lora(

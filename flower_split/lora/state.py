@@ -11,10 +11,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from flower_split.aggregation.adapters import MAGNITUDE
+from flower_split.aggregation.core.adapter_layout import MAGNITUDE
 from flower_split.errors import SplitError
-from flower_split.lora.places import some
-from flower_split.lora.plain import base_weights, saved_name
+from flower_split.lora.model_parts import some
+from flower_split.lora.whole_weights import base_weights, saved_name
 
 ADAPTER_NAME = "default"
 

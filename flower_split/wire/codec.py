@@ -5,7 +5,7 @@ Bytes are little-endian, contiguous and row-major (``RAW``); booleans travel eig
 allocated for it, and a decoded tensor owns writable memory. :mod:`flower_split.wire.frames` cuts
 the bytes into messages.
 
-Next: ``flower_split/trunk/server.py``.
+Next: ``flower_split/trunk/service/server.py``.
 """
 
 from collections.abc import Iterable

@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from flower_split.aggregation import make_aggregator
-from flower_split.aggregation.configured import parse_options
-from flower_split.aggregation.modules import AdapterAggregator, AdapterUpdate
+from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterUpdate
+from flower_split.aggregation.from_config import parse_options
 from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, ModelConfig, RunConfig, TrainConfig
 from flower_split.data import ClientData, batches, eval_batches, load_client_data, load_tokenizer
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state, lora_scales
 from flower_split.split import CutLayers
-from flower_split.training import evaluate
+from flower_split.training.round import evaluate
 
 ALPHA = 16.0
 CUTS = CutLayers(2, 6)

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import (
     LoraConfigs,
     LoraPartConfig,
@@ -30,15 +31,14 @@ from flower_split.config import (
     TrainConfig,
     TrunkConfig,
 )
-from flower_split.coordinator import TrunkCoordinator
-from flower_split.fingerprint import fingerprint
 from flower_split.lora import attach_lora
-from flower_split.parts import all_parts, client_parts, model_cuts
-from flower_split.remote_trunk import RemoteTrunk
+from flower_split.parties.fingerprint import fingerprint
+from flower_split.parties.parts import all_parts, client_parts, model_cuts
+from flower_split.protocol.values import RoundPlan
+from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import load_client_model, load_whole_model
-from flower_split.training import Batch, RoundPlace, StepMetrics, train_round
-from flower_split.trunk.calls import RoundPlan
-from flower_split.trunk.child import TrunkProcess
+from flower_split.training.round import Batch, RoundPlace, StepMetrics, train_round
+from flower_split.trunk.serve import TrunkProcess
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from rich.table import Table
 from split_step import PRESETS, Preset, write_checkpoint
 
 from flower_split.config import LoraPartConfig, OptimizerConfig
-from flower_split.logs import quiet_libraries
 from flower_split.lora import attach_lora
+from flower_split.runtime.logs import quiet_libraries
 from flower_split.split import CutLayers, load_trunk_model
-from flower_split.trunk.compute import TrunkCompute
+from flower_split.trunk.compute.compute import TrunkCompute
 
 GIB = 2**30
 

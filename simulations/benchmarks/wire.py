@@ -18,12 +18,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flower_split.remote_trunk import RemoteTrunk
+from flower_split.client.remote_trunk import RemoteTrunk
+from flower_split.protocol.values import CallResult, ContributionKey, ForwardMode, SessionGrant
 from flower_split.split import CutLayers
-from flower_split.split.cache import CacheStep
-from flower_split.trunk.calls import CallResult, ContributionKey, ForwardMode, SessionGrant
-from flower_split.trunk.engine import TrunkEngine
-from flower_split.trunk.server import TrunkServer
+from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.server import TrunkServer
 
 HIDDEN = 1024
 SIZES = (0.39, 8.4, 67.0)  # MB: one short sequence, a small batch, 8 x 512 tokens of width 4096

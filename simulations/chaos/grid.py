@@ -113,7 +113,7 @@ def _connect(path: Path):
 
 def serve_node(path: Path, node_id: int, node_config, run_config) -> None:
     """The node's side: answer messages with the package's own ClientApp, one after the other."""
-    from flower_split.client_app import app
+    from flower_split.client.app import app
 
     _identify(node_id)
     path.unlink(missing_ok=True)

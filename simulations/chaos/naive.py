@@ -2,10 +2,10 @@
 
 from concurrent.futures import Future
 
-from flower_split.trunk.activations import Activation, ActivationCache, Key
-from flower_split.trunk.calls import CallResult
-from flower_split.trunk.gradients import SlotGradient
-from flower_split.trunk.ledger import CallName, Ledger
+from flower_split.protocol.values import CallResult
+from flower_split.trunk.compute.activations import Activation, ActivationCache, Key
+from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.engine.ledger import CallName, Ledger
 
 
 def switch_dedupe_off() -> None:

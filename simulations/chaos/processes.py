@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from flower_split import failpoints
 from flower_split.config import Scalar
+from flower_split.runtime import failpoints
 
 _fork = multiprocessing.get_context("fork")
 
@@ -130,7 +130,7 @@ class Job:
                 command = (entry / "cmdline").read_bytes()
             except (OSError, ValueError):
                 continue
-            if parent == server.pid and b"flower_split.trunk.child" in command:
+            if parent == server.pid and b"flower_split.trunk.serve" in command:
                 os.kill(int(entry.name), signal.SIGKILL)
                 return True
         return False
@@ -140,7 +140,7 @@ class Job:
 
     def _run_trunk(self) -> None:
         from flower_split.config import parse_run_config
-        from flower_split.trunk.child import RunningTrunk, Serving
+        from flower_split.trunk.serve import RunningTrunk, Serving
 
         if not self._dedupe:
             from naive import switch_dedupe_off
@@ -158,8 +158,8 @@ class Job:
     def _run_server(self) -> None:
         from grid import ProcessGrid
 
-        from flower_split import server_app
         from flower_split.config import parse_run_config
+        from flower_split.server import app as server_app
 
         config = dict(self.config)
         if (self.run_dir / "config.json").exists():

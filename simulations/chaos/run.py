@@ -40,12 +40,12 @@ from safetensors.torch import load_file
 from tiny import make_config
 
 # Imported here, before anything is forked: every process has them at once.
-import flower_split.client_app
-import flower_split.server_app
-import flower_split.trunk.assemble
-import flower_split.trunk.server  # noqa: F401
-from flower_split import failpoints
+import flower_split.client.app
+import flower_split.server.app
+import flower_split.trunk.build
+import flower_split.trunk.service.server  # noqa: F401
 from flower_split.config import Scalar
+from flower_split.runtime import failpoints
 
 _DUPLICATED = 0.3  # share of the connections to the trunk
 _FEDBUFF: dict[str, Scalar] = {

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from flower_split.aggregation.modules import AdapterAggregator, AdapterUpdate
+from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterUpdate
+from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import (
     LoraConfigs,
     LoraPartConfig,
@@ -26,18 +27,17 @@ from flower_split.config import (
     TrainConfig,
     TrunkConfig,
 )
-from flower_split.coordinator import TrunkCoordinator
-from flower_split.fingerprint import fingerprint
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state, lora_scales
-from flower_split.parts import all_parts, held_parts, model_cuts
-from flower_split.remote_trunk import RemoteTrunk
+from flower_split.parties.fingerprint import fingerprint
+from flower_split.parties.parts import all_parts, held_parts, model_cuts
+from flower_split.protocol.values import RoundPlan, RoundReport
+from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers, load_client_model, set_trunk
-from flower_split.training import Batch, RoundPlace, TrainResult, train_round
-from flower_split.trunk.assemble import make_engine
-from flower_split.trunk.calls import RoundPlan, RoundReport
-from flower_split.trunk.engine import TrunkEngine
-from flower_split.trunk.server import TrunkServer
-from flower_split.trunk.windows import StepEvery
+from flower_split.training.round import Batch, RoundPlace, TrainResult, train_round
+from flower_split.trunk.build import make_engine
+from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.windows import StepEvery
+from flower_split.trunk.service.server import TrunkServer
 
 VOCAB_SIZE = 64
 TOKEN = "a coordinator token of the tests"

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.errors import TrunkRefused
-from flower_split.fingerprint import fingerprint
 from flower_split.lora import adapter_state, load_adapter_state
-from flower_split.remote_trunk import RemoteTrunk
+from flower_split.parties.fingerprint import fingerprint
+from flower_split.protocol.values import Arrival, Dispatch, RoundPlan
 from flower_split.split import CutLayers, set_trunk
-from flower_split.training import Batch, RoundPlace, train_round
-from flower_split.trunk.calls import Arrival, Dispatch, RoundPlan
-from flower_split.trunk.windows import StepEvery
+from flower_split.training.round import Batch, RoundPlace, train_round
+from flower_split.trunk.engine.windows import StepEvery
 from tests.acceptance.federation import (
     SGD,
     Federation,

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from flower_split.client_cuts import overlap_adapter
 from flower_split.config import RunConfig
 from flower_split.lora import adapter_state
+from flower_split.parties.client_cuts import overlap_adapter
 from flower_split.split import CutLayers
-from flower_split.training import Batch
+from flower_split.training.round import Batch
 from tests.acceptance.federation import (
     SGD,
     Whole,

@@ -1,0 +1,402 @@
+"""Aggregate a whole adapter: every module by one method, every other tensor by its weighted mean.
+
+A round, as the strategy drives it::
+
+    aggregator = AdapterAggregator("product-delta", scales, max_rank=16)
+    aggregator.init(initial_adapter)                       # once, or load_state_dict(checkpoint)
+    sent = aggregator.distribute()                         # per client: its ranks and scales
+    aggregator.aggregate([AdapterUpdate("a", sent, returned, weight=120), ...])
+
+Clients are summed in the order of their ids, whatever the order they are handed over in. Clients
+may hold only some of the modules: a module is aggregated over the clients that hold it, with their
+weights made to sum to 1 among them, and keeps its state, moments included, in a round in which
+nobody holds it (or nobody of weight above 0).
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from flower_split.aggregation.core.adapter_layout import (
+    BIAS,
+    Layout,
+    check_names,
+    factors_from,
+    factors_into,
+    layout_of,
+)
+from flower_split.aggregation.core.checks import shares_of
+from flower_split.aggregation.core.client_updates import (
+    AdapterSpec,
+    AdapterUpdate,
+    Admission,
+    ClientUpdate,
+    Transform,
+    named,
+)
+from flower_split.aggregation.core.factors import Factors, State, Update
+from flower_split.aggregation.core.lowrank import LowRankSum, factors_of, inner_product
+from flower_split.aggregation.core.method import Aggregator
+from flower_split.aggregation.methods.product_family import ProductAggregator
+from flower_split.aggregation.methods.registry import make_aggregator
+from flower_split.errors import AggregationError
+
+__all__ = ["AdapterAggregator", "AdapterSpec", "AdapterUpdate", "RoundSummary"]
+
+SEPARATOR = "::"
+CPU = torch.device("cpu")
+
+SPARE_RANK = 4
+"""Server rank in units of the adapter's largest rank, unless ``max_rank`` says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoundSummary:
+    """What a round's aggregation did.
+
+    Args:
+        clients: The ids whose updates were used, in the order of summation.
+        excluded: Client id → why its update was left out (policy "exclude" only).
+        seconds: Wall-clock time of the aggregation.
+        unchanged: Modules that no client of the round held, which therefore stay as they were.
+        truncation: As :meth:`AdapterAggregator.truncation` says afterwards.
+    """
+
+    clients: tuple[str | int, ...]
+    excluded: Mapping[str | int, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    unchanged: tuple[str, ...] = ()
+    truncation: float = 0.0
+
+
+class AdapterAggregator:
+    """The server's adapter over all rounds.
+
+    Args:
+        name: The method, as :func:`make_aggregator` knows it or made it.
+        scales: Module name → ΔW scale of the adapter that :meth:`init` will get.
+        max_rank: Of a method given by name: the largest rank the server keeps per module; None:
+            four times the largest rank of the initial adapter for methods that keep ΔW itself, so
+            that directions too faint for this round's clients can add up over rounds.
+        transforms: What happens to the clients' updates before they are aggregated, in order, such
+            as the rules of ``flower_split.aggregation.rules.parse``.
+        on_invalid: ``refuse`` raises at the first client whose update is malformed; ``exclude``
+            leaves such clients out, and the result is that of the others alone.
+        workers: Threads over modules; the result does not depend on it.
+        device: Where states live and sums run, such as ``cuda``; adapters come and go on the CPU.
+        options: Of a method given by name: its own options.
+    """
+
+    def __init__(
+        self,
+        name: str | Aggregator,
+        scales: Mapping[str, float],
+        *,
+        max_rank: int | None = None,
+        transforms: Sequence[Transform] = (),
+        on_invalid: str = "refuse",
+        workers: int = 1,
+        device: str = "cpu",
+        **options: int | float | str | None,
+    ) -> None:
+        if on_invalid not in ("refuse", "exclude"):
+            raise AggregationError(f"on_invalid must be refuse or exclude; it is {on_invalid!r}.")
+        self.method = (
+            make_aggregator(name, max_rank=max_rank, **options) if isinstance(name, str) else name
+        )
+        self._scales = dict(scales)
+        self._transforms = tuple(transforms)
+        self._exclude = on_invalid == "exclude"
+        self._workers = workers
+        self._device = torch.device(device)
+        self._layout = Layout({}, (), {})
+        self._states: dict[str, State] = {}
+        self._others: dict[str, Tensor] = {}
+        self._base: dict[str, Factors] = {}
+
+    def init(self, adapter: Mapping[str, Tensor]) -> None:
+        """Start from an adapter; call once, before anything else.
+
+        Raises:
+            AggregationError: A module has no scale or half its factors, or a value is invalid.
+        """
+        self._adopt(adapter)
+        for module, suffixes in self._layout.modules.items():
+            with named(module):
+                factors = factors_from(adapter, module, suffixes, self._scales[module])
+                self._states[module] = self.method.init(factors.to(self._device))
+        self._others = {name: adapter[name].detach().clone() for name in self._layout.others}
+
+    def distribute(
+        self,
+        ranks: Mapping[str, int] | int | None = None,
+        scales: Mapping[str, float] | None = None,
+        modules: frozenset[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """The adapter for one client, sorted by name; equal arguments give equal tensors.
+
+        Args:
+            ranks: As in :class:`AdapterSpec`.
+            scales: As in :class:`AdapterSpec`.
+            modules: As in :class:`AdapterSpec`.
+
+        Raises:
+            AggregationError: The method cannot serve a rank, or a module is unknown.
+        """
+        self._ready()
+        held = self._layout.held(modules, "a client")
+        adapter = {name: self._others[name] for name in held.others}
+        for module in held.modules:
+            state = self._states[module]
+            rank = ranks.get(module) if isinstance(ranks, Mapping) else ranks
+            scale = self._scale(module, scales)
+            with named(module):
+                factors = self.method.distribute(state, rank, scale)
+            factors_into(adapter, module, self._layout, factors.to(CPU))
+            if module + BIAS in adapter:  # the bias of B is multiplied by the scale as well
+                adapter[module + BIAS] = adapter[module + BIAS] * (self._scales[module] / scale)
+        return {name: adapter[name].detach().clone() for name in sorted(adapter)}
+
+    def aggregate(
+        self, updates: Sequence[AdapterUpdate], then: Sequence[Transform] = ()
+    ) -> RoundSummary:
+        """One round over all modules; on an error nothing has changed.
+
+        Args:
+            updates: One per client, in any order.
+            then: Further transforms, of this round only, after the aggregator's own.
+
+        Raises:
+            AggregationError: No usable update, a client twice, or (policy "refuse") a malformed
+                one; client and module are named.
+        """
+        self._ready()
+        start = time.perf_counter()
+        clients, excluded = self._admission().admit(updates, exclude=self._exclude)
+        for transform in (*self._transforms, *then):
+            clients = list(transform(clients))
+        # The weights of everybody: a round must have some, whoever holds what.
+        shares_of([(client.client_id, client.weight) for client in clients])
+        modules = [module for module in self._states if _weight_of(module, clients) > 0]
+
+        def one(module: str) -> tuple[State, Factors | None]:
+            of_module = [
+                self._on_device(client.modules[module])
+                for client in clients
+                if module in client.modules
+            ]
+            with named(module):
+                result = self.method.aggregate(self._states[module], of_module)
+            if result.residual is None:
+                return result.state, self._base.get(module)
+            return result.state, self._grown_base(module, result.residual)
+
+        if self._workers == 1:
+            results = [one(module) for module in modules]
+        else:
+            # A new thread's first BLAS call does not know the thread count set in this one.
+            threads = torch.get_num_threads()
+            with ThreadPoolExecutor(
+                self._workers, initializer=torch.set_num_threads, initargs=(threads,)
+            ) as pool:
+                results = list(pool.map(one, modules))
+        others = self._mean_others(clients)
+        for module, (state, base) in zip(modules, results, strict=True):
+            self._states[module] = state
+            if base is not None:
+                self._base[module] = base
+        self._others = others
+        ids = tuple(client.client_id for client in clients)
+        unchanged = tuple(module for module in self._states if module not in set(modules))
+        seconds = time.perf_counter() - start
+        return RoundSummary(ids, excluded, seconds, unchanged, self.truncation())
+
+    def trainable(self) -> list[str]:
+        """Names of the tensors that clients train in the coming round; they freeze the others."""
+        self._ready()
+        names = list(self._layout.others)
+        for module, state in self._states.items():
+            names += self._names(module, self.method.trainable(state))
+        return sorted(names)
+
+    def private(self) -> list[str]:
+        """Names of the tensors that stay with each client after the initial adapter.
+
+        A client keeps its own values of these from round to round, ignores what ``distribute``
+        holds for them, and need not return them.
+        """
+        self._ready()
+        return sorted(
+            name for module in self._states for name in self._names(module, self.method.private)
+        )
+
+    def deltas(self) -> dict[str, Factors]:
+        """Module name → the global ΔW as factors, without what went into the base."""
+        return {module: self.method.delta(state).to(CPU) for module, state in self._states.items()}
+
+    def truncation(self) -> float:
+        """What of the global ΔW an adapter of the initial ranks leaves out, as a share of its length.
+
+        Frobenius, over all modules. The server of a method that recompresses ΔW keeps more than that
+        from round to round (``max_rank``); an adapter has its leading components. Others: 0.
+        """
+        if not self.method.recompresses:
+            return 0.0
+        whole = beyond = 0.0
+        for state in self._states.values():
+            delta, rank = self.method.delta(state), int(state.basis.shape[0])
+            rest = Factors(delta.A[rank:], delta.B[:, rank:], delta.scale)
+            whole += max(inner_product(delta, delta), 0.0)
+            beyond += max(inner_product(rest, rest), 0.0)
+        return (beyond / whole) ** 0.5 if whole > 0 else 0.0
+
+    def base_changes(self) -> dict[str, Factors]:
+        """Module name → what clients add to their frozen base weight, over all rounds so far.
+
+        Empty unless the method changes the base. It is kept apart, in fp32, because a base in bf16
+        would swallow most of it; it belongs into every exported adapter.
+        """
+        return {module: base.to(CPU) for module, base in self._base.items()}
+
+    def totals(self) -> dict[str, Factors]:
+        """Module name → everything the run has learnt: the global ΔW and the base's change.
+
+        For an export that stands on the plain base weights; its rank may differ by module.
+        """
+        deltas, totals = self.deltas(), {}
+        for module, base in self.base_changes().items():
+            delta = deltas[module]
+            total = LowRankSum(delta.out_features, delta.in_features)
+            total.add(delta, 1.0)
+            total.add(base, 1.0)
+            totals[module] = factors_of(total.spectrum(), 1.0)
+        return deltas | totals
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs, as named tensors that share no memory."""
+        self._ready()
+        tensors = {f"other{SEPARATOR}{name}": value for name, value in self._others.items()}
+        for module, state in self._states.items():
+            for key, value in self.method.state_dict(state).items():
+                tensors[SEPARATOR.join(("lora", module, key))] = value
+        for module, base in self._base.items():
+            tensors[SEPARATOR.join(("base", module, "A"))] = base.A
+            tensors[SEPARATOR.join(("base", module, "B"))] = base.B
+        return {
+            name: tensors[name].to(CPU).clone(memory_format=torch.contiguous_format)
+            for name in sorted(tensors)
+        }
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
+        """Continue from :meth:`state_dict`, bit for bit.
+
+        Args:
+            tensors: The checkpoint.
+            adapter: The adapter that :meth:`init` got, for names and shapes only.
+
+        Raises:
+            AggregationError: The checkpoint lacks something.
+        """
+        self._adopt(adapter)
+        groups: dict[tuple[str, str], dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            kind, _, rest = name.partition(SEPARATOR)
+            owner, _, key = rest.partition(SEPARATOR)
+            groups.setdefault((kind, owner), {})[key] = value
+        self._base = {}
+        for module in self._layout.modules:
+            with named(module):
+                stored_state = groups.get(("lora", module), {})
+                state = self.method.load_state_dict(
+                    {key: value.to(self._device) for key, value in stored_state.items()}
+                )
+            self._states[module] = state
+            if ("base", module) in groups:
+                base = groups["base", module]
+                self._base[module] = Factors(base["A"], base["B"]).to(self._device)
+        stored = {owner: group[""] for (kind, owner), group in groups.items() if kind == "other"}
+        check_names(stored, self._layout.others, "the checkpoint")
+        self._others = {name: stored[name].clone() for name in self._layout.others}
+
+    # ---- below: one step each of the above
+
+    def _adopt(self, adapter: Mapping[str, Tensor]) -> None:
+        self._layout = layout_of(adapter)
+        if not self._layout.modules and not self._layout.others:
+            raise AggregationError("the initial adapter is empty: there is nothing to aggregate.")
+        without = sorted(set(self._layout.modules) - set(self._scales))
+        if without:
+            raise AggregationError(
+                f"no scale for {', '.join(without[:4])}; the scale (alpha / r) is not in the "
+                "adapter's state, so it must be given for every module."
+            )
+        if isinstance(self.method, ProductAggregator) and self.method.max_rank is None:
+            ranks = [
+                factors_from(adapter, module, suffixes, 1.0).rank
+                for module, suffixes in self._layout.modules.items()
+            ]
+            if ranks:
+                self.method = replace(self.method, max_rank=SPARE_RANK * max(ranks))
+
+    def _ready(self) -> None:
+        if not self._layout.shapes:
+            raise AggregationError("the aggregator has no adapter yet; call init first.")
+
+    def _scale(self, module: str, scales: Mapping[str, float] | None) -> float:
+        own = self._scales[module]
+        return own if scales is None else scales.get(module, own)
+
+    def _names(self, module: str, parts: frozenset[str]) -> list[str]:
+        suffixes = dict(zip(("A", "B"), self._layout.modules[module], strict=True))
+        if suffixes["A"].startswith(".lora_embedding"):
+            suffixes = {"A": suffixes["B"], "B": suffixes["A"]}
+        return [module + suffixes[part] for part in sorted(parts)]
+
+    def _admission(self) -> Admission:
+        shapes = {
+            module: (state.out_features, state.in_features)
+            for module, state in self._states.items()
+        }
+        optional = frozenset(self._layout.shapes) - set(self.trainable()) | set(self.private())
+        return Admission(self._layout, self._scales, shapes, optional)
+
+    def _on_device(self, update: Update) -> Update:
+        if self._device == CPU:
+            return update
+        return replace(
+            update,
+            received=update.received.to(self._device),
+            returned=update.returned.to(self._device),
+        )
+
+    def _mean_others(self, clients: Sequence[ClientUpdate]) -> dict[str, Tensor]:
+        """The weighted mean of every tensor that is no LoRA factor, summed in fp64."""
+        means: dict[str, Tensor] = {}
+        for name in self._layout.others:
+            holders = [client for client in clients if name in client.others]
+            if not any(client.weight > 0 for client in holders):
+                means[name] = self._others[name]
+                continue
+            shares = shares_of([(client.client_id, client.weight) for client in holders])
+            total = torch.zeros(self._layout.shapes[name], dtype=torch.float64)
+            for client, share in zip(holders, shares, strict=True):
+                total += share * client.others[name][1]
+            means[name] = total.to(self._others[name].dtype)
+        return means
+
+    def _grown_base(self, module: str, residual: Factors) -> Factors:
+        """The base change with one round's residual added, recompressed without loss."""
+        total = LowRankSum(residual.out_features, residual.in_features)
+        if module in self._base:
+            total.add(self._base[module], 1.0)
+        total.add(residual, 1.0)
+        return factors_of(total.spectrum(), 1.0)
+
+
+def _weight_of(module: str, clients: Sequence[ClientUpdate]) -> float:
+    """The largest weight among the clients that hold a module; 0: nobody does."""
+    return max((client.weight for client in clients if module in client.modules), default=0.0)

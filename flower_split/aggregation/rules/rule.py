@@ -1,0 +1,73 @@
+"""What a robust rule is, and the rules that only change weights.
+
+A rule maps the clients of a round to other clients, so rules compose and work before any
+aggregation method. Each sees a client's whole adapter, because a client is judged as a whole.
+"""
+
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from flower_split.aggregation.core.client_updates import ClientUpdate
+from flower_split.aggregation.core.factors import Update
+from flower_split.errors import AggregationError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rule(ABC):
+    """A transform of a round's clients."""
+
+    @abstractmethod
+    def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """The clients to aggregate instead.
+
+        Args:
+            clients: Checked updates in order of client; never modified.
+
+        Raises:
+            AggregationError: The rule cannot work on these clients; the reason is given.
+        """
+
+    def on_module(self, updates: Sequence[Update]) -> list[Update]:
+        """The rule on the updates of a single module."""
+        clients = [ClientUpdate(one.client_id, one.weight, {"": one}) for one in updates]
+        return [client.modules[""] for client in self(clients)]
+
+
+def _weighted(client: ClientUpdate, weight: float) -> ClientUpdate:
+    modules = {name: replace(update, weight=weight) for name, update in client.modules.items()}
+    return replace(client, weight=weight, modules=modules)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UniformWeights(Rule):
+    """Every client counts the same, whatever it reports."""
+
+    def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """See :class:`Rule`."""
+        return [_weighted(client, 1.0) for client in clients]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClampWeights(Rule):
+    """No weight above a multiple of the median one, because clients report their own.
+
+    Args:
+        ratio: The multiple; at least 1.
+    """
+
+    ratio: float = 10.0
+
+    def __post_init__(self) -> None:
+        """Check the ratio."""
+        if not self.ratio >= 1:
+            raise AggregationError(f"clamp-weights must be at least 1; it is {self.ratio!r}.")
+
+    def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """See :class:`Rule`."""
+        positive = [client.weight for client in clients if client.weight > 0]
+        if not positive:
+            return list(clients)
+        bound = self.ratio * statistics.median(positive)
+        return [_weighted(client, bound) if client.weight > bound else client for client in clients]

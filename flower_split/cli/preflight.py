@@ -1,0 +1,186 @@
+"""What ``flower-split run`` checks before anything starts."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from flower_split.config import RunConfig
+from flower_split.errors import ConfigError
+from flower_split.runtime.simulation import pool_cap
+from flower_split.server.federation.handshake import (
+    federation_config,
+    needs_all_at_once,
+    num_participants,
+)
+
+if TYPE_CHECKING:  # the checks import torch when they need it
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+_PAIR = re.compile(r"([a-z-]+)\s*=\s*(\S+)")
+_CONTROL_SECONDS = 10.0
+
+
+def check_aggregation(config: RunConfig) -> None:
+    """Check that ``strategy.*`` describes an aggregation that can be.
+
+    Raises:
+        AggregationError: It does not; the reason is given.
+        ConfigError: A strategy of Flower's does not know a key or an option.
+    """
+    from flower_split.aggregation.from_config import check_strategy
+    from flower_split.server.inner.flower_strategies import check_flower
+
+    if config.strategy.aggregates_lora:
+        check_strategy(config.strategy)
+    else:
+        check_flower(config.strategy)
+
+
+def check_model(config: RunConfig) -> "tuple[dict[str, Tensor], dict[str, float]]":
+    """Check that the model can be cut as asked and takes the LoRA settings; reads no weights.
+
+    Returns:
+        The clients' initial adapter, and each module's scale of ΔW.
+
+    Raises:
+        SplitError: The model is not there, or cannot be cut so.
+        ConfigError: The LoRA settings do not fit it.
+    """
+    from flower_split.assets import resolve_model_path
+    from flower_split.lora import initial_client_adapter
+    from flower_split.parties.parts import client_parts, model_cuts
+
+    return initial_client_adapter(
+        resolve_model_path(config.model.name),
+        model_cuts(config),
+        client_parts(config),
+        seed=config.seed,
+        dtype=config.model.dtype,
+        revision=config.model.revision or None,
+        attn_implementation=config.model.attn_implementation or None,
+    )
+
+
+def check_clients(
+    config: RunConfig, adapter: "Mapping[str, Tensor]", scales: Mapping[str, float], settings: str
+) -> None:
+    """Check what depends on the clients of a simulation, which are known before it starts.
+
+    The ServerApp checks it again: a deployment's clients are known only there.
+
+    Args:
+        config: The run's, for the package's own ServerApp.
+        adapter: The clients' initial adapter.
+        scales: Module name -> scale of ΔW.
+        settings: The simulation's ``--federation-config``.
+
+    Raises:
+        AggregationError: The method or a rule cannot work on these clients.
+        ConfigError: Privacy or a strategy of Flower's cannot.
+    """
+    from flower_split.aggregation import from_config
+    from flower_split.assets import resolve_model_path
+    from flower_split.parties.client_ranks import own_lora, rank_specs
+    from flower_split.server.inner.flower_strategies import InnerContext
+    from flower_split.server.privacy.mechanisms import check_privacy, with_privacy
+
+    check_privacy(config)
+    count = int(_number(dict(_PAIR.findall(settings)), "num-supernodes", 2))
+    own = {slot: own_lora(config, slot) for slot in range(count)}
+    context = InnerContext(
+        config=config,
+        num_clients=count,
+        initial=adapter,
+        scales=scales,
+        slot_of=int,
+        specs=rank_specs(config, own, scales, resolve_model_path(config.model.name)),
+    )
+    if config.strategy.aggregates_lora:
+        from_config.check_clients(config.strategy, context.specs, context.num_sampled)
+        from_config.check_adapter(config.strategy, adapter)
+    if not config.strategy.aggregates_lora or config.privacy.mechanism != "none":
+        with_privacy(context)
+
+
+def check_trunk(config: RunConfig) -> None:
+    """Check that a trunk with an address answers to the token; one without is started later.
+
+    Raises:
+        TrunkUnavailable: It does not answer.
+        TrunkRefused: The token is not its own.
+    """
+    if not config.trunk.address:
+        return
+    from flower_split.server.app import read_token
+    from flower_split.server.coordinator import TrunkCoordinator
+
+    coordinator = TrunkCoordinator(
+        config.trunk.address,
+        read_token(config.trunk.token_file),
+        root_certificates=config.trunk.root_certificates,
+        timeout=_CONTROL_SECONDS,
+    )
+    try:
+        coordinator.status()
+    finally:
+        coordinator.close()
+
+
+def simulation_settings(config: RunConfig, given: str | None) -> str:
+    """The ``--federation-config`` for a local simulation: what was given, checked, or what is needed.
+
+    Raises:
+        ConfigError: The federation is too small for the job, or runs too few clients at once.
+    """
+    wanted = config.num_clients
+    at_once = num_participants(wanted, config.fraction_train) if needs_all_at_once(config) else 1
+    if not given:
+        if at_once > pool_cap():
+            raise ConfigError(
+                f'trunk.step-every = "local-step" needs {at_once} clients running at once, but a '
+                f"simulation on this machine runs at most {pool_cap()}. Use trunk.step-every = "
+                '"server-round", a smaller fraction-train, or a machine with more CPU cores.'
+            )
+        return default_settings(config)
+    values = {key: value.strip("'\"") for key, value in _PAIR.findall(given)}
+    nodes = _number(values, "num-supernodes", 2)
+    if nodes < wanted:
+        raise ConfigError(
+            f"num-clients is {wanted}, but --federation-config has num-supernodes={nodes:g}. Use: "
+            f"--federation-config '{default_settings(config)}'"
+        )
+    cpus = _number(values, "init-args-num-cpus", os.cpu_count() or 1)
+    possible = min(int(cpus / max(_number(values, "client-resources-num-cpus", 2), 1)), pool_cap())
+    if at_once > possible:
+        raise ConfigError(
+            f'trunk.step-every = "local-step" needs {at_once} clients running at once, but '
+            f"--federation-config allows {possible}. Use: --federation-config "
+            f"'{default_settings(config)}', or trunk.step-every = \"server-round\"."
+        )
+    return given
+
+
+def default_settings(config: RunConfig) -> str:
+    """The simulation that this job needs on this machine, GPUs shared evenly."""
+    settings = federation_config(config.num_clients)
+    if config.train.device.startswith("cuda") or config.train.device == "auto":
+        import torch
+
+        gpus = torch.cuda.device_count()
+        if gpus:
+            share = int(1000 * min(1.0, gpus / config.num_clients)) / 1000
+            settings += f" client-resources-num-gpus={share} init-args-num-gpus={gpus}"
+    return settings
+
+
+def _number(values: dict[str, str], key: str, default: float) -> float:
+    try:
+        return float(values.get(key, default))
+    except ValueError as error:
+        raise ConfigError(
+            f"--federation-config: {key} must be a number; it is {values[key]!r}."
+        ) from error

@@ -1,0 +1,429 @@
+"""The trunk as a module: where autograd crosses the network.
+
+:class:`RemoteTrunk` stands in a client's model where the trunk's layers were. Its forward sends the
+smashed data ``[batch, seq, hidden]`` and returns ``trunk_output`` of the same shape; autograd's
+backward sends ``trunk_output_grad`` and returns ``smashed_grad``. The padding mask and the position
+ids go with the forward; token ids and labels never leave the client.
+
+The function that makes the calls lives on the CPU, with the copies to and from a GPU around it: then
+autograd runs it on the thread that called ``backward``, not on the device's one backward thread, and
+micro-batches in flight do not wait for each other's calls.
+
+Next: ``flower_split/wire/codec.py``.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from flower_split.client.device_copies import from_cpu, to_cpu
+from flower_split.client.trunk_session import TrunkSession, WireStats
+from flower_split.errors import ConfigError, TrunkError
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.convert import cache_to_proto, key_to_proto
+from flower_split.protocol.values import ContributionKey, ForwardMode, SessionGrant
+from flower_split.split import CutLayers
+from flower_split.split.structure.host_call import Mask
+from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.split.structure.trunk_inputs import TrunkInputs, check_constant
+from flower_split.wire.buffers import Allocate
+from flower_split.wire.channel import TrunkChannel
+from flower_split.wire.staging import allocator, to_host
+
+_WIRE_DTYPES = {"native": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """What :meth:`RemoteTrunk.micro_batch` says of the one forward made inside it."""
+
+    window: int
+    index: int
+    num_tokens: int
+    loss_denominator: float
+    last: bool
+    used: bool = False
+
+    def __str__(self) -> str:
+        return f"micro-batch {self.index} of window {self.window}"
+
+
+class RemoteTrunk(nn.Module):
+    """A trunk that runs elsewhere; called like any trunk. Thread-safe.
+
+    In training, every forward is made inside :meth:`micro_batch`. Where autograd is off, or the
+    session evaluates, the trunk evaluates too (no dropout, nothing kept). In mode ``forward-only``
+    the output does not require grad: nothing flows back to the bottom.
+
+    Args:
+        address: ``host:port``.
+        token: This client's, for this round.
+        fingerprint: Of the model and configuration; the trunk must hold the same.
+        mode: ``joint``, ``frozen`` or ``forward-only``.
+        call_timeout: Seconds per call, retries and the wait for other clients included.
+        wire_dtype: ``native`` sends activations and gradients as they are; ``float32`` and
+            ``bfloat16`` convert them for the journey.
+        root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
+        cuts: Where this client's model is cut, within the trunk's own span; None: where the
+            fingerprint says, which must then be the trunk's span.
+
+    Attributes:
+        waiting: Entered around every call: give back there what other micro-batches need to
+            compute. Does nothing by default.
+        always: An input of every training forward that always requires grad. Without it autograd
+            would skip the backward call wherever nothing of the bottom trains, and the trunk would
+            learn nothing. ``loss.backward()`` reaches it by itself; ``torch.autograd.grad`` must be
+            given it among its inputs (its gradient is ``None``).
+
+    Raises:
+        ConfigError: Plain text to another machine, a PEM file that cannot be read, or an unknown
+            ``wire_dtype``.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        token: str,
+        fingerprint: Mapping[str, str],
+        mode: str,
+        call_timeout: float,
+        wire_dtype: str = "native",
+        root_certificates: str = "",
+        cuts: CutLayers | None = None,
+    ) -> None:
+        super().__init__()
+        if wire_dtype not in _WIRE_DTYPES:
+            raise ConfigError(
+                f"trunk.wire-dtype must be one of {', '.join(_WIRE_DTYPES)}; it is {wire_dtype!r}."
+            )
+        self.always = torch.empty(0, requires_grad=True)
+        self._session = TrunkSession(
+            TrunkChannel(
+                address, token=token, timeout=call_timeout, root_certificates=root_certificates
+            ),
+            fingerprint,
+            cuts,
+            call_timeout,
+        )
+        self._mode = mode
+        self._wire_dtype = _WIRE_DTYPES[wire_dtype]
+        self._current = threading.local()  # .micro_batch, of the thread that is inside one
+        self._released: deque[int] = deque()  # key-value caches that the trunk may forget
+
+    @property
+    def waiting(self) -> Callable[[], AbstractContextManager[object]]:
+        """Entered around every call."""
+        return self._session.waiting
+
+    @waiting.setter
+    def waiting(self, enter: Callable[[], AbstractContextManager[object]]) -> None:
+        self._session.waiting = enter
+
+    # ------------------------------------------------------------------ the session
+
+    def open(self, planned_steps: int, *, evaluate: bool = False) -> SessionGrant:
+        """Join the round that the token is for.
+
+        Args:
+            planned_steps: Optimizer steps this client will take: its windows.
+            evaluate: Only evaluate.
+
+        Raises:
+            TrunkUnavailable: There is no trunk within the call timeout.
+            TrunkRefused: The trunk does not take this client; the reason is typed.
+            RoundAborted: The round was given up.
+        """
+        return self._session.open(planned_steps, evaluate=evaluate)
+
+    @property
+    def grant(self) -> SessionGrant | None:
+        """What :meth:`open` returned; ``None`` without an open session."""
+        return self._session.grant
+
+    def close(self) -> None:
+        """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a ``with`` block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the round."""
+        self.close()
+
+    def wait_version(self, version: int) -> int:
+        """Wait until the trunk's weights have ``version``; returns the version they have.
+
+        Raises:
+            TrunkUnavailable: They do not within the call timeout.
+            RoundAborted: The round was given up.
+        """
+        return self._session.wait_version(version)
+
+    # ------------------------------------------------------------------ training
+
+    @contextmanager
+    def micro_batch(
+        self, window: int, index: int, *, num_tokens: int, loss_denominator: float, last: bool
+    ) -> Iterator[None]:
+        """Name the one forward made inside, on this thread; required in training.
+
+        Its backward may run after the block, on any thread.
+
+        Args:
+            window: The optimizer step within the round, from 0; 0 where a window is a round.
+            index: The micro-batch within the window, from 0.
+            num_tokens: Its label tokens.
+            loss_denominator: What its summed token loss is divided by.
+            last: Whether the window gets no further micro-batch from this client.
+
+        Raises:
+            TrunkError: Nested in another one.
+        """
+        if getattr(self._current, "micro_batch", None) is not None:
+            raise TrunkError(
+                f"micro_batch(window={window}, index={index}) stands inside "
+                f"{self._current.micro_batch}; end that block first."
+            )
+        self._current.micro_batch = _MicroBatch(window, index, num_tokens, loss_denominator, last)
+        try:
+            yield
+        finally:
+            self._current.micro_batch = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Mask = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: CacheStep | None = None,
+        layer_arguments: Mapping[str, Tensor] | None = None,
+        host_arguments: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
+
+        Args:
+            hidden_states: The smashed data, [batch, seq, hidden].
+            attention_mask: The padding mask of zeros and ones, [batch, seq]; where layers need
+                another one, that: [batch or 1, heads or 1, seq, seq], or one per kind of layer.
+            position_ids: [batch or 1, seq], with an axis before them where the model has several.
+            use_cache: As the model's own argument; ``None``: its configuration's.
+            cache: Go on from the key-value cache that the trunk keeps under its id: the tensors are
+                those of the new positions only. Not in training.
+            layer_arguments: What the client's frozen weights make for all layers, by place.
+            host_arguments: What the model's forward adds between layers, by place; constants.
+
+        Raises:
+            SplitError: One of these arguments would need a gradient.
+            TrunkError: Called outside :meth:`micro_batch` in training, twice within one, or without
+                a session.
+            TrunkUnavailable: No answer within the call timeout.
+            TrunkRefused: The trunk answered no; the reason is typed.
+            RoundAborted: The round was given up.
+        """
+        check_constant({**(layer_arguments or {}), **(host_arguments or {})})
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 4:
+            attention_mask = _padding_mask(attention_mask)
+        given = TrunkInputs(
+            attention_mask, position_ids, layer_arguments or {}, host_arguments or {}
+        )
+        extras = {name: to_host(tensor) for name, tensor in given.named().items()}
+        if position_ids is not None:
+            extras["position_ids"] = extras["position_ids"].to(torch.int64)
+        if cache is not None and cache.rows is not None:
+            extras["cache_rows"] = cache.rows
+        if self._session.evaluate or not torch.is_grad_enabled():
+            mode, micro_batch = ForwardMode.EVALUATE, None
+        else:
+            train = self._mode != "forward-only"
+            mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
+            micro_batch = self._take_micro_batch()
+        caching = _Caching(use_cache, cache, self._take_released() if cache else [])
+        exchange = _Exchange(
+            self._session, mode, micro_batch, extras, allocator(hidden_states.device), caching
+        )
+        with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
+            # Ordinary casts and copies: autograd converts and carries the gradients back.
+            smashed = to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
+            output: Tensor = _CallTrunk.apply(smashed, self.always, exchange)  # type: ignore[no-untyped-call]
+            return from_cpu(output, hidden_states.device).to(hidden_states.dtype)
+
+    def release_cache(self, cache_id: int) -> None:
+        """The trunk may forget a key-value cache; it is told with the next call that uses one."""
+        self._released.append(cache_id)
+
+    def _take_released(self) -> list[int]:
+        taken: list[int] = []
+        with suppress(IndexError):  # deques are safe between threads: caches end on any
+            while True:
+                taken.append(self._released.popleft())
+        return taken
+
+    def _take_micro_batch(self) -> _MicroBatch:
+        micro_batch: _MicroBatch | None = getattr(self._current, "micro_batch", None)
+        if micro_batch is None:
+            raise TrunkError(
+                "a training forward through the remote trunk must be made inside "
+                "RemoteTrunk.micro_batch(...), on the same thread; or turn autograd off "
+                "(torch.no_grad()) to evaluate."
+            )
+        if micro_batch.used:
+            raise TrunkError(
+                f"{micro_batch} has made its forward; each needs a block of its own (and gradient "
+                "checkpointing must not wrap the trunk)."
+            )
+        micro_batch.used = True
+        return micro_batch
+
+    # ------------------------------------------------------------------ figures
+
+    @property
+    def stats(self) -> WireStats:
+        """Totals since the beginning, or since the last :meth:`take_stats`."""
+        return self._session.stats
+
+    def take_stats(self) -> WireStats:
+        """The totals, which begin anew."""
+        return self._session.take_stats()
+
+
+@dataclass(frozen=True, slots=True)
+class _Caching:
+    """What one forward says about key-value caches."""
+
+    use_cache: bool | None
+    step: CacheStep | None
+    released: list[int]
+
+
+class _Exchange:
+    """The calls of one micro-batch: a forward, then at most one backward."""
+
+    def __init__(
+        self,
+        session: TrunkSession,
+        mode: ForwardMode,
+        micro_batch: _MicroBatch | None,
+        extras: Mapping[str, Tensor],
+        allocate: Allocate,
+        caching: _Caching,
+    ) -> None:
+        self._session = session
+        self._caching = caching
+        self._grant = grant = session.require()
+        self._mode = mode
+        self._micro_batch = micro_batch
+        self._extras = extras
+        self._allocate = allocate
+        self._version = grant.version + (micro_batch.window if micro_batch else 0)
+        self._done = False
+
+    def forward(self, smashed: Tensor) -> Tensor:
+        header = pb.ForwardHeader(
+            session=self._grant.session,
+            trunk_epoch=self._grant.epoch,
+            version=self._version,
+            mode=self._mode.name,
+        )
+        if self._micro_batch is not None:
+            header.key.CopyFrom(self._key(self._micro_batch))
+            header.acknowledged = self._session.answered_below(self._micro_batch.window)
+        if self._caching.use_cache is not None:
+            header.use_cache = self._caching.use_cache
+        if self._caching.step is not None:
+            header.cache.CopyFrom(cache_to_proto(self._caching.step))
+            header.released_caches.extend(self._caching.released)
+        output, self._version = self._session.call(
+            "Forward",
+            pb.Header(forward=header),
+            {"hidden_states": smashed, **self._extras},
+            ("trunk_output", smashed),
+            self._allocate,
+        )
+        self._extras = {}
+        return output
+
+    def backward(self, trunk_output_grad: Tensor) -> Tensor:
+        micro_batch = self._micro_batch
+        assert micro_batch is not None, "only training forwards are recorded by autograd"
+        if self._done:
+            raise TrunkError(
+                f"{micro_batch} has had its backward; the trunk keeps its activations for one. Call "
+                "backward() once, without retain_graph."
+            )
+        self._done = True
+        header = pb.BackwardHeader(
+            session=self._grant.session,
+            trunk_epoch=self._grant.epoch,
+            key=self._key(micro_batch),
+            version=self._version,
+            num_tokens=micro_batch.num_tokens,
+            loss_denominator=micro_batch.loss_denominator,
+            last=micro_batch.last,
+        )
+        smashed_grad, _ = self._session.call(
+            "Backward",
+            pb.Header(backward=header),
+            {"trunk_output_grad": trunk_output_grad},
+            ("smashed_grad", trunk_output_grad),
+            self._allocate,
+        )
+        self._session.note_answered(micro_batch.window, micro_batch.index)
+        return smashed_grad
+
+    def _key(self, micro_batch: _MicroBatch) -> pb.ContributionKey:
+        return key_to_proto(
+            ContributionKey(
+                experiment=self._grant.experiment,
+                server_round=self._grant.server_round,
+                attempt=self._grant.attempt,
+                window=micro_batch.window,
+                micro_batch=micro_batch.index,
+            )
+        )
+
+
+class _CallTrunk(torch.autograd.Function):
+    """CPU tensors to the trunk and back, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.forward(smashed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.backward(trunk_output_grad), None, None
+
+
+def _padding_mask(attention_mask: Tensor) -> Tensor:
+    """The mask as booleans on the CPU, which travel as bits.
+
+    Raises:
+        TrunkError: It is not a mask of zeros and ones, [batch, seq].
+    """
+    mask = to_host(attention_mask)
+    as_bool = mask.to(torch.bool)
+    if mask.ndim != 2 or not bool((as_bool.to(mask.dtype) == mask).all()):
+        raise TrunkError(
+            "the remote trunk takes the 2-D padding mask of zeros and ones, [batch, seq]; it got "
+            f"{mask.dtype} {list(mask.shape)}. Pass the tokenizer's attention_mask."
+        )
+    return as_bool

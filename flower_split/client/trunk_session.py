@@ -1,0 +1,230 @@
+"""One client's session with a served trunk: joining, calls, and what they cost.
+
+:class:`flower_split.client.remote_trunk.RemoteTrunk` is a module around it. Thread-safe.
+"""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from flower_split.errors import CodecError, TrunkError
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.convert import cuts_to_proto, grant_from_proto
+from flower_split.protocol.values import SessionGrant
+from flower_split.split import CutLayers
+from flower_split.wire.buffers import Allocate
+from flower_split.wire.channel import TrunkChannel
+from flower_split.wire.frames import Incoming, Outgoing
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 2.0  # a trunk that has gone must not hold up a client that is done
+
+
+@dataclass(frozen=True, slots=True)
+class WireStats:
+    """Totals over the calls of a session; retries count once.
+
+    Args:
+        bytes_sent: In frames.
+        bytes_received: In frames.
+        wire_seconds: From a call's start to its end, less the trunk's two shares below.
+        trunk_compute_seconds: As the trunk reports it.
+        trunk_queue_seconds: Waiting at the trunk: for its processor, and for the other clients.
+        calls: Forwards and backwards.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    wire_seconds: float = 0.0
+    trunk_compute_seconds: float = 0.0
+    trunk_queue_seconds: float = 0.0
+    calls: int = 0
+
+
+class TrunkSession:
+    """A session, from :meth:`open` to :meth:`close`.
+
+    Args:
+        channel: The connections, with this client's token of the round.
+        fingerprint: Of the model and configuration.
+        cuts: Where the client's model is cut; None: where the fingerprint says.
+        call_timeout: Seconds per call, retries and the wait for other clients included.
+
+    Attributes:
+        waiting: Entered around every call.
+        evaluate: Whether the session only evaluates.
+    """
+
+    def __init__(
+        self,
+        channel: TrunkChannel,
+        fingerprint: Mapping[str, str],
+        cuts: CutLayers | None,
+        call_timeout: float,
+    ) -> None:
+        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.evaluate = False
+        self.channel = channel
+        self.grant: SessionGrant | None = None
+        self.max_tensor_bytes = 0
+        self._fingerprint = dict(fingerprint)
+        self._cuts = cuts
+        self._call_timeout = call_timeout
+        self._stats = WireStats()
+        self._lock = threading.Lock()
+        self._answered: dict[int, set[int]] = {}  # window -> micro-batches whose backward is done
+
+    def open(self, planned_steps: int, *, evaluate: bool = False) -> SessionGrant:
+        """See :meth:`flower_split.client.remote_trunk.RemoteTrunk.open`."""
+        if self.grant is not None:
+            raise TrunkError("this RemoteTrunk has a session already; make a new one per round.")
+        request = pb.OpenSessionRequest(
+            fingerprint=self._fingerprint,
+            planned_steps=planned_steps,
+            evaluate=evaluate,
+            cuts=cuts_to_proto(self._cuts),
+        )
+        with self.waiting():
+            reply = self.channel.unary("OpenSession", request, pb.OpenSessionReply)
+        self.evaluate = evaluate
+        self.max_tensor_bytes = reply.max_tensor_bytes
+        self.grant = grant_from_proto(reply)
+        logger.debug(
+            "session open: slot=%d round=%d version=%d",
+            reply.slot,
+            reply.server_round,
+            reply.version,
+        )
+        return self.grant
+
+    def close(self) -> None:
+        """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
+        grant, self.grant = self.grant, None
+        if grant is not None:
+            request = pb.CloseSessionRequest(session=grant.session, trunk_epoch=grant.epoch)
+            try:
+                self.channel.unary(
+                    "CloseSession",
+                    request,
+                    pb.CloseSessionReply,
+                    timeout=min(self._call_timeout, _CLOSE_SECONDS),
+                )
+            except TrunkError as error:
+                logger.debug("the session ends without the trunk's answer: %s", error)
+        self.channel.close()
+
+    def wait_version(self, version: int) -> int:
+        """See :meth:`flower_split.client.remote_trunk.RemoteTrunk.wait_version`."""
+        grant = self.require()
+        request = pb.WaitVersionRequest(
+            session=grant.session, trunk_epoch=grant.epoch, version=version
+        )
+        with self.waiting():
+            return self.channel.unary("WaitVersion", request, pb.WaitVersionReply).version
+
+    def require(self) -> SessionGrant:
+        """The open session.
+
+        Raises:
+            TrunkError: There is none.
+        """
+        if self.grant is None:
+            raise TrunkError("the remote trunk has no open session; call RemoteTrunk.open() first.")
+        return self.grant
+
+    def call(
+        self,
+        method: str,
+        header: pb.Header,
+        tensors: Mapping[str, Tensor],
+        result: tuple[str, Tensor],
+        allocate: Allocate,
+    ) -> tuple[Tensor, int]:
+        """One Forward or Backward.
+
+        Args:
+            method: Which.
+            header: Of the call.
+            tensors: To send.
+            result: The name of the tensor that comes back, and one of the shape and dtype it has.
+            allocate: Where it is received.
+
+        Returns:
+            The tensor, and the version of the weights that made it.
+
+        Raises:
+            CodecError: It is too large for this trunk, or the answer is not what was asked for.
+            TrunkUnavailable: No answer within the call timeout.
+            TrunkRefused: The trunk answered no.
+            RoundAborted: The round was given up.
+        """
+        name, like = result
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > self.max_tensor_bytes:
+            raise CodecError(
+                f"one call may carry {self.max_tensor_bytes} bytes of tensors to this trunk; this "
+                f"{method} has {size}. Lower train.batch-size or train.sequence-length."
+            )
+        message = Outgoing(header, tensors)
+        started = time.monotonic()
+
+        def read(frames: Iterator[bytes]) -> tuple[Tensor, pb.ReplyHeader, int]:
+            incoming = Incoming(frames)
+            received = incoming.receive(like.nbytes, allocate=allocate)
+            tensor = received.tensors.get(name)
+            if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
+                raise CodecError(
+                    f"the trunk must answer {method} with {name!r} of {like.dtype} "
+                    f"{list(like.shape)}; it sent "
+                    f"{ {n: (str(t.dtype), list(t.shape)) for n, t in received.tensors.items()} }."
+                )
+            return tensor, incoming.header.reply, received.num_bytes
+
+        with self.waiting():
+            tensor, reply, received_bytes = self.channel.stream(method, message, read)
+        self._count(message.num_bytes, received_bytes, time.monotonic() - started, reply)
+        return tensor, reply.version
+
+    @property
+    def stats(self) -> WireStats:
+        """Totals since the beginning, or since the last :meth:`take_stats`."""
+        with self._lock:
+            return self._stats
+
+    def take_stats(self) -> WireStats:
+        """The totals, which begin anew."""
+        with self._lock:
+            taken, self._stats = self._stats, WireStats()
+            return taken
+
+    def answered_below(self, window: int) -> int:
+        """The first micro-batch of ``window`` that still waits for a reply."""
+        with self._lock:
+            answered = self._answered.get(window, set())
+            return next(index for index in itertools.count() if index not in answered)
+
+    def note_answered(self, window: int, index: int) -> None:
+        """The backward of a micro-batch has its reply."""
+        with self._lock:
+            self._answered = {window: self._answered.get(window, set()) | {index}}
+
+    def _count(self, sent: int, received: int, seconds: float, reply: pb.ReplyHeader) -> None:
+        elsewhere = reply.compute_seconds + reply.queue_seconds
+        with self._lock:
+            total = self._stats
+            self._stats = replace(
+                total,
+                bytes_sent=total.bytes_sent + sent,
+                bytes_received=total.bytes_received + received,
+                wire_seconds=total.wire_seconds + max(0.0, seconds - elsewhere),
+                trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
+                trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
+                calls=total.calls + 1,
+            )

@@ -1,0 +1,154 @@
+"""What client, trunk and ServerApp must agree on, as named values that can be compared.
+
+Weights are told apart by content: files of up to 64 MiB are hashed whole, larger ones by their
+size, their header and blocks spread over them. A hub checkpoint, of which a party may hold only
+some shards, is told by its id and commit.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from flower_split.assets import resolve_model_path
+from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.errors import SplitError
+from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetch
+
+PROTOCOL_VERSION = "1"
+CUT_LAYERS = "cut-layers"
+"""The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
+_HASHED_WHOLE = 64 << 20  # bytes
+_BLOCK = 1 << 20  # bytes
+_NUM_BLOCKS = 64
+# Of config.json: what says nothing about the function that the model computes.
+_IGNORED_KEYS = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
+)
+
+
+def fingerprint(config: RunConfig) -> dict[str, str]:
+    """The fingerprint of a run's model and settings, the same on every party.
+
+    Returns:
+        Field name -> short readable value or hex digest: ``protocol``, ``mode``, ``model``
+        (configuration), ``weights``, ``cut-layers``, ``dtype``, ``attention``, ``quantization``,
+        ``trunk.train`` and ``lora.bottom``, ``lora.trunk``, ``lora.top``.
+
+    Raises:
+        SplitError: The model's configuration or weights cannot be read.
+    """
+    name, revision = resolve_model_path(config.model.name), config.model.revision or None
+    return {
+        "protocol": PROTOCOL_VERSION,
+        "mode": config.mode,
+        "model": _model_config_digest(name, revision),
+        "weights": _weights_identity(name, revision),
+        CUT_LAYERS: f"{config.model.first_cut}:{config.model.second_cut}",
+        "dtype": config.model.dtype,
+        "attention": config.model.attn_implementation or "default",
+        "quantization": _quantization_text(config.model.quantization),
+        "trunk.train": config.trunk.train,
+        "lora.bottom": _lora_text(config.lora.bottom),
+        "lora.trunk": _lora_text(config.lora.trunk),
+        "lora.top": _lora_text(config.lora.top),
+    }
+
+
+def differing_fields(
+    mine: Mapping[str, str], theirs: Mapping[str, str], *, own_cuts: bool = False
+) -> list[str]:
+    """The names of the fields that differ or that only one side has, sorted.
+
+    Args:
+        mine: One party's.
+        theirs: The other's.
+        own_cuts: One of them names its own cut layers, which are checked against the other's span:
+            ``cut-layers`` does not count.
+    """
+    return sorted(
+        name
+        for name in mine.keys() | theirs.keys()
+        if mine.get(name) != theirs.get(name) and not (own_cuts and name == CUT_LAYERS)
+    )
+
+
+def _lora_text(part: LoraPartConfig) -> str:
+    if part.train == "full":
+        return "full"
+    text = _beside_lora(part)
+    if part.r == 0:
+        return text.strip() or "none"
+    targets = ",".join(sorted(name.strip() for name in part.target_modules.split(",")))
+    rule = ("rslora" if part.use_rslora else "lora") + (" dora" if part.use_dora else "")
+    factors = f"{rule} r={part.r} alpha={part.alpha:g} dropout={part.dropout:g} targets={targets}"
+    for label, values in (("ranks", part.ranks), ("alphas", part.alphas)):
+        if values:
+            factors += f" {label}=" + ",".join(f"{n}:{v:g}" for n, v in sorted(values.items()))
+    return factors + ("" if part.init == "kaiming" else f" init={part.init}") + text
+
+
+def _beside_lora(part: LoraPartConfig) -> str:
+    """The weights that train whole."""
+    text = "" if part.bias == "none" else f" bias={part.bias}"
+    saved = ",".join(sorted(part.saved_modules))
+    return text + (f" whole={saved}" if saved else "")
+
+
+def _quantization_text(text: str) -> str:
+    """A name as it is; a JSON object with its keys in order."""
+    if text.lstrip().startswith("{"):
+        return json.dumps(json.loads(text), sort_keys=True)
+    return text or "none"
+
+
+def _model_config_digest(name: str, revision: str | None) -> str:
+    path = fetch(name, "config.json", revision)
+    if path is None:
+        raise SplitError(
+            f"{name!r} has no config.json. Give a directory that holds one, or the id of a model "
+            "on the hub."
+        )
+    content = json.loads(path.read_text())
+    kept = {key: value for key, value in content.items() if key not in _IGNORED_KEYS}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _weights_identity(name: str, revision: str | None) -> str:
+    if not Path(name).is_dir():
+        path = fetch(name, "config.json", revision)
+        # The hub's cache keeps a checkpoint's files under snapshots/<commit>/.
+        commit = path.parent.name if path is not None else revision or ""
+        return f"{name}@{commit}"
+    directory = Path(name)
+    index = directory / INDEX_FILE
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = [WEIGHTS_FILE]
+    whole = hashlib.sha256()
+    for file_name in names:
+        path = directory / file_name
+        if not path.is_file():
+            raise SplitError(
+                f"{name!r} lacks {file_name}, so its weights cannot be told from others. Fetch the "
+                "missing file."
+            )
+        status = path.stat()
+        whole.update(_file_digest(str(path.resolve()), status.st_size, status.st_mtime_ns))
+    return whole.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _file_digest(path: str, size: int, modified: int) -> bytes:
+    """A digest of a file's content; computed once as long as its size and time stay."""
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        if size <= _HASHED_WHOLE:
+            digest.update(file.read())
+        else:
+            for block in range(_NUM_BLOCKS):
+                file.seek(block * (size - _BLOCK) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.digest()

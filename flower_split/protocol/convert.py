@@ -1,0 +1,328 @@
+"""Protocol messages as the values of :mod:`flower_split.protocol.values`, and back.
+
+The shell uses one direction of each pair, the coordinator the other.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from flower_split.errors import RefusalReason, SplitError, TrunkRefused
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.values import (
+    ActivationReport,
+    Arrival,
+    ContributionKey,
+    Dispatch,
+    RoundBase,
+    RoundPlan,
+    RoundReport,
+    SessionGrant,
+    SlotReport,
+    TrunkStatus,
+)
+from flower_split.split import CutLayers
+from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.trunk.engine.windows import StepEvery
+
+_STEP_EVERY = {
+    StepEvery.LOCAL_STEP: pb.LOCAL_STEP,
+    StepEvery.SERVER_ROUND: pb.SERVER_ROUND,
+    StepEvery.CONTRIBUTION: pb.CONTRIBUTION,
+    StepEvery.BUFFER: pb.BUFFER,
+}
+
+
+def key_to_proto(key: ContributionKey) -> pb.ContributionKey:
+    """A contribution's name."""
+    return pb.ContributionKey(
+        experiment=key.experiment,
+        server_round=key.server_round,
+        attempt=key.attempt,
+        window=key.window,
+        micro_batch=key.micro_batch,
+    )
+
+
+def key_from_proto(key: pb.ContributionKey) -> ContributionKey:
+    """A contribution's name."""
+    return ContributionKey(
+        experiment=key.experiment,
+        server_round=key.server_round,
+        attempt=key.attempt,
+        window=key.window,
+        micro_batch=key.micro_batch,
+    )
+
+
+def cache_to_proto(step: CacheStep) -> pb.CacheUse:
+    """A call with a key-value cache; its rows travel as a tensor."""
+    return pb.CacheUse(id=step.id, step=step.step, past_length=step.past_length)
+
+
+def cache_from_proto(cache: pb.CacheUse, rows: Tensor | None) -> CacheStep:
+    """A call with a key-value cache."""
+    return CacheStep(cache.id, cache.step, cache.past_length, rows)
+
+
+def cuts_to_proto(cuts: CutLayers | None) -> pb.CutLayers | None:
+    """A client's own cut layers; None: it has none."""
+    return None if cuts is None else pb.CutLayers(first=cuts.first, second=cuts.second)
+
+
+def cuts_from_proto(request: pb.OpenSessionRequest) -> CutLayers | None:
+    """A client's own cut layers; None: it names none.
+
+    Raises:
+        TrunkRefused: They are none (INVALID_REQUEST).
+    """
+    if not request.HasField("cuts"):
+        return None
+    try:
+        return CutLayers(request.cuts.first, request.cuts.second)
+    except SplitError as error:
+        raise TrunkRefused(RefusalReason.INVALID_REQUEST, f"OpenSession: {error}") from error
+
+
+def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSessionReply:
+    """What a client learns when it joins."""
+    return pb.OpenSessionReply(
+        session=grant.session,
+        trunk_epoch=grant.epoch,
+        version=grant.version,
+        experiment=grant.experiment,
+        server_round=grant.server_round,
+        attempt=grant.attempt,
+        max_tensor_bytes=max_tensor_bytes,
+        lease_seconds=grant.lease_seconds,
+        slot=grant.slot,
+    )
+
+
+def grant_from_proto(reply: pb.OpenSessionReply) -> SessionGrant:
+    """What a client learns when it joins."""
+    return SessionGrant(
+        session=reply.session,
+        epoch=reply.trunk_epoch,
+        version=reply.version,
+        experiment=reply.experiment,
+        server_round=reply.server_round,
+        attempt=reply.attempt,
+        lease_seconds=reply.lease_seconds,
+        slot=reply.slot,
+    )
+
+
+def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
+    """A round's plan."""
+    return pb.BeginRoundRequest(
+        experiment=plan.experiment,
+        server_round=plan.server_round,
+        attempt=plan.attempt,
+        participants=[
+            pb.Participant(slot=slot, token=token)
+            for slot, token in sorted(plan.participants.items())
+        ],
+        step_every=_STEP_EVERY[plan.step_every],
+        steps_per_round=plan.steps_per_round,
+        num_server_rounds=plan.num_server_rounds,
+        quorum=plan.quorum,
+        join_seconds=plan.join_seconds,
+        window_seconds=plan.window_seconds,
+        evaluate=plan.evaluate,
+        base=(
+            pb.RoundBase(server_round=plan.base.server_round, digest=plan.base.digest)
+            if plan.base
+            else None
+        ),
+        dispatches=[
+            pb.Dispatch(number=entry.number, slot=entry.slot, token=entry.token)
+            for entry in plan.dispatches
+        ],
+    )
+
+
+def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
+    """A round's plan.
+
+    Raises:
+        TrunkRefused: A slot or token is repeated or empty, or a number is out of its range.
+    """
+    participants = {entry.slot: entry.token for entry in request.participants}
+    tokens = set(participants.values())
+    if not len(request.participants) == len(participants) == len(tokens) or "" in tokens:
+        raise _invalid("every participant needs a slot and a token of its own")
+    dispatches = tuple(
+        Dispatch(entry.number, entry.slot, entry.token) for entry in request.dispatches
+    )
+    numbers = {entry.number for entry in dispatches}
+    tokens = {entry.token for entry in dispatches}
+    if not len(dispatches) == len(numbers) == len(tokens) or "" in tokens or 0 in numbers:
+        raise _invalid("every dispatch needs a number from 1 and a token of its own")
+    if not 0 < request.quorum <= 1:
+        raise _invalid(f"quorum must be in (0, 1]; it is {request.quorum}")
+    if not (request.join_seconds > 0 and request.window_seconds > 0):
+        raise _invalid(
+            "join_seconds and window_seconds must be above 0; they are "
+            f"{request.join_seconds} and {request.window_seconds}"
+        )
+    step_every = {number: value for value, number in _STEP_EVERY.items()}.get(request.step_every)
+    if step_every is None:
+        raise _invalid(f"step_every has the unknown number {request.step_every}")
+    return RoundPlan(
+        experiment=request.experiment,
+        server_round=request.server_round,
+        attempt=request.attempt,
+        participants=participants,
+        step_every=step_every,
+        steps_per_round=request.steps_per_round,
+        num_server_rounds=request.num_server_rounds,
+        quorum=request.quorum,
+        join_seconds=request.join_seconds,
+        window_seconds=request.window_seconds,
+        evaluate=request.evaluate,
+        base=(
+            RoundBase(request.base.server_round, request.base.digest)
+            if request.HasField("base")
+            else None
+        ),
+        dispatches=dispatches,
+    )
+
+
+def arrivals_to_proto(arrivals: Sequence[Arrival]) -> list[pb.Arrival]:
+    """The buffer of an asynchronous round."""
+    return [pb.Arrival(dispatch=item.dispatch, factor=item.factor) for item in arrivals]
+
+
+def arrivals_from_proto(request: pb.PrepareRoundRequest) -> tuple[Arrival, ...]:
+    """The buffer of an asynchronous round.
+
+    Raises:
+        TrunkRefused: A dispatch is there twice, or a factor is out of its range.
+    """
+    arrivals = tuple(Arrival(item.dispatch, item.factor) for item in request.arrivals)
+    if len({item.dispatch for item in arrivals}) < len(arrivals):
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST, "PrepareRound: a dispatch arrives twice in one buffer."
+        )
+    for item in arrivals:
+        if not 0 < item.factor <= 1:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"PrepareRound: the factor of dispatch {item.dispatch} must be in (0, 1]; it is "
+                f"{item.factor}.",
+            )
+    return arrivals
+
+
+def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
+    """A round's outcome."""
+    return pb.PrepareRoundReply(
+        version=report.version,
+        digest=report.digest,
+        slots=[_slot_to_proto(slot) for slot in report.slots],
+        optimizer_steps=report.optimizer_steps,
+        compute_seconds=report.compute_seconds,
+        activations=_activations_to_proto(report.activations),
+    )
+
+
+def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
+    """A round's outcome."""
+    return RoundReport(
+        version=reply.version,
+        digest=reply.digest,
+        slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
+        optimizer_steps=reply.optimizer_steps,
+        compute_seconds=reply.compute_seconds,
+        activations=_activations_from_proto(reply.activations),
+    )
+
+
+def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
+    """Where the trunk stands."""
+    return pb.StatusReply(
+        trunk_epoch=status.epoch,
+        version=status.version,
+        experiment=status.experiment,
+        server_round=status.server_round,
+        attempt=status.attempt,
+        phase=status.phase,
+        window=status.window,
+        num_tokens=status.num_tokens,
+        bytes_received=status.bytes_received,
+        bytes_sent=status.bytes_sent,
+        slots=[_slot_to_proto(slot) for slot in status.slots],
+        problem=status.problem,
+        fingerprint=dict(status.fingerprint),
+        activations=_activations_to_proto(status.activations),
+    )
+
+
+def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
+    """Where the trunk stands."""
+    return TrunkStatus(
+        epoch=reply.trunk_epoch,
+        version=reply.version,
+        experiment=reply.experiment,
+        server_round=reply.server_round,
+        attempt=reply.attempt,
+        phase=reply.phase,
+        window=reply.window,
+        num_tokens=reply.num_tokens,
+        bytes_received=reply.bytes_received,
+        bytes_sent=reply.bytes_sent,
+        slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
+        problem=reply.problem,
+        fingerprint=dict(reply.fingerprint),
+        activations=_activations_from_proto(reply.activations),
+    )
+
+
+def _activations_to_proto(report: ActivationReport) -> pb.ActivationReport:
+    return pb.ActivationReport(
+        num_bytes=report.num_bytes,
+        peak_bytes=report.peak_bytes,
+        budget_bytes=report.budget_bytes,
+        recomputes=report.recomputes,
+        refusals=report.refusals,
+    )
+
+
+def _activations_from_proto(report: pb.ActivationReport) -> ActivationReport:
+    return ActivationReport(
+        num_bytes=report.num_bytes,
+        peak_bytes=report.peak_bytes,
+        budget_bytes=report.budget_bytes,
+        recomputes=report.recomputes,
+        refusals=report.refusals,
+    )
+
+
+def _slot_to_proto(slot: SlotReport) -> pb.SlotReport:
+    return pb.SlotReport(
+        slot=slot.slot,
+        completed=slot.completed,
+        problem=slot.problem,
+        contributions=slot.contributions,
+        num_tokens=slot.num_tokens,
+        bytes_received=slot.bytes_received,
+        bytes_sent=slot.bytes_sent,
+    )
+
+
+def _slot_from_proto(slot: pb.SlotReport) -> SlotReport:
+    return SlotReport(
+        slot=slot.slot,
+        completed=slot.completed,
+        problem=slot.problem,
+        contributions=slot.contributions,
+        num_tokens=slot.num_tokens,
+        bytes_received=slot.bytes_received,
+        bytes_sent=slot.bytes_sent,
+    )
+
+
+def _invalid(what: str) -> TrunkRefused:
+    return TrunkRefused(RefusalReason.INVALID_REQUEST, f"BeginRound: {what}.")

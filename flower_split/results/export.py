@@ -1,0 +1,189 @@
+"""Export: one standard PEFT adapter from the adapters of the three parts.
+
+Names are the unsplit model's, so the parts' tensors are simply put together. Where parts differ in
+rank or alpha, PEFT's ``rank_pattern`` and ``alpha_pattern`` say so; rsLoRA is written as the plain
+alpha of the same scale. What a method put beside the clients' base weights goes into the adapter,
+whose modules then have ranks of their own. What trained whole, a trunk in full or modules of a part,
+goes into the adapter as PEFT's ``modules_to_save``.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal, cast
+
+from peft import LoraConfig, TaskType
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from flower_split.aggregation import METHODS
+from flower_split.assets import resolve_model_path
+from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.errors import RunDirectoryError
+from flower_split.lora import embedding_names, part_of
+from flower_split.lora.base_change import with_base_change
+from flower_split.parties.client_cuts import clients_own, with_cuts
+from flower_split.parties.parts import model_cuts
+from flower_split.results.client_adapter import OneClient, read_client_adapter
+from flower_split.results.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
+from flower_split.runs.directory import RunDirectory
+from flower_split.split import CutLayers
+from flower_split.split.loading.parts import empty_model
+from flower_split.split.structure.stack import LayerStack, find_stack
+
+_PREFIX = "base_model.model."
+_A_WEIGHT = (".lora_A.weight", ".lora_embedding_A")
+
+
+def export_adapter(
+    run_dir: Path, out: Path, cuts: CutLayers | None = None, client: OneClient | None = None
+) -> Path:
+    """Merge a run's bottom, trunk and top adapters into one PEFT adapter directory.
+
+    The result is loaded by ``PeftModel.from_pretrained(base_model, out)`` on the plain base model
+    and computes what the split model computes.
+
+    Args:
+        run_dir: A finished run's directory.
+        out: Where ``adapter_config.json`` and ``adapter_model.safetensors`` go; made if need be.
+        cuts: Export the model that a client with these cut layers computed: its own copies of the
+            trunk's layers outside of them. None: the trunk's copies of all its layers.
+        client: Whose own model to export, where the method keeps factors private; None: there is
+            one for all.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        RunDirectoryError: The run has no final adapters, ``out`` holds other files, or ``client`` is
+            missing, out of place or cannot be read.
+        SplitError: The base model's configuration cannot be read, or no client had such cut layers.
+    """
+    run = RunDirectory.open(run_dir)
+    config, out = run.config, Path(out)
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    if out.is_dir() and any(item.name not in names for item in out.iterdir()):
+        raise RunDirectoryError(
+            f"the export goes to an empty directory; {out} holds other files. Name another one."
+        )
+    state, change = read_client_adapter(run, client), read_base_change(run)
+    trunk = _trunk_state(run)
+    model = empty_model(
+        resolve_model_path(config.model.name), revision=config.model.revision or None
+    )
+    stack, span = find_stack(model), model_cuts(config)
+    if config.trunk.train == "full":
+        _check_in_layers(trunk, stack)
+    change = clients_own(change, trunk, stack, cuts or span)
+    state, trunk = with_cuts(state, trunk, stack, cuts or span, span)
+    state, scales = with_base_change(state, _scales(config, state, model), change)
+    state |= trunk
+    scales |= _scales(config, trunk, model)
+    form = peft_form(config, state, model)
+    state |= tied_copies(state, form, model)
+    if form.use_dora:
+        path = resolve_model_path(config.model.name)
+        state |= neutral_magnitudes(config, path, state, scales)
+    peft_config = _peft_config(config, state, scales, model, form)
+    out.mkdir(parents=True, exist_ok=True)
+    peft_config.save_pretrained(str(out))
+    save_file(
+        {_PREFIX + name: state[name].contiguous() for name in sorted(state)},
+        out / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return out
+
+
+def read_base_change(run: RunDirectory) -> dict[str, Tensor]:
+    """What a run's method put beside the clients' base weights; empty where it puts nothing.
+
+    Raises:
+        RunDirectoryError: The file is missing (the run did not finish) or damaged.
+    """
+    changes = METHODS[run.config.strategy.aggregator].changes_base
+    return run.read_adapter("base") if changes else {}
+
+
+def _trunk_state(run: RunDirectory) -> dict[str, Tensor]:
+    """The trunk's tensors; none where the mode trains no trunk and none were kept."""
+    if run.config.mode != "joint" and not (run.path / "adapters/trunk.safetensors").exists():
+        return {}
+    return run.read_adapter("trunk")
+
+
+def _check_in_layers(trunk: dict[str, Tensor], stack: LayerStack) -> None:
+    for name in trunk:
+        if stack.index_of(name) is None:
+            raise RunDirectoryError(
+                f"the trunk's tensor {name} lies in no layer of {stack.path}. Restore the run's "
+                "adapters/trunk.safetensors."
+            )
+
+
+def _modules(state: dict[str, Tensor]) -> dict[str, int]:
+    """The modules with LoRA of an adapter, and their ranks."""
+    ranks: dict[str, int] = {}
+    for name, tensor in state.items():
+        module = next((name[: -len(end)] for end in _A_WEIGHT if name.endswith(end)), None)
+        if module is not None:
+            ranks[module] = tensor.shape[0]
+    return ranks
+
+
+def _scales(
+    config: RunConfig, state: dict[str, Tensor], model: PreTrainedModel
+) -> dict[str, float]:
+    """The ΔW scales of an adapter's modules, by the part that each lies in."""
+    cuts = CutLayers(config.model.first_cut, config.model.second_cut)
+    settings = {"bottom": config.lora.bottom, "trunk": config.lora.trunk, "top": config.lora.top}
+    stack, embeddings = find_stack(model), embedding_names(model)
+    return {
+        module: _scale(settings[part_of(module, stack, cuts, embeddings)], module)
+        for module in _modules(state)
+    }
+
+
+def _peft_config(
+    config: RunConfig,
+    state: dict[str, Tensor],
+    scales: dict[str, float],
+    model: PreTrainedModel,
+    form: PeftForm,
+) -> LoraConfig:
+    """The PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
+    shapes = {module: (rank, scales[module] * rank) for module, rank in _modules(state).items()}
+    if not state:
+        raise RunDirectoryError(
+            "the run's adapters hold no tensor, so there is no adapter to export."
+        )
+    # The commonest setting is the adapter's own; the others are named module by module.
+    settings = Counter(shapes.values()).items()
+    rank, alpha = min(settings, key=lambda item: (-item[1], item[0]), default=((1, 1.0), 0))[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=_number(alpha),
+        rank_pattern={name: r for name, (r, _) in sorted(shapes.items()) if r != rank},
+        alpha_pattern={name: _number(a) for name, (_, a) in sorted(shapes.items()) if a != alpha},
+        target_modules=sorted(shapes) or DUMMY_TARGET_MODULES,  # PEFT's word for "none"
+        use_dora=form.use_dora,
+        bias=cast(Literal["none", "all", "lora_only"], form.bias),
+        modules_to_save=form.whole_modules or None,
+        fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in shapes),
+        base_model_name_or_path=resolve_model_path(config.model.name),
+        revision=config.model.revision or None,
+        task_type=TaskType.CAUSAL_LM,
+        inference_mode=True,
+    )
+
+
+def _scale(part: LoraPartConfig, module: str) -> float:
+    rank, alpha = part.setting_of(module)
+    return alpha / (rank**0.5 if part.use_rslora else rank)
+
+
+def _number(alpha: float) -> int:
+    """``alpha`` as PEFT takes it: an int where it is one; PEFT computes with any number."""
+    return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]

@@ -1,0 +1,203 @@
+"""Factors that stay with a client: FedSA-LoRA's B, on the client's own disk, exactly once.
+
+A client trains its private factors in every round and sends back only their digest. The server keeps
+the digest of the last *committed* round of every client, in its checkpoint, and names it in the next
+message: a client goes on from exactly those factors, whatever rounds were aborted, tried again or
+rolled back since, on either side. Factors of a round that was not committed are never read, and the
+server never sees one.
+
+Layout, under the client's directory::
+
+    run-<experiment>/partition-<id>/round-<r>.<digest>.safetensors
+
+A file's header names the file that its round began with. Those two generations are kept, for a run
+may go back to the round before its last; everything else of earlier rounds goes when the client
+trains next. Nothing of the same or a later round is ever removed, so that a process that was given up
+and comes to life again cannot take away what the run has gone on with.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from flower_split.runtime.simulation import simulated_clients_at_once
+from flower_split.config import RunConfig
+from flower_split.errors import ConfigError, FederationError, RunDirectoryError
+from flower_split.runtime.atomic_files import write_atomically
+
+FOLDER = "clients"
+"""In the run directory: where simulated clients keep what is theirs."""
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FILE = re.compile(r"\.?round-(?P<round>\d+)\.(?P<digest>[0-9a-f]{64})\.safetensors(\..*\.tmp)?")
+_ORIGIN = "round-and-base"
+_STATE = "private/"
+
+
+def client_directory(config: RunConfig, node_config: Mapping[str, object], simulated: str) -> Path:
+    """Where this client keeps what is its own.
+
+    The node config's ``client-dir``, or ``train.client-dir``, or, for a simulated client, a folder of
+    the run directory; on a machine of its own a client must be told.
+
+    Args:
+        config: The run's configuration.
+        node_config: Of this client's SuperNode.
+        simulated: The folder of the run directory, as the ServerApp names it.
+
+    Raises:
+        ConfigError: Nothing names a directory.
+    """
+    named = str(node_config.get("client-dir", "")) or config.train.client_dir
+    if not named and simulated_clients_at_once():
+        named = simulated
+    if not named:
+        raise ConfigError(
+            f'strategy.aggregator = "{config.strategy.aggregator}" leaves factors with each client, '
+            "on its own disk, but no directory is named for them. Start the SuperNode with "
+            "--node-config 'client-dir=\"…\" …', or set train.client-dir."
+        )
+    return Path(named).expanduser()
+
+
+@dataclass(frozen=True, slots=True)
+class PrivateFolder:
+    """What one client keeps of one run.
+
+    Args:
+        path: Its directory; made by the first :meth:`write`.
+    """
+
+    path: Path
+
+    @classmethod
+    def of(cls, client_dir: Path, experiment: str, partition_id: int) -> "PrivateFolder":
+        """The folder of a run's partition under a client's directory."""
+        run = "run-" + quote(experiment, safe=" ")  # names no other directory, whatever it holds
+        return cls(client_dir / run / f"partition-{partition_id}")
+
+    def read(self, digest: str) -> dict[str, Tensor]:
+        """The factors of that digest, sorted by name.
+
+        Raises:
+            RunDirectoryError: They are not there, or damaged.
+        """
+        content = self._content(digest)
+        try:
+            return dict(sorted(load(content).items()))
+        except SafetensorError as error:
+            raise RunDirectoryError(
+                f"the private factors in {self.path} are damaged: {error}."
+            ) from (error)
+
+    def write(self, state: Mapping[str, Tensor], *, server_round: int, base: str) -> str:
+        """Keep a round's factors, beside those that it began with and the ones before.
+
+        Args:
+            state: By tensor name.
+            server_round: The round that trained them.
+            base: Digest of the factors that the round began with; empty: the initial ones.
+
+        Returns:
+            Their digest: 64 hexadecimal digits that depend on the values, the round and the base.
+
+        Raises:
+            FederationError: They hold NaN or Inf.
+            RunDirectoryError: The disk is full or fails.
+        """
+        for name, value in state.items():
+            if not bool(torch.isfinite(value).all()):
+                raise FederationError(
+                    f"round {server_round}: training gave NaN or Inf in {name}, which stays with this "
+                    "client. Lower train.optimizer.learning-rate, or look at its data."
+                )
+        tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
+        # One entry, for safetensors writes several in no certain order.
+        content = save(tensors, metadata={_ORIGIN: f"{server_round} {base}"})
+        digest = hashlib.sha256(content).hexdigest()
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._prune(server_round, base)
+            write_atomically(self.path / f"round-{server_round}.{digest}.safetensors", content)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"round {server_round}: this client's own factors cannot be written to {self.path} "
+                f"({os.strerror(error.errno or 0)}). Free space, or set another directory by "
+                "train.client-dir or the node config's client-dir."
+            ) from error
+        return digest
+
+    def _content(self, digest: str) -> bytes:
+        paths = list(self.path.glob(f"round-*.{checked_digest(digest)}.safetensors"))
+        try:
+            content = paths[0].read_bytes()
+        except (IndexError, OSError) as error:
+            raise RunDirectoryError(
+                f"this client's own factors of its last committed round (digest {digest[:16]}) are "
+                f"not in {self.path}. Restore that directory, or set train.client-dir or the node "
+                "config's client-dir to where the client kept them."
+            ) from error
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise RunDirectoryError(
+                f"{paths[0]} is damaged: its SHA-256 is not the one in its name. Restore the file, or "
+                "go back to the round before with resume-previous = true."
+            )
+        return content
+
+    def _prune(self, server_round: int, base: str) -> None:
+        """Of earlier rounds, leave only ``base`` and the factors that its own round began with."""
+        keep = {base, _base_of(self._content(base))} if base else set()
+        for path in self.path.iterdir():
+            found = _FILE.fullmatch(path.name)
+            if found is None or int(found["round"]) >= server_round:
+                continue
+            if found["digest"] not in keep or path.name.endswith(".tmp"):
+                path.unlink(missing_ok=True)
+
+
+def private_state(digests: Mapping[int, str]) -> dict[str, Tensor]:
+    """The server's record, slot → digest of the last committed round, as tensors of a checkpoint."""
+    return {
+        f"{_STATE}{slot}": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+        for slot, digest in sorted(digests.items())
+    }
+
+
+def digests_of(state: Mapping[str, Tensor]) -> dict[int, str]:
+    """The inverse of :func:`private_state`; other tensors in ``state`` are passed over."""
+    return {
+        int(name.removeprefix(_STATE)): bytes(tensor.tolist()).hex()
+        for name, tensor in state.items()
+        if name.startswith(_STATE)
+    }
+
+
+def checked_digest(digest: str) -> str:
+    """A digest that may be part of a file's name.
+
+    Raises:
+        FederationError: It is none.
+    """
+    if not _DIGEST.fullmatch(digest):
+        raise FederationError(
+            f"a digest of private factors must be 64 hexadecimal digits; it is {digest[:80]!r}. Run "
+            "the same version of flower_split on every machine."
+        )
+    return digest
+
+
+def _base_of(content: bytes) -> str:
+    """What a file's round began with, from its header: 8 bytes of length, then JSON."""
+    length = int.from_bytes(content[:8], "little")
+    origin = json.loads(content[8 : 8 + length])["__metadata__"][_ORIGIN]
+    return str(origin).split(" ")[1]

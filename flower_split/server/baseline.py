@@ -1,0 +1,76 @@
+"""The local-only baseline: every client trains alone, then every result is tried on every client.
+
+Adapters travel, data never does. The figures answer the question that makes federation worthwhile:
+how well does what one client could learn alone serve the other clients' areas?
+"""
+
+# ruff: noqa: TID251
+import logging
+from collections.abc import Mapping, Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from flower_split.errors import FederationError
+from flower_split.runs.summary import HeldOut
+from flower_split.server.federation.exchange import Federation, by_slot, describe, exchange
+from flower_split.server.recorder import Recorder
+
+logger = logging.getLogger(__name__)
+
+_TRAIN, _EVALUATE = "train.local_only", "evaluate.local_only"
+
+
+def run_local_only(grid: Grid, federation: Federation, recorder: Recorder) -> None:
+    """Train every client alone, and record each result on every client's held-out data.
+
+    Raises:
+        FederationError: A client failed.
+    """
+    logger.info("local-only baseline: every client trains alone, on its own data")
+    empty = RecordDict({"config": ConfigRecord()})
+    timeout = recorder.config.round_timeout
+    trained = _ask(grid, federation, _TRAIN, empty, timeout)
+    adapters: dict[str, ArrayRecord] = {
+        str(slot): next(iter(reply.content.array_records.values()))
+        for slot, reply in trained.items()
+    }
+    logger.info("local-only baseline: every client evaluates all %d adapters", len(adapters))
+    content = RecordDict({**adapters, "config": ConfigRecord()})
+    for slot, reply in _ask(grid, federation, _EVALUATE, content, timeout).items():
+        metrics = next(iter(reply.content.metric_records.values()))
+        for trained_by in adapters:
+            loss, tokens = metrics[f"{trained_by}.loss-sum"], metrics[f"{trained_by}.num-tokens"]
+            if isinstance(loss, list) or isinstance(tokens, list):
+                raise FederationError(
+                    f"the baseline's reply of partition {slot} cannot be read. Run the same "
+                    "version of flower_split on every machine."
+                )
+            recorder.local_only(int(trained_by), slot, HeldOut(float(loss), int(tokens)))
+
+
+def _ask(
+    grid: Grid, federation: Federation, message_type: str, content: RecordDict, timeout: float
+) -> Mapping[int, Message]:
+    """The replies of all clients, by slot."""
+    messages = [
+        Message(content, federation.nodes[slot], message_type, ttl=timeout + 60.0)
+        for slot in federation.slots
+    ]
+    done = 0
+
+    def watch(new: Sequence[Message]) -> bool:
+        nonlocal done
+        if new:
+            done += len(new)
+            logger.info("local-only baseline: %d of %d clients done", done, len(messages))
+        return False
+
+    replies = exchange(grid, messages, timeout=timeout, watch=watch)
+    good, problems = by_slot(federation, messages, replies)
+    if problems:
+        raise FederationError(
+            f"the local-only baseline failed: {describe(problems, federation)}. Mend it, or set "
+            "local-only-baseline = false."
+        )
+    return good

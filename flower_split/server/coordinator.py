@@ -1,0 +1,128 @@
+"""The coordinator's side of the trunk: begin, prepare, commit and abort rounds; status; adapter.
+
+Every call may be repeated: the trunk recognises a round by its experiment, number and attempt.
+"""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.convert import (
+    arrivals_to_proto,
+    plan_to_proto,
+    report_from_proto,
+    status_from_proto,
+)
+from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, TrunkStatus
+from flower_split.wire.channel import TrunkChannel
+from flower_split.wire.frames import Incoming
+
+_SHORT_SECONDS = 10.0  # for calls that must not hold up the coordinator when the trunk is gone
+_MAX_ADAPTER_BYTES = 1 << 36  # a fully trained trunk may be large; its server is trusted
+
+
+class TrunkCoordinator:
+    """Round control of one trunk. Thread-safe.
+
+    Every method raises :class:`~flower_split.errors.TrunkUnavailable` when there is no answer within
+    ``timeout``, :class:`~flower_split.errors.TrunkRefused` with the trunk's reason, and
+    :class:`~flower_split.errors.RoundAborted` where the round has been given up.
+
+    Args:
+        address: ``host:port``.
+        token: The trunk's coordinator token.
+        root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
+        timeout: Seconds per call, retries included; at most 10 for status and abort.
+
+    Raises:
+        ConfigError: Plain text to another machine, or a PEM file that cannot be read.
+    """
+
+    def __init__(
+        self, address: str, token: str, root_certificates: str = "", timeout: float = 150.0
+    ) -> None:
+        self.address = address
+        self._timeout = timeout
+        self._channel = TrunkChannel(
+            address, token=token, timeout=timeout, root_certificates=root_certificates
+        )
+
+    def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
+        """Open a round for its participants; returns ``(epoch, version)`` of the trunk."""
+        reply = self._channel.unary("BeginRound", plan_to_proto(plan), pb.BeginRoundReply)
+        return reply.trunk_epoch, reply.version
+
+    def prepare_round(
+        self,
+        experiment: str,
+        server_round: int,
+        attempt: int,
+        arrivals: Sequence[Arrival] = (),
+    ) -> RoundReport:
+        """First phase of the commit: nothing more will come; who completed what.
+
+        Args:
+            experiment: Of the round.
+            server_round: Of the round.
+            attempt: Of the round.
+            arrivals: Of an asynchronous round: whose work makes its step.
+        """
+        request = pb.PrepareRoundRequest(
+            experiment=experiment,
+            server_round=server_round,
+            attempt=attempt,
+            arrivals=arrivals_to_proto(arrivals),
+        )
+        return report_from_proto(self._channel.unary("PrepareRound", request, pb.PrepareRoundReply))
+
+    def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
+        """Second phase: the round's steps stay; returns the trunk's version."""
+        request = pb.CommitRoundRequest(
+            experiment=experiment, server_round=server_round, attempt=attempt
+        )
+        return self._channel.unary("CommitRound", request, pb.CommitRoundReply).version
+
+    def abort_round(self, experiment: str, server_round: int, attempt: int, why: str) -> int:
+        """Roll back to the round's beginning, or end an evaluation; returns the version."""
+        request = pb.AbortRoundRequest(
+            experiment=experiment, server_round=server_round, attempt=attempt, why=why
+        )
+        timeout = min(self._timeout, _SHORT_SECONDS)
+        return self._channel.unary(
+            "AbortRound", request, pb.AbortRoundReply, timeout=timeout
+        ).version
+
+    def status(self) -> TrunkStatus:
+        """Where the trunk stands."""
+        timeout = min(self._timeout, _SHORT_SECONDS)
+        return status_from_proto(
+            self._channel.unary("Status", pb.StatusRequest(), pb.StatusReply, timeout=timeout)
+        )
+
+    def get_adapter(self) -> dict[str, Tensor]:
+        """The trunk's trainable parameters, fp32 on the CPU, by the unsplit model's names."""
+        return self._channel.download(
+            "GetAdapter",
+            pb.GetAdapterRequest(),
+            lambda frames: Incoming(frames).receive(_MAX_ADAPTER_BYTES).tensors,
+        )
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a ``with`` block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connections."""
+        self.close()

@@ -1,0 +1,123 @@
+"""Where the ServerApp takes the base values of the clients' adapter from: from the clients.
+
+Magnitudes of DoRA, biases and modules that train whole begin as the base weights say
+(:mod:`flower_split.lora.initial_values`), and the ServerApp holds no base weights. In the handshake every
+client gives the digest of each weight that such a value comes from; where all agree, one client gives
+the values, and everybody begins with those.
+"""
+
+# ruff: noqa: TID251
+import logging
+from collections.abc import Mapping
+
+import torch
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from flower_split.errors import FederationError
+from flower_split.lora.initial_values import digest_of, is_copy
+from flower_split.messages.arrays import from_arrays
+from flower_split.messages.client_facts import BASE_VALUES, ClientFacts
+from flower_split.server.federation.exchange import Federation, by_slot, describe, exchange
+
+logger = logging.getLogger(__name__)
+
+
+def gather_base_values(
+    grid: Grid,
+    federation: Federation,
+    facts: Mapping[int, ClientFacts],
+    shapes: Mapping[str, torch.Size],
+    *,
+    timeout: float,
+) -> dict[str, Tensor]:
+    """Ask for the base values, the lowest slot first, until every name has its value.
+
+    Args:
+        grid: Flower's grid.
+        federation: The run's nodes.
+        facts: What the clients said in the handshake, by slot.
+        shapes: Names and shapes of the values.
+        timeout: Seconds for one client's answer.
+
+    Returns:
+        The values, fp32 on the CPU.
+
+    Raises:
+        FederationError: Two clients hold other base weights; no client gave a value; or a value is
+            not what the clients' digests say.
+    """
+    digests = agreed_digests(federation, facts)
+    values: dict[str, Tensor] = {}
+    problems: dict[int, str] = {}
+    for slot in federation.slots:
+        names = sorted((shapes.keys() - values.keys()) & facts[slot].base_digests.keys())
+        if not names:
+            continue
+        ask = Message(
+            RecordDict({"config": ConfigRecord({"purpose": BASE_VALUES, "names": names})}),
+            federation.nodes[slot],
+            MessageType.QUERY,
+            ttl=timeout + 60.0,
+        )
+        good, failed = by_slot(federation, [ask], exchange(grid, [ask], timeout=timeout))
+        problems |= failed
+        if slot in good:
+            values |= _checked(good[slot], slot, names, digests)
+            logger.info("partition %d gave %d initial values of the adapter", slot, len(names))
+    missing = sorted(shapes.keys() - values.keys())
+    if missing:
+        why = f" {describe(problems, federation)}." if problems else ""
+        raise FederationError(
+            f"no client gave the initial value of {missing[0]} ({len(missing)} in all), which the "
+            f"ServerApp does not know without base weights.{why} Use the same version and the same "
+            "model files on every machine."
+        )
+    return values
+
+
+def agreed_digests(federation: Federation, facts: Mapping[int, ClientFacts]) -> dict[str, str]:
+    """The digest of every base value's weight, the same on all clients that hold it.
+
+    Raises:
+        FederationError: Two clients differ.
+    """
+    agreed: dict[str, tuple[str, int]] = {}
+    for slot in federation.slots:
+        for name, digest in facts[slot].base_digests.items():
+            known, first = agreed.setdefault(name, (digest, slot))
+            if digest != known:
+                raise FederationError(
+                    f"partitions {first} (node {federation.nodes[first]}) and {slot} (node "
+                    f"{federation.nodes[slot]}) hold other base weights: they differ in {name}. "
+                    "Use the same model files on every machine."
+                )
+    return {name: digest for name, (digest, _) in agreed.items()}
+
+
+def _checked(
+    reply: Message, slot: int, names: list[str], digests: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The values of one reply that were asked for.
+
+    Raises:
+        FederationError: One is missing, not finite, or not the weight that the digests are of.
+    """
+    record = reply.content.array_records.get(BASE_VALUES)
+    found = {} if record is None else from_arrays(record)
+    for name in names:
+        value = found.get(name)
+        if value is None:
+            fault = "is missing"
+        elif not bool(torch.isfinite(value).all()):
+            fault = "holds NaN or Inf"
+        elif is_copy(name) and digest_of(value) != digests[name]:
+            fault = "is not the weight whose digest it gave before"
+        else:
+            continue
+        raise FederationError(
+            f"partition {slot} was asked for the adapter's initial values, and {name} {fault}. "
+            "Start the run again; if it stays, look at that client's model files."
+        )
+    return {name: found[name] for name in names}

@@ -1,0 +1,264 @@
+"""Before round 1: wait for the nodes, ask each what it holds, and check that the job can run.
+
+Every check ends the run at once with one paragraph that names the remedy; none waits for a barrier
+to time out.
+"""
+
+# ruff: noqa: TID251
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.superlink.grid import InMemoryGrid
+
+from flower_split.config import RunConfig
+from flower_split.errors import FederationError
+from flower_split.messages.client_facts import HANDSHAKE, ClientFacts
+from flower_split.parties.fingerprint import CUT_LAYERS, differing_fields
+from flower_split.parties.parts import model_cuts
+from flower_split.runtime.simulation import pool_cap
+from flower_split.server.federation.exchange import (
+    Federation,
+    by_slot,
+    describe_nodes,
+    exchange,
+    lost_slots,
+)
+from flower_split.split import CutLayers
+
+logger = logging.getLogger(__name__)
+
+_SETTLE_SECONDS = (
+    2.0  # simulation registers all its nodes at once, shortly after the ServerApp starts
+)
+_NONE_SECONDS = 60.0  # simulation: until the first node must be there
+
+
+def federation_config(num_clients: int) -> str:
+    """The value of ``--federation-config`` with which ``num_clients`` clients run at once."""
+    return (
+        f"num-supernodes={num_clients} client-resources-num-cpus=1 init-args-num-cpus={num_clients}"
+    )
+
+
+def run_line(num_clients: int) -> str:
+    """The command line with which a simulation of ``num_clients`` clients can run."""
+    return f"flwr run APP --stream --federation-config '{federation_config(num_clients)}'"
+
+
+def is_simulation(grid: Grid) -> bool:
+    """Whether the grid is that of ``flwr run`` on a local simulation."""
+    return isinstance(grid, InMemoryGrid)
+
+
+def num_participants(num_nodes: int, fraction: float) -> int:
+    """How many of ``num_nodes`` clients take part in a phase; at least one for a fraction above 0."""
+    return 0 if fraction == 0 else max(1, int(num_nodes * fraction + 1e-9))
+
+
+def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
+    """Wait until ``num-clients`` nodes are connected.
+
+    Returns:
+        The ids of all connected nodes, ascending: ``num-clients`` or more.
+
+    Raises:
+        FederationError: Too few nodes: at once in a simulation, whose size is fixed when it starts;
+            after ``join-timeout`` otherwise.
+    """
+    wanted, simulated = config.num_clients, is_simulation(grid)
+    start = time.monotonic()
+    deadline = start + (
+        min(_NONE_SECONDS, config.join_timeout) if simulated else config.join_timeout
+    )
+    nodes: list[int] = []
+    changed = start
+    while True:
+        before, nodes = nodes, sorted(grid.get_node_ids())
+        now = time.monotonic()
+        changed = now if nodes != before else changed
+        if len(nodes) >= wanted and now - changed >= (0.3 if simulated else 0.0):
+            return nodes
+        if (simulated and nodes and now - changed >= _SETTLE_SECONDS) or now >= deadline:
+            break
+        if not simulated and nodes != before:
+            logger.info("%d of %d SuperNodes are connected", len(nodes), wanted)
+        time.sleep(0.1 if simulated else 0.5)
+    if simulated:
+        raise FederationError(
+            f"num-clients is {wanted}, but this simulation has {len(nodes)} SuperNodes. "
+            f"Start it with: {run_line(wanted)}"
+        )
+    raise FederationError(
+        f"num-clients is {wanted}, but only {len(nodes)} SuperNodes were connected after "
+        f"{config.join_timeout:g} s (join-timeout). Start the missing ones with: flower-supernode "
+        f"--superlink HOST:PORT --node-config 'partition-id=… num-partitions={wanted}', or lower "
+        "num-clients."
+    )
+
+
+def shake_hands(
+    grid: Grid, nodes: Sequence[int], config: RunConfig, trunk_fingerprint: Mapping[str, str]
+) -> tuple[Federation, dict[int, ClientFacts]]:
+    """Ask every node what it holds and check the answers.
+
+    Returns:
+        ``(federation, facts by slot)``.
+
+    Raises:
+        FederationError: A node failed, or the answers do not allow the run; see :func:`check_facts`.
+    """
+    # No slots are known yet: number the nodes in the order of their ids to name them in errors.
+    unnamed = Federation(dict(enumerate(sorted(nodes))))
+    good: dict[int, Message] = {}
+    ask, left = list(nodes), config.round_retries
+    while ask:
+        messages = [
+            Message(
+                RecordDict({"config": ConfigRecord({"purpose": HANDSHAKE})}),
+                node,
+                MessageType.QUERY,
+                ttl=config.round_timeout + 60.0,
+            )
+            for node in ask
+        ]
+        replies = exchange(grid, messages, timeout=config.round_timeout)
+        answered, problems = by_slot(unnamed, messages, replies)
+        good |= answered
+        lost = lost_slots(unnamed, messages, replies)
+        if problems and (left == 0 or lost != set(problems) or len(replies) < len(messages)):
+            raise FederationError(
+                f"{len(problems)} of {len(nodes)} clients cannot start. "
+                f"{describe_nodes(problems, unnamed)}"
+            )
+        ask, left = [unnamed.nodes[slot] for slot in problems], left - 1
+    answers = [
+        (unnamed.nodes[index], ClientFacts.from_message(m)) for index, m in sorted(good.items())
+    ]
+    federation = check_facts(answers, config, trunk_fingerprint)
+    facts = {answer.partition_id: answer for _, answer in answers}
+    return federation, {slot: facts[slot] for slot in federation.slots}
+
+
+def check_facts(
+    answers: Sequence[tuple[int, ClientFacts]],
+    config: RunConfig,
+    trunk_fingerprint: Mapping[str, str],
+) -> Federation:
+    """Check what the clients said, ``(node id, facts)`` each.
+
+    Raises:
+        FederationError: Two nodes hold one partition; a partition is out of range; a client has no
+            data; a fingerprint differs; or too few clients run at once for the window mode.
+    """
+    nodes: dict[int, int] = {}
+    for node, facts in sorted(answers, key=lambda answer: answer[1].partition_id):
+        slot = facts.partition_id
+        if slot in nodes:
+            raise FederationError(
+                f"nodes {nodes[slot]} and {node} both hold partition {slot}. Give every SuperNode "
+                f"its own: flower-supernode … --node-config 'partition-id=… num-partitions="
+                f"{len(answers)}'."
+            )
+        if not 0 <= slot < facts.num_partitions:
+            raise FederationError(
+                f"node {node} holds partition {slot} of {facts.num_partitions}; partition-id must "
+                "be at least 0 and below num-partitions. Restart that SuperNode with "
+                "--node-config 'partition-id=… num-partitions=…'."
+            )
+        for count, what in (
+            (facts.num_examples, "training"),
+            (facts.num_eval_examples, "held-out"),
+        ):
+            if count < 1:
+                raise FederationError(
+                    f"partition {slot} (node {node}) has no {what} examples. Give it more data "
+                    "(data.path, data.dataset), use fewer partitions, or change "
+                    f"data.eval-fraction, which is {config.data.eval_fraction:g}."
+                )
+        if facts.planned_steps < 1:
+            raise FederationError(
+                f"partition {slot} (node {node}) plans no optimizer step. Raise train.local-steps "
+                "or train.local-epochs."
+            )
+        nodes[slot] = node
+        _check_cuts(facts, node, config, trunk_fingerprint)
+        differing = differing_fields(
+            facts.fingerprint, trunk_fingerprint, own_cuts=facts.cuts is not None
+        )
+        if differing:
+            pairs = ", ".join(
+                f"{name}: client {facts.fingerprint.get(name)!r}, trunk "
+                f"{trunk_fingerprint.get(name)!r}"
+                for name in differing
+            )
+            raise FederationError(
+                f"partition {slot} (node {node}) and the trunk do not hold parts of the same model "
+                f"and configuration; they differ in {pairs}. Start the trunk with the run's own "
+                "configuration: flower-split trunk APP --run-config '…', and use the same model "
+                "files on every machine."
+            )
+    for key, named in (
+        ("model.cuts-by-partition", config.model.own_cuts),
+        ("lora.rank-by-partition", config.lora.ranks_by_partition),
+    ):
+        strangers = sorted(named.keys() - nodes.keys())
+        if strangers:
+            raise FederationError(
+                f"{key} names partition {', '.join(map(str, strangers))}, which no client holds; "
+                f"the partitions are {', '.join(map(str, sorted(nodes)))}. Leave it out."
+            )
+    _check_concurrency([facts for _, facts in answers], config)
+    return Federation(nodes)
+
+
+def _check_cuts(
+    facts: ClientFacts, node: int, config: RunConfig, trunk_fingerprint: Mapping[str, str]
+) -> None:
+    """Refuse a client whose cut layers do not lie within the span of the trunk that is there."""
+    if facts.cuts is None:
+        return
+    text = trunk_fingerprint.get(CUT_LAYERS)
+    span = CutLayers.parse(text) if text else model_cuts(config)
+    if not span.holds(facts.cuts):
+        raise FederationError(
+            f"partition {facts.partition_id} (node {node}) is cut at {facts.cuts}, and the trunk holds "
+            f"layers {span.first} to {span.second - 1} (cut layers {span}), so the layers between are "
+            "not all there. Give the client more layers (--node-config 'first-cut=… second-cut=…', "
+            "model.cuts-by-partition), or start the trunk with a wider span (model.first-cut, "
+            "model.second-cut)."
+        )
+
+
+def _check_concurrency(answers: Sequence[ClientFacts], config: RunConfig) -> None:
+    known = [facts.concurrency for facts in answers if facts.concurrency > 0]
+    if not known or not needs_all_at_once(config):
+        return
+    wanted, possible = num_participants(len(answers), config.fraction_train), min(known)
+    if possible >= wanted:
+        return
+    remedy = f"Start it with: {run_line(len(answers))}"
+    if wanted > pool_cap():
+        remedy = (
+            f"This machine runs at most {pool_cap()} at once. Use trunk.step-every = "
+            '"server-round", which needs no barrier, a smaller fraction-train, or more CPU cores'
+        )
+    raise FederationError(
+        f'trunk.step-every = "local-step" needs all {wanted} clients of a round running at once, '
+        f"but this simulation runs {possible} at once. {remedy}."
+    )
+
+
+def needs_all_at_once(config: RunConfig) -> bool:
+    """Whether the trunk steps only when every participant of the round has contributed."""
+    return config.mode == "joint" and config.trunk.step_every == "local-step"
+
+
+def describe_clients(facts: Mapping[int, ClientFacts], federation: Federation) -> str:
+    """One line for the log: who is there, with how much data."""
+    counts = ", ".join(
+        f"{slot} {item.name}".rstrip() + f": {item.num_examples}" for slot, item in facts.items()
+    )
+    return f"{len(federation.nodes)} clients; training examples by partition: {counts}"

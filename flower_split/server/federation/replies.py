@@ -1,0 +1,119 @@
+"""What is looked at in the clients' training replies before the inner strategy sees them."""
+
+# ruff: noqa: TID251
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import Strategy
+
+from flower_split.aggregation.adapter_aggregator import RoundSummary
+from flower_split.errors import FederationError
+from flower_split.messages.client_facts import STEPS
+from flower_split.protocol.values import RoundReport
+from flower_split.server.federation.exchange import Federation
+
+UNIFORM = "uniform-weight"
+"""Metric of 1 that the server puts into replies whose strategy weighs clients equally by it."""
+
+
+def completed(
+    good: Mapping[int, Message], problems: Mapping[int, str], report: RoundReport
+) -> tuple[dict[int, Message], dict[int, str]]:
+    """Drop the replies of slots whose contributions the trunk does not have in full.
+
+    Returns:
+        ``(kept replies, problems with the dropped ones added)``, by slot.
+    """
+    kept, left = dict(good), dict(problems)
+    for item in report.slots:
+        if item.slot in kept and not item.completed:
+            left[item.slot] = (
+                f"the trunk left it out: {item.problem or 'contributions are missing'}"
+            )
+            del kept[item.slot]
+    return kept, dict(sorted(left.items()))
+
+
+@runtime_checkable
+class Excluding(Protocol):
+    """What an inner strategy offers that can leave out malformed updates by itself."""
+
+    excludes_invalid: bool
+    """Whether it does; otherwise it refuses them."""
+    last_summary: RoundSummary
+    """Of the round it aggregated last; ``excluded`` is by slot."""
+
+
+def excluded_by(inner: Strategy) -> dict[int, str]:
+    """Why the inner strategy left out which clients' adapters of the round it has aggregated."""
+    if not isinstance(inner, Excluding):
+        return {}
+    return {
+        int(slot): f"its adapter was left out: {why}"
+        for slot, why in inner.last_summary.excluded.items()
+    }
+
+
+def check_values(
+    replies: Mapping[int, Message], federation: Federation, server_round: int, inner: Strategy
+) -> None:
+    """Check that what is aggregated is finite and was trained on something.
+
+    Adapters are not looked at where ``inner`` does so itself and leaves out the malformed ones.
+
+    Raises:
+        FederationError: A reply holds NaN or Inf, or no client trained on a label token.
+    """
+    looks = isinstance(inner, Excluding) and inner.excludes_invalid
+    for slot, reply in replies.items():
+        for record in () if looks else reply.content.array_records.values():
+            for name, array in record.items():
+                if not np.isfinite(array.numpy()).all():
+                    raise FederationError(
+                        f"round {server_round}: partition {slot} (node {federation.nodes[slot]}) "
+                        f"returned NaN or Inf in {name}. Lower train.optimizer.learning-rate, or "
+                        "look at that client's data."
+                    )
+    if all(scalars(reply.content).get("num-tokens") == 0 for reply in replies.values()):
+        raise FederationError(
+            f"round {server_round}: no client trained on a label token, so there is nothing to "
+            "aggregate. Give the clients examples with labels."
+        )
+
+
+def with_uniform_weight(content: RecordDict) -> RecordDict:
+    """A copy of a reply's content whose MetricRecords hold :data:`UNIFORM`."""
+    rest = RecordDict(dict(content.items()))
+    for name, record in content.metric_records.items():
+        rest[name] = MetricRecord({**dict(record.items()), UNIFORM: 1.0})
+    return rest
+
+
+def without_steps(content: RecordDict) -> tuple[RecordDict, dict[str, list[float]]]:
+    """Take the per-step lists out of a reply's content.
+
+    Returns:
+        ``(a copy without them, the lists by name; empty where there were none)``.
+    """
+    rest = RecordDict(dict(content.items()))
+    steps = rest.config_records.get(STEPS)
+    if steps is None:
+        return rest, {}
+    del rest[STEPS]
+    return rest, {
+        name: [value for value in values if isinstance(value, (int, float))]
+        for name, values in steps.items()
+        if isinstance(values, list)
+    }
+
+
+def scalars(content: RecordDict) -> dict[str, float]:
+    """The numbers of a reply's MetricRecords."""
+    return {
+        name: value
+        for record in content.metric_records.values()
+        for name, value in record.items()
+        if isinstance(value, (int, float))
+    }

@@ -1,0 +1,279 @@
+"""The default inner strategy: Flower's FedAvg with a LoRA-aware aggregator in place of the mean.
+
+McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data",
+AISTATS 2017 (arXiv 1602.05629), over adapters: clients return full adapter weights, and the server
+computes each client's change against what it sent *to that client*: clients may hold other ranks,
+scales and modules than each other (:class:`flower_split.aggregation.adapter_aggregator.AdapterSpec`).
+"""
+
+# ruff: noqa: TID251
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from torch import Tensor
+
+from flower_split.aggregation.adapter_aggregator import AdapterSpec, AdapterUpdate, RoundSummary
+from flower_split.aggregation.from_config import adapter_aggregator, check_adapter, fits_dora
+from flower_split.aggregation.rules.dora import DoraMean, norms_from
+from flower_split.config import StrategyConfig
+from flower_split.errors import AggregationError
+from flower_split.lora.base_change import base_change_state
+from flower_split.messages.arrays import from_arrays, to_arrays
+from flower_split.messages.client_facts import TRAINABLE, WEIGHT_NORMS
+from flower_split.runs.private_factors import digests_of, private_state
+from flower_split.server.inner.message_extras import add_base_change, kept_digest, leave_private
+
+_WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
+
+
+class LoraFedAvg(FedAvg):
+    """FedAvg whose aggregation is a method of :mod:`flower_split.aggregation`.
+
+    It takes everybody it is shown: the strategy around it samples the clients.
+
+    A malformed update refuses the round or excludes its client (``on-invalid``). What an excluded
+    client contributed to the trunk in that round stays: the trunk has checked every contribution by
+    its own rules (finite, clipped, reduced robustly) and has no reason to distrust it. The weights of
+    the others sum to 1 without it.
+
+    Attributes:
+        aggregator: The adapter over all rounds.
+        excludes_invalid: Whether malformed updates are left out instead of refused.
+        last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
+        private_folder: Where simulated clients keep the factors that stay with them, if any do.
+        largest_weights: Slot to the largest weight that this client can report truthfully; one above
+            is malformed. Slots that are not named have no bound.
+
+    Args:
+        config: Aggregator with its options, rules, weighting and server optimizer.
+        scales: Module name to ΔW scale, of the clients' adapters.
+        initial: The adapter before round 1, by tensor name.
+        slot_of: A node's slot; sums run in slot order, so that they are repeatable.
+        specs: Slot to what that client holds of the adapter; slots that are not named hold all of
+            it, at the initial ranks and scales.
+    """
+
+    def __init__(
+        self,
+        config: StrategyConfig,
+        scales: Mapping[str, float],
+        initial: Mapping[str, Tensor],
+        slot_of: Callable[[int], int],
+        specs: Mapping[int, AdapterSpec] = MappingProxyType({}),
+    ) -> None:
+        super().__init__(
+            min_train_nodes=1,
+            min_evaluate_nodes=1,
+            min_available_nodes=1,
+            weighted_by_key="num-tokens",
+        )
+        self.weighting = config.weighting
+        self.aggregator = adapter_aggregator(config, scales)
+        check_adapter(config, initial)
+        self.aggregator.init(initial)
+        self._dora = DoraMean(initial, scales) if fits_dora(config, initial) else None
+        self._initial = dict(initial)
+        self._slot_of = slot_of
+        self._specs = dict(specs)
+        self._sent: Mapping[int, Mapping[str, Tensor]] = {}  # slot -> what this round sent to it
+        self.excludes_invalid = config.on_invalid == "exclude"
+        self.last_summary = RoundSummary(())
+        self.private_folder = ""
+        self.largest_weights: Mapping[int, float] = MappingProxyType({})
+        self._digests: dict[int, str] = {}  # slot -> of its private factors, last committed round
+        tried: list[AdapterSpec] = []
+        for spec in self._specs.values():  # what cannot be served ends the run now
+            if spec not in tried:
+                self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
+                tried.append(spec)
+
+    def initial_arrays(self) -> ArrayRecord:
+        """The global adapter before round 1, of every module at its initial rank."""
+        return to_arrays(self.aggregator.distribute())
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether the method puts something into the clients' base weights."""
+        return self.aggregator.method.changes_base
+
+    def base_change(self) -> dict[str, Tensor]:
+        """What every client adds to its base by now; see :mod:`flower_split.lora.base_change`."""
+        return base_change_state(self.aggregator.base_changes())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that the next round needs; see :class:`flower_split.runs.manifest.Resumable`."""
+        return self.aggregator.state_dict() | private_state(self._digests)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from :meth:`state_dict`."""
+        self.aggregator.load_state_dict(state, self._initial)
+        self._digests = digests_of(state)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg, but to each client its own adapter, and what trains where some is frozen.
+
+        What is sent is remembered until the next call: a client's change is measured against it.
+        """
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        trainable = set(self.aggregator.trainable())
+        self._sent = self._address(messages, arrays)
+        for message in messages:
+            sent = self._sent[self._slot_of(message.metadata.dst_node_id)]
+            asks: dict[str, bool | list[str]] = {} if self._dora is None else {WEIGHT_NORMS: True}
+            if not sent.keys() <= trainable:
+                asks[TRAINABLE] = sorted(sent.keys() & trainable)
+            if asks:
+                content = RecordDict(dict(message.content.items()))
+                content[self.configrecord_key] = ConfigRecord({**dict(config.items()), **asks})
+                message.content = content
+        self._add_residuals(messages)
+        return messages
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """As FedAvg, but to each client its own adapter."""
+        messages = list(super().configure_evaluate(server_round, arrays, config, grid))
+        self._address(messages, arrays)
+        self._add_residuals(messages)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the adapters of ``replies``, which hold no errors.
+
+        Raises:
+            AggregationError: There is no usable reply, the weights are all zero, or an update is
+                invalid and not to be excluded; the client is named.
+        """
+        updates: list[AdapterUpdate] = []
+        digests: dict[int, str] = {}
+        norms: dict[str | int, Mapping[str, Tensor]] = {}
+        contents: dict[int, RecordDict] = {}
+        malformed: dict[str | int, str] = {}
+        for reply in replies:
+            slot = self._slot_of(reply.metadata.src_node_id)
+            try:
+                update = self._update(slot, reply.content)
+                private = self.aggregator.method.private
+                digest = kept_digest(slot, reply.content) if private else {}
+                if self._dora is not None:
+                    norms[slot] = self._norms(slot, reply.content)
+                updates.append(update)  # only now: nothing of it may be malformed
+                digests |= digest
+                contents[slot] = reply.content
+            except AggregationError as error:
+                if not self.excludes_invalid:
+                    raise
+                malformed[slot] = str(error)
+        if not updates:
+            raise AggregationError("no client update to aggregate. " + " ".join(malformed.values()))
+        exact = [] if self._dora is None else [replace(self._dora, norms=norms)]
+        summary = self.aggregator.aggregate(updates, then=exact)
+        excluded = dict(sorted({**malformed, **summary.excluded}.items(), key=lambda item: item[0]))
+        self.last_summary = replace(summary, excluded=excluded)
+        self._digests |= {slot: d for slot, d in digests.items() if slot not in excluded}
+        honest = [content for slot, content in contents.items() if slot not in excluded]
+        metrics = self.train_metrics_aggr_fn(honest, self.weighted_by_key)
+        return to_arrays(self.aggregator.distribute()), metrics
+
+    def _update(self, slot: int, content: RecordDict) -> AdapterUpdate:
+        """What a client returned, beside what it was sent.
+
+        Raises:
+            AggregationError: The reply does not hold one adapter and its weight.
+        """
+        records, metrics = content.array_records, content.metric_records
+        if len(records) != 1 or len(metrics) != 1:
+            raise AggregationError(
+                f"client {slot} returned {len(records)} ArrayRecords and {len(metrics)} "
+                "MetricRecords; it must be one of each."
+            )
+        spec = self._specs.get(slot, AdapterSpec())
+        return AdapterUpdate(
+            client_id=slot,
+            received=self._sent[slot],
+            returned=from_arrays(next(iter(records.values()))),
+            weight=self._weight(next(iter(metrics.values())), slot),
+            scales=spec.scales,
+            modules=spec.modules,
+        )
+
+    def _norms(self, slot: int, content: RecordDict) -> dict[str, Tensor]:
+        """What a client says of the norms of its modules with DoRA.
+
+        Raises:
+            AggregationError: It does not say them, or they cannot be.
+        """
+        record = content.config_records.get(WEIGHT_NORMS, ConfigRecord())
+        raw = {name: value for name, value in record.items() if isinstance(value, bytes)}
+        return norms_from(slot, raw, self._sent[slot])
+
+    def _address(
+        self, messages: Iterable[Message], arrays: ArrayRecord
+    ) -> dict[int, Mapping[str, Tensor]]:
+        """Put each receiver's own adapter into its message; returns them by slot.
+
+        A client without a spec of its own gets ``arrays`` as they are. Clients of equal specs
+        share their tensors.
+        """
+        common = from_arrays(arrays)
+        kinds: list[tuple[AdapterSpec, Mapping[str, Tensor], ArrayRecord]] = []
+        sent: dict[int, Mapping[str, Tensor]] = {}
+        for message in messages:
+            slot = self._slot_of(message.metadata.dst_node_id)
+            spec = self._specs.get(slot)
+            if spec is None:
+                sent[slot] = common
+                continue
+            if not any(spec == known for known, _, _ in kinds):
+                state = self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
+                kinds.append((spec, state, to_arrays(state)))
+            sent[slot], own = next((s, a) for known, s, a in kinds if known == spec)
+            message.content = RecordDict(
+                {**dict(message.content.items()), self.arrayrecord_key: own}
+            )
+        return sent
+
+    def _add_residuals(self, messages: Sequence[Message]) -> None:
+        """What a method has the clients hold beside the adapter, or keep to themselves."""
+        add_base_change(messages, self.aggregator, self._spec_of)
+        private = self.aggregator.private()
+        for message in messages if private else ():
+            leave_private(
+                message,
+                private,
+                digest=self._digests.get(self._slot_of(message.metadata.dst_node_id), ""),
+                folder=self.private_folder,
+                arrays_key=self.arrayrecord_key,
+                config_key=self.configrecord_key,
+            )
+
+    def _spec_of(self, message: Message) -> AdapterSpec:
+        return self._specs.get(self._slot_of(message.metadata.dst_node_id), AdapterSpec())
+
+    def _weight(self, metrics: MetricRecord, slot: int) -> float:
+        key = _WEIGHT_KEYS[self.weighting]
+        if not key:
+            return 1.0
+        value = metrics.get(key)
+        if not isinstance(value, (int, float)):
+            raise AggregationError(
+                f'strategy.weighting = "{self.weighting}" needs {key} in every reply; that of '
+                f"partition {slot} has {value!r}."
+            )
+        most = self.largest_weights.get(slot)
+        if most is not None and value > most:
+            raise AggregationError(
+                f"client {slot} reports {key} = {value:g}, but its steps, batch size and sequence "
+                f"length allow at most {most:g} in a round. It must not be trusted, or its train.* "
+                "settings differ from the run's."
+            )
+        return float(value)

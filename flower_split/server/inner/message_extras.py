@@ -1,0 +1,113 @@
+"""What messages carry beside the adapter: the base change, and whose factors stay where.
+
+FLoRA and FedEx-LoRA put into the clients' base what their adapters do not hold; FedSA-LoRA leaves B
+with each client. Both make a message more than an adapter, so neither goes with mods or with
+Flower's own strategies.
+"""
+
+# ruff: noqa: TID251
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterSpec
+from flower_split.aggregation.core.method import Aggregator
+from flower_split.errors import AggregationError, FederationError
+from flower_split.lora.base_change import base_change_state
+from flower_split.messages.arrays import to_arrays
+from flower_split.messages.client_facts import BASE_CHANGE, PRIVATE, PRIVATE_DIGEST, PRIVATE_FOLDER
+from flower_split.runs.private_factors import checked_digest
+
+logger = logging.getLogger(__name__)
+
+
+def method_notes(method: type[Aggregator]) -> list[str]:
+    """What a reader of the report must know about what a method leaves behind."""
+    if method.private:
+        return [
+            f'strategy.aggregator = "{method.name}" is personalised: factor '
+            f"{' and '.join(sorted(method.private))} of every module stays in each client's own "
+            "directory, and there is no global model. adapters/client.safetensors has the shared "
+            "factors with the initial ones; flower-split export RUN --client PARTITION gives one "
+            "client's model."
+        ]
+    if method.changes_base:
+        return [
+            f'strategy.aggregator = "{method.name}" puts part of what is learnt beside the clients\' '
+            "base weights: adapters/client.safetensors means something only together with "
+            "adapters/base.safetensors. flower-split export puts both into one adapter."
+        ]
+    return []
+
+
+def add_base_change(
+    messages: Sequence[Message],
+    aggregator: AdapterAggregator,
+    spec_of: Callable[[Message], AdapterSpec],
+) -> None:
+    """Put the base change into every message, as far as its receiver holds the modules.
+
+    All of it every time: a client may be a new process, or one that missed rounds.
+
+    Args:
+        messages: Their contents are replaced, never changed: Flower's messages share theirs.
+        aggregator: Whose base change it is; where it has none, nothing is added.
+        spec_of: What a message's receiver holds.
+    """
+    changes = aggregator.base_changes()
+    if not changes:
+        return
+    records: dict[frozenset[str] | None, ArrayRecord] = {}
+    for message in messages:
+        held = spec_of(message).modules
+        if held not in records:
+            names = changes.keys() if held is None else changes.keys() & held
+            records[held] = to_arrays(base_change_state({name: changes[name] for name in names}))
+        message.content = RecordDict({**dict(message.content.items()), BASE_CHANGE: records[held]})
+    size = max((record.count_bytes() for record in records.values()), default=0)
+    logger.info("every message carries the base change, %.1f MB", size / 1e6)
+
+
+def leave_private(
+    message: Message,
+    names: Sequence[str],
+    *,
+    digest: str,
+    folder: str,
+    arrays_key: str,
+    config_key: str,
+) -> None:
+    """Say what stays with a client, and from which of its own factors it goes on.
+
+    Args:
+        message: Its content is replaced. A client that has factors of its own is not sent any.
+        names: The adapter's weights that stay with their client.
+        digest: Of what the client kept in its last committed round; empty: it has none yet.
+        folder: Where it keeps them if it is simulated.
+        arrays_key: Of the adapter's record.
+        config_key: Of the message's ConfigRecord.
+    """
+    content = RecordDict(dict(message.content.items()))
+    arrays = content.array_records[arrays_key]
+    private = set(names) & set(arrays)
+    config = dict(content.config_records.get(config_key, ConfigRecord()).items())
+    config |= {PRIVATE: sorted(private), PRIVATE_DIGEST: digest, PRIVATE_FOLDER: folder}
+    content[config_key] = ConfigRecord(config)
+    if digest:
+        shared = {name: arrays[name] for name in arrays if name not in private}
+        content[arrays_key] = ArrayRecord(shared)
+    message.content = content
+
+
+def kept_digest(slot: int, content: RecordDict) -> Mapping[int, str]:
+    """Slot → digest of the factors that a client has kept, from its reply.
+
+    Raises:
+        AggregationError: The client does not say.
+    """
+    record = content.config_records.get(PRIVATE, ConfigRecord())
+    try:
+        return {slot: checked_digest(str(record.get("digest")))}
+    except FederationError as error:
+        raise AggregationError(f"client {slot}: {error}") from error

@@ -1,0 +1,153 @@
+"""What is checked on either side of a strategy of Flower's, which takes its replies on trust.
+
+Flower's averaging broadcasts other shapes, believes any weight, and may leave fp32; its clipping
+divides by the length of an update. This package's own aggregation looks for itself.
+"""
+
+# ruff: noqa: TID251
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import ArrayRecord, Message
+from flwr.serverapp.strategy import (
+    DifferentialPrivacyClientSideAdaptiveClipping,
+    DifferentialPrivacyClientSideFixedClipping,
+    Strategy,
+)
+
+from flower_split.errors import FederationError
+from flower_split.messages.arrays import from_arrays, to_arrays
+from flower_split.messages.client_facts import BASE_CHANGE
+from flower_split.server.federation.exchange import Federation
+from flower_split.server.federation.replies import UNIFORM, scalars
+from flower_split.server.inner.lora_fedavg import LoraFedAvg
+from flower_split.server.inner.state import AdaptiveClipping, FixedClipping, chain
+from flower_split.server.privacy.clipping import check_clipped, move_zero_update
+
+_CLIENT_SIDE = (
+    DifferentialPrivacyClientSideFixedClipping,
+    DifferentialPrivacyClientSideAdaptiveClipping,
+)
+
+
+def check_for_inner(
+    inner: Strategy,
+    replies: Mapping[int, Message],
+    messages: Mapping[int, Message],
+    federation: Federation,
+    server_round: int,
+    largest_weights: Mapping[str, Mapping[int, float]],
+) -> None:
+    """Check replies before a strategy of Flower's; an update of zero is moved where one clips.
+
+    Args:
+        inner: The strategy that will aggregate them.
+        replies: By slot.
+        messages: By slot, what was sent.
+        federation: The run's nodes.
+        server_round: For errors.
+        largest_weights: As for :func:`check_like_sent`.
+
+    Raises:
+        FederationError: As for :func:`check_like_sent`; or a client did not clip where the wrapper
+            relies on it.
+    """
+    parts = list(chain(inner))
+    if isinstance(parts[-1], LoraFedAvg):
+        return
+    sent = sent_arrays(messages)
+    check_like_sent(replies, sent, federation, server_round, largest_weights)
+    for part in parts:
+        if isinstance(part, (*FixedClipping, *AdaptiveClipping)):
+            for slot, reply in replies.items():
+                if isinstance(part, _CLIENT_SIDE):
+                    who = f"partition {slot} (node {federation.nodes[slot]})"
+                    check_clipped(reply, sent[slot], part.clipping_norm, who, server_round)
+                move_zero_update(reply, sent[slot])
+
+
+def check_like_sent(
+    replies: Mapping[int, Message],
+    sent: Mapping[int, ArrayRecord],
+    federation: Federation,
+    server_round: int,
+    largest_weights: Mapping[str, Mapping[int, float]],
+) -> None:
+    """Check what Flower's strategies take on trust: names, shapes and types as sent, sane weights.
+
+    Args:
+        replies: By slot.
+        sent: By slot, what the client was sent.
+        federation: The run's nodes.
+        server_round: For the error.
+        largest_weights: Metric by which clients are weighed, to the largest value of it that the
+            client of a slot can report truthfully.
+
+    Raises:
+        FederationError: A reply has other weights than its client was sent (Flower would broadcast
+            them), or a count that is no number of at least 0; the client is named.
+    """
+    for slot, reply in replies.items():
+        who = f"round {server_round}: partition {slot} (node {federation.nodes[slot]})"
+        records = list(reply.content.array_records.values())
+        if len(records) != 1 or list(records[0]) != list(sent[slot]):
+            raise FederationError(
+                f"{who} returned other weights than it was sent: Flower's strategies and mods need "
+                "the same names in the same order, in one ArrayRecord. Run the same version of the "
+                "app on every machine."
+            )
+        for name, array in records[0].items():
+            expected = sent[slot][name]
+            if (tuple(array.shape), array.dtype) != (tuple(expected.shape), expected.dtype):
+                raise FederationError(
+                    f"{who} returned {name} as {array.dtype} {list(array.shape)}; it was sent "
+                    f"{expected.dtype} {list(expected.shape)}. Use one rank and scale for all "
+                    'clients, or strategy.name = "lora-fedavg".'
+                )
+        for key in ("num-tokens", "num-examples"):
+            value = scalars(reply.content).get(key)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise FederationError(
+                    f"{who} returned {key} = {value}; it must be a number of at least 0. Look at "
+                    "that client's data."
+                )
+        for key, largest in largest_weights.items():
+            value, most = scalars(reply.content).get(key), largest.get(slot)
+            if value is not None and most is not None and value > most:
+                raise FederationError(
+                    f"{who} reports {key} = {value:g}, but its steps, batch size and sequence length "
+                    f"allow at most {most:g} in a round. It must not be trusted, or its train.* "
+                    "settings differ from the run's."
+                )
+
+
+def sent_arrays(messages: Mapping[int, Message]) -> dict[int, ArrayRecord]:
+    """The adapter in every message, by slot."""
+    return {
+        slot: next(a for name, a in m.content.array_records.items() if name != BASE_CHANGE)
+        for slot, m in messages.items()
+    }
+
+
+def weighs_uniformly(inner: Strategy) -> bool:
+    """Whether the innermost strategy takes each client's weight from :data:`~.replies.UNIFORM`."""
+    return any(getattr(part, "weighted_by_key", "") == UNIFORM for part in chain(inner))
+
+
+def checked_result(inner: Strategy, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
+    """An inner strategy's adapter in fp32, which some of Flower's do not keep.
+
+    Raises:
+        FederationError: It is not finite.
+    """
+    for name, array in arrays.items():
+        if not np.isfinite(array.numpy()).all():
+            raise FederationError(
+                f"round {server_round}: the inner strategy {type(inner).__name__} made NaN or Inf of "
+                f"finite replies, in {name}. Lower its server learning rate (strategy.options, such "
+                "as eta) or its noise."
+            )
+    if all(array.dtype == "float32" for array in arrays.values()):
+        return arrays
+    return to_arrays(from_arrays(arrays))

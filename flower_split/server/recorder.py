@@ -1,0 +1,284 @@
+"""What the ServerApp keeps of a run: metrics by step, client and round, and the final summary."""
+
+# ruff: noqa: TID251
+import io
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+
+from flower_split.aggregation.adapter_aggregator import RoundSummary
+from flower_split.config import RunConfig
+from flower_split.protocol.values import RoundReport
+from flower_split.runs.directory import RunDirectory
+from flower_split.runs.summary import ClientOutcome, HeldOut, print_summary, summarize
+from flower_split.server.rounds import RoundOutcome
+
+logger = logging.getLogger(__name__)
+
+BOTTOM_DOES_NOT_TRAIN = (
+    'Mode "forward-only" sends no gradient to the bottom, and train.auxiliary-head is off: the '
+    "bottom's LoRA does not train in this run; only the top does."
+)
+
+
+class Recorder:
+    """Writes to one run directory; its methods are the sinks of the strategy and the round loop.
+
+    Args:
+        run: The run's directory.
+        config: The run's configuration.
+    """
+
+    def __init__(self, run: RunDirectory, config: RunConfig) -> None:
+        self.run = run
+        self.config = config
+        self.notes: list[str] = []
+        self.names: dict[int, str] = {}  # slot -> what its data is about
+        if config.mode == "forward-only" and not config.train.auxiliary_head:
+            self.notes.append(BOTTOM_DOES_NOT_TRAIN)
+            logger.warning("%s", BOTTOM_DOES_NOT_TRAIN)
+        self._start = time.monotonic()
+        self._held_out: dict[int, dict[int, HeldOut]] = {}  # round -> slot
+        self._local_only: dict[int, dict[int, HeldOut]] = {}  # trained by -> evaluated on
+        self._rounds: set[int] = set()
+        self._round_metrics: dict[int, list[Mapping[str, float]]] = {}
+        self._totals = {"num_tokens": 0.0, "bytes_sent": 0.0, "bytes_received": 0.0}
+
+    def forget_after(self, server_round: int) -> None:
+        """Go on after a committed round: take up its records, drop those of later rounds."""
+        kept = [
+            record
+            for record in self.run.metrics()
+            if not isinstance(record.get("server_round"), int)
+            or int(str(record["server_round"])) <= server_round
+        ]
+        kept = [record for record in kept if not record.get("local_only")]
+        self.run.replace_metrics(kept)
+        for record in kept:
+            number = record.get("server_round")
+            if record["kind"] == "round" and isinstance(number, int):
+                self._rounds.add(number)
+                for name in self._totals:
+                    value = record.get(name)
+                    self._totals[name] += value if isinstance(value, (int, float)) else 0.0
+            elif record["kind"] == "evaluation" and isinstance(number, int):
+                loss, tokens = float(str(record["loss-sum"])), int(str(record["num-tokens"]))
+                slot = int(str(record["partition_id"]))
+                self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
+
+    def has_round(self, server_round: int) -> bool:
+        """Whether the round's evaluation and its line in the metrics are there."""
+        return server_round in self._rounds
+
+    def steps(
+        self,
+        server_round: int,
+        slot: int,
+        lists: Mapping[str, Sequence[float]],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """Per-step lists of one client's round: one line for each step."""
+        count = max((len(values) for values in lists.values()), default=0)
+        for index in range(count):
+            values = {name: items[index] for name, items in lists.items() if index < len(items)}
+            self.run.append(
+                "step",
+                {"server_round": server_round, "partition_id": slot, "step": index, **values},
+            )
+        self._round_metrics.setdefault(server_round, []).append(dict(metrics))
+
+    def trunk_round(self, server_round: int, attempt: int, report: RoundReport) -> None:
+        """What a round was on the trunk: steps, time, activation memory, and who was left out."""
+        activations = report.activations
+        self.run.append(
+            "trunk",
+            {
+                "server_round": server_round,
+                "attempt": attempt,
+                "version": report.version,
+                "optimizer_steps": report.optimizer_steps,
+                "compute_seconds": report.compute_seconds,
+                "activation_peak_bytes": activations.peak_bytes,
+                "activation_budget_bytes": activations.budget_bytes,
+                "activation_recomputes": activations.recomputes,
+                "activation_refusals": activations.refusals,
+                "left_out": {
+                    str(item.slot): item.problem for item in report.slots if not item.completed
+                },
+            },
+        )
+
+    def aggregation(self, server_round: int, summary: RoundSummary) -> None:
+        """Whose adapters became the next one, and who was excluded why."""
+        self.run.append(
+            "aggregation",
+            {
+                "server_round": server_round,
+                "clients": [str(client) for client in summary.clients],
+                "excluded": {str(client): why for client, why in summary.excluded.items()},
+                "unchanged_modules": list(summary.unchanged),
+                "truncation": summary.truncation,
+                "seconds": summary.seconds,
+            },
+        )
+
+    def arrivals(
+        self, server_round: int, records: Sequence[Mapping[str, int | float | str]]
+    ) -> None:
+        """Who came back for an asynchronous round, in this order, and who was dropped why."""
+        for record in records:
+            self.run.append("arrival", {"server_round": server_round, **record})
+
+    def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
+        """One client's held-out result after a round; round 0 is before the first."""
+        held_out = HeldOut(metrics["loss-sum"], int(metrics["num-tokens"]))
+        self._held_out.setdefault(server_round, {})[slot] = held_out
+        self.run.append(
+            "evaluation",
+            {
+                "server_round": server_round,
+                "partition_id": slot,
+                "perplexity": held_out.perplexity,
+                **metrics,
+            },
+        )
+
+    def local_only(self, trained_by: int, evaluated_on: int, result: HeldOut) -> None:
+        """Held-out result of a model that one client trained alone."""
+        self._local_only.setdefault(evaluated_on, {})[trained_by] = result
+        self.run.append(
+            "evaluation",
+            {
+                "local_only": True,
+                "trained_by": trained_by,
+                "partition_id": evaluated_on,
+                "loss-sum": result.loss_sum,
+                "num-tokens": result.num_tokens,
+                "perplexity": result.perplexity,
+            },
+        )
+
+    def round_done(self, outcome: RoundOutcome) -> None:
+        """A round is over: its line in the log and in the metrics."""
+        server_round = outcome.server_round
+        clients = self._round_metrics.get(server_round, [])
+        record: dict[str, float] = {"server_round": server_round, "seconds": outcome.seconds}
+        last = self.config.num_server_rounds
+        parts = [f"round {server_round}/{last} done" if server_round else "before round 1"]
+        tokens = sum(item.get("num-tokens", 0) for item in clients)
+        if tokens:
+            loss = sum(i.get("train_loss", 0) * i.get("num-tokens", 0) for i in clients) / tokens
+            sent, received = (
+                sum(item.get(name, 0) for item in clients)
+                for name in ("bytes-sent", "bytes-received")
+            )
+            record |= {"train_loss": loss, "num_tokens": tokens}
+            record |= {"bytes_sent": sent, "bytes_received": received}
+            for name, value in (
+                ("num_tokens", tokens),
+                ("bytes_sent", sent),
+                ("bytes_received", received),
+            ):
+                self._totals[name] += value
+            parts.append(f"train_loss {loss:.4f}")
+        held_out = self.pooled(server_round)
+        if held_out is not None:
+            record["eval_loss"] = held_out.loss_sum / max(held_out.num_tokens, 1)
+            record["perplexity"] = held_out.perplexity
+            parts.append(f"held-out perplexity {held_out.perplexity:.2f}")
+        if tokens:
+            rate = tokens / max(outcome.seconds, 1e-9)
+            megabytes = (record["bytes_sent"] + record["bytes_received"]) / 1e6
+            parts += [f"{rate:.0f} tokens/s", f"{megabytes:.1f} MB on the wire"]
+        if server_round:
+            parts.append(f"{outcome.seconds:.1f} s")
+        logger.info("%s", "  ".join(parts))
+        self.run.append("round", record)
+        self._rounds.add(server_round)
+
+    def pooled(self, server_round: int) -> HeldOut | None:
+        """All clients' held-out results of a round together; None where nobody evaluated."""
+        results = self._held_out.get(server_round, {})
+        if not results:
+            return None
+        loss = math.fsum(result.loss_sum for result in results.values())
+        return HeldOut(loss, sum(result.num_tokens for result in results.values()))
+
+    def finish(self, facts: Mapping[str, int | float | str]) -> None:
+        """Write summary and report, and show the table in the log."""
+        first = self._held_out.get(0, {})
+        last = self._held_out.get(self.config.num_server_rounds, {})
+        outcomes = [
+            ClientOutcome(
+                partition_id=slot,
+                before=first[slot],
+                after=last[slot],
+                local_only=self._by_own(slot),
+                name=self.names.get(slot, ""),
+            )
+            for slot in sorted(first.keys() & last.keys())
+        ]
+        rows = summarize(outcomes) if outcomes else []
+        seconds = time.monotonic() - self._start
+        totals = {
+            "label tokens trained": int(self._totals["num_tokens"]),
+            "bytes sent by clients": int(self._totals["bytes_sent"]),
+            "bytes received by clients": int(self._totals["bytes_received"]),
+        }
+        kept = {**self._truncation(), **self._lateness()}
+        all_facts = {"seconds": round(seconds, 1), **totals, **kept, **facts}
+        notes = [*self.notes, *self._exclusions()]
+        self.run.write_outcome(rows, facts=all_facts, notes=notes)
+        if rows:
+            text = io.StringIO()
+            print_summary(Console(file=text, width=110), rows, self.run.path)
+            logger.info("\n%s", text.getvalue().rstrip())
+        else:
+            logger.info("run directory: %s", self.run.path)
+
+    def _lateness(self) -> dict[str, int | float]:
+        """Of an asynchronous run: how late its arrivals were, in versions; empty for any other."""
+        records = self.run.metrics("arrival")
+        late = [int(str(record["staleness"])) for record in records if "staleness" in record]
+        if not records:
+            return {}
+        return {
+            "arrivals": len(late),
+            "mean staleness": round(sum(late) / max(len(late), 1), 3),
+            "largest staleness": max(late, default=0),
+            "dispatches dropped": sum("dropped" in record for record in records),
+        }
+
+    def _truncation(self) -> dict[str, float]:
+        """What the server knew beyond the adapter that it wrote, after the last round."""
+        records = self.run.metrics("aggregation")
+        share = records[-1].get("truncation", 0.0) if records else 0.0
+        label = "share of ΔW beyond the adapter's rank, kept by the server only"
+        return {label: share} if isinstance(share, float) and share > 0 else {}
+
+    def _exclusions(self) -> list[str]:
+        """One note for each client whose adapter was ever left out, with its first reason."""
+        rounds: dict[str, list[int]] = {}
+        reasons: dict[str, str] = {}
+        for record in self.run.metrics("aggregation"):
+            excluded, number = record["excluded"], record["server_round"]
+            if isinstance(excluded, Mapping) and isinstance(number, int):
+                for client, why in excluded.items():
+                    rounds.setdefault(client, []).append(number)
+                    reasons.setdefault(client, str(why))
+        return [
+            f"Partition {client}: its adapter was left out in round "
+            f"{', '.join(str(number) for number in rounds[client])}. {reasons[client]}"
+            for client in sorted(rounds)
+        ]
+
+    def _by_own(self, slot: int) -> dict[int, HeldOut]:
+        """Of the model that ``slot`` trained alone: its result on every partition's data."""
+        return {
+            evaluated_on: results[slot]
+            for evaluated_on, results in sorted(self._local_only.items())
+            if slot in results
+        }

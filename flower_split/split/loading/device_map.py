@@ -1,0 +1,136 @@
+"""Where a trunk's layers go on a host with several GPUs.
+
+A layer is placed whole. transformers divides the layers and accelerate's hooks move what goes from
+one to the next; modules of the bottom and top have no weights here, so they count for nothing.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from flower_split.config import DEVICE_MAPS
+from flower_split.errors import SplitError
+from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.stack import LayerStack
+
+DeviceMap = str | Mapping[str, int | str | torch.device]
+
+
+def resolve_device_map(
+    device_map: DeviceMap, skeleton: PreTrainedModel, stack: LayerStack, cuts: CutLayers
+) -> str | dict[str, torch.device]:
+    """What ``from_pretrained`` takes so that the trunk's layers go where ``device_map`` says.
+
+    Args:
+        device_map: One of transformers' names, or module name -> device. Names are those of the
+            unsplit model, a layer's or one around it; what does not concern the trunk is ignored.
+        skeleton: The trunk without weights: everything else replaced.
+        stack: Where its layers are.
+        cuts: The cut layers.
+
+    Returns:
+        A name as it is; otherwise every module of ``skeleton`` -> device.
+
+    Raises:
+        SplitError: A name is unknown, a layer of the trunk has no place, or a device cannot be used.
+    """
+    if isinstance(device_map, str):
+        if device_map not in DEVICE_MAPS:
+            raise SplitError(
+                f"a device map must be one of {', '.join(DEVICE_MAPS)}, or name a device for each "
+                f"of the trunk's layers; it is {device_map!r}. For one device, use device."
+            )
+        return device_map
+    asked = {name: _device(name, device) for name, device in device_map.items()}
+    layers = {
+        stack.layer_path(index): _place_of(stack.layer_path(index), asked)
+        for index in range(cuts.first, cuts.second)
+    }
+    within = [n for n in asked if any(n.startswith(layer + ".") for layer in layers)]
+    if within:
+        raise SplitError(
+            f"the device map places {within[0]}, a part of a layer; a layer is placed whole. Name "
+            f"the layer, such as {next(iter(layers))}."
+        )
+    if len({device.type for device in layers.values()}) > 1:
+        raise SplitError(
+            "the device map puts some of the trunk's layers on the CPU and others on an "
+            "accelerator; layers that are moved there only to compute cannot be trained. Put all "
+            "of them on accelerators, or all on the CPU."
+        )
+    return _complete(skeleton, layers)
+
+
+def check_placed(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
+    """Check that no layer was left without an accelerator for lack of room.
+
+    Raises:
+        SplitError: One was.
+    """
+    places: Mapping[str, object] = getattr(model, "hf_device_map", {})
+    kinds = {name: str(place).split(":")[0] for name, place in places.items()}
+    if len({kind for kind in kinds.values() if kind in ("cpu", "disk")}) == len(
+        set(kinds.values())
+    ):
+        return  # nothing but the CPU: there is no accelerator
+    for index in range(cuts.first, cuts.second):
+        layer = stack.layer_path(index)
+        for name, kind in kinds.items():
+            if kind in ("cpu", "disk") and (layer + ".").startswith(f"{name}." if name else ""):
+                raise SplitError(
+                    f"the accelerators of this host have no room for {layer}: the device map would "
+                    f"leave it on the {kind}, where it cannot be trained. Use more or larger "
+                    "accelerators, model.quantization, or cut layers that leave the trunk fewer."
+                )
+
+
+def _device(name: str, place: int | str | torch.device) -> torch.device:
+    try:
+        device = torch.device(place)
+    except (RuntimeError, TypeError) as error:
+        raise SplitError(
+            f"the device map puts {name or 'everything'} on {place!r}, which is no device to compute "
+            'on. Use "cuda:0", "cuda:1" and so on.'
+        ) from error
+    if device.type == "meta" or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
+        raise SplitError(
+            f"the device map puts {name or 'everything'} on {device}, and torch sees "
+            f"{torch.cuda.device_count()} CUDA devices here. Name devices that are there."
+        )
+    return device
+
+
+def _place_of(layer: str, asked: Mapping[str, torch.device]) -> torch.device:
+    """The device of the longest name that is the layer's or one around it."""
+    around = [name for name in asked if name in ("", layer) or layer.startswith(name + ".")]
+    if not around:
+        raise SplitError(
+            f"the device map gives {layer}, a layer of the trunk, no place. Name every layer of the "
+            'trunk, or "" for the rest.'
+        )
+    return asked[max(around, key=len)]
+
+
+def _complete(
+    skeleton: PreTrainedModel, layers: Mapping[str, torch.device]
+) -> dict[str, torch.device]:
+    """The places of the layers, and the first layer's for every module beside them."""
+    first = next(iter(layers.values()))
+    places: dict[str, torch.device] = {}
+
+    def walk(path: str) -> None:
+        module = skeleton.get_submodule(path)
+        for name, _ in module.named_children():
+            child_path = f"{path}.{name}" if path else name
+            if child_path in layers:
+                places[child_path] = layers[child_path]
+            elif any(layer.startswith(child_path + ".") for layer in layers):
+                walk(child_path)
+            else:
+                places[child_path] = first
+
+    walk("")
+    return places

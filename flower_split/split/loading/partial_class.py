@@ -1,0 +1,61 @@
+"""A model class that leaves out what another party owns, so that it can be loaded without it."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from flower_split.split.structure.stand_in import PLACE_HOLDERS
+
+Carve = Callable[[PreTrainedModel], None]  # takes out, in place, what another party owns
+
+
+def holed(
+    model_class: type[PreTrainedModel], carve: Carve, whole_modules: frozenset[str]
+) -> type[PreTrainedModel]:
+    """A subclass whose constructor leaves out what another party owns.
+
+    Args:
+        model_class: The family's class.
+        carve: Takes out what is left out.
+        whole_modules: Names of the classes of modules that are never divided over devices.
+    """
+
+    def construct(self: PreTrainedModel, config: PreTrainedConfig) -> None:
+        model_class.__init__(self, config)
+        carve(self)
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        self.all_tied_weights_keys = {
+            target: source
+            for target, source in self.all_tied_weights_keys.items()
+            if target in names and source in names
+        }
+        self._no_split_modules = set(self._no_split_modules or ()) | whole_modules
+
+    def initialize(self: PreTrainedModel, module: nn.Module) -> None:
+        # What is around stand-ins has no weights of its own, but a family may reach into it.
+        if not any(isinstance(part, PLACE_HOLDERS) for part in module.modules()):
+            model_class._init_weights(self, module)  # type: ignore[no-untyped-call]
+
+    body = {
+        "__init__": construct,
+        "_init_weights": initialize,
+        "__module__": model_class.__module__,
+        "__qualname__": model_class.__qualname__,
+        "_keys_to_ignore_on_load_unexpected": [".*"],
+    }
+    return type(model_class.__name__, (model_class,), body)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without transformers' report of the tensors that this part leaves."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,227 @@
+"""Loading one party's part of a checkpoint, and nothing else of it.
+
+``from_pretrained`` of a subclass made on the spot, whose constructor puts stand-ins where another
+party's layers are, reads only the tensors that are left; transformers does the rest (sharding,
+dtype, quantisation, devices). Of a sharded checkpoint only the shards that hold owned tensors are
+fetched.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+from flower_split.errors import SplitError
+from flower_split.split.checking.self_check import check_client, settle_cache
+from flower_split.split.client_side.model import (
+    IdentityTrunk,
+    client_replacements,
+    trunk_slot,
+    wire_client,
+)
+from flower_split.split.loading.checkpoint import Source
+from flower_split.split.loading.device_map import DeviceMap
+from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.probe import probe_batches, quiet
+from flower_split.split.structure.quantization import (
+    Quantization,
+    float_dtype,
+)
+from flower_split.split.structure.stand_in import LayerOutput, replace_in_place
+from flower_split.split.trunk_side.carve import carve_trunk, constant_embeddings
+from flower_split.split.trunk_side.model import TrunkModel
+
+
+def load_client_model(
+    name_or_path: str,
+    cuts: CutLayers,
+    trunk: nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """Load a client's model: bottom and top of a checkpoint, with ``trunk`` called in between.
+
+    Only the bottom's and the top's tensors are read. A tiny batch is then run to check that the
+    family's layers can be stood in for (the trunk itself is not called).
+
+    Args:
+        name_or_path: Local directory or hub id of a causal language model in safetensors.
+        cuts: The cut layers.
+        trunk: Any module called as ``trunk(hidden_states, attention_mask=None,
+            position_ids=None) -> hidden_states``; ``set_trunk`` replaces it later.
+        dtype: Of the weights, such as ``"bfloat16"``; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+        device: Where the weights go; None: the CPU.
+        auto_class: Which kind of model, as one of transformers' auto classes. A head that the
+            checkpoint lacks is initialised anew, as by the auto class itself.
+        quantization: Of the base weights, as :func:`~flower_split.split.structure.quantization.
+            resolve_quantization` takes it: a name, a JSON object, or an object of transformers.
+
+    Returns:
+        A model of the class that ``auto_class`` would load, in evaluation mode.
+
+    Raises:
+        SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
+            missing from the checkpoint, a family that cannot be split, or a quantisation that
+            cannot be had or cannot be trained.
+    """
+    output = LayerOutput()
+    source = Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
+    constants = constant_embeddings(source.skeleton)
+
+    def carve(root: PreTrainedModel) -> None:
+        replace_in_place(
+            root, client_replacements(root, source.stack, cuts, output, IdentityTrunk())
+        )
+
+    client = source.load(carve, device, quantization)
+    wire_client(client, source.stack)
+    check_client(client, source.stack, cuts, output, constants)
+    settle_cache(client, source.stack)
+    _check_client_trains(client, source)
+    trunk_slot(client).replace(trunk)
+    return client
+
+
+def load_trunk_model(
+    name_or_path: str,
+    cuts: CutLayers,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
+) -> TrunkModel:
+    """Load the trunk of a checkpoint; only the trunk layers' tensors are read.
+
+    Args:
+        name_or_path: Local directory or hub id of a causal language model in safetensors.
+        cuts: The cut layers.
+        dtype: Of the weights; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+        device: Where the weights go; None: the CPU.
+        auto_class: Which kind of model; the clients' one.
+        quantization: Of the base weights; the clients' one.
+        device_map: Which layer goes to which of this host's devices, instead of ``device``:
+            ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` or ``"sequential"``, or module name ->
+            device. A trunk whose layers lie on several takes hidden states from any device, and
+            its output comes back to it.
+
+    Returns:
+        The trunk, in evaluation mode.
+
+    Raises:
+        SplitError: As for :func:`load_client_model`; or the layers cannot be placed as asked.
+    """
+    if device is not None and device_map is not None:
+        raise SplitError(
+            f"device_map places the trunk's layers, so device must be left out; it is {device!r}."
+        )
+    output = LayerOutput()
+    source = Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
+    constants = constant_embeddings(source.skeleton)
+
+    def carve(root: PreTrainedModel) -> None:
+        carve_trunk(root, source.stack, cuts, output, constants)
+
+    root = source.load(carve, device, quantization, device_map, cuts)
+    trunk = TrunkModel(root, source.stack, cuts, output).eval()
+    if source.quantization is not None:
+        weight = next(trunk.parameters())
+        shape = (1, 3, trunk.hidden_size)
+        leaf = torch.linspace(-1, 1, 3 * trunk.hidden_size, dtype=float_dtype(trunk)).view(shape)
+        leaf = leaf.to(weight.device).requires_grad_()
+        source.check_trains(trunk, leaf, trunk)
+    return trunk
+
+
+def load_whole_model(
+    name_or_path: str,
+    *,
+    dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
+    """Load the unsplit model, as the parts are loaded: for a comparison with them.
+
+    Args:
+        name_or_path: Local directory or hub id of a checkpoint in safetensors.
+        dtype: Of the weights; None: the checkpoint's.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+        device: Where the weights go; None: the CPU.
+        auto_class: Which kind of model.
+        quantization: Of the base weights; the parts' one.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        SplitError: As for :func:`load_client_model`.
+    """
+    source = Source.open(name_or_path, None, dtype, attn_implementation, revision, auto_class)
+    return source.load(lambda root: None, device, quantization)
+
+
+def empty_model(
+    name_or_path: str,
+    cuts: CutLayers | None = None,
+    *,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """A model on the meta device: names and shapes, no weights; it cannot be called.
+
+    Args:
+        name_or_path: Local directory or hub id; only its configuration is read.
+        cuts: The cut layers, for a client's model; None: the whole model.
+        attn_implementation: transformers' name; None: the model's default.
+        revision: Hub revision; None: the default branch.
+
+    Raises:
+        SplitError: Not a causal language model, or cuts that do not fit.
+    """
+    source = Source.open(name_or_path, cuts, None, attn_implementation, revision)
+    model = source.skeleton
+    if cuts is not None:
+        replace_in_place(
+            model, client_replacements(model, source.stack, cuts, LayerOutput(), IdentityTrunk())
+        )
+    return model
+
+
+def _check_client_trains(client: PreTrainedModel, source: Source) -> None:
+    """Check that gradients flow from a quantised client's output to its embeddings."""
+    if source.quantization is None:
+        return
+    embeddings = client.get_input_embeddings()
+    assert isinstance(embeddings, nn.Module)
+    with quiet(client):
+        batch = probe_batches(client)[0]
+        found: list[Tensor] = []
+        handle = embeddings.register_forward_hook(lambda module, args, made: found.append(made))
+        client(**batch)
+        handle.remove()
+
+    def run(leaf: Tensor) -> Tensor:
+        put = embeddings.register_forward_hook(lambda module, args, made: leaf)
+        try:
+            output: Tensor = client(**batch)[0]
+        finally:
+            put.remove()
+        return output
+
+    source.check_trains(client, found[0].detach().requires_grad_(), run)

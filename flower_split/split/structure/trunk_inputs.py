@@ -1,0 +1,101 @@
+"""What a trunk is given beside the hidden states, as tensors by name: for a network between the two.
+
+Names: ``attention_mask`` (the padding mask ``[batch, seq]``, or the whole mask ``[batch or 1, heads or
+1, seq, seq]``), ``attention_mask/KIND`` (one whole mask per kind of layer; an empty tensor where that
+kind needs none), ``position_ids`` (``[batch or 1, seq]``, with an axis before them where the model has
+several), ``layer_argument/PLACE`` and ``host_argument/PLACE``
+(:mod:`flower_split.split.structure.layer_arguments`): see ``TrunkModel.forward``.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flower_split.errors import SplitError
+from flower_split.split.structure.host_call import Mask
+
+_MASK, _POSITIONS = "attention_mask", "position_ids"
+_LAYER, _HOST = "layer_argument", "host_argument"
+_PLACE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}(\.[A-Za-z0-9_]{1,63}){0,3}|[0-9]{1,2}")
+_MAX_AXES = 4  # of position ids: text, time, height, width
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkInputs:
+    """The arguments of a trunk's call beside the hidden states."""
+
+    attention_mask: Mask = None
+    position_ids: Tensor | None = None
+    layer_arguments: Mapping[str, Tensor] = field(default_factory=dict)
+    host_arguments: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        tensors: dict[str, Tensor] = {}
+        if isinstance(self.attention_mask, Mapping):
+            for kind, mask in self.attention_mask.items():
+                nothing = torch.empty(0, dtype=torch.bool)
+                tensors[f"{_MASK}/{kind}"] = nothing if mask is None else mask
+        elif self.attention_mask is not None:
+            tensors[_MASK] = self.attention_mask
+        if self.position_ids is not None:
+            tensors[_POSITIONS] = self.position_ids
+        for kind, arguments in ((_LAYER, self.layer_arguments), (_HOST, self.host_arguments)):
+            tensors.update({f"{kind}/{place}": tensor for place, tensor in arguments.items()})
+        return tensors
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "TrunkInputs":
+        """The arguments that :meth:`named` gave these tensors for, on ``device``; others are left."""
+        masks: dict[str, Tensor | None] = {}
+        arguments: dict[str, dict[str, Tensor]] = {_LAYER: {}, _HOST: {}}
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition("/")
+            if head == _MASK and rest:
+                masks[rest] = tensor.to(device) if tensor.numel() else None
+            elif head in arguments:
+                arguments[head][rest] = tensor.to(device)
+        mask, positions = tensors.get(_MASK), tensors.get(_POSITIONS)
+        return cls(
+            masks if masks else (None if mask is None else mask.to(device)),
+            None if positions is None else positions.to(device),
+            arguments[_LAYER],
+            arguments[_HOST],
+        )
+
+
+def fits(name: str, tensor: Tensor, batch: int, seq: int) -> bool:
+    """Whether a tensor of that name may come with hidden states ``[batch, seq, ...]``."""
+    shape = tuple(tensor.shape)
+    whole = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (seq, seq)
+    head, _, rest = name.partition("/")
+    if head == _MASK and rest:
+        return _PLACE.fullmatch(rest) is not None and (whole or shape == (0,))
+    if head in (_LAYER, _HOST):
+        values = tensor.is_floating_point() or (head == _HOST and tensor.dtype == torch.bool)
+        return _PLACE.fullmatch(rest) is not None and values
+    if name == _MASK:
+        return shape == (batch, seq) or whole
+    if name == _POSITIONS:
+        axes = len(shape) == 2 or (len(shape) == 3 and 0 < shape[0] <= _MAX_AXES)
+        return axes and shape[-2] in (1, batch) and shape[-1] == seq
+    return False
+
+
+def check_constant(arguments: Mapping[str, Tensor]) -> None:
+    """Check that no gradient of a layer's or a host's argument is asked for, where none comes back.
+
+    Raises:
+        SplitError: One is made by weights that are trained.
+    """
+    trained = [place for place, tensor in arguments.items() if tensor.requires_grad]
+    if trained:
+        raise SplitError(
+            f"the client trains weights that make a tensor for the trunk's layers (argument "
+            f"{', '.join(trained)}, such as a relative position bias or features of images), and a "
+            "remote trunk returns no gradient of that. Freeze those weights: adapters on the layers' "
+            "linear modules leave them frozen."
+        )

@@ -1,0 +1,303 @@
+"""The trunk: the middle layers of a model, run by the model's own forward.
+
+Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
+
+The whole model's forward is called with the smashed data as its input embeddings, so that it
+builds masks and rotary positions itself; where the first trunk layer begins, the smashed data
+takes the place of whatever the prologue made, and where the last one ends, the forward ends.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from flower_split.errors import SplitError
+from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.host_call import (
+    Mask,
+    embedding_width,
+    forbid_cache,
+    host_inputs,
+)
+from flower_split.split.structure.kv_cache import CacheStep, TrunkCache
+from flower_split.split.structure.layer_arguments import from_places
+from flower_split.split.structure.quantization import float_dtype
+from flower_split.split.structure.stack import LayerStack
+from flower_split.split.structure.stand_in import LayerOutput, StandIn
+from flower_split.split.trunk_side.crossing import (
+    Smashed,
+    TrunkInput,
+    TrunkOutput,
+    enter_trunk,
+    give_arguments,
+    leave_trunk,
+    probing,
+    random_state_of,
+    running,
+)
+
+_PROBE_SHAPE = (5, 3)  # batch, sequence; no layer returns five things, which a batch could pass for
+
+
+class TrunkModel(nn.Module):
+    """The trunk of a model, called as ``trunk(hidden_states, attention_mask, position_ids)``.
+
+    Its parameters are the trunk layers' only and keep the unsplit model's names. Calls from
+    several threads at once are fine. ``torch.autograd.grad`` through it works as through any
+    module.
+
+    Args:
+        root: The model with everything outside the trunk replaced (:func:`carve_trunk`).
+        stack: Where its layers are.
+        cuts: The cut layers.
+        output: The form of the family's layer outputs, shared with the stand-ins; set here.
+
+    Raises:
+        SplitError: The model's forward cannot be run from hidden states up to the trunk.
+    """
+
+    def __init__(
+        self, root: PreTrainedModel, stack: LayerStack, cuts: CutLayers, output: LayerOutput
+    ) -> None:
+        super().__init__()
+        self.cuts = cuts
+        self.stack = stack
+        self.config = root.config
+        host = root.get_submodule(stack.host_path)
+        # The host is held outside the module tree, and the children under their own names, so
+        # that names are those of the unsplit model whether or not the host is its root.
+        self._host = (host,)
+        branch = stack.path.split(".", 1)[0]
+        for name, child in root.named_children():
+            if host is root or name == branch:
+                self.add_module(name, child)
+        self._layer_output = output
+        self._width = embedding_width(root)
+        self._hook_ends()
+        self._hook_layers()
+        # The shape of one position's hidden states; families with several streams have two sizes.
+        self._position_shape = tuple(self._probe(output).shape[2:])
+        self._caches: dict[int, TrunkCache] = {}  # of clients in this process
+        self._spans: dict[CutLayers, TrunkModel] = {}
+
+    def _hook_ends(self) -> None:
+        """Let the forward begin and end at this trunk's first and last layer."""
+        layers = self.stack.layers(self)
+        self._ends = (layers[self.cuts.first], layers[self.cuts.second - 1])
+        self._ends[0].register_forward_pre_hook(enter_trunk, with_kwargs=True)
+        self._ends[1].register_forward_hook(leave_trunk)
+
+    def _hook_layers(self) -> None:
+        """Let the layers be given the arguments that come with the smashed data."""
+        for index in range(self.cuts.first, self.cuts.second):
+            layer = self.stack.layers(self)[index]
+            layer.register_forward_pre_hook(give_arguments, with_kwargs=True)
+
+    def span(self, cuts: CutLayers) -> "TrunkModel":
+        """The trunk for clients with other cut layers: some of these layers, the same weights.
+
+        What trains one trains the other. A client that holds some of this trunk's layers itself
+        trains those for itself; the trunk trains them on the other clients' data alone.
+
+        Args:
+            cuts: Cut layers within this trunk's.
+
+        Returns:
+            A trunk of the layers between ``cuts``, made once; this trunk itself if they are its
+            own. Attach adapters to this trunk, not to its spans.
+
+        Raises:
+            SplitError: The trunk does not hold all of these layers.
+        """
+        if cuts == self.cuts:
+            return self
+        if cuts.first < self.cuts.first or cuts.second > self.cuts.second:
+            raise SplitError(
+                f"this trunk holds layers {self.cuts.first} to {self.cuts.second - 1}; a client "
+                f"with first cut {cuts.first} and second cut {cuts.second} would need layers "
+                f"{cuts.first} to {cuts.second - 1}. Give the client more layers, or the trunk."
+            )
+        if cuts not in self._spans:
+            self._spans[cuts] = self._make_span(cuts)
+        return self._spans[cuts]
+
+    def _make_span(self, cuts: CutLayers) -> "TrunkModel":
+        memo: dict[int, object] = {id(self._spans): {}, id(self._caches): {}}
+        for index, layer in enumerate(self.stack.layers(self)):
+            shared = cuts.part_of(index) == "trunk"
+            memo[id(layer)] = layer if shared else StandIn(layer, self._layer_output)
+        span = copy.deepcopy(self, memo)
+        span.cuts = cuts
+        span._hook_ends()
+        return span
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the hidden states as they cross the cut layer."""
+        return math.prod(self._position_shape)
+
+    def _probe(self, output: LayerOutput) -> Tensor:
+        """What reaches the first trunk layer; finds the form of the stand-ins' outputs."""
+        host = self._host[0]
+        device, dtype = next(self.parameters()).device, float_dtype(self)
+        width = self._width
+        smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=dtype, device=device)
+        problems: dict[str, Exception] = {}
+        token = probing.set(True)
+        try:
+            for use_cache, length in itertools.product((None, False), (None, 1, 2, 3, 4)):
+                output.length = length
+                try:
+                    with torch.no_grad():
+                        host(**host_inputs(host, smashed, width, None, None, use_cache))
+                except TrunkInput as reached:
+                    found = reached.hidden_states
+                    if found.dim() >= 3 and found.shape[:2] == _PROBE_SHAPE:
+                        if use_cache is False:  # its stand-ins cannot fill the family's cache
+                            forbid_cache(host)
+                        return found
+                except Exception as error:
+                    problems.setdefault(f"{type(error).__name__}: {error}", error)
+        finally:
+            probing.reset(token)
+        raise SplitError(
+            f"{type(host).__name__}'s forward does not bring hidden states of shape [batch, seq, "
+            f"...] from its input embeddings to layer {self.cuts.first}"
+            + (f" ({'; or '.join(problems)})" if problems else "")
+            + ". This family cannot be split."
+        ) from next(iter(problems.values()), None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrunkModel":
+        self._spans.clear()  # they have buffers of their own; span() makes them anew
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def train(self, mode: bool = True) -> "TrunkModel":
+        """Set training mode, also on the module whose forward is called."""
+        super().train(mode)
+        self._host[0].training = mode
+        for span in self._spans.values():
+            span.train(mode)
+        return self
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Mask = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        cache: CacheStep | None = None,
+        layer_arguments: Mapping[str, Tensor] | None = None,
+        host_arguments: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the trunk layers.
+
+        Args:
+            hidden_states: Smashed data, ``[batch, seq, hidden]``.
+            attention_mask: Padding mask, ``[batch, seq]``, nonzero where there is a token; None
+                where nothing is padded. Where the client's model made another mask than follows
+                from padding: that one, ``[batch or 1, heads or 1, seq, seq]``, or one per kind of
+                layer.
+            position_ids: ``[batch or 1, seq]``, with an axis before them where the model has several
+                (``[3, batch or 1, seq]``); None: the model's own default.
+            use_cache: As the model's own argument; None: its configuration's. Without ``cache``
+                nothing outlives the call, but a model may read the position ids otherwise, or
+                compute with another memory layout and so with other last bits.
+            cache: Go on from the keys and values kept in this process under its id.
+            layer_arguments: What the client's model makes with weights of its own for all layers,
+                such as a position bias, by place (:mod:`flower_split.split.structure.layer_arguments`).
+            host_arguments: What the model's forward adds to the hidden states between the trunk's
+                layers, such as features of images: the arguments that it takes them by, by place.
+
+        Returns:
+            The last trunk layer's hidden states, ``[batch, seq, hidden]``.
+
+        Raises:
+            SplitError: The model's forward ended without reaching the trunk's last layer, or there
+                is no such cache.
+        """
+        if cache is None:
+            more = from_places(host_arguments or {})
+            given = layer_arguments or {}
+            return self._run(
+                hidden_states, attention_mask, position_ids, use_cache, None, given, more
+            )
+        if layer_arguments or not (attention_mask is None or isinstance(attention_mask, Tensor)):
+            raise SplitError("with a key-value cache a trunk takes the padding mask alone.")
+        if cache.step == 0:
+            self._caches[cache.id] = TrunkCache(self.config)
+        kept = self._caches.get(cache.id)
+        if kept is None:
+            raise SplitError(
+                f"this trunk keeps no key-value cache {cache.id}. Begin generation anew."
+            )
+        kept.go_back(cache.past_length, cache.rows)
+        return self.run_cached(kept, hidden_states, attention_mask, position_ids, host_arguments)
+
+    def run_cached(
+        self,
+        kept: TrunkCache,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        host_arguments: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Run the trunk layers on new positions, after those in ``kept``, which grows by them.
+
+        Args:
+            kept: Keys and values; of no use any more if this raises.
+            hidden_states: Smashed data of the new positions, ``[batch, seq, hidden]``.
+            attention_mask: Their padding mask, ``[batch, seq]``, or None.
+            position_ids: Theirs, ``[batch or 1, seq]``; None: the model's own default.
+            host_arguments: As for :meth:`forward`; ``attention_mask`` among them is the whole mask,
+                over the positions before as well, where it does not follow from padding.
+
+        Returns:
+            The last trunk layer's hidden states, ``[batch, seq, hidden]``.
+        """
+        batch, seq = hidden_states.shape[:2]
+        mask = kept.extend_mask(attention_mask, batch, seq)
+        more = from_places(host_arguments or {})
+        output = self._run(hidden_states, mask, position_ids, True, kept.cache, {}, more)
+        kept.advance(hidden_states, range(self.cuts.first, self.cuts.second))
+        return output
+
+    def release_cache(self, cache_id: int) -> None:
+        """Forget the keys and values kept under ``cache_id``."""
+        self._caches.pop(cache_id, None)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Mask,
+        position_ids: Tensor | None,
+        use_cache: bool | None,
+        past: DynamicCache | None,
+        layer_arguments: Mapping[str, Tensor],
+        host_arguments: Mapping[str, object],
+    ) -> Tensor:
+        host = self._host[0]
+        width = self._width
+        inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
+        inputs.update(host_arguments)
+        if past is not None:
+            inputs["past_key_values"] = past
+        begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)
+        # A model's prologue may draw random numbers for dropout; the layers get those it left.
+        state = random_state_of(begin.device) if self.training else None
+        token = running.set(Smashed(begin, *self._ends, layer_arguments, state))
+        try:
+            host(**inputs)
+        except TrunkOutput as reached:
+            # The layers may lie on several devices; a caller knows one.
+            return reached.hidden_states.flatten(2).to(hidden_states.device)
+        finally:
+            running.reset(token)
+        raise SplitError(
+            f"{type(host).__name__}'s forward ended without calling layer "
+            f"{self.cuts.second - 1}. This family does not run its layers as a chain."
+        )

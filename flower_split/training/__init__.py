@@ -1,0 +1,5 @@
+"""Local training: round, optimizer step, micro-batch; pure torch.
+
+Runs on: Clients.
+Read first: ``round.py``.
+"""

@@ -1,0 +1,159 @@
+"""What the trunk keeps between a micro-batch's forward and its backward, within a byte budget.
+
+``graph`` keeps the autograd graph. Where that would pass the budget, ``recompute`` keeps only the
+inputs and runs the forward again, with the same weights version and dropout seed, so that the
+gradient is the same. Where even the inputs do not fit, the call is refused: nothing is evicted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.protocol.values import ActivationReport
+
+Key = tuple[int, int, int]  # slot, window, micro-batch
+
+
+@dataclass(slots=True)
+class Activation:
+    """One micro-batch between forward and backward."""
+
+    version: int
+    num_bytes: int
+    hidden: Tensor  # the leaf that receives smashed_grad
+    output: Tensor | None  # trunk_output with its graph; None: recompute
+    recompute: Callable[[Tensor], Tensor]
+    parameters: Sequence[Tensor] | None = None  # that it computed with; None: the trunk's own
+
+
+class SavedBytes:
+    """Counts the bytes that autograd saves inside the context, parameters excluded."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self._seen = set(parameters)
+        self.num_bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+
+class ActivationCache:
+    """Activations by key, in at most ``budget`` bytes.
+
+    Args:
+        budget: Bytes over all clients.
+        per_client: Bytes of one client; 0: an equal share (:meth:`begin`).
+    """
+
+    def __init__(self, budget: int, per_client: int = 0) -> None:
+        self.budget = budget
+        self.per_client = per_client or budget
+        self._limit = per_client
+        self.num_bytes = 0
+        self._peak = self._recomputes = self._refusals = 0
+        self._of_slot: dict[int, int] = {}  # bytes
+        self._entries: dict[Key, Activation] = {}
+
+    def report(self) -> ActivationReport:
+        """The cache's figures since :meth:`clear`."""
+        return ActivationReport(
+            num_bytes=self.num_bytes,
+            peak_bytes=self._peak,
+            budget_bytes=self.budget,
+            recomputes=self._recomputes,
+            refusals=self._refusals,
+        )
+
+    def require_room(self, slot: int, num_bytes: int) -> None:
+        """Refuse a forward whose input alone does not fit, before anything is computed.
+
+        Raises:
+            TrunkRefused: The budget is used up (OVER_BUDGET).
+        """
+        if self._fits(slot, num_bytes):
+            return
+        self._refusals += 1
+        own = self._of_slot.get(slot, 0)
+        of = f"slot {slot} keeps {own} bytes of activations of its {self.per_client}"
+        if own + num_bytes <= self.per_client:
+            of = f"the trunk keeps {self.num_bytes} bytes of activations of its {self.budget}"
+        raise TrunkRefused(
+            RefusalReason.OVER_BUDGET,
+            f"{of}, and this micro-batch of slot {slot} needs {num_bytes} more even without its "
+            "graph. Raise trunk.activation-memory or trunk.activation-memory-per-client, or lower "
+            "train.batch-size or train.micro-batches-in-flight.",
+        )
+
+    def _fits(self, slot: int, num_bytes: int) -> bool:
+        own = self._of_slot.get(slot, 0)
+        return self.num_bytes + num_bytes <= self.budget and own + num_bytes <= self.per_client
+
+    def put(self, key: Key, activation: Activation) -> None:
+        """Keep ``activation``, without its graph if the graph does not fit.
+
+        Raises:
+            TrunkRefused: Not even its input fits (OVER_BUDGET).
+        """
+        slot = key[0]
+        if not self._fits(slot, activation.num_bytes):
+            activation.output = None
+            activation.hidden = activation.hidden.detach()
+            activation.num_bytes = activation.hidden.nbytes
+            self.require_room(slot, activation.num_bytes)
+            self._recomputes += 1
+        self.num_bytes += activation.num_bytes
+        self._peak = max(self._peak, self.num_bytes)
+        self._of_slot[slot] = self._of_slot.get(slot, 0) + activation.num_bytes
+        self._entries[key] = activation
+
+    def get(self, key: Key) -> Activation | None:
+        """The activation of ``key``, which stays."""
+        return self._entries.get(key)
+
+    def release(self, key: Key) -> None:
+        """Its backward is done."""
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self.num_bytes -= entry.num_bytes
+            self._of_slot[key[0]] -= entry.num_bytes
+
+    def release_slot(self, slot: int) -> None:
+        """A client has left: free all that it left behind."""
+        for key in [key for key in self._entries if key[0] == slot]:
+            self.release(key)
+
+    def release_before(self, window: int) -> None:
+        """The weights have stepped: what earlier windows left behind can never be used."""
+        for key in [key for key in self._entries if key[1] < window]:
+            self.release(key)
+
+    def begin(self, num_shares: int) -> None:
+        """A round begins.
+
+        Args:
+            num_shares: In how many parts the budget is divided where clients have no limit of
+                their own, so that one that never comes back cannot take what others need.
+        """
+        self.clear()
+        self.per_client = self._limit or self.budget // num_shares
+
+    def clear(self) -> None:
+        """A round is over."""
+        self._entries.clear()
+        self._of_slot.clear()
+        self.num_bytes = self._peak = self._recomputes = self._refusals = 0

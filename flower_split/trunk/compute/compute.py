@@ -1,0 +1,347 @@
+"""The trunk's arithmetic: forward, backward, optimizer step, snapshot. One thread at a time calls it.
+
+Shapes: hidden states ``[batch, seq, hidden]``, padding mask ``[batch, seq]``, position ids
+``[batch or 1, seq]``.
+"""
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flower_split.config import OptimizerConfig
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.lora import adapter_name
+from flower_split.runtime import failpoints
+from flower_split.split import CutLayers, TrunkModel
+from flower_split.split.structure.kv_cache import TrunkCache, keeps_only_keys_and_values
+from flower_split.split.structure.quantization import float_dtype
+from flower_split.split.structure.trunk_inputs import TrunkInputs
+from flower_split.training.optimizers import LearningRate, make_optimizer
+from flower_split.trunk.compute.activations import Activation, SavedBytes
+from flower_split.trunk.compute.checks import check_all_finite, check_finite
+from flower_split.trunk.compute.spans import Spans
+from flower_split.trunk.compute.weight_versions import Places, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The trainable state at one version; restoring it undoes every step since."""
+
+    version: int
+    parameters: list[Tensor]
+    optimizer: dict[str, Any]
+
+
+class TrunkCompute:
+    """The trunk module with its optimizer.
+
+    Args:
+        trunk: Called as ``trunk(hidden_states, attention_mask=..., position_ids=...)``. Its
+            parameters that require grad are trained; none: the trunk is frozen.
+        optimizer: Optimizer, schedule and clipping.
+        seed: Of the dropout masks.
+    """
+
+    def __init__(self, trunk: nn.Module, optimizer: OptimizerConfig, *, seed: int) -> None:
+        self.trunk = trunk
+        self.seed = seed
+        self.version = 0
+        self.named = sorted(
+            (name, parameter)
+            for name, parameter in trunk.named_parameters()
+            if parameter.requires_grad
+        )
+        self.parameters = [parameter for _, parameter in self.named]
+        first = next(trunk.parameters())
+        self.device, self.dtype = first.device, float_dtype(trunk)
+        devices = {parameter.device for parameter in trunk.parameters()}
+        self._cuda = [device for device in devices if device.type == "cuda"]
+        self.spans = Spans(trunk, self.device, self.dtype)
+        self._places = Places(trunk, self.parameters)
+        self._config = optimizer
+        self._optimizer = make_optimizer(self.parameters, optimizer) if self.parameters else None
+        self._rate = LearningRate(optimizer, 1)
+        self._storages = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
+
+    def plan(self, total_steps: int) -> None:
+        """Place the learning-rate schedule over ``total_steps`` optimizer steps of the whole run."""
+        self._rate = LearningRate(self._config, total_steps)
+
+    def forward(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        train: bool,
+        seed_of: str,
+        use_cache: bool | None = None,
+        cuts: CutLayers | None = None,
+    ) -> Tensor:
+        """``trunk_output`` without a graph.
+
+        Args:
+            tensors: ``hidden_states``, and what :mod:`flower_split.split.structure.trunk_inputs` names.
+            train: Dropout as in training.
+            seed_of: Names the micro-batch; the same name gives the same dropout mask.
+            use_cache: As the model's own argument; nothing outlives the call.
+            cuts: The client's, which :attr:`spans` has admitted; None: the trunk's.
+        """
+        hidden = tensors["hidden_states"]
+        with torch.no_grad():
+            output = self._run(
+                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache, cuts, None
+            )
+        check_finite("trunk_output", output)
+        return output.to(hidden.dtype)
+
+    def new_cache(self) -> TrunkCache:
+        """An empty key-value cache of the trunk's layers.
+
+        Raises:
+            TrunkRefused: The trunk keeps other states than keys and values (INVALID_REQUEST).
+        """
+        if isinstance(self.trunk, TrunkModel) and keeps_only_keys_and_values(self.trunk.config):
+            return TrunkCache(self.trunk.config)
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST,
+            "this trunk's layers keep other states between calls than keys and values. Generate with "
+            "use_cache=False.",
+        )
+
+    def forward_cached(
+        self, tensors: Mapping[str, Tensor], kept: TrunkCache, cuts: CutLayers | None = None
+    ) -> Tensor:
+        """``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
+        trunk = self.spans.of(cuts)
+        assert isinstance(trunk, TrunkModel)  # which made ``kept``
+        hidden = tensors["hidden_states"]
+        given = TrunkInputs.of(tensors, self.device)
+        mask = given.attention_mask
+        self.trunk.train(False)
+        with torch.no_grad():
+            output = trunk.run_cached(
+                kept,
+                hidden.to(self.device, self.dtype),
+                mask if isinstance(mask, Tensor) else None,
+                given.position_ids,
+                given.host_arguments,
+            )
+        check_finite("trunk_output", output)
+        return output.to(hidden.dtype)
+
+    def cache_bytes_per_position(self, cuts: CutLayers | None = None) -> int:
+        """Bytes that one position of one row takes in a key-value cache, at most."""
+        kept, trunk = self.new_cache(), self.spans.of(cuts)
+        assert isinstance(trunk, TrunkModel) and isinstance(self.trunk, TrunkModel)
+        probe = torch.zeros(1, 1, self.trunk.hidden_size, device=self.device, dtype=self.dtype)
+        mask = torch.ones(1, 1, dtype=torch.int64, device=self.device)
+        self.trunk.train(False)
+        with torch.no_grad():
+            trunk.run_cached(kept, probe, mask, None)
+        return kept.num_bytes
+
+    def forward_train(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        seed_of: str,
+        use_cache: bool | None = None,
+        cuts: CutLayers | None = None,
+        weights: Weights | None = None,
+    ) -> tuple[Tensor, Activation]:
+        """``trunk_output`` and what its backward needs.
+
+        Args:
+            tensors: As in :meth:`forward`.
+            seed_of: As in :meth:`forward`.
+            use_cache: As in :meth:`forward`.
+            cuts: As in :meth:`forward`.
+            weights: Compute with these instead of the trunk's own; the backward does too, and
+                returns gradients by them.
+        """
+        smashed = tensors["hidden_states"]
+        extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
+
+        def run(leaf: Tensor) -> Tensor:
+            return self._run(leaf, extras, True, seed_of, use_cache, cuts, weights)
+
+        leaf = smashed.to(self.device, self.dtype).requires_grad_()
+        known = self._storages | (weights.storages if weights else set())
+        with torch.enable_grad(), SavedBytes(known) as saved:
+            output = run(leaf)
+        check_finite("trunk_output", output.detach())
+        activation = Activation(
+            version=weights.version if weights else self.version,
+            num_bytes=max(saved.num_bytes, leaf.nbytes),
+            hidden=leaf,
+            output=output,
+            recompute=run,
+            parameters=weights.parameters if weights else None,
+        )
+        return output.detach().to(smashed.dtype), activation
+
+    def backward(
+        self, activation: Activation, trunk_output_grad: Tensor
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """``smashed_grad`` and the gradient of every trainable parameter, without touching ``.grad``.
+
+        Raises:
+            TrunkRefused: The shapes differ (INVALID_REQUEST), or something is not finite.
+        """
+        if trunk_output_grad.shape != activation.hidden.shape:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"trunk_output_grad has shape {tuple(trunk_output_grad.shape)}; the forward's output "
+                f"has {tuple(activation.hidden.shape)}.",
+            )
+        check_finite("trunk_output_grad", trunk_output_grad)
+        leaf, output = activation.hidden, activation.output
+        parameters = self.parameters if activation.parameters is None else activation.parameters
+        with torch.enable_grad():
+            if output is None:
+                leaf = leaf.detach().requires_grad_()
+                output = activation.recompute(leaf)
+            smashed_grad, *gradients = torch.autograd.grad(
+                output,
+                [leaf, *parameters],
+                trunk_output_grad.to(output.device, output.dtype),
+                allow_unused=True,
+            )
+        computed = {"smashed_grad": smashed_grad}
+        for (name, _), gradient in zip(self.named, gradients, strict=True):
+            if gradient is not None:
+                computed[f"the gradient of {name}"] = gradient
+        check_all_finite(computed)
+        return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
+
+    def covers(self, cuts: CutLayers | None) -> tuple[bool, ...] | None:
+        """Which of ``self.parameters`` a client's calls pass through; None: all."""
+        return self.spans.covers(cuts, [name for name, _ in self.named])
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One optimizer step with ``gradients``, in the order of ``self.parameters``.
+
+        A parameter whose gradient is None stays as it is, its moments and decay included.
+        """
+        if self._optimizer is None:
+            return
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        if self._config.max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
+        self._rate.apply(self._optimizer, self.version)
+        failpoints.reach("trunk.step.before")
+        self._optimizer.step()
+        failpoints.reach("trunk.step.after")
+        self._optimizer.zero_grad(set_to_none=True)
+        self.version += 1
+
+    def snapshot(self) -> Snapshot:
+        """A copy of the trainable state."""
+        return Snapshot(
+            self.version,
+            [parameter.detach().clone() for parameter in self.parameters],
+            copy.deepcopy(self._optimizer.state_dict()) if self._optimizer else {},
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go back to ``snapshot``."""
+        with torch.no_grad():
+            for parameter, saved in zip(self.parameters, snapshot.parameters, strict=True):
+                parameter.copy_(saved)
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(copy.deepcopy(snapshot.optimizer))
+        self.version = snapshot.version
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything a checkpoint needs: parameters and optimizer state, bit for bit, on the CPU."""
+        tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.named}
+        if self._optimizer is not None:
+            for name, parameter in self.named:
+                for key, value in self._optimizer.state.get(parameter, {}).items():
+                    if isinstance(value, Tensor):
+                        tensors[f"optimizer/{name}/{key}"] = value
+        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Go to the state of :meth:`state_tensors`.
+
+        Raises:
+            TrunkRefused: It is of other parameters (NO_CHECKPOINT); nothing has changed.
+        """
+        wanted = {f"parameter/{name}": parameter.shape for name, parameter in self.named}
+        found = {name: value.shape for name, value in tensors.items() if name in wanted}
+        if wanted != found:
+            differing = sorted(name for name in wanted if wanted[name] != found.get(name))
+            raise TrunkRefused(
+                RefusalReason.NO_CHECKPOINT,
+                f"the checkpoint is of another trunk: it differs in {', '.join(differing[:4])}. "
+                "Resume with the configuration that the run began with.",
+            )
+        state: dict[int, dict[str, Tensor]] = {}
+        indices = {name: index for index, (name, _) in enumerate(self.named)}
+        for full_name, value in tensors.items():
+            kind, _, rest = full_name.partition("/")
+            if kind == "optimizer":
+                name, _, key = rest.rpartition("/")
+                state.setdefault(indices[name], {})[key] = value
+        with torch.no_grad():
+            for name, parameter in self.named:
+                parameter.copy_(tensors[f"parameter/{name}"])
+        if self._optimizer is not None:
+            groups = self._optimizer.state_dict()["param_groups"]
+            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.version = version
+
+    def adapter(self) -> dict[str, Tensor]:
+        """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
+        return {
+            adapter_name(name): parameter.detach().float().cpu().clone()
+            for name, parameter in self.named
+        }
+
+    def digest(self) -> str:
+        """SHA-256 of the trainable parameters, in name order."""
+        sha = hashlib.sha256()
+        for name, tensor in sorted(self.adapter().items()):
+            sha.update(name.encode())
+            sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
+        return sha.hexdigest()
+
+    def _run(
+        self,
+        hidden: Tensor,
+        tensors: Mapping[str, Tensor],
+        train: bool,
+        seed_of: str,
+        use_cache: bool | None,
+        cuts: CutLayers | None,
+        weights: Weights | None,
+    ) -> Tensor:
+        self.trunk.train(train)
+        given = TrunkInputs.of(tensors, self.device)
+        options: dict[str, Any] = {}
+        if isinstance(self.trunk, TrunkModel):
+            options = {
+                "use_cache": use_cache,
+                "layer_arguments": given.layer_arguments,
+                "host_arguments": given.host_arguments,
+            }
+        with self._places.holding(weights), torch.random.fork_rng(devices=self._cuda):
+            if train:
+                torch.manual_seed(_seed(self.seed, seed_of))
+            output: Tensor = self.spans.of(cuts)(
+                hidden,
+                attention_mask=given.attention_mask,
+                position_ids=given.position_ids,
+                **options,
+            )
+        return output
+
+
+def _seed(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")

@@ -1,0 +1,209 @@
+"""Token-weighted accumulation of the trunk's parameter gradients.
+
+A client's loss for a micro-batch is its summed token loss over a denominator ``d`` of its choice: the
+micro-batch's own label tokens, or those of the whole optimizer step. With ``g`` the gradient of that
+loss, ``d · g`` is the gradient of the sum, and the step's gradient over everything is
+``Σ d·g / Σ n`` with ``n`` the label tokens: invariant to how examples are spread over micro-batches
+and clients.
+
+A client with cut layers of its own does not pass through all parameters. It gives nothing to the
+others, and its tokens do not count there: each parameter's gradient is that of the data that passed
+through it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from flower_split.aggregation.core.client_updates import ClientUpdate
+from flower_split.aggregation.rules.rule import Rule
+
+
+@dataclass(slots=True)
+class SlotGradient:
+    """One slot's gradient in one window, summed over its micro-batches in their order.
+
+    The sum is kept in units of the first micro-batch's denominator, so that a single micro-batch, or
+    several with one denominator, add exactly as ``loss.backward()`` would.
+
+    Args:
+        covers: Which parameters the slot's calls pass through; None: all of them. One that they pass
+            through may have no gradient all the same (an expert that got no token): it counts as 0.
+    """
+
+    covers: tuple[bool, ...] | None = None
+    denominator: float = 0.0
+    num_tokens: float = 0.0
+    total: list[Tensor | None] = field(default_factory=list)  # fp32, per parameter
+    _next: int = 0
+    _waiting: dict[int, tuple[list[Tensor | None], float, float]] = field(default_factory=dict)
+
+    def add(
+        self,
+        micro_batch: int,
+        gradients: Sequence[Tensor | None],
+        *,
+        num_tokens: float,
+        loss_denominator: float,
+    ) -> None:
+        """Add micro-batch ``micro_batch``; one that comes early waits for those before it."""
+        fp32 = [None if g is None else g.detach().float() for g in gradients]
+        self._waiting[micro_batch] = (fp32, num_tokens, loss_denominator)
+        while self._next in self._waiting:
+            self._fold(*self._waiting.pop(self._next))
+            self._next += 1
+
+    def _fold(self, gradients: list[Tensor | None], num_tokens: float, denominator: float) -> None:
+        self.num_tokens += num_tokens
+        if not self.total:
+            self.denominator, self.total = denominator, gradients
+            return
+        scale = denominator / self.denominator
+        self.total = [
+            _sum(total, gradient, scale)
+            for total, gradient in zip(self.total, gradients, strict=True)
+        ]
+
+    def passes(self, index: int) -> bool:
+        """Whether the slot's calls pass through parameter ``index``."""
+        return self.covers is None or self.covers[index]
+
+
+def _sum(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
+    if gradient is None:
+        return total
+    scaled = gradient if scale == 1.0 else gradient * scale
+    return scaled if total is None else total + scaled
+
+
+def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | None]:
+    """The window's gradient ``Σ nᵢ gᵢ / Σ nᵢ``, summed in slot order.
+
+    Args:
+        slots: Slot -> its gradient; ``num_tokens`` over all slots must be above 0.
+
+    Returns:
+        One fp32 tensor per parameter, or ``None`` where no slot has a gradient. Both sums are over
+        the slots that pass through the parameter.
+    """
+    count = len(next(iter(slots.values())).total)
+    tokens = [
+        sum(slots[slot].num_tokens for slot in sorted(slots) if slots[slot].passes(index))
+        for index in range(count)
+    ]
+    result: list[Tensor | None] = [None] * count
+    for slot in sorted(slots):
+        given = slots[slot]
+        result = [
+            _sum(total, gradient, given.denominator / tokens[index])
+            if given.passes(index)
+            else total
+            for index, (total, gradient) in enumerate(zip(result, given.total, strict=True))
+        ]
+    return result
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reduction:
+    """How the clients' gradients of a window become one.
+
+    A client's gradient is the mean over its label tokens. It is clipped first; then come the rules,
+    which are those that the strategy offers for the adapters; what is left is averaged by tokens.
+    Where clients pass through different parameters, the rules look at each group of parameters that
+    the same clients pass through by itself.
+
+    Args:
+        max_client_norm: L2 norm of one client's gradient over all parameters; 0: no clipping.
+        rules: In their order; none: the token-weighted mean alone.
+    """
+
+    max_client_norm: float = 0.0
+    rules: tuple[Rule, ...] = ()
+
+    def __call__(
+        self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None
+    ) -> list[Tensor | None]:
+        """The window's gradient: one fp32 tensor per parameter, or None where nobody has one.
+
+        Args:
+            slots: Slot -> its gradient.
+            factors: Slot -> how much its gradient counts, after clipping and before the rules; the
+                denominator stays the label tokens, so the result is ``Σ s n g / Σ n``. None: all 1.
+
+        Raises:
+            AggregationError: A rule cannot work on so few clients.
+        """
+        clipped = {slot: self._clipped(slots[slot]) for slot in sorted(slots)}
+        if factors is not None:
+            clipped = {slot: _times(clipped[slot], factors[slot]) for slot in clipped}
+        if not self.rules:
+            return reduce_in_slot_order(clipped)
+        result: list[Tensor | None] = [None] * len(next(iter(slots.values())).total)
+        for members, indices in _groups(clipped).items():
+            clients = _as_clients({slot: clipped[slot] for slot in members}, indices)
+            for rule in self.rules:
+                clients = rule(clients)
+            total = math.fsum(client.weight for client in clients)
+            for name in clients[0].others:
+                mean = sum(client.others[name][1] * (client.weight / total) for client in clients)
+                assert isinstance(mean, Tensor)
+                result[int(name)] = mean.float()
+        return result
+
+    def _clipped(self, gradient: SlotGradient) -> SlotGradient:
+        if self.max_client_norm == 0:
+            return gradient
+        norms = [torch.linalg.vector_norm(total) for total in gradient.total if total is not None]
+        gathered = [norm.to(norms[0].device) for norm in norms]  # a trunk may lie on several
+        norm = float(torch.linalg.vector_norm(torch.stack(gathered))) if norms else 0.0
+        norm *= gradient.denominator / gradient.num_tokens
+        if norm <= self.max_client_norm:
+            return gradient
+        return _times(gradient, self.max_client_norm / norm)
+
+
+def _times(gradient: SlotGradient, factor: float) -> SlotGradient:
+    """A slot's gradient with a factor, over the same tokens."""
+    return SlotGradient(
+        covers=gradient.covers,
+        denominator=gradient.denominator * factor,
+        num_tokens=gradient.num_tokens,
+        total=gradient.total,
+    )
+
+
+def _groups(slots: Mapping[int, SlotGradient]) -> dict[tuple[int, ...], list[int]]:
+    """Slots -> the parameters that exactly those pass through, and of which one has a gradient."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index in range(len(next(iter(slots.values())).total)):
+        members = tuple(slot for slot in sorted(slots) if slots[slot].passes(index))
+        if any(slots[slot].total[index] is not None for slot in members):
+            groups.setdefault(members, []).append(index)
+    return groups
+
+
+def _as_clients(slots: Mapping[int, SlotGradient], names: Sequence[int]) -> list[ClientUpdate]:
+    """The slots' token-mean gradients as the rules take them: changes from zero, in fp64.
+
+    Args:
+        slots: Slot -> its gradient.
+        names: The parameters to look at; of each, some slot has a gradient.
+    """
+    shapes = {
+        index: next(g.total[index] for g in slots.values() if g.total[index] is not None)
+        for index in names
+    }
+    clients = []
+    for slot, gradient in slots.items():
+        scale = gradient.denominator / gradient.num_tokens
+        others = {}
+        for index in names:
+            like, mine = shapes[index], gradient.total[index]
+            assert like is not None
+            zero = torch.zeros_like(like, dtype=torch.float64)
+            others[str(index)] = (zero, zero if mine is None else mine.double() * scale)
+        clients.append(ClientUpdate(slot, gradient.num_tokens, {}, others))
+    return clients

@@ -1,0 +1,285 @@
+"""Clients at work in an asynchronous round, each with the weights it was sent out with.
+
+John Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022
+(arXiv 2106.06639), for the layers in the middle. Clients go out and come back at any time; a round is
+the K that came back first, and makes one optimizer step. So between a client's forward and its backward
+the trunk may have stepped several times. What that means here:
+
+- A **dispatch** is one client sent to work. Its version is the trunk's at the moment the coordinator
+  first names it (BeginRound), and is also the version of the client adapter that it was sent.
+- All its forwards and backwards compute with that version's weights, kept as a copy
+  (:mod:`flower_split.trunk.compute.weight_versions`): its gradient is that of an unsplit model of
+  one version.
+- Its gradient over all its local steps, ``Σ d g`` in fp32 with its tokens, stays with it until the
+  coordinator names it among a round's arrivals (PrepareRound), each with a factor for its staleness.
+  Then the trunk takes one step with ``Σ s n g / Σ n`` in the order of slot and dispatch: the same
+  arrivals give the same bits, whatever the order in which they came.
+- A dispatch counts once: it leaves with the round that it entered. One that the coordinator does not
+  name any more is recalled: its calls are refused, and nothing of it is left.
+- Commit and abort are those of any round. What is at work or has arrived, and is not committed, lives
+  in memory only: a crash or an abort loses it, and the coordinator sends its clients out again.
+
+Every dispatch is a round of one participant to the engine: its own ledger, window, cuts and gradient.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.protocol.values import Arrival, Dispatch, RoundPlan
+from flower_split.trunk.compute.activations import ActivationCache
+from flower_split.trunk.compute.compute import Snapshot, TrunkCompute
+from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.compute.weight_versions import Versions, Weights
+from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.engine.windows import Phase, StepEvery, WindowMachine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Flight(Round):
+    """A client at work: a round of its own, at its own version."""
+
+    number: int = 0
+    weights: Weights | None = None  # None: nothing trains on the trunk, or its work is done
+
+    @property
+    def slot(self) -> int:
+        """The client's."""
+        return next(iter(self.plan.participants))
+
+    @property
+    def version(self) -> int:
+        """Of the weights that it computes with."""
+        return self.before.version
+
+    @property
+    def arrived(self) -> bool:
+        """Whether every planned contribution is in."""
+        return self.windows.slots[self.slot].finished
+
+    @property
+    def problem(self) -> str:
+        """In words, why its work is not done."""
+        return self.windows.problem or self.windows.waiting_for()
+
+    def check_forward(self, version: int) -> None:
+        """Whether a forward at ``version`` may run.
+
+        Raises:
+            TrunkRefused: It expects another version, or the client has given everything it planned.
+        """
+        if version != self.version:
+            raise TrunkRefused(
+                RefusalReason.STALE_VERSION,
+                f"slot {self.slot} asks for version {version} of the weights; {self} was sent out "
+                f"with {self.version}.",
+            )
+        if self.arrived:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"slot {self.slot} sends a forward after the last micro-batch of {self}.",
+            )
+
+    def __str__(self) -> str:
+        return f"dispatch {self.number} (slot {self.slot}) of experiment {self.plan.experiment}"
+
+
+class Flights:
+    """Everybody at work. The engine's lock is held around every method.
+
+    Args:
+        compute: The trunk module.
+        trains: Whether the trunk's weights train.
+        activations: What is kept between forward and backward, over all dispatches.
+        weight_bytes: Budget of the copies of former weights.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        compute: TrunkCompute,
+        *,
+        trains: bool,
+        activations: ActivationCache,
+        weight_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.activations = activations
+        self.versions = Versions(weight_bytes)
+        self._compute = compute
+        self._trains = trains
+        self._clock = clock
+        self._flights: dict[int, Flight] = {}  # by number
+
+    # ------------------------------------------------------------------ looking
+
+    def all(self) -> list[Flight]:
+        """Everybody at work or arrived, by slot and number."""
+        return sorted(self._flights.values(), key=lambda flight: (flight.slot, flight.number))
+
+    def has(self, current: Round) -> bool:
+        """Whether ``current`` is one of them."""
+        return isinstance(current, Flight) and self._flights.get(current.number) is current
+
+    def by_token(self, token: bytes) -> Flight | None:
+        """Whose session token has this hash."""
+        return next((f for f in self._flights.values() if token in f.slots_by_token), None)
+
+    def by_session(self, session: str) -> Flight | None:
+        """Whose session this is."""
+        return next((f for f in self._flights.values() if session in f.sessions), None)
+
+    def silent(self) -> list[Flight]:
+        """Who has begun, is not done, and says nothing for the length of a lease."""
+        now = self._clock()
+        return [
+            flight
+            for flight in self._flights.values()
+            if flight.windows.phase is Phase.OPEN
+            and not flight.arrived
+            and flight.last_seen.get(flight.slot, now) < now - flight.plan.window_seconds
+            and not flight.ledger.pending(flight.slot)
+        ]
+
+    # ------------------------------------------------------------------ on the compute thread
+
+    def follow(self, plan: RoundPlan) -> None:
+        """Have exactly the dispatches of ``plan`` at work: new ones begin, others are recalled.
+
+        A dispatch is known again by its number and token: those of a coordinator that has died are
+        recalled, even where the next one counts from the same number.
+
+        Raises:
+            TrunkRefused: A slot is at work already (nothing has changed then), or the copy of the
+                weights does not fit.
+        """
+        known = {
+            entry.number
+            for entry in plan.dispatches
+            if entry.number in self._flights
+            and hashed(entry.token) in self._flights[entry.number].slots_by_token
+        }
+        new = [entry for entry in plan.dispatches if entry.number not in known]
+        self._check([self._flights[number] for number in known], new)
+        for number in [number for number in self._flights if number not in known]:
+            self.recall(self._flights.pop(number), "the coordinator has recalled it")
+        if not self._flights:
+            self.activations.begin(max(1, len(new)))
+        self._forget_versions()
+        weights = (
+            self.versions.copy_of(self._compute.version, self._compute.parameters)
+            if new and self._trains and self._compute.parameters
+            else None
+        )
+        for entry in new:
+            self.activations.release_slot(entry.slot)  # forwards that its last dispatch left behind
+            self._flights[entry.number] = self._begun(plan, entry, weights)
+
+    def _check(self, known: Sequence[Flight], new: Sequence[Dispatch]) -> None:
+        busy = [flight.slot for flight in known if self._trains and not flight.arrived]
+        slots = busy + [entry.slot for entry in new]
+        if len(set(slots)) < len(slots):
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"a slot is sent to work twice at a time; those at work are {sorted(slots)}.",
+            )
+
+    def _begun(self, plan: RoundPlan, entry: Dispatch, weights: Weights | None) -> Flight:
+        now = self._clock()
+        own = RoundPlan(
+            experiment=plan.experiment,
+            server_round=plan.server_round,
+            attempt=entry.number,
+            participants={entry.slot: entry.token},
+            step_every=StepEvery.SERVER_ROUND,
+            num_server_rounds=plan.num_server_rounds,
+            join_seconds=plan.join_seconds,
+            window_seconds=plan.window_seconds,
+        )
+        return Flight(
+            plan=own,
+            windows=WindowMachine(
+                [entry.slot],
+                step_every=StepEvery.SERVER_ROUND if self._trains else StepEvery.CONTRIBUTION,
+                quorum=1.0,
+                join_seconds=plan.join_seconds,
+                window_seconds=plan.window_seconds,
+                now=now,
+            ),
+            before=Snapshot(self._compute.version, [], {}),
+            slots_by_token={hashed(entry.token): entry.slot},
+            last_activity=now,
+            number=entry.number,
+            weights=weights,
+        )
+
+    def take(
+        self, arrivals: Sequence[Arrival]
+    ) -> tuple[list[Flight], dict[int, SlotGradient], dict[int, float]]:
+        """Take the arrivals of a round out: their work enters its step, and they are gone.
+
+        Returns:
+            ``(flights, gradients, factors)``: the flights by slot and number, and by their index in
+            that list the gradients (none where nothing trains) and the factors.
+
+        Raises:
+            TrunkRefused: One is not at work, or has not given everything it planned
+                (UNKNOWN_CONTRIBUTION); all stay.
+        """
+        factors = {arrival.dispatch: arrival.factor for arrival in arrivals}
+        for number in factors:
+            flight = self._flights.get(number)
+            if flight is None or flight.over or (self._trains and not flight.arrived):
+                why = "is not at work" if flight is None else f"is not done: {flight.problem}"
+                raise TrunkRefused(
+                    RefusalReason.UNKNOWN_CONTRIBUTION,
+                    f"the coordinator says that dispatch {number} has arrived, but it {why}. It must "
+                    "be sent out again.",
+                )
+        taken = [flight for flight in self.all() if flight.number in factors]
+        gradients = {
+            index: flight.gradients[flight.slot]
+            for index, flight in enumerate(taken)
+            if self._trains
+        }
+        for flight in taken:
+            del self._flights[flight.number]
+        self._forget_versions()
+        return taken, gradients, {i: factors[flight.number] for i, flight in enumerate(taken)}
+
+    def recall(self, flight: Flight, why: str) -> None:
+        """End a dispatch: its calls are refused from now on, and its gradient is forgotten."""
+        if not flight.arrived:
+            self.activations.release_slot(flight.slot)
+        flight.windows.abort(why)
+        flight.gradients.clear()
+        flight.weights = None
+        logger.info("%s is recalled: %s", flight, why)
+
+    def expire(self) -> None:
+        """Recall whoever's lease has ended; it stays named until the coordinator drops it."""
+        for flight in self.silent():
+            lease = f"{flight.plan.window_seconds:g}"
+            self.recall(flight, f"it was silent for {lease} s, so its lease ended")
+
+    def clear(self, why: str) -> None:
+        """Recall everybody: their round is given up, or another experiment begins."""
+        for flight in self._flights.values():
+            self.recall(flight, why)
+        self._flights.clear()
+        self.activations.clear()
+        self.versions.keep_only(set())
+
+    def settled(self, flight: Flight) -> None:
+        """A dispatch has given everything: it needs its weights no more."""
+        if flight.arrived:
+            flight.weights = None
+            self._forget_versions()
+
+    def _forget_versions(self) -> None:
+        self.versions.keep_only(
+            {f.weights.version for f in self._flights.values() if f.weights is not None}
+        )

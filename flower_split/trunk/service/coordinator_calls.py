@@ -1,0 +1,99 @@
+"""The coordinator's methods of the trunk's RPC shell: rounds, status, the adapter."""
+
+from collections.abc import Iterator
+
+import grpc  # noqa: TID251
+from google.protobuf.message import Message
+
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.convert import (
+    arrivals_from_proto,
+    plan_from_proto,
+    report_to_proto,
+    status_to_proto,
+)
+from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.handlers import (
+    Context,
+    answered,
+    deadline_of,
+    same_token,
+    token_of,
+    unary,
+)
+from flower_split.wire.frames import Outgoing
+
+
+class CoordinatorCalls:
+    """What the ServerApp asks of one engine.
+
+    Args:
+        engine: What keeps the rounds.
+        token: Who knows it is the coordinator.
+    """
+
+    def __init__(self, engine: TrunkEngine, token: str) -> None:
+        self._engine = engine
+        self._token = token
+
+    def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
+        """Every method by its name."""
+        return {
+            "BeginRound": unary(pb.BeginRoundRequest, self._begin_round),
+            "PrepareRound": unary(pb.PrepareRoundRequest, self._prepare_round),
+            "CommitRound": unary(pb.CommitRoundRequest, self._commit_round),
+            "AbortRound": unary(pb.AbortRoundRequest, self._abort_round),
+            "Status": unary(pb.StatusRequest, self._status),
+            "GetAdapter": grpc.unary_stream_rpc_method_handler(self._get_adapter),
+        }
+
+    def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        epoch, version = self._engine.begin_round(plan_from_proto(request))
+        return pb.BeginRoundReply(trunk_epoch=epoch, version=version)
+
+    def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        report = self._engine.prepare_round(
+            request.experiment,
+            request.server_round,
+            request.attempt,
+            deadline_of(context),
+            arrivals_from_proto(request),
+        )
+        return report_to_proto(report)
+
+    def _commit_round(self, request: pb.CommitRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        version = self._engine.commit_round(
+            request.experiment, request.server_round, request.attempt
+        )
+        return pb.CommitRoundReply(version=version)
+
+    def _abort_round(self, request: pb.AbortRoundRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        version = self._engine.abort_round(
+            request.experiment, request.server_round, request.attempt, request.why
+        )
+        return pb.AbortRoundReply(version=version)
+
+    def _status(self, request: pb.StatusRequest, context: Context) -> Message:
+        self._require_coordinator(context)
+        return status_to_proto(self._engine.status())
+
+    def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
+        def work() -> Outgoing:
+            self._require_coordinator(context)
+            adapter = self._engine.adapter()
+            return Outgoing(pb.Header(reply=pb.ReplyHeader()), adapter)
+
+        yield from answered(context, "GetAdapter", work).frames()
+
+    def _require_coordinator(self, context: Context) -> None:
+        if not same_token(token_of(context), self._token):
+            raise TrunkRefused(
+                RefusalReason.UNAUTHENTICATED,
+                "this call needs the coordinator's token. Give the ServerApp the trunk's token file "
+                "(trunk.token-file).",
+            )

@@ -1,0 +1,148 @@
+"""A trunk small enough to work out by hand, and an engine around it."""
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from flower_split.config import OptimizerConfig
+from flower_split.protocol.values import ContributionKey, ForwardMode, RoundPlan
+from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.engine.checkpoint_store import CheckpointStore
+from flower_split.trunk.engine.engine import TrunkEngine
+
+HIDDEN = 3
+SGD = OptimizerConfig(name="sgd", learning_rate=0.5, max_grad_norm=0.0)
+
+
+class ToyTrunk(nn.Module):
+    """``h ↦ h · W`` with dropout, masked positions passing as zeros."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(HIDDEN, HIDDEN, generator=generator))
+        self.drop = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        out = self.drop(hidden_states) @ self.weight
+        return out if attention_mask is None else out * attention_mask[..., None]
+
+
+def make_engine(
+    *,
+    optimizer: OptimizerConfig = SGD,
+    mode: str = "joint",
+    dropout: float = 0.0,
+    activation_bytes: int = 2**20,
+    activation_bytes_per_client: int = 0,
+    reduction: Reduction | None = None,
+    weight_bytes: int = 2**20,
+    checkpoints: CheckpointStore | None = None,
+    clock=time.monotonic,
+) -> TrunkEngine:
+    """An engine around a fresh :class:`ToyTrunk`."""
+    trunk = ToyTrunk(dropout).requires_grad_(mode == "joint")
+    return TrunkEngine(
+        TrunkCompute(trunk, optimizer, seed=0),
+        mode=mode,
+        hidden_size=HIDDEN,
+        fingerprint={"model": "toy"},
+        activation_bytes=activation_bytes,
+        activation_bytes_per_client=activation_bytes_per_client,
+        reduction=reduction,
+        weight_bytes=weight_bytes,
+        checkpoints=checkpoints,
+        clock=clock,
+    )
+
+
+def make_plan(slots=(0, 1), **changes) -> RoundPlan:
+    """A plan for ``slots``, with token ``token-<slot>`` each."""
+    plan = RoundPlan(
+        experiment="test",
+        server_round=1,
+        attempt=0,
+        participants={slot: f"token-{slot}" for slot in slots},
+        join_seconds=30.0,
+        window_seconds=30.0,
+        steps_per_round=2,
+    )
+    return replace(plan, **changes)
+
+
+class ToyClient:
+    """One client of an engine, without a network."""
+
+    def __init__(self, engine: TrunkEngine, slot: int, steps: int = 1, *, evaluate: bool = False):
+        self.engine = engine
+        self.grant = engine.open_session(f"token-{slot}", {"model": "toy"}, steps, evaluate)
+
+    def key(self, window: int, micro_batch: int = 0) -> ContributionKey:
+        return ContributionKey(
+            self.grant.experiment,
+            self.grant.server_round,
+            self.grant.attempt,
+            window,
+            micro_batch,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        window: int = 0,
+        micro_batch: int = 0,
+        *,
+        mode: ForwardMode = ForwardMode.TRAIN,
+        version: int | None = None,
+        digest: bytes = b"f",
+        timeout: float = 20.0,
+        acknowledged: int = 0,
+        **tensors: Tensor,
+    ):
+        return self.engine.forward(
+            self.grant.session,
+            self.grant.epoch,
+            None if mode is ForwardMode.EVALUATE else self.key(window, micro_batch),
+            self.grant.version + window if version is None else version,
+            mode,
+            {"hidden_states": hidden, **tensors},
+            digest,
+            time.monotonic() + timeout,
+            acknowledged,
+        )
+
+    def backward(
+        self,
+        grad: Tensor,
+        window: int = 0,
+        micro_batch: int = 0,
+        *,
+        num_tokens: float = 1.0,
+        denominator: float | None = None,
+        last: bool = True,
+        version: int | None = None,
+        digest: bytes = b"b",
+    ):
+        return self.engine.backward(
+            self.grant.session,
+            self.grant.epoch,
+            self.key(window, micro_batch),
+            self.grant.version + window if version is None else version,
+            grad,
+            num_tokens,
+            num_tokens if denominator is None else denominator,
+            last,
+            digest,
+            time.monotonic() + 20.0,
+        )
+
+    def close(self) -> None:
+        self.engine.close_session(self.grant.session, self.grant.epoch)

@@ -1,0 +1,185 @@
+"""transformers' Trainer on the split client equals the same Trainer on the unsplit model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from flower_split.errors import ConfigError, SplitError, TrunkError
+from flower_split.integrations.trainer import connect_trainer
+from flower_split.parties.parts import model_cuts
+from flower_split.split import set_trunk, split_model
+from tests.support.trainer_rig import (
+    ADAMW,
+    SGD,
+    STEPS,
+    RecordingTrainer,
+    arguments,
+    assert_equal_runs,
+    checkpoint,
+    client_trunk,
+    examples,
+    in_process,
+    over_grpc,
+    packed,
+    padded,
+    remote_client,
+    run_config,
+    served,
+    train,
+    unsplit,
+    whole_model,
+)
+
+WAYS = {"in process": in_process, "over gRPC": over_grpc}
+CASES: dict[str, tuple[Any, dict[str, object]]] = {
+    "right padding": (padded("right"), {}),
+    "left padding": (padded("left"), {}),
+    "left padding, position ids": (padded("left", positions=True), {}),
+    "packed": (packed, {"per_device_train_batch_size": 3}),
+    "accumulation": (padded("right"), {"gradient_accumulation_steps": 3}),
+    "checkpointing": (padded("right"), {"gradient_checkpointing": True}),
+    "accumulation and checkpointing": (
+        padded("left"),
+        {"gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_trainer_split_equals_unsplit(tmp_path: Path, way: str, case: str) -> None:
+    collate, changes = CASES[case]
+    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    expected = unsplit(config, tmp_path, collate, **changes)
+    assert_equal_runs(expected, WAYS[way](config, tmp_path, collate, **changes))
+    assert expected.losses[-1] != expected.losses[0]
+    assert len(expected.losses) == STEPS * int(changes.get("gradient_accumulation_steps", 1))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_trainer_with_adamw_on_both_sides_equals_unsplit(tmp_path: Path, way: str) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), ADAMW)
+    expected = unsplit(config, tmp_path, padded("right"), gradient_accumulation_steps=2)
+    found = WAYS[way](config, tmp_path, padded("right"), gradient_accumulation_steps=2)
+    assert_equal_runs(expected, found)
+
+
+@pytest.mark.parametrize("step_every", ["local-step", "server-round"])
+def test_trainer_over_grpc_steps_the_trunk_once_per_window(tmp_path: Path, step_every: str) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD, step_every=step_every)
+    run = over_grpc(config, tmp_path, padded("right"), gradient_accumulation_steps=2)
+    assert run.report.optimizer_steps == (STEPS if step_every == "local-step" else 1)
+    [slot] = run.report.slots
+    assert slot.completed
+    assert slot.contributions == 2 * STEPS
+
+
+@pytest.mark.parametrize(("way", "tolerance"), [("in process", 1e-6), ("over gRPC", 2e-2)])
+def test_trainer_with_bf16_autocast_equals_unsplit(
+    tmp_path: Path, way: str, tolerance: float
+) -> None:
+    # A remote trunk computes in its own dtype, here fp32, where the unsplit model rounds to bf16.
+    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    expected = unsplit(config, tmp_path, padded("right"), bf16=True)
+    full = unsplit(config, tmp_path, padded("right"))
+    found = WAYS[way](config, tmp_path, padded("right"), bf16=True)
+    torch.testing.assert_close(
+        torch.tensor(found.losses), torch.tensor(expected.losses), rtol=tolerance, atol=tolerance
+    )
+    assert expected.losses != full.losses
+
+
+def test_trainer_with_dropout_in_process_draws_as_the_unsplit_model(tmp_path: Path) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD, dropout=0.2)
+    expected = unsplit(config, tmp_path, padded("right"))
+    assert_equal_runs(expected, in_process(config, tmp_path, padded("right")))
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_trainer_with_dropout_over_grpc_repeats_whatever_is_recomputed(tmp_path: Path) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD, dropout=0.2)
+    run = over_grpc(config, tmp_path, padded("right"))
+    again = over_grpc(config, tmp_path, padded("right"))
+    assert run.losses == again.losses
+    assert all(torch.equal(run.adapter[name], again.adapter[name]) for name in run.adapter)
+    small = replace(config, trunk=replace(config.trunk, activation_memory=2**14 / 2**30))
+    recomputed = over_grpc(small, tmp_path, padded("right"), gradient_checkpointing=True)
+    assert_equal_runs(run, recomputed)
+    without = over_grpc(run_config(checkpoint(tmp_path / "model"), SGD), tmp_path, padded("right"))
+    assert without.losses != run.losses
+
+
+def test_trainer_that_evaluates_between_steps_trains_the_same(tmp_path: Path) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    found: dict[str, list[float]] = {}
+    model = whole_model(config)
+    for way in ("unsplit", "over gRPC"):
+        with served(config) as fed:
+            subject = model if way == "unsplit" else remote_client(fed)
+            trainer = RecordingTrainer(
+                model=subject,
+                args=TrainingArguments(
+                    **arguments(tmp_path, SGD, eval_strategy="steps", eval_steps=1)
+                ),
+                train_dataset=examples(24),
+                eval_dataset=examples(5, seed=9),
+                data_collator=padded("right"),
+            )
+            if way == "over gRPC":
+                with client_trunk(fed, subject):
+                    connect_trainer(trainer)
+                    trainer.train()
+            else:
+                trainer.train()
+        logged = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        found[way] = trainer.losses + logged
+        assert len(logged) == STEPS
+    torch.testing.assert_close(
+        torch.tensor(found["over gRPC"]), torch.tensor(found["unsplit"]), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_connect_trainer_refuses_a_trunk_in_process(tmp_path: Path) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    client, _ = split_model(whole_model(config), model_cuts(config))
+    trainer = train(client, tmp_path, SGD, padded("right"))
+    with pytest.raises(SplitError, match="LocalTrunkOptimizer"):
+        connect_trainer(trainer)
+
+
+def test_connect_trainer_refuses_an_unknown_window_and_a_second_training(tmp_path: Path) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    with served(config) as fed:
+        client = remote_client(fed)
+        with client_trunk(fed, client):
+            trainer = train(client, tmp_path, SGD, padded("right"))
+            with pytest.raises(ConfigError, match="step_every"):
+                connect_trainer(trainer, step_every="sometimes")
+            connect_trainer(trainer)
+            trainer.train()
+            with pytest.raises(TrunkError, match="new RemoteTrunk"):
+                trainer.train()
+
+
+def test_connect_trainer_goes_on_with_the_trunk_of_the_next_round(tmp_path: Path) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    with served(config) as fed:
+        client = remote_client(fed)
+        trunk = client_trunk(fed, client)
+        trainer = train(client, tmp_path, SGD, padded("right"))
+        connect_trainer(trainer)
+        with trunk:
+            trainer.train()
+        fed.coordinator.prepare_round("test", 1, 0)
+        fed.coordinator.commit_round("test", 1, 0)
+        fed.begin([0], server_round=2, steps_per_round=STEPS)
+        trunk = fed.remote(0)
+        set_trunk(client, trunk)
+        with trunk:
+            trainer.train()
+        assert fed.coordinator.prepare_round("test", 2, 0).version == 2 * STEPS
