@@ -1,6 +1,5 @@
 """An app's directory: its name and its run config, with the command line's overrides."""
 
-# ruff: noqa: TID251
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,6 +1,5 @@
 """``flower-split run``: ``flwr run`` with checks beforehand and a true outcome afterwards."""
 
-# ruff: noqa: TID251
 import json
 import logging
 import subprocess

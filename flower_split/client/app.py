@@ -5,7 +5,6 @@ Flower's strategies and mods expect; per-step lists travel in a ConfigRecord of 
 that this package raised on purpose travels as the reply's error, in its own words.
 """
 
-# ruff: noqa: TID251
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from flwr.clientapp.typing import Mod
 from torch import Tensor
 
 from flower_split.client.client import Client, TrunkOrder, planned_steps
+from flower_split.client.privacy_mod import privacy_mod
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import (
     FederationError,
@@ -41,14 +41,13 @@ from flower_split.messages.client_facts import (
     WEIGHT_NORMS,
     ClientFacts,
 )
+from flower_split.messages.error_codes import TRUNK_LOST
 from flower_split.parties.client_ranks import own_lora
 from flower_split.parties.parts import client_cuts
 from flower_split.runs.private_factors import PrivateFolder, client_directory
 from flower_split.runtime import failpoints
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
 from flower_split.runtime.simulation import simulated_clients_at_once
-from flower_split.server.federation.exchange import TRUNK_LOST
-from flower_split.server.privacy.clipping import privacy_mod
 
 logger = logging.getLogger(__name__)
 

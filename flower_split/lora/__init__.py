@@ -6,11 +6,11 @@ writes the adapter under the names that PEFT saves it by.
 """
 
 from flower_split.lora.attach import attach_lora
+from flower_split.lora.initial_adapter import initial_client_adapter
 from flower_split.lora.initial_values import (
     base_digests,
     base_values,
     has_base_values,
-    initial_client_adapter,
     weight_norms,
 )
 from flower_split.lora.model_parts import embedding_names, output_embeddings, part_of, stack_of

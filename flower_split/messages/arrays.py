@@ -1,6 +1,5 @@
 """Adapters on their way through Flower: fp32 tensors, sorted by name, in one ArrayRecord."""
 
-# ruff: noqa: TID251
 from collections.abc import Mapping
 
 import torch

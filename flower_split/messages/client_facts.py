@@ -1,6 +1,5 @@
 """What a client tells the ServerApp, and the names of the records in its replies."""
 
-# ruff: noqa: TID251
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field

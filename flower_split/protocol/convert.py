@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flower_split.errors import RefusalReason, SplitError, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     ActivationReport,
     Arrival,
@@ -23,7 +24,6 @@ from flower_split.protocol.values import (
 )
 from flower_split.split import CutLayers
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.trunk.engine.windows import StepEvery
 
 _STEP_EVERY = {
     StepEvery.LOCAL_STEP: pb.LOCAL_STEP,

@@ -9,7 +9,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from flower_split.trunk.engine.windows import StepEvery
+from flower_split.protocol.step_every import StepEvery
 
 
 @dataclass(frozen=True, slots=True)

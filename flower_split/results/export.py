@@ -24,9 +24,9 @@ from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
 from flower_split.lora.base_change import with_base_change
-from flower_split.parties.client_cuts import clients_own, with_cuts
 from flower_split.parties.parts import model_cuts
 from flower_split.results.client_adapter import OneClient, read_client_adapter
+from flower_split.results.client_view import clients_own, with_cuts
 from flower_split.results.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
 from flower_split.runs.directory import RunDirectory
 from flower_split.split import CutLayers

@@ -31,11 +31,11 @@ from flower_split.errors import ConfigError, FlowerSplitError, RunDirectoryError
 from flower_split.lora import attach_lora, load_adapter_state
 from flower_split.lora.base_change import set_base_change
 from flower_split.lora.model_parts import stack_of
-from flower_split.parties.client_cuts import clients_own, with_cuts
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import held_parts, model_cuts, trunk_parts
 from flower_split.protocol.values import RoundPlan
 from flower_split.results.client_adapter import OneClient, read_client_adapter
+from flower_split.results.client_view import clients_own, with_cuts
 from flower_split.results.export import read_base_change
 from flower_split.runs.directory import RunDirectory
 from flower_split.runtime.devices import resolve_device

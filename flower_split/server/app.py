@@ -1,6 +1,5 @@
 """The ServerApp: run directory, trunk, handshake, rounds, report, in this order and in one place."""
 
-# ruff: noqa: TID251
 import contextlib
 import logging
 import os
@@ -51,8 +50,8 @@ from flower_split.server.rounds import (
     with_retries,
 )
 from flower_split.server.strategy_factory import inner_context, inner_strategy, largest_weights
+from flower_split.server.trunk_process import TrunkProcess
 from flower_split.server.trunk_strategy import TrunkAccess, TrunkStrategy
-from flower_split.trunk.serve import TrunkProcess
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,6 @@ Adapters travel, data never does. The figures answer the question that makes fed
 how well does what one client could learn alone serve the other clients' areas?
 """
 
-# ruff: noqa: TID251
 import logging
 from collections.abc import Mapping, Sequence
 

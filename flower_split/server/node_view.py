@@ -1,6 +1,5 @@
 """A Flower grid that shows only some of the nodes: how an inner strategy is given a seeded sample."""
 
-# ruff: noqa: TID251
 from collections.abc import Iterable, Sequence
 
 from flwr.app import Message, RecordDict

@@ -1,6 +1,5 @@
 """What the ServerApp keeps of a run: metrics by step, client and round, and the final summary."""
 
-# ruff: noqa: TID251
 import io
 import logging
 import math

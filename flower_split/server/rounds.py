@@ -5,7 +5,6 @@ which every client failed as done. This one begins where it is told, reports whe
 and ends a phase as soon as it cannot succeed any more.
 """
 
-# ruff: noqa: TID251
 import logging
 import time
 from collections.abc import Callable, Sequence

@@ -1,6 +1,5 @@
 """What the run's inner strategy is made from: the clients' initial adapter, and what each holds of it."""
 
-# ruff: noqa: TID251
 import logging
 from collections.abc import Mapping
 

@@ -14,7 +14,6 @@ round, and taken back where a round is lost (``flower_split/server/inner/state.p
 This is the last of the six files that a training step passes through.
 """
 
-# ruff: noqa: TID251
 import logging
 import math
 import random
@@ -38,6 +37,7 @@ from flower_split.errors import (
     TrunkRefused,
     TrunkUnavailable,
 )
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, RoundBase, RoundPlan, RoundReport, TrunkStatus
 from flower_split.runtime import failpoints
 from flower_split.server.federation.exchange import Federation, by_slot, describe, lost_slots
@@ -54,7 +54,6 @@ from flower_split.server.inner.reply_checks import check_for_inner, checked_resu
 from flower_split.server.inner.state import begin_again, load_state, state_of
 from flower_split.server.node_view import NodeView
 from flower_split.server.privacy.mechanisms import check_wrapped
-from flower_split.trunk.engine.windows import StepEvery
 
 logger = logging.getLogger(__name__)
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.errors import DataError, FlowerSplitError
 from flower_split.lora import output_embeddings
 from flower_split.runtime.threads import pinned_pool
 from flower_split.training.compute_turns import ComputeTurns
 from flower_split.training.optimizers import LearningRate, make_optimizer
+from flower_split.training.trunk_protocol import MicroBatchTrunk
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def train_round(
     batches: Iterator[Batch],
     config: RunConfig,
     place: RoundPlace,
-    trunk: RemoteTrunk | None,
+    trunk: MicroBatchTrunk | None,
     proximal_mu: float = 0.0,
 ) -> TrainResult:
     """Train the parameters of ``model`` that require grad for one round.
@@ -171,7 +171,7 @@ class _StepTrainer:
         parameters: Sequence[nn.Parameter],
         config: RunConfig,
         place: RoundPlace,
-        trunk: RemoteTrunk | None,
+        trunk: MicroBatchTrunk | None,
         pool: Executor,
     ) -> None:
         self.model = model
@@ -330,7 +330,7 @@ class AuxiliaryHead:
         FlowerSplitError: The model has no output embedding.
     """
 
-    def __init__(self, model: PreTrainedModel, trunk: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel, trunk: MicroBatchTrunk) -> None:
         embedding = output_embeddings(model)
         if embedding is None:
             raise FlowerSplitError(

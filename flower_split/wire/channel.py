@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol, TypeVar, cast
 
-import grpc  # noqa: TID251
+import grpc
 from google.protobuf.message import Message
 
 from flower_split.errors import (

@@ -36,9 +36,9 @@ from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import all_parts, client_parts, model_cuts
 from flower_split.protocol.values import RoundPlan
 from flower_split.server.coordinator import TrunkCoordinator
+from flower_split.server.trunk_process import TrunkProcess
 from flower_split.split import load_client_model, load_whole_model
 from flower_split.training.round import Batch, RoundPlace, StepMetrics, train_round
-from flower_split.trunk.serve import TrunkProcess
 
 
 @dataclass(frozen=True)

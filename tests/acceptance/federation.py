@@ -30,13 +30,13 @@ from flower_split.config import (
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state, lora_scales
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import all_parts, held_parts, model_cuts
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, RoundReport
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers, load_client_model, set_trunk
 from flower_split.training.round import Batch, RoundPlace, TrainResult, train_round
 from flower_split.trunk.build import make_engine
 from flower_split.trunk.engine.engine import TrunkEngine
-from flower_split.trunk.engine.windows import StepEvery
 from flower_split.trunk.service.server import TrunkServer
 
 VOCAB_SIZE = 64

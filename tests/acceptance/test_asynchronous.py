@@ -14,10 +14,10 @@ from flower_split.config import RunConfig
 from flower_split.errors import TrunkRefused
 from flower_split.lora import adapter_state, load_adapter_state
 from flower_split.parties.fingerprint import fingerprint
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, Dispatch, RoundPlan
 from flower_split.split import CutLayers, set_trunk
 from flower_split.training.round import Batch, RoundPlace, train_round
-from flower_split.trunk.engine.windows import StepEvery
 from tests.acceptance.federation import (
     SGD,
     Federation,

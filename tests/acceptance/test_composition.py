@@ -35,9 +35,9 @@ from flower_split.client.app import make_client_app
 from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import ConfigError, FederationError, FlowerSplitError, RunDirectoryError
 from flower_split.lora import initial_client_adapter
+from flower_split.messages.updates import update_norm
 from flower_split.parties.parts import client_parts, model_cuts
 from flower_split.server.inner.flower_strategies import InnerContext, inner_notes
-from flower_split.server.privacy.clipping import update_norm
 from flower_split.server.privacy.mechanisms import with_privacy
 from tests.support.composition import (
     CLIENTS,

@@ -12,7 +12,7 @@ import pytest
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import TrunkRefused, TrunkUnavailable
 from flower_split.server.coordinator import TrunkCoordinator
-from flower_split.trunk.serve import TrunkProcess
+from flower_split.server.trunk_process import TrunkProcess
 from tests.support.tiny_app import make_data, make_model, tiny_config
 
 
@@ -54,7 +54,7 @@ def test_trunk_process_ends_when_its_parent_is_killed(config: RunConfig, tmp_pat
     script = (
         "import sys, time\n"
         "from flower_split.config import parse_run_config\n"
-        "from flower_split.trunk.serve import TrunkProcess\n"
+        "from flower_split.server.trunk_process import TrunkProcess\n"
         f"trunk = TrunkProcess.start(parse_run_config({tiny_values(config)!r}), 120)\n"
         "print(trunk._process.pid, flush=True)\n"
         "time.sleep(600)\n"

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from flower_split.errors import RoundAborted, TrunkRefused, TrunkUnavailable
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import ContributionKey, ForwardMode, SessionGrant
-from flower_split.trunk.engine.windows import Phase, StepEvery
+from flower_split.trunk.engine.windows import Phase
 from tests.support.toy_trunk import HIDDEN, ToyTrunk, make_engine, make_plan
 from tests.support.window_reference import ReferenceRound
 

@@ -49,7 +49,7 @@ class LocalGrid(FakeGrid):
 
 
 class TrunkHere:
-    """What :class:`flower_split.trunk.serve.TrunkProcess` offers, in this process: quicker to start."""
+    """What ``TrunkProcess`` offers, in this process: quicker to start."""
 
     alive, given_up = True, False
 

@@ -27,7 +27,6 @@ The order of arrivals depends on time, so two runs differ; ``metrics.jsonl`` rec
 The same arrivals give the same bits, in whatever order they came.
 """
 
-# ruff: noqa: TID251
 import logging
 import math
 import random
@@ -50,6 +49,7 @@ from flower_split.errors import (
     TrunkRefused,
     TrunkUnavailable,
 )
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, Dispatch, RoundPlan, RoundReport
 from flower_split.runtime import failpoints
 from flower_split.server.federation.exchange import describe, failure_text
@@ -58,7 +58,6 @@ from flower_split.server.inner.fedbuff import Arrived, FedBuff
 from flower_split.server.inner.state import load_state, state_of
 from flower_split.server.rounds import RoundOutcome, TrunkCare, evaluate_clients, with_retries
 from flower_split.server.trunk_strategy import TrunkStrategy
-from flower_split.trunk.engine.windows import StepEvery
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ client gives the digest of each weight that such a value comes from; where all a
 the values, and everybody begins with those.
 """
 
-# ruff: noqa: TID251
 import logging
 from collections.abc import Mapping
 

@@ -4,7 +4,6 @@ A *slot* is a client's data partition, the stable name under which the trunk, th
 reports know it; Flower's node id changes from run to run. :class:`Federation` maps the two.
 """
 
-# ruff: noqa: TID251
 import logging
 import re
 import time
@@ -16,6 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError
+from flower_split.messages.error_codes import TRUNK_LOST
 
 logger = logging.getLogger(__name__)
 
@@ -23,9 +23,6 @@ logger = logging.getLogger(__name__)
 _WRAPPING = re.compile(r"^.*Exception ClientAppException occurred\. Message:\s*", re.DOTALL)
 _DEAD_ACTOR = "The actor died unexpectedly"  # what Ray says, at length, of a killed client
 _CLASS = re.compile(r"^<class '[^']*'>:<'(.*?)'>$", re.DOTALL)
-
-TRUNK_LOST = 70
-"""The error code of a reply whose client lost the trunk, or whose round was given up."""
 
 _LOSSES = (
     TRUNK_LOST,

@@ -4,7 +4,6 @@ Every check ends the run at once with one paragraph that names the remedy; none 
 to time out.
 """
 
-# ruff: noqa: TID251
 import logging
 import time
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,5 @@
 """What is looked at in the clients' training replies before the inner strategy sees them."""
 
-# ruff: noqa: TID251
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 

@@ -20,7 +20,6 @@ What sends the clients out and collects them is :mod:`flower_split.server.asynch
 trunk's side is :mod:`flower_split.trunk.engine.dispatches`.
 """
 
-# ruff: noqa: TID251
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType

@@ -10,7 +10,6 @@ B @ A.
 What cannot be combined is refused here, before the first round, with the reason.
 """
 
-# ruff: noqa: TID251
 import inspect
 import math
 from collections.abc import Callable, Mapping

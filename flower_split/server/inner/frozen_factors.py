@@ -5,7 +5,6 @@ beginning, B averaged (Sun et al., "Improving LoRA in Privacy-preserving Federat
 2024, arXiv 2403.12313).
 """
 
-# ruff: noqa: TID251
 from collections.abc import Iterable, Mapping
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord

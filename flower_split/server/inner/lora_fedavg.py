@@ -6,7 +6,6 @@ computes each client's change against what it sent *to that client*: clients may
 scales and modules than each other (:class:`flower_split.aggregation.adapter_aggregator.AdapterSpec`).
 """
 
-# ruff: noqa: TID251
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType

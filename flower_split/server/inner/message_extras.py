@@ -5,7 +5,6 @@ with each client. Both make a message more than an adapter, so neither goes with
 Flower's own strategies.
 """
 
-# ruff: noqa: TID251
 import logging
 from collections.abc import Callable, Mapping, Sequence
 

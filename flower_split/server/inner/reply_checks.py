@@ -4,7 +4,6 @@ Flower's averaging broadcasts other shapes, believes any weight, and may leave f
 divides by the length of an update. This package's own aggregation looks for itself.
 """
 
-# ruff: noqa: TID251
 import math
 from collections.abc import Mapping
 
@@ -19,11 +18,12 @@ from flwr.serverapp.strategy import (
 from flower_split.errors import FederationError
 from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.messages.client_facts import BASE_CHANGE
+from flower_split.messages.updates import move_zero_update
 from flower_split.server.federation.exchange import Federation
 from flower_split.server.federation.replies import UNIFORM, scalars
+from flower_split.server.inner.clip_check import check_clipped
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
 from flower_split.server.inner.state import AdaptiveClipping, FixedClipping, chain
-from flower_split.server.privacy.clipping import check_clipped, move_zero_update
 
 _CLIENT_SIDE = (
     DifferentialPrivacyClientSideFixedClipping,

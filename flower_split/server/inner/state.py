@@ -6,7 +6,6 @@ next round depends on. A strategy of the user's own takes part by being
 neither is unknown, and a run with it cannot be resumed.
 """
 
-# ruff: noqa: TID251
 import json
 from collections.abc import Iterator, Mapping
 

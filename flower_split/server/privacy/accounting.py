@@ -5,7 +5,6 @@ that was sent, by Rényi differential privacy (Mironov, "Rényi Differential Pri
 where other ways out of a client are open, that is said beside it.
 """
 
-# ruff: noqa: TID251
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -12,7 +12,6 @@ without noise; metrics have none; and where the trunk trains (mode ``joint``), e
 depends on all clients' data through the trunk, so that no epsilon holds for the run.
 """
 
-# ruff: noqa: TID251
 from collections.abc import Mapping
 
 from flwr.serverapp.strategy import (

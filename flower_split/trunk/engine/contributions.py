@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.checks import check_weights
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
@@ -16,7 +17,6 @@ from flower_split.trunk.engine.dispatches import Flight
 from flower_split.trunk.engine.ledger import CallName
 from flower_split.trunk.engine.round_lifecycle import RoundKeeper
 from flower_split.trunk.engine.round_state import Round, seed_name
-from flower_split.trunk.engine.windows import StepEvery
 
 
 class Contributions:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     Arrival,
     CallResult,
@@ -53,7 +54,6 @@ from flower_split.trunk.engine.round_state import (
     seed_name,
 )
 from flower_split.trunk.engine.waiting import WaitingRoom
-from flower_split.trunk.engine.windows import StepEvery
 
 logger = logging.getLogger(__name__)
 

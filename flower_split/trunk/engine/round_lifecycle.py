@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     ActivationReport,
     Arrival,
@@ -27,7 +28,7 @@ from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.dispatches import Flight, Flights
 from flower_split.trunk.engine.round_state import Round, Session, hashed, slot_reports
-from flower_split.trunk.engine.windows import Phase, StepEvery, WindowMachine
+from flower_split.trunk.engine.windows import Phase, WindowMachine
 
 logger = logging.getLogger(__name__)
 

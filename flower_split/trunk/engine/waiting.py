@@ -4,12 +4,12 @@ import threading
 from collections.abc import Callable
 
 from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.dispatches import Flight
 from flower_split.trunk.engine.ledger import CallName
 from flower_split.trunk.engine.round_lifecycle import RoundKeeper
 from flower_split.trunk.engine.round_state import Round
-from flower_split.trunk.engine.windows import StepEvery
 
 
 class WaitingRoom:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
 
 
 class Phase(Enum):
@@ -27,19 +28,6 @@ class Phase(Enum):
     OPEN = "open"
     DONE = "done"
     ABORTED = "aborted"
-
-
-class StepEvery(Enum):
-    """What makes one trunk optimizer step (run config: ``trunk.step-every``)."""
-
-    LOCAL_STEP = "local-step"
-    """One window per local optimizer step, over all participants of the round."""
-    SERVER_ROUND = "server-round"
-    """One window per server round; participants need not run at the same time."""
-    CONTRIBUTION = "contribution"
-    """A step after every backward, in the order of arrival (SplitFed-V2, arXiv 2004.12088)."""
-    BUFFER = "buffer"
-    """One step per server round, over the arrivals that the coordinator names (asynchronous)."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-import grpc  # noqa: TID251
+import grpc
 from google.protobuf.message import Message
 
 from flower_split.errors import RefusalReason, TrunkRefused

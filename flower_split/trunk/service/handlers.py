@@ -9,7 +9,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
-import grpc  # noqa: TID251
+import grpc
 from google.protobuf.message import Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused

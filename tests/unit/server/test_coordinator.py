@@ -12,8 +12,8 @@ from flower_split.protocol.convert import (
     status_from_proto,
     status_to_proto,
 )
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, RoundReport, SlotReport, TrunkStatus
-from flower_split.trunk.engine.windows import StepEvery
 from tests.support.loopback import (
     FINGERPRINT,
     HIDDEN,

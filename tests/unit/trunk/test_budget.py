@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.trunk.engine.windows import StepEvery
+from flower_split.protocol.step_every import StepEvery
 from tests.support.toy_trunk import HIDDEN, ToyClient, make_engine, make_plan
 
 INPUT = torch.ones(2, 4, HIDDEN)

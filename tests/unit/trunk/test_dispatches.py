@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, Dispatch, ForwardMode, RoundBase, RoundPlan
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
-from flower_split.trunk.engine.windows import StepEvery
 from tests.support.engine_rig import ManualClock
 from tests.support.toy_trunk import HIDDEN, ToyClient, ToyTrunk, make_engine, make_plan
 

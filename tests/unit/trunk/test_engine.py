@@ -8,8 +8,8 @@ import torch
 
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused, TrunkUnavailable
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import ForwardMode
-from flower_split.trunk.engine.windows import StepEvery
 from tests.support.toy_trunk import HIDDEN, ToyClient, ToyTrunk, make_engine, make_plan
 
 
