@@ -35,8 +35,8 @@ from torch import Tensor
 
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError, RunDirectoryError
-from flower_split.runtime.atomic_files import write_atomically
 from flower_split.runs.summary import SummaryRow, markdown_table, summary_cells
+from flower_split.runtime.atomic_files import write_atomically
 
 Json: TypeAlias = "bool | int | float | str | None | Sequence[Json] | Mapping[str, Json]"
 

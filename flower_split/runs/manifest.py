@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flower_split.runtime import failpoints
 from flower_split.errors import RunDirectoryError
+from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
 
 logger = logging.getLogger(__name__)

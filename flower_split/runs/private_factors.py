@@ -30,10 +30,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from flower_split.runtime.simulation import simulated_clients_at_once
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, FederationError, RunDirectoryError
 from flower_split.runtime.atomic_files import write_atomically
+from flower_split.runtime.simulation import simulated_clients_at_once
 
 FOLDER = "clients"
 """In the run directory: where simulated clients keep what is theirs."""

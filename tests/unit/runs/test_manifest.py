@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flower_split.runtime import failpoints
-from flower_split.runs.manifest import RunCheckpoints
 from flower_split.errors import RunDirectoryError
+from flower_split.runs.manifest import RunCheckpoints
+from flower_split.runtime import failpoints
 
 
 def commit(checkpoints: RunCheckpoints, server_round: int, **changes) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from flower_split.runs import directory as report
 from flower_split.config import RunConfig, TrainConfig
 from flower_split.errors import RunDirectoryError
+from flower_split.runs import directory as report
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.summary import ClientOutcome, HeldOut, summarize
 
