@@ -105,12 +105,17 @@ class NoTrunk(nn.Module):
 
 
 def planned_steps(config: RunConfig, num_examples: int) -> int:
-    """Optimizer steps that a client with ``num_examples`` takes in a round."""
+    """Return the optimizer steps that a client with ``num_examples`` takes in a round."""
     if config.train.local_steps:
         return config.train.local_steps
-    micro_batches = math.ceil(num_examples / config.train.batch_size)
+    micro_batches = epoch_micro_batches(config, num_examples)
     steps = math.ceil(micro_batches / config.train.gradient_accumulation_steps)
     return steps * config.train.local_epochs
+
+
+def epoch_micro_batches(config: RunConfig, num_examples: int) -> int:
+    """Return the micro-batches of one pass over the data; 0 where rounds are counted in steps."""
+    return math.ceil(num_examples / config.train.batch_size) if config.train.local_epochs else 0
 
 
 def stable_seed(*parts: int | str) -> int:
@@ -376,6 +381,7 @@ class Client:
             num_server_rounds=self.config.num_server_rounds,
             num_steps=planned_steps(self.config, len(self.data.train)),
             partition_id=self.partition_id,
+            epoch_micro_batches=epoch_micro_batches(self.config, len(self.data.train)),
         )
 
     def _batches(self, server_round: int) -> Iterator[dict[str, Tensor]]:

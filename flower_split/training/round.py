@@ -11,6 +11,7 @@ Next: ``flower_split/client/remote_trunk.py``, where the forward and the backwar
 
 import hashlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,6 +45,23 @@ class RoundPlace:
     num_server_rounds: int
     num_steps: int  # this client's optimizer steps per round
     partition_id: int
+    epoch_micro_batches: int = 0  # of a pass over the data; 0: steps do not end with a pass
+
+    def micro_batches_in(self, step: int, accumulate: int) -> int:
+        """Return how many micro-batches optimizer step ``step`` of the round takes.
+
+        Rounds of whole epochs end every pass over the data with a step of what is left of it, so
+        that each example is used once per epoch.
+
+        Args:
+            step: Within the round, from 0.
+            accumulate: ``train.gradient_accumulation_steps``.
+        """
+        if not self.epoch_micro_batches:
+            return accumulate
+        steps_per_epoch = math.ceil(self.epoch_micro_batches / accumulate)
+        done = step % steps_per_epoch * accumulate
+        return min(accumulate, self.epoch_micro_batches - done)
 
     @property
     def first_step(self) -> int:
@@ -133,7 +151,8 @@ def train_round(
         trainer = _StepTrainer(model, parameters, config, place, trunk, pool)
         trainer.proximity = _Proximity(parameters, proximal_mu) if proximal_mu else None
         for step in range(place.num_steps):
-            micro_batches = [next(batches) for _ in range(accumulate)]
+            count = place.micro_batches_in(step, accumulate)
+            micro_batches = [next(batches) for _ in range(count)]
             rate.apply(optimizer, place.first_step + step)
             steps.append(trainer.step(step, micro_batches, optimizer))
             num_examples += sum(len(batch["input_ids"]) for batch in micro_batches)
@@ -183,6 +202,7 @@ class _StepTrainer:
         self.device = next(iter(parameters)).device
         self.turns = ComputeTurns(self.device)
         self.proximity: _Proximity | None = None
+        self.num_micro_batches = 0  # of the steps that are done; they need not be equally long
         self.auxiliary = (
             AuxiliaryHead(model, trunk) if config.train.auxiliary_head and trunk else None
         )
@@ -197,6 +217,7 @@ class _StepTrainer:
         started = time.perf_counter()
         tokens = [count_label_tokens(batch) for batch in micro_batches]
         loss = self._accumulate(step, micro_batches, tokens)
+        self.num_micro_batches += len(micro_batches)
         if self.proximity is not None:
             self.proximity.add_gradient()
         if self.config.train.optimizer.max_grad_norm > 0:
@@ -231,7 +252,7 @@ class _StepTrainer:
         count, total = len(tokens), sum(tokens)
         window, micro_batch, last = step, index, index == count - 1
         if self.config.trunk.step_every == "server-round":
-            window, micro_batch = 0, step * count + index
+            window, micro_batch = 0, self.num_micro_batches + index
             last = last and step == self.place.num_steps - 1
         named = (
             self.trunk.micro_batch(
