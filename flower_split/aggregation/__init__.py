@@ -15,9 +15,10 @@ the rules that may come before any method.
 
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.core.method import Aggregator
-from flower_split.aggregation.methods.registry import METHODS, make_aggregator
+from flower_split.aggregation.methods.registry import AGGREGATORS, METHODS, make_aggregator
 
 __all__ = [
+    "AGGREGATORS",
     "METHODS",
     "AggregationResult",
     "Aggregator",

@@ -17,13 +17,10 @@ from flower_split.aggregation.core.client_updates import AdapterSpec
 from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.core.server_optimizer import ADAPTIVE
 from flower_split.aggregation.methods.product_family import ProductAggregator
-from flower_split.aggregation.methods.registry import METHODS, make_aggregator
-from flower_split.aggregation.rules.coordinate_wise import Median, TrimmedMean
+from flower_split.aggregation.methods.registry import AGGREGATORS, METHODS, make_aggregator
 from flower_split.aggregation.rules.dora import has_magnitudes
-from flower_split.aggregation.rules.krum import Krum, MultiKrum
-from flower_split.aggregation.rules.norm_clipping import NormClipping
 from flower_split.aggregation.rules.parse import parse_rules
-from flower_split.aggregation.rules.rule import ClampWeights, Rule, UniformWeights
+from flower_split.aggregation.rules.rule import Rule
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.runtime.devices import resolve_device
@@ -38,7 +35,6 @@ _OWN_KEYS = {  # options of a method that have a key of their own
     "beta2": "strategy.server-beta2",
     "epsilon": "strategy.server-epsilon",
 }
-_COLLAPSING = (TrimmedMean, Median, Krum)  # what they leave is one client
 
 Option = int | float | str | None
 
@@ -82,7 +78,7 @@ def check_strategy(config: StrategyConfig) -> Aggregator:
             f"strategy.max-rank is {config.max_rank}, but {method.name} keeps no ΔW of a rank of its "
             f"own that it could bound; {_names('recompresses')} do. Set it to 0."
         )
-    _check_rules(method, parse_rules(config.rules))
+    _check_rules(method, parse_rules(config.rules), buffered=config.name == "fedbuff")
     if config.server_optimizer in ADAPTIVE and config.server_learning_rate == 1:
         logger.warning(
             "strategy.server-optimizer = %s with strategy.server-learning-rate = 1 moves every entry "
@@ -116,7 +112,7 @@ def check_clients(
             f"{slot} (node {node_of(slot)})" if node_of else str(slot) for slot in sorted(slots)
         )
 
-    method = METHODS[config.aggregator]
+    method = AGGREGATORS.get(config.aggregator)
     ranks = {slot: _ranks_of(spec) for slot, spec in specs.items() if spec.ranks}
     if ranks and not method.mixed_ranks:
         listed = "; ".join(f"rank {ranks[slot]} of partition {named([slot])}" for slot in ranks)
@@ -133,29 +129,28 @@ def check_clients(
             '"product-delta", or give all the same.'
         )
     for rule in parse_rules(config.rules):
-        if isinstance(rule, (TrimmedMean, Median)):
+        if rule.entry_by_entry:
             others = [slot for slot, spec in specs.items() if spec.ranks or spec.scales]
             if others:
                 raise AggregationError(
-                    f"strategy.rules has {_label(rule)}, which compares factors entry by entry, so "
+                    f"strategy.rules has {rule.name}, which compares factors entry by entry, so "
                     f"all clients must have one rank and scale; partitions {named(others)} have "
                     "their own. Use multi-krum or norm-clipping, which compare ΔW."
                 )
-        if isinstance(rule, (Krum, MultiKrum)):
+        if rule.whole_adapters:
             partial = [slot for slot, spec in specs.items() if spec.modules is not None]
             if partial:
                 raise AggregationError(
-                    f"strategy.rules has {_label(rule)}, which compares whole adapters; partitions "
+                    f"strategy.rules has {rule.name}, which compares whole adapters; partitions "
                     f"{named(partial)} hold only some of its modules (other cut layers). Use "
                     "norm-clipping, trimmed-mean or median."
                 )
-            needed = 2 * rule.malicious + 3
-            if num_participants < needed:
-                raise AggregationError(
-                    f"strategy.rules has {_label(rule)} against {rule.malicious} malicious clients, "
-                    f"which needs at least {needed} clients in a round; {num_participants} take "
-                    "part. Raise num-clients or fraction-train, or lower the number."
-                )
+        if num_participants < rule.clients_needed:
+            raise AggregationError(
+                f"strategy.rules has {rule}, which needs at least {rule.clients_needed} clients in a "
+                f"round; {num_participants} take part. Raise num-clients or fraction-train, or lower "
+                "the rule's number."
+            )
 
 
 def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None:
@@ -165,7 +160,7 @@ def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None
         AggregationError: It has DoRA, and the method would put something into the base, or keep
             factors private, to which a magnitude then does not fit.
     """
-    method = METHODS[config.aggregator]
+    method = AGGREGATORS.get(config.aggregator)
     if has_magnitudes(adapter) and (method.changes_base or method.private):
         does = "changes the clients' base weights" if method.changes_base else "keeps B private"
         raise AggregationError(
@@ -181,7 +176,7 @@ def fits_dora(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> bool:
         config.name in ("lora-fedavg", "fedbuff")
         and config.dora == "exact"
         and has_magnitudes(adapter)
-        and issubclass(METHODS[config.aggregator], ProductAggregator)
+        and issubclass(AGGREGATORS.get(config.aggregator), ProductAggregator)
         and not config.rules
         and config.server_optimizer == "none"
         and config.server_learning_rate == 1
@@ -226,10 +221,9 @@ def parse_options(name: str, text: str) -> dict[str, Option]:
         AggregationError: The method or an option is unknown, an option has a key of its own, or a
             value has the wrong type.
     """
-    if name not in METHODS:
-        make_aggregator(name)  # raises, with the nearest name
-    hints = typing.get_type_hints(METHODS[name])
-    own = [item.name for item in fields(METHODS[name]) if item.name not in _OWN_KEYS]
+    method = AGGREGATORS.get(name)
+    hints = typing.get_type_hints(method)
+    own = [item.name for item in fields(method) if item.name not in _OWN_KEYS]
     options: dict[str, Option] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         label, equals, value = (part.strip() for part in item.partition("="))
@@ -260,41 +254,34 @@ def _value(label: str, text: str, hint: object) -> Option:
     raise AggregationError(f"strategy.options: {label} must be {wanted}; it is {text!r}.")
 
 
-def _check_rules(method: Aggregator, rules: Sequence[Rule]) -> None:
+def _check_rules(method: Aggregator, rules: Sequence[Rule], *, buffered: bool) -> None:
     """Refuse rules that would do nothing, or cannot work, with this method or after another rule."""
     for index, rule in enumerate(rules):
-        label = _label(rule)
-        if isinstance(rule, (UniformWeights, ClampWeights)) and not method.counts_weights:
+        label = rule.name
+        if rule.changes_weights and not method.counts_weights:
             raise AggregationError(
                 f"strategy.rules has {label}, which changes the clients' weights, but {method.name} "
                 "weighs clients by the size of their ΔW, not by what they report. Leave it out."
             )
-        if method.private and isinstance(rule, (NormClipping, Krum, MultiKrum)):
+        if method.private and rule.measures_delta:
             parts = " and ".join(sorted(method.private))
             raise AggregationError(
                 f"strategy.rules has {label}, which measures changes of ΔW, but with {method.name} "
                 f"{parts} stays with each client, so the server sees no ΔW. Use trimmed-mean or "
                 "median, which compare the factors that are shared."
             )
-        before = next((r for r in rules[:index] if isinstance(r, _COLLAPSING)), None)
-        if before is not None and not isinstance(rule, NormClipping):
+        before = next((r for r in rules[:index] if r.leaves_one), None)
+        if before is not None and not rule.works_alone:
             raise AggregationError(
-                f"strategy.rules has {label} after {_label(before)}, which leaves a single client: "
+                f"strategy.rules has {label} after {before.name}, which leaves a single client: "
                 "there is nothing left to weigh or compare. Put it before, or leave it out."
             )
-
-
-def _label(rule: Rule) -> str:
-    labels: dict[type[Rule], str] = {
-        UniformWeights: "uniform",
-        ClampWeights: "clamp-weights",
-        NormClipping: "norm-clipping",
-        TrimmedMean: "trimmed-mean",
-        Median: "median",
-        Krum: "krum",
-        MultiKrum: "multi-krum",
-    }
-    return labels[type(rule)]
+        if rule.leaves_one and buffered:
+            raise AggregationError(
+                f"strategy.rules has {label}, which makes one client of all; with strategy.name = "
+                '"fedbuff" clients of several versions each keep their staleness. Use norm-clipping '
+                "or multi-krum."
+            )
 
 
 def _names(trait: str) -> str:

@@ -1,7 +1,8 @@
 """The methods by name."""
 
-import difflib
 from dataclasses import fields
+from types import MappingProxyType
+from typing import TypeGuard
 
 from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.fed_sb import FedSB
@@ -19,6 +20,7 @@ from flower_split.aggregation.methods.product_delta import ProductDelta
 from flower_split.aggregation.methods.raflora import RaFLoRA
 from flower_split.aggregation.methods.rolora import RoLoRA
 from flower_split.errors import AggregationError
+from flower_split.runtime.registry import Registry
 
 METHODS: dict[str, type[Aggregator]] = {
     method.name: method
@@ -41,29 +43,38 @@ METHODS: dict[str, type[Aggregator]] = {
 }
 
 
+def _is_method(found: object) -> TypeGuard[type[Aggregator]]:
+    return isinstance(found, type) and issubclass(found, Aggregator)
+
+
+AGGREGATORS: Registry[type[Aggregator]] = Registry(
+    group="flower_split.aggregators",
+    key="strategy.aggregator",
+    form="a subclass of flower_split.aggregation.Aggregator",
+    machines="the ServerApp runs",
+    built_in=MappingProxyType(METHODS),
+    accepts=_is_method,
+    error=AggregationError,
+)
+
 SERVER_OPTIONS = ("server_optimizer", "beta1", "beta2", "epsilon")
 
 
 def make_aggregator(
     name: str, max_rank: int | None = None, **options: int | float | str | None
 ) -> Aggregator:
-    """The aggregator of that name.
+    """Make the aggregator of that name.
 
     Args:
-        name: As in the literature: ``fedit``, ``flora``, ``product-delta``, …; see ``METHODS``.
+        name: As in the literature: ``fedit``, ``flora``, ``product-delta``, …; a plug-in's name, or
+            an import path.
         max_rank: The largest rank the server keeps; None: whatever the method needs.
         options: The method's own fields, such as ``learning_rate``.
 
     Raises:
         AggregationError: No such method, or the method has no such option.
     """
-    if name not in METHODS:
-        near = difflib.get_close_matches(str(name), METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise AggregationError(
-            f"strategy.aggregator {name!r} is unknown; it must be one of {', '.join(METHODS)}.{hint}"
-        )
-    method = METHODS[name]
+    method = AGGREGATORS.get(name)
     known = [item.name for item in fields(method)]
     for option in options:
         if option in SERVER_OPTIONS and option not in known:

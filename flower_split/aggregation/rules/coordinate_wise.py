@@ -10,6 +10,7 @@ which means something because all clients start the round from the same factors.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -71,6 +72,10 @@ class TrimmedMean(Rule):
         trim: Share of the clients cut at each end, in [0, 0.5).
     """
 
+    name: ClassVar[str] = "trimmed-mean"
+    entry_by_entry: ClassVar[bool] = True
+    leaves_one: ClassVar[bool] = True
+
     trim: float = 0.2
 
     def __post_init__(self) -> None:
@@ -92,6 +97,10 @@ class TrimmedMean(Rule):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Median(Rule):
     """The median of every entry, the mean of the middle two for an even number of clients."""
+
+    name: ClassVar[str] = "median"
+    entry_by_entry: ClassVar[bool] = True
+    leaves_one: ClassVar[bool] = True
 
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """See :class:`Rule`."""

@@ -7,6 +7,7 @@ Mhamdi, Rachid Guerraoui, Julien Stainer. NeurIPS 2017, arXiv 1703.02757.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,8 +59,22 @@ class Krum(Rule):
         keep: How many of the best clients to keep; 1 is Krum, more is Multi-Krum.
     """
 
+    name: ClassVar[str] = "krum"
+    measures_delta: ClassVar[bool] = True
+    whole_adapters: ClassVar[bool] = True
+    leaves_one: ClassVar[bool] = True  # as strategy.rules makes it, with keep at 1
+
     malicious: int = 1
     keep: int = 1
+
+    def __str__(self) -> str:
+        """See :class:`Rule`."""
+        return f"{self.name} against {self.malicious} malicious clients"
+
+    @property
+    def clients_needed(self) -> int:
+        """See :class:`Rule`."""
+        return 2 * self.malicious + 3
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -72,10 +87,10 @@ class Krum(Rule):
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """See :class:`Rule`."""
         number = len(clients)
-        if number < 2 * self.malicious + 3:
+        if number < self.clients_needed:
             raise AggregationError(
                 f"krum against {self.malicious} malicious clients needs at least "
-                f"{2 * self.malicious + 3} clients in a round; there are {number}."
+                f"{self.clients_needed} clients in a round; there are {number}."
             )
         for client in clients[1:]:
             if client.modules.keys() != clients[0].modules.keys():
@@ -99,7 +114,20 @@ class MultiKrum(Rule):
         malicious: f; a round needs 2f + 3 clients.
     """
 
+    name: ClassVar[str] = "multi-krum"
+    measures_delta: ClassVar[bool] = True
+    whole_adapters: ClassVar[bool] = True
+
     malicious: int = 1
+
+    def __str__(self) -> str:
+        """See :class:`Rule`."""
+        return f"{self.name} against {self.malicious} malicious clients"
+
+    @property
+    def clients_needed(self) -> int:
+        """See :class:`Rule`."""
+        return 2 * self.malicious + 3
 
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """See :class:`Rule`."""

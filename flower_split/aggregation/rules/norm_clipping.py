@@ -7,6 +7,7 @@ H. Brendan McMahan. 2019, arXiv 1911.07963.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +49,10 @@ class NormClipping(Rule):
     Args:
         max_norm: The longest change, Frobenius.
     """
+
+    name: ClassVar[str] = "norm-clipping"
+    measures_delta: ClassVar[bool] = True
+    works_alone: ClassVar[bool] = True
 
     max_norm: float
 

@@ -8,6 +8,7 @@ import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from flower_split.aggregation.core.client_updates import ClientUpdate
 from flower_split.aggregation.core.factors import Update
@@ -16,7 +17,29 @@ from flower_split.errors import AggregationError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rule(ABC):
-    """A transform of a round's clients."""
+    """A transform of a round's clients.
+
+    A configuration names a rule as ``name``, or as ``name=value`` where it has fields: the value is
+    that of the first field, an ``int``, ``float`` or ``str``. A rule says what it needs, so that
+    combinations that cannot work are refused before the run begins.
+    """
+
+    name: ClassVar[str]
+    changes_weights: ClassVar[bool] = False  # it changes the clients' weights, and nothing else
+    measures_delta: ClassVar[bool] = False  # it looks at ΔW = scale · B A, so it needs A and B
+    entry_by_entry: ClassVar[bool] = False  # it compares factors: all of one rank and scale
+    whole_adapters: ClassVar[bool] = False  # all clients must hold the same modules
+    leaves_one: ClassVar[bool] = False  # it returns a single client
+    works_alone: ClassVar[bool] = False  # it changes something even for a single client
+
+    def __str__(self) -> str:
+        """Say the rule as the subject of an error's sentence."""
+        return self.name
+
+    @property
+    def clients_needed(self) -> int:
+        """Return how many clients a round must have for the rule to work."""
+        return 1
 
     @abstractmethod
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
@@ -44,6 +67,9 @@ def _weighted(client: ClientUpdate, weight: float) -> ClientUpdate:
 class UniformWeights(Rule):
     """Every client counts the same, whatever it reports."""
 
+    name: ClassVar[str] = "uniform"
+    changes_weights: ClassVar[bool] = True
+
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
         """See :class:`Rule`."""
         return [_weighted(client, 1.0) for client in clients]
@@ -56,6 +82,9 @@ class ClampWeights(Rule):
     Args:
         ratio: The multiple; at least 1.
     """
+
+    name: ClassVar[str] = "clamp-weights"
+    changes_weights: ClassVar[bool] = True
 
     ratio: float = 10.0
 

@@ -31,7 +31,7 @@ from flwr.serverapp.strategy import (
 )
 from torch import Tensor
 
-from flower_split.aggregation import METHODS
+from flower_split.aggregation import AGGREGATORS
 from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterSpec
 from flower_split.config import RunConfig, StrategyConfig
 from flower_split.errors import ConfigError
@@ -234,7 +234,7 @@ def inner_notes(context: InnerContext) -> list[str]:
             "runs differ; metrics.jsonl records it. strategy.max-staleness = 0 is repeatable."
         )
     if config.name in _OURS:
-        return notes + method_notes(METHODS[config.aggregator])
+        return notes + method_notes(AGGREGATORS.get(config.aggregator))
     options, count = parse_options(config.name, config.options), context.num_sampled
     if config.aggregator != "ffa-lora":
         notes.append(
