@@ -12,17 +12,29 @@ DATA_SOURCES = ("stdlib-docs", "text", "jsonl", "hub")
 class DataConfig:
     """Each client's text, and how one data set is split over simulated clients."""
 
-    source: str = "stdlib-docs"  # stdlib-docs, text, jsonl or hub
-    path: str = ""  # text / jsonl: a file or directory; may contain {partition_id}
-    dataset: str = ""  # hub: the data set's id, or a local directory that datasets can load
-    subset: str = ""  # hub: the data set's configuration
-    split: str = "train"  # hub
-    text_field: str = "text"  # hub / jsonl: the field that holds the text
-    partitioner: str = "iid"  # of flwr-datasets, or "none": every client reads all of its own file
-    partition_by: str = ""  # the column of dirichlet, natural-id and shard
-    dirichlet_alpha: float = 0.5  # smaller: more unequal
-    eval_fraction: float = 0.2  # share of a client's examples held out
-    max_eval_batches: int = 0  # per evaluation and client; 0: all
+    source: str = "stdlib-docs"
+    """Where records come from: stdlib-docs, text, jsonl, hub, or a plug-in's name."""
+    path: str = ""
+    """File or directory of text and jsonl; may contain {partition_id}, the client's partition."""
+    dataset: str = ""
+    """For hub: the data set's id, or a local directory or file that datasets can load."""
+    subset: str = ""
+    """For hub: the data set's configuration; empty: its default."""
+    split: str = "train"
+    """For hub: the split to read."""
+    text_field: str = "text"
+    """For hub and jsonl: the field that holds the text."""
+    partitioner: str = "iid"
+    """How one data set is split over clients: a partitioner of flwr-datasets, or none (every client
+    reads all of its own file)."""
+    partition_by: str = ""
+    """The field that dirichlet, natural-id and shard divide by."""
+    dirichlet_alpha: float = 0.5
+    """Concentration of dirichlet, above 0; smaller is more unequal."""
+    eval_fraction: float = 0.2
+    """Share of a client's examples that is held out for evaluation, between 0 and 1."""
+    max_eval_batches: int = 0
+    """Batches of one evaluation of one client, at most; 0: all."""
 
     def __post_init__(self) -> None:
         """Check choices, ranges and that the source has what it needs."""

@@ -16,25 +16,31 @@ BIASES = ("none", "all", "lora_only")
 class LoraPartConfig:
     """What trains of one part (bottom, trunk or top), as PEFT's ``LoraConfig`` names it."""
 
-    train: str = (
-        "lora"  # "lora", or "full": every weight of the bottom or top, and nothing below counts
-    )
-    r: int = 8  # rank; 0: this part has no LoRA
-    alpha: float = 16.0  # ΔW = alpha / r · B @ A (alpha / sqrt(r) with use_rslora)
-    dropout: float = 0.0  # probability, on the input of A
-    target_modules: str = (
-        "all-linear"  # PEFT's rule: "all-linear", or comma-separated name suffixes
-    )
+    train: str = "lora"
+    """What trains: lora, or full (every weight of the bottom or top; nothing below counts)."""
+    r: int = 8
+    """Rank; 0: this part has no LoRA."""
+    alpha: float = 16.0
+    """Numerator of the scale: ΔW = alpha / r · B A (alpha / sqrt(r) with use-rslora)."""
+    dropout: float = 0.0
+    """Probability of dropout on the input of A, in [0, 1)."""
+    target_modules: str = "all-linear"
+    """Modules that get LoRA, by PEFT's rule: all-linear, or name suffixes separated by commas."""
     use_rslora: bool = False
-    rank_pattern: str = (
-        ""  # "name=rank, ...": other ranks, by name suffix; the longest match counts
-    )
-    alpha_pattern: str = ""  # "name=alpha, ...": other alphas, in the same way
-    init: str = "kaiming"  # of A where B is zero: kaiming (uniform) or gaussian; of both, by PEFT's
-    # rules: orthogonal (ΔW is zero), or random (PEFT's init_lora_weights=False: ΔW is not zero)
-    use_dora: bool = False  # weight-decomposed LoRA: a magnitude for each output trains as well
-    bias: str = "none"  # which biases of the base train: none, all, or lora_only
-    modules_to_save: str = ""  # modules that train whole, as name suffixes separated by commas
+    """Scale by alpha / sqrt(r), as rank-stabilized LoRA does."""
+    rank_pattern: str = ""
+    """Other ranks by name suffix, as "name=rank, ..."; the longest match counts."""
+    alpha_pattern: str = ""
+    """Other alphas by name suffix, as "name=alpha, ..."; the longest match counts."""
+    init: str = "kaiming"
+    """Initial values by PEFT's rules: kaiming or gaussian (A; B is zero), orthogonal (both; ΔW is
+    zero), or random (both; ΔW is not zero)."""
+    use_dora: bool = False
+    """Train a magnitude per output as well (weight-decomposed LoRA)."""
+    bias: str = "none"
+    """Which biases of the base train: none, all, or lora_only."""
+    modules_to_save: str = ""
+    """Modules that train whole, as name suffixes separated by commas."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -123,11 +129,19 @@ class LoraConfigs:
     """
 
     bottom: LoraPartConfig = field(default_factory=LoraPartConfig)
+    """The bottom's LoRA."""
     trunk: LoraPartConfig = field(default_factory=LoraPartConfig)
+    """The trunk's LoRA."""
     top: LoraPartConfig = field(default_factory=LoraPartConfig)
-    rank_by_memory: str = ""  # "GiB=rank, ...": the first bound that a node's memory= is within
-    rank_by_partition: str = ""  # "partition=rank, ...", for simulations
-    client_scale: str = "alpha"  # a client of smaller rank keeps alpha (scale alpha / r), or scale
+    """The top's LoRA."""
+    rank_by_memory: str = ""
+    """Smaller ranks by a node's memory in GiB, as "GiB=rank, ..."; the first bound that the node is
+    within counts."""
+    rank_by_partition: str = ""
+    """Smaller ranks by data partition, as "partition=rank, ..."; for simulations."""
+    client_scale: str = "alpha"
+    """What a client of smaller rank keeps: alpha (so its scale is alpha over its own rank), or
+    scale."""
 
     def __post_init__(self) -> None:
         """Check that there is one way to say how the trunk trains, and the clients' ranks."""

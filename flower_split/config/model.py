@@ -16,16 +16,23 @@ _OWN_CUTS = re.compile(r"(\d+)\s*=\s*(\d+)\s*:\s*(\d+)")
 class ModelConfig:
     """The base model and where it is cut."""
 
-    name: str = "quickstart"  # "quickstart" (in the package), a local directory, or a hub id
-    revision: str = ""  # hub revision; empty: the default branch
-    first_cut: int = 2  # the bottom is layers [0, first_cut)
-    second_cut: int = 6  # the trunk is layers [first_cut, second_cut); the top is the rest
-    cuts_by_partition: str = ""  # "0=3:5, 2=4:6": cut layers of clients that keep more layers
-    dtype: str = "float32"  # dtype of the base weights and of the activations
-    attn_implementation: str = ""  # transformers' name; empty: the model's default
-    # Of the base weights: bnb-4bit, bnb-8bit, dequantize, or transformers' quantization_config as
-    # JSON; empty: as the checkpoint is.
+    name: str = "quickstart"
+    """The base model: quickstart (in the package), a local directory, or a hub id."""
+    revision: str = ""
+    """Hub revision; empty: the default branch."""
+    first_cut: int = 2
+    """The bottom is layers [0, first-cut)."""
+    second_cut: int = 6
+    """The trunk is layers [first-cut, second-cut); the top is the rest."""
+    cuts_by_partition: str = ""
+    """Cut layers of clients that keep more layers, as "partition=first:second, ..."."""
+    dtype: str = "float32"
+    """dtype of the base weights and the activations: float32, bfloat16 or float16."""
+    attn_implementation: str = ""
+    """Attention implementation, by transformers' name; empty: the model's default."""
     quantization: str = ""
+    """Quantization of the base weights: bnb-4bit, bnb-8bit, dequantize, or transformers'
+    quantization_config as JSON; empty: as the checkpoint is."""
 
     def __post_init__(self) -> None:
         """Check the rules that need no model."""

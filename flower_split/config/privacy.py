@@ -23,16 +23,29 @@ class PrivacyConfig:
     wrappers). With ``local`` every client adds it to its own update (Flower's ``LocalDpMod``).
     """
 
-    mechanism: str = "none"  # one of MECHANISMS
-    clipping_norm: float = 1.0  # L2 norm of one client's update; adaptive: at the beginning
-    noise_multiplier: float = 1.0  # server-, client-: standard deviation of the sum / clipping_norm
-    target_quantile: float = 0.5  # adaptive: share of the updates that shall be clipped
-    clipping_norm_learning_rate: float = 0.2  # adaptive
-    clipped_count_stddev: float = 0.0  # adaptive: noise on the count of clipped updates; 0: n / 20
-    epsilon: float = 1.0  # local: of one update
-    delta: float = 1e-5  # local: of one update; and of the privacy spent that is reported
-    sensitivity: float = 0.0  # local: L2 distance of two updates; 0: twice the clipping norm
-    max_epsilon: float = 0.0  # *-fixed: a run that would spend more is refused; 0: no limit
+    mechanism: str = "none"
+    """Who clips, and whether the norm adapts: none, server-fixed, server-adaptive, client-fixed,
+    client-adaptive, or local."""
+    clipping_norm: float = 1.0
+    """L2 norm that one client's update is clipped to; adaptive: in the first round."""
+    noise_multiplier: float = 1.0
+    """For server- and client-: standard deviation of the noise on the sum, over clipping-norm."""
+    target_quantile: float = 0.5
+    """For adaptive: share of the updates that shall be clipped, between 0 and 1."""
+    clipping_norm_learning_rate: float = 0.2
+    """For adaptive: learning rate of the clipping norm."""
+    clipped_count_stddev: float = 0.0
+    """For adaptive: standard deviation of the noise on the count of clipped updates; 0: clients /
+    20."""
+    epsilon: float = 1.0
+    """For local: epsilon of one update."""
+    delta: float = 1e-5
+    """For local: delta of one update; else the delta at which the privacy spent is reported."""
+    sensitivity: float = 0.0
+    """For local: largest L2 distance of two updates; 0: twice clipping-norm."""
+    max_epsilon: float = 0.0
+    """For server-fixed and client-fixed: a run that would spend more epsilon is refused; 0: no
+    limit."""
 
     @property
     def central(self) -> bool:

@@ -21,25 +21,46 @@ class RunConfig:
     """Everything a run needs; equal configs and seeds give equal runs."""
 
     seed: int = 0
-    mode: str = "joint"  # joint, frozen or forward-only
+    """Seed of everything random: initial values, data order, sampling and noise."""
+    mode: str = "joint"
+    """What trains: joint (all three parts), frozen (not the trunk), or forward-only (the top, as no
+    gradient crosses the network)."""
     num_server_rounds: int = 3
-    num_clients: int = 4  # SuperNodes that must be there before round 1
-    fraction_train: float = 1.0  # share of the clients that train in a round, seeded
-    fraction_evaluate: float = 1.0  # share of the clients that evaluate after a round; 0: none
-    join_timeout: float = 180.0  # seconds to wait for num-clients SuperNodes
-    round_timeout: float = 1800.0  # seconds for one training or evaluation phase
-    run_dir: str = ""  # where the run's artifacts go; empty: runs/<time>-<id> where flwr runs
-    round_retries: int = 2  # how often a round is tried again after a process was lost
-    resume: str = ""  # a run directory to go on with after its last committed round; empty: new run
-    resume_previous: bool = False  # with resume: go on from the committed round before the last
-    local_only_baseline: bool = False  # also train every client alone, for comparison
+    """Rounds of the run."""
+    num_clients: int = 4
+    """SuperNodes that must be connected before round 1."""
+    fraction_train: float = 1.0
+    """Share of the clients that train in a round, in (0, 1]; sampled with the seed."""
+    fraction_evaluate: float = 1.0
+    """Share of the clients that evaluate after a round, in [0, 1]; 0: none."""
+    join_timeout: float = 180.0
+    """Seconds to wait for num-clients SuperNodes."""
+    round_timeout: float = 1800.0
+    """Seconds for one training or evaluation phase."""
+    run_dir: str = ""
+    """Directory for the run's artifacts; empty: runs/<time>-<id> where flwr runs."""
+    round_retries: int = 2
+    """How often a round is tried again after a process was lost."""
+    resume: str = ""
+    """Run directory to continue after its last committed round; empty: a new run."""
+    resume_previous: bool = False
+    """With resume: continue from the committed round before the last."""
+    local_only_baseline: bool = False
+    """Also train every client alone, for comparison."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """The base model."""
     lora: LoraConfigs = field(default_factory=LoraConfigs)
+    """What trains of each part."""
     train: TrainConfig = field(default_factory=TrainConfig)
+    """The clients' training."""
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    """The trunk server."""
     data: DataConfig = field(default_factory=DataConfig)
+    """The clients' data."""
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    """The aggregation."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """Differential privacy."""
 
     def __post_init__(self) -> None:
         """Check choices, ranges, and rules that span sections."""

@@ -30,26 +30,50 @@ class StrategyConfig:
     ``flower_split.aggregation.from_config``, which knows them.
     """
 
-    name: str = "lora-fedavg"  # lora-fedavg (an aggregator of this package) or a class of Flower's
-    aggregator: str = "product-delta"  # a name of flower_split.aggregation
-    options: str = ""  # "name=value, ...": the method's, such as florist's tau=0.9, or the class's
-    max_rank: int = 0  # that the server keeps ΔW at; 0: four times the adapter's largest
-    weighting: str = "tokens"  # a client's weight: label tokens, examples, or uniform
-    rules: str = ""  # before the method, in order: "norm-clipping=1.0, trimmed-mean=0.2", ...
-    on_invalid: str = "refuse"  # a client whose update is malformed: refuse the round, or exclude
-    server_learning_rate: float = 1.0  # on the aggregated delta
-    server_optimizer: str = "none"  # on ΔW: none, momentum, adam, yogi or adagrad
-    server_beta1: float = 0.9  # decay of its momentum
-    server_beta2: float = 0.99  # decay of its second moment
-    server_epsilon: float = 1e-3  # smallest root of its second moment
-    device: str = "cpu"  # where ΔW is aggregated: cpu, auto, cuda, cuda:1, ...
-    num_threads: int = 1  # modules aggregated at a time; the result does not depend on it
-    dora: str = "exact"  # DoRA's magnitudes: exact (clients say their norms), or their mean
-    buffer_size: int = 2  # fedbuff: arrivals that make a server round
-    concurrency: int = 0  # fedbuff: clients at work at a time; 0: all
-    max_staleness: int = 10  # fedbuff: steps an arrival may be behind; 0: nobody overtakes anybody
-    staleness: str = "polynomial"  # fedbuff: an arrival's factor by its staleness, or constant: 1
-    staleness_exponent: float = 0.5  # fedbuff: of polynomial, (1 + staleness) ** -exponent
+    name: str = "lora-fedavg"
+    """The strategy: lora-fedavg or fedbuff (with an aggregator of this package), or a strategy of
+    Flower's."""
+    aggregator: str = "product-delta"
+    """The aggregation method: a name of flower_split.aggregation, a plug-in's name, or an import
+    path."""
+    options: str = ""
+    """Options of the method or of Flower's strategy, as "name=value, ...", such as florist's
+    tau=0.9."""
+    max_rank: int = 0
+    """Rank that the server keeps ΔW at; 0: four times the adapter's largest."""
+    weighting: str = "tokens"
+    """What a client is weighed by: tokens (its label tokens), examples, or uniform."""
+    rules: str = ""
+    """Rules applied before the method, in order, as "name, name=value, ...", such as norm-
+    clipping=1.0."""
+    on_invalid: str = "refuse"
+    """On a malformed update: refuse the round, or exclude the client."""
+    server_learning_rate: float = 1.0
+    """Learning rate of the server's step on the aggregated ΔW."""
+    server_optimizer: str = "none"
+    """Optimizer of the server's step on ΔW: none, momentum, adam, yogi or adagrad."""
+    server_beta1: float = 0.9
+    """Decay of its first moment."""
+    server_beta2: float = 0.99
+    """Decay of its second moment."""
+    server_epsilon: float = 1e-3
+    """Smallest root of its second moment."""
+    device: str = "cpu"
+    """Where ΔW is aggregated: cpu, auto, cuda, cuda:1, ..."""
+    num_threads: int = 1
+    """Modules aggregated at a time; the result does not depend on it."""
+    dora: str = "exact"
+    """How DoRA's magnitudes are aggregated: exact (clients send their norms), or mean."""
+    buffer_size: int = 2
+    """For fedbuff: arrivals that make a server round."""
+    concurrency: int = 0
+    """For fedbuff: clients that train at a time; 0: all."""
+    max_staleness: int = 10
+    """For fedbuff: optimizer steps that an arrival may be behind; 0: nobody overtakes anybody."""
+    staleness: str = "polynomial"
+    """For fedbuff: an arrival's factor by its staleness: polynomial, or constant (1)."""
+    staleness_exponent: float = 0.5
+    """For fedbuff: exponent of polynomial, (1 + staleness) ** -exponent."""
 
     @property
     def aggregates_lora(self) -> bool:

@@ -12,12 +12,18 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 class OptimizerConfig:
     """An optimizer, its learning-rate schedule over the whole run, and gradient clipping."""
 
-    name: str = "adamw"  # adamw, adam or sgd (torch.optim, foreach off)
-    learning_rate: float = 2e-3  # peak, in the units of the optimizer
+    name: str = "adamw"
+    """Optimizer of torch.optim: adamw, adam or sgd."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
     weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # L2 norm over all parameters of the part; 0: no clipping
-    schedule: str = "constant"  # a name of transformers' get_scheduler
-    warmup_ratio: float = 0.0  # share of all optimizer steps of the run
+    """Weight decay, as the optimizer defines it."""
+    max_grad_norm: float = 1.0
+    """L2 norm over all parameters of the part that gradients are clipped to; 0: no clipping."""
+    schedule: str = "constant"
+    """Learning-rate schedule, by a name of transformers' get_scheduler."""
+    warmup_ratio: float = 0.0
+    """Share of all optimizer steps of the run that warm up, in [0, 1)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -35,20 +41,30 @@ class OptimizerConfig:
 class TrainConfig:
     """What a client does in one round."""
 
-    local_steps: int = 20  # optimizer steps per round; 0: use local-epochs
-    local_epochs: int = 0  # passes over the client's data per round; 0: use local-steps
-    batch_size: int = 8  # sequences per micro-batch
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
-    micro_batches_in_flight: int = 2  # of one optimizer step, at once on the wire
-    sequence_length: int = 128  # tokens; longer examples are cut
-    device: str = "auto"  # "auto" (CUDA if there is one), "cpu", "cuda", "cuda:1", ...
-    num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
-    proximal_mu: float = (
-        0.0  # FedProx's pull to the round's first weights; also of strategy.options
-    )
-    auxiliary_head: bool = False  # forward-only mode: train the bottom with a local head and loss
-    client_dir: str = ""  # where private factors stay; empty: in the run directory, if simulated
+    local_steps: int = 20
+    """Optimizer steps per round; 0: use local-epochs."""
+    local_epochs: int = 0
+    """Passes over the client's data per round; 0: use local-steps."""
+    batch_size: int = 8
+    """Sequences per micro-batch."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    micro_batches_in_flight: int = 2
+    """Micro-batches of one optimizer step that are on the wire at once."""
+    sequence_length: int = 128
+    """Tokens per sequence; longer examples are cut."""
+    device: str = "auto"
+    """Device of the client: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    num_threads: int = 1
+    """torch's intra-op CPU threads; pinned, so that sums are repeatable."""
+    proximal_mu: float = 0.0
+    """Weight of FedProx's pull to the round's first weights; strategy.options may set it too."""
+    auxiliary_head: bool = False
+    """In mode forward-only: train the bottom with a local head and loss."""
+    client_dir: str = ""
+    """Directory of a client's private factors; empty: in the run directory, if simulated."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The clients' optimizer."""
 
     def __post_init__(self) -> None:
         """Check ranges and that exactly one of local-steps and local-epochs is used."""

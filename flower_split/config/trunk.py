@@ -15,29 +15,50 @@ DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transfo
 class TrunkConfig:
     """The trunk server: where it is, how it steps, how long it waits."""
 
-    address: str = ""  # host:port of a running trunk; empty: the ServerApp starts one on loopback
-    token_file: str = ""  # file with the coordinator token of a running trunk
-    root_certificates: str = ""  # PEM file of the CA for TLS; empty: plain text, loopback only
-    train: str = "lora"  # "lora", or "full": every trunk weight trains
-    step_every: str = "local-step"  # local-step, server-round or contribution
-    quorum: float = 1.0  # share of the participants whose contributions a window needs
-    quorum_count: int = 0  # the same as a number of clients; 0: trunk.quorum decides
-    join_timeout: float = 120.0  # seconds from the round's start until every participant joined
-    window_timeout: float = 120.0  # seconds from a window's opening until it is complete
-    call_timeout: float = 150.0  # seconds a client waits for one call, retries included
-    activation_memory: float = 4.0  # GiB of saved activations, over all clients
-    activation_memory_per_client: float = 0.0  # GiB of one client; 0: an equal share of it
-    cache_memory: float = 1.0  # GiB of key-value caches of generation, over all clients
-    snapshot_memory: float = 1.0  # GiB of former weights that clients still work on (fedbuff)
-    max_client_grad_norm: float = 0.0  # L2 norm of one client's trunk gradient; 0: no clipping
-    reduction: str = (
-        "mean"  # over clients: mean (by tokens), or robust rules: trimmed-mean=0.2, ...
-    )
-    wire_dtype: str = "native"  # dtype of the activations on the wire: native, float32 or bfloat16
+    address: str = ""
+    """host:port of a running trunk; empty: the ServerApp starts one on loopback."""
+    token_file: str = ""
+    """File with the coordinator token of a running trunk."""
+    root_certificates: str = ""
+    """PEM file of the CA for TLS; empty: plain text, on loopback only."""
+    train: str = "lora"
+    """What trains: lora, or full (every trunk weight)."""
+    step_every: str = "local-step"
+    """When the trunk steps: local-step, server-round or contribution."""
+    quorum: float = 1.0
+    """Share of the participants whose contributions a window needs, in (0, 1]."""
+    quorum_count: int = 0
+    """The same as a number of clients; 0: trunk.quorum decides."""
+    join_timeout: float = 120.0
+    """Seconds from the round's start until every participant must have joined."""
+    window_timeout: float = 120.0
+    """Seconds from a window's opening until it must be complete."""
+    call_timeout: float = 150.0
+    """Seconds that a client waits for one call, retries included."""
+    activation_memory: float = 4.0
+    """GiB of saved activations, over all clients."""
+    activation_memory_per_client: float = 0.0
+    """GiB of saved activations of one client; 0: an equal share."""
+    cache_memory: float = 1.0
+    """GiB of key-value caches of generation, over all clients."""
+    snapshot_memory: float = 1.0
+    """GiB of former weights that clients still work on (fedbuff)."""
+    max_client_grad_norm: float = 0.0
+    """L2 norm that one client's trunk gradient is clipped to; 0: no clipping."""
+    reduction: str = "mean"
+    """How clients' gradients are reduced: mean (by tokens), or rules such as trimmed-mean=0.2."""
+    wire_dtype: str = "native"
+    """Codec of the activations on the wire: native (as they are), float32, bfloat16, or a plug-in's
+    name."""
     device: str = "auto"
-    device_map: str = ""  # layers over this host's GPUs: auto, balanced, ...; empty: one device
-    num_threads: int = 1  # torch's intra-op CPU threads; pinned, so that sums are repeatable
+    """Device of the trunk: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    device_map: str = ""
+    """Layers over this host's GPUs: auto, balanced, balanced_low_0 or sequential; empty: one
+    device."""
+    num_threads: int = 1
+    """torch's intra-op CPU threads; pinned, so that sums are repeatable."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The trunk's optimizer."""
 
     def quorum_of(self, num_participants: int) -> float:
         """The share of ``num_participants`` that a window needs, by share or by count."""
