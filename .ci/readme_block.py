@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def block(text: str, name: str) -> str:
-    """The named block's lines."""
+    """Return the named block's lines."""
     found = re.search(
         rf"<!-- block: {re.escape(name)} -->\s*```(?:bash|sh)\n(.*?)```", text, re.DOTALL
     )
@@ -16,4 +16,4 @@ def block(text: str, name: str) -> str:
 
 
 if __name__ == "__main__":
-    print(block(Path(sys.argv[1]).read_text(), sys.argv[2]))
+    print(block(Path(sys.argv[1]).read_text(encoding="utf-8"), sys.argv[2]))

@@ -1,6 +1,12 @@
-"""For all tests: one CPU thread, no failpoint left on, an origin for Flower's messages."""
+"""For all tests: one CPU thread, no failpoint left on, an origin for Flower's messages.
 
+With ``-n auto`` the tests of a file run in one process, so that what a file shares is made once; the
+files that run real Flower are one group, so that there is one SuperLink and one run at a time.
+"""
+
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +16,24 @@ from flower_split.runtime import failpoints
 from tests.support.flower_home import Flower, end, make_environment, processes_of
 
 torch.set_num_threads(1)  # the models are tiny, and sums must be repeatable
+
+PROCESSES = Path(__file__).parent / "processes"
+_GIB_PER_WORKER = 3  # a worker has about 1; real runs beside it have processes of their own
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the workers of ``-n auto``: one per core, as memory allows, and at most eight."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(len(os.sched_getaffinity(0)), int(memory / _GIB_PER_WORKER), 8))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Group the tests for workers; the longest group goes first, so that none is left with it."""
+    for item in items:
+        real = item.path.is_relative_to(PROCESSES)
+        name = "processes" if real else str(item.path.relative_to(PROCESSES.parent))
+        item.add_marker(pytest.mark.xdist_group(name))
+    items.sort(key=lambda item: not item.path.is_relative_to(PROCESSES))
 
 
 @pytest.fixture(autouse=True)

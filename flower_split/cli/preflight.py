@@ -4,7 +4,6 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 from flower_split.config import RunConfig
@@ -116,8 +115,8 @@ def check_trunk(config: RunConfig) -> None:
     """
     if not config.trunk.address:
         return
+    from flower_split.server.app import read_token
     from flower_split.server.coordinator import TrunkCoordinator
-    from flower_split.server.trunk_connection import read_token
 
     coordinator = TrunkCoordinator(
         config.trunk.address,
@@ -125,8 +124,10 @@ def check_trunk(config: RunConfig) -> None:
         root_certificates=config.trunk.root_certificates,
         timeout=_CONTROL_SECONDS,
     )
-    with closing(coordinator):
+    try:
         coordinator.status()
+    finally:
+        coordinator.close()
 
 
 def simulation_settings(config: RunConfig, given: str | None) -> str:

@@ -4,6 +4,8 @@ Every call may be repeated: the trunk recognises a round by its experiment, numb
 """
 
 from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
 
 from torch import Tensor
 
@@ -23,7 +25,7 @@ _MAX_ADAPTER_BYTES = 1 << 36  # a fully trained trunk may be large; its server i
 
 
 class TrunkCoordinator:
-    """Control the rounds of one trunk. Thread-safe. :meth:`close` ends its connections.
+    """Round control of one trunk. Thread-safe.
 
     Every method raises :class:`~flower_split.errors.TrunkUnavailable` when there is no answer within
     ``timeout``, :class:`~flower_split.errors.TrunkRefused` with the trunk's reason, and
@@ -111,3 +113,16 @@ class TrunkCoordinator:
     def close(self) -> None:
         """Close the connections. Idempotent."""
         self._channel.close()
+
+    def __enter__(self) -> Self:
+        """Close at the end of a ``with`` block."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the connections."""
+        self.close()

@@ -68,6 +68,8 @@ class TrunkHere:
     def supervise(self) -> None:
         """Nothing to do: it lives as long as this process."""
 
-    def close(self) -> None:
-        """End the server."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._running.__exit__(None, None, None)

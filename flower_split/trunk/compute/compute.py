@@ -2,6 +2,8 @@
 
 Shapes: hidden states ``[batch, seq, hidden]``, padding mask ``[batch, seq]``, position ids
 ``[batch or 1, seq]``.
+
+Next: ``flower_split/server/trunk_strategy.py``.
 """
 
 import copy

@@ -7,7 +7,7 @@ One thread computes, and it alone changes the weights: a call is checked, comput
 (where it completes a window) stepped as one transaction. A window's gradient is ``Σ nᵢ gᵢ / Σ nᵢ``
 over its clients, weighted by label tokens and reduced in slot order, whatever the order of arrival.
 
-Next: ``flower_split/server/trunk_strategy.py``.
+Next: ``flower_split/trunk/compute/compute.py``.
 """
 
 import logging

@@ -1,0 +1,131 @@
+"""Pages of the site that are printed from the code: configuration, command, protocol.
+
+MkDocs calls :func:`on_files` once per build. Nothing here imports torch, grpc or Flower.
+"""
+
+import argparse
+import re
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+if typing.TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+
+from flower_split.cli.main import make_parser
+from flower_split.config.reference import config_reference
+
+ROOT = Path(__file__).parents[1]
+PROTO = ROOT / "proto" / "flower_split" / "proto" / "trunk.proto"
+
+
+def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
+    """Add the printed pages to the site's files."""
+    from mkdocs.structure.files import File  # here, so that tests need no MkDocs
+
+    pages = {
+        "reference/command.md": command_page(),
+        "reference/configuration.md": configuration_page(),
+        "reference/protocol.md": protocol_page(PROTO.read_text(encoding="utf-8")),
+    }
+    for path, content in pages.items():
+        files.append(File.generated(config, path, content=content))
+    return files
+
+
+def command_page() -> str:
+    """Return every subcommand of ``flower-split`` with its arguments."""
+    parser = make_parser()
+    lines = ["# Command", "", "Exit status: 0 done; 1 the job failed; 2 wrong use.", ""]
+    for name, sub, summary in _subcommands(parser):
+        lines += [f"## `flower-split {name}`", "", f"{summary[0].upper()}{summary[1:]}.", ""]
+        if sub.description:
+            lines += [sub.description, ""]
+        lines += ["| argument | meaning |", "|---|---|"]
+        for action in sub._actions:
+            if not isinstance(action, argparse._HelpAction):
+                lines.append(f"| {_spelled(action)} | {_cell(action.help or '')} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _subcommands(
+    parser: argparse.ArgumentParser,
+) -> Iterator[tuple[str, argparse.ArgumentParser, str]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            for name, sub in action.choices.items():
+                yield name, sub, helps.get(name, "")
+
+
+def _spelled(action: argparse.Action) -> str:
+    names = action.option_strings or [action.dest]
+    value = action.metavar or action.dest.upper()
+    takes = "" if not action.option_strings or action.nargs == 0 else f" {value}"
+    return ", ".join(f"`{name}{takes}`" for name in names)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("%%", "%")
+
+
+CONFIGURATION = """# Configuration
+
+Printed from the dataclasses of `flower_split/config`. A key is written in the app's
+`[tool.flwr.app.config]` (every one is there, with a comment, in
+`simulations/quickstart/pyproject.toml`), or given for one run with
+`--run-config 'num-server-rounds=5 mode="frozen"'`. An unknown key is refused with the nearest known
+name, a value that breaks its rule with the rule. Defaults below are those of the package; the
+quick-start's app sets some of its own.
+
+"""
+
+
+def configuration_page() -> str:
+    """Return every run-config key with type, default and meaning, a table per section."""
+    return CONFIGURATION + config_reference()
+
+
+def protocol_page(proto: str) -> str:
+    """Return the trunk's protocol: its methods as a table, and every message as it is defined.
+
+    Args:
+        proto: The text of ``trunk.proto``.
+    """
+    head, _, rest = proto.partition('syntax = "proto3";')
+    sections = re.split(r"^// -{10,} (.+)$", rest, flags=re.MULTILINE)
+    lines = ["# Protocol", "", *_prose(head), ""]
+    lines += [
+        "Printed from `proto/flower_split/proto/trunk.proto`; generate other languages' clients from it.",
+        "",
+    ]
+    lines += ["## Methods", "", "| method | request | reply | |", "|---|---|---|---|"]
+    lines += _methods(sections[0])
+    for title, body in zip(sections[1::2], sections[2::2], strict=True):
+        lines += ["", f"## {title[0].upper()}{title[1:]}", "", "```proto", body.strip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _prose(comment: str) -> list[str]:
+    return [line.removeprefix("//").strip() for line in comment.strip().splitlines()]
+
+
+def _methods(service: str) -> Iterator[str]:
+    remark: list[str] = []
+    for line in service.splitlines():
+        found = re.match(r"\s*rpc (\w+)\((stream )?(\w+)\) returns \((stream )?(\w+)\);", line)
+        if found:
+            name, ask_many, ask, answer_many, answer = found.groups()
+            sides = (_side(ask, ask_many), _side(answer, answer_many))
+            yield f"| `{name}` | {sides[0]} | {sides[1]} | {_cell(' '.join(remark))} |"
+            remark = []
+        elif line.strip().startswith("// ---"):
+            remark = []
+        elif line.strip().startswith("//"):
+            remark.append(line.strip().removeprefix("//").strip())
+
+
+def _side(message: str, streamed: str | None) -> str:
+    return f"stream of `{message}`" if streamed else f"`{message}`"
