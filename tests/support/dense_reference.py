@@ -11,8 +11,8 @@ from flower_split.aggregation import Aggregator, Factors, State, Update
 
 OUT, IN = 24, 18
 
-TRAINS = {"ffa-lora": "B", "fedsvd": "B", "fed-sb": "B"}
-"""Factors that a method's clients train, where it is not both (rolora: see ``trained``)."""
+TRAINS = {"ffa-lora": "B", "fedsvd": "B"}
+"""Factors that a method's clients train, where it is not both (rolora, fed-sb: see ``trained``)."""
 
 
 def dense(factors: Factors | None) -> torch.Tensor:
@@ -64,7 +64,9 @@ def trained(
     if name == "rolora":
         parts = "BA"[server_round % 2]
     a, b = received.A.clone(), received.B.clone()
-    if name == "fed-sb" and server_round > 0:  # the core moves, its column space does not
+    if name == "fed-sb":
+        parts = "BA"[server_round % 2]
+    if name == "fed-sb" and server_round > 1:  # the core moves, its column space does not
         rank = received.rank
         b = b @ (torch.eye(rank) + size * torch.randn(rank, rank, generator=rng))
         return Factors(a, b, received.scale)

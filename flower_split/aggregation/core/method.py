@@ -1,4 +1,4 @@
-"""What every aggregation method has in common: the interface, its options, checkpoints.
+"""The interface of an aggregation method, its options, and what methods share.
 
 An aggregator is a value: its fields are its options, and everything that changes from round to
 round is in the :class:`State` it is handed. One state describes one module; the same aggregator
@@ -22,7 +22,7 @@ from flower_split.errors import AggregationError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Aggregator(ABC):
-    """The interface of all methods.
+    """Aggregate one module's LoRA over rounds; the base of all methods.
 
     Nothing passed in is ever modified, and the same calls give the same results, bit for bit.
 
@@ -33,16 +33,22 @@ class Aggregator(ABC):
 
     Each method also says whether it takes a server learning rate, changes the clients' base
     weights, serves mixed ranks and mixed scales, recompresses ΔW (so that ``max_rank`` means
-    something), counts the clients' weights, and which factors stay private to each client.
+    something), counts the clients' weights, has clients train a core between frozen factors, and
+    which factors stay private to each client. ``paper`` (an arXiv number), ``exactness`` and
+    ``deviation`` (what it does otherwise than the paper; empty: nothing) are printed with it.
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    exactness: ClassVar[str] = ""
+    deviation: ClassVar[str] = ""
     takes_learning_rate: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = False
     mixed_scales: ClassVar[bool] = True
     recompresses: ClassVar[bool] = False
     counts_weights: ClassVar[bool] = True
+    trains_core: ClassVar[bool] = False
     private: ClassVar[frozenset[str]] = frozenset()
 
     max_rank: int | None = None
@@ -75,7 +81,7 @@ class Aggregator(ABC):
             )
 
     def init(self, factors: Factors) -> State:
-        """The state before the first round.
+        """Return the state before the first round.
 
         Args:
             factors: The initial global factors of one module.
@@ -94,7 +100,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round.
+        """Aggregate one round.
 
         Args:
             state: The state ``distribute`` was called with for these clients.
@@ -104,11 +110,12 @@ class Aggregator(ABC):
             AggregationError: There is no update, or one cannot be aggregated; the client is named.
         """
 
-    @abstractmethod
     def distribute(
         self, state: State, rank: int | None = None, scale: float | None = None
     ) -> Factors:
-        """What a client of this rank and scale receives.
+        """Return what a client of this rank and scale receives.
+
+        Methods with mixed ranks send the leading components, the others their one pair of factors.
 
         Args:
             state: The current state.
@@ -118,17 +125,27 @@ class Aggregator(ABC):
         Raises:
             AggregationError: The method cannot serve this rank.
         """
+        return distribute_factors(self, state, rank, scale)
 
     def delta(self, state: State) -> Factors:
-        """The global ΔW as factors, before any truncation to a client's rank."""
+        """Return the global ΔW as factors, before any truncation to a client's rank."""
         return state.factors
 
     def trainable(self, state: State) -> frozenset[str]:
-        """Which of "A" and "B" a client trains in the coming round; it freezes the other."""
+        """Return which of "A" and "B" a client trains in the coming round; it freezes the other."""
         return frozenset({"A", "B"})
 
+    def core_columns(self, state: State) -> Tensor | None:
+        """Return the frozen P of a round in which clients train only R of B = P R; else None.
+
+        Returns:
+            P [out, r] in fp32, with orthonormal or zero columns. A client's optimizer steps on R
+            [r, r], which begins as Pᵀ B.
+        """
+        return None
+
     def state_dict(self, state: State) -> dict[str, Tensor]:
-        """The state as named tensors that share no memory, for a checkpoint."""
+        """Return the state as named tensors that share no memory, for a checkpoint."""
         tensors = {
             "factors.A": state.factors.A,
             "factors.B": state.factors.B,
@@ -144,7 +161,7 @@ class Aggregator(ABC):
         }
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> State:
-        """The inverse of :meth:`state_dict`, bit for bit.
+        """Return the state that :meth:`state_dict` wrote, bit for bit.
 
         Raises:
             AggregationError: A tensor is missing.
@@ -171,14 +188,14 @@ class Aggregator(ABC):
 
 
 def at_scale(factors: Factors, scale: float) -> Factors:
-    """The same ΔW written at another scale: B takes the difference."""
+    """Write the same ΔW at another scale: B takes the difference."""
     if scale == factors.scale:
         return factors
     return Factors(factors.A, (factors.B.double() * (factors.scale / scale)).float(), scale)
 
 
 def checked_rank_scale(state: State, rank: int | None, scale: float | None) -> tuple[int, float]:
-    """Defaults and range checks of ``distribute``'s arguments.
+    """Fill in and check the arguments of ``distribute``.
 
     Raises:
         AggregationError: A rank below 1 or a scale that is not above 0.
@@ -193,7 +210,7 @@ def checked_rank_scale(state: State, rank: int | None, scale: float | None) -> t
 
 
 def padded(factors: Factors, rank: int) -> Factors:
-    """The same ΔW with rows and columns of 0 up to ``rank``.
+    """Fill factors of the same ΔW up to ``rank`` with rows and columns of 0.
 
     Needed where an orthonormal A of [r, in] cannot have r rows because r is above ``in``.
     """
@@ -205,24 +222,28 @@ def padded(factors: Factors, rank: int) -> Factors:
     return Factors(torch.cat([factors.A, a]), torch.cat([factors.B, b], dim=1), factors.scale)
 
 
-def only_own_rank(method: str, state: State, rank: int | None, scale: float | None) -> Factors:
-    """``distribute`` of a method that has one rank for everybody.
+def distribute_factors(
+    method: Aggregator, state: State, rank: int | None, scale: float | None
+) -> Factors:
+    """Return the state's factors for one client; see :meth:`Aggregator.distribute`.
 
     Raises:
-        AggregationError: Another rank was asked for.
+        AggregationError: The method has one rank for everybody, and another was asked for.
     """
     rank, scale = checked_rank_scale(state, rank, scale)
+    if method.mixed_ranks:
+        return leading(state, rank, scale, method.seed)
     if rank != state.factors.rank:
         raise AggregationError(
-            f"{method} has one rank for all clients, {state.factors.rank}; a client of rank {rank} "
-            'cannot take part. Use "product-delta" for mixed ranks.'
+            f"{method.name} has one rank for all clients, {state.factors.rank}; a client of rank "
+            f'{rank} cannot take part. Use "product-delta" for mixed ranks.'
         )
     factors = at_scale(state.factors, scale)
     return Factors(factors.A.clone(), factors.B.clone(), scale)
 
 
 def fresh_rows(state: State, first: int, last: int, seed: int) -> Tensor:
-    """Rows [first, last) of A for ranks that ΔW does not use; B is 0 there.
+    """Return rows [first, last) of A for ranks that ΔW does not use; B is 0 there.
 
     They are the initial A's rows as far as those go, then seeded ones of the same length, so that
     a client of more rank than ΔW has can train all of it.
@@ -238,7 +259,7 @@ def fresh_rows(state: State, first: int, last: int, seed: int) -> Tensor:
 
 
 def leading(state: State, rank: int, scale: float, seed: int) -> Factors:
-    """The leading ``rank`` components of ordered global factors at a client's scale."""
+    """Return the leading ``rank`` components of ordered global factors at a client's scale."""
     top = Factors(state.factors.A[:rank], state.factors.B[:, :rank], state.factors.scale)
     missing = rank - top.rank
     top = at_scale(top, scale)

@@ -16,7 +16,7 @@ import torch
 from flower_split.aggregation.core.checks import check_updates, common_rank
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.core.lowrank import LowRankSum
-from flower_split.aggregation.core.method import Aggregator, only_own_rank
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.means import mean_a, mean_b
 
 
@@ -25,10 +25,15 @@ class FedExLoRA(Aggregator):
     """FedIT with an exact residual for the base."""
 
     name: ClassVar[str] = "fedex-lora"
+    paper: ClassVar[str] = "2410.09432"
+    exactness: ClassVar[str] = "exact"
+    deviation: ClassVar[str] = (
+        "the residual is carried beside the base weights in fp32, not merged into them"
+    )
     changes_base: ClassVar[bool] = True
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = check_updates(state, updates)
         common_rank(self.name, state, clients)
         scale = state.factors.scale
@@ -44,9 +49,3 @@ class FedExLoRA(Aggregator):
             replace(state, factors=mean, server_round=state.server_round + 1),
             residual=Factors(right, left, 1.0),
         )
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The mean factors; see :class:`Aggregator`."""
-        return only_own_rank(self.name, state, rank, scale)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from flower_split.aggregation.core.checks import check_updates, common_rank, common_scale
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
-from flower_split.aggregation.core.method import Aggregator, only_own_rank
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.means import mean_a, mean_b
 
 
@@ -23,18 +23,14 @@ class FedIT(Aggregator):
     """A ← Σ w A, B ← Σ w B; all clients have one rank and one scale."""
 
     name: ClassVar[str] = "fedit"
+    paper: ClassVar[str] = "2305.05644"
+    exactness: ClassVar[str] = "none: means of factors"
     mixed_scales: ClassVar[bool] = False
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = check_updates(state, updates)
         common_rank(self.name, state, clients)
         scale = common_scale(self.name, clients)
         mean = Factors(mean_a(clients).float(), mean_b(clients, scale).float(), scale)
         return AggregationResult(replace(state, factors=mean, server_round=state.server_round + 1))
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The global factors; see :class:`Aggregator`."""
-        return only_own_rank(self.name, state, rank, scale)

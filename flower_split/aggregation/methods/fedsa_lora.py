@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from flower_split.aggregation.core.checks import check_updates, common_rank
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
-from flower_split.aggregation.core.method import Aggregator, only_own_rank
+from flower_split.aggregation.core.method import Aggregator, distribute_factors
 from flower_split.aggregation.methods.means import mean_a, mean_b
 
 
@@ -23,15 +23,17 @@ class FedSALoRA(Aggregator):
     """A ← Σ w A; every client trains both factors and keeps its B."""
 
     name: ClassVar[str] = "fedsa-lora"
+    paper: ClassVar[str] = "2410.01463"
+    exactness: ClassVar[str] = "no global ΔW: B is personal"
     private: ClassVar[frozenset[str]] = frozenset({"B"})
 
     def init(self, factors: Factors) -> State:
-        """The initial state; see :class:`Aggregator`."""
+        """Return the initial state; see :class:`Aggregator`."""
         state = Aggregator.init(self, factors)
         return replace(state, extra={"B": state.factors.B})
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = check_updates(state, updates)
         common_rank(self.name, state, clients)
         scale = state.factors.scale
@@ -45,4 +47,4 @@ class FedSALoRA(Aggregator):
     ) -> Factors:
         """The mean A with the initial B, for a client that has no B of its own yet."""
         own = replace(state, factors=Factors(state.factors.A, state.extra["B"], state.scale))
-        return only_own_rank(self.name, own, rank, scale)
+        return distribute_factors(self, own, rank, scale)

@@ -16,7 +16,7 @@ import torch
 
 from flower_split.aggregation.core.checks import check_updates, common_rank
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
-from flower_split.aggregation.core.method import Aggregator, only_own_rank, padded
+from flower_split.aggregation.core.method import Aggregator, padded
 from flower_split.aggregation.methods.means import mean_b, note_frozen, step_towards
 
 
@@ -25,10 +25,12 @@ class FedSVD(Aggregator):
     """B ← Σ w B, then B A ← U S · Vᵀ."""
 
     name: ClassVar[str] = "fedsvd"
+    paper: ClassVar[str] = "2505.12805"
+    exactness: ClassVar[str] = "exact"
     takes_learning_rate: ClassVar[bool] = True
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = check_updates(state, updates)
         common_rank(self.name, state, clients)
         note_frozen(self.name, clients, "A")
@@ -46,12 +48,6 @@ class FedSVD(Aggregator):
         return AggregationResult(
             replace(state, factors=factors, server_round=state.server_round + 1)
         )
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The turned factors; see :class:`Aggregator`."""
-        return only_own_rank(self.name, state, rank, scale)
 
     def trainable(self, state: State) -> frozenset[str]:
         """B only."""

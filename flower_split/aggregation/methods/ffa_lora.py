@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from flower_split.aggregation.core.checks import check_updates, common_rank
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
-from flower_split.aggregation.core.method import Aggregator, only_own_rank
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.means import mean_b, note_frozen, step_towards
 
 
@@ -22,10 +22,12 @@ class FFALoRA(Aggregator):
     """B ← Σ w B; A is the server's own, whatever clients return for it."""
 
     name: ClassVar[str] = "ffa-lora"
+    paper: ClassVar[str] = "2403.12313"
+    exactness: ClassVar[str] = "exact"
     takes_learning_rate: ClassVar[bool] = True
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = check_updates(state, updates)
         common_rank(self.name, state, clients)
         note_frozen(self.name, clients, "A")
@@ -35,12 +37,6 @@ class FFALoRA(Aggregator):
         return AggregationResult(
             replace(state, factors=factors, server_round=state.server_round + 1)
         )
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The global factors; see :class:`Aggregator`."""
-        return only_own_rank(self.name, state, rank, scale)
 
     def trainable(self, state: State) -> frozenset[str]:
         """B only."""

@@ -22,9 +22,11 @@ class FlexLoRA(ProductAggregator):
     """ΔW ← Σ w s B A, kept as its leading ``max_rank`` components."""
 
     name: ClassVar[str] = "flexlora"
+    paper: ClassVar[str] = "2402.11505"
+    exactness: ClassVar[str] = "nearest matrix of the client's rank"
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         total = self.new_sum(state)
         for client in check_updates(state, updates):
             total.add(client.returned, client.share)

@@ -17,7 +17,7 @@ import torch
 from flower_split.aggregation.core.checks import check_factors, check_updates
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.core.lowrank import LowRankSum, row_length
-from flower_split.aggregation.core.method import Aggregator, checked_rank_scale, leading
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.product_family import ordered_init
 
 
@@ -26,16 +26,21 @@ class FLoRA(Aggregator):
     """residual ← the stack; A ← new random rows, B ← 0."""
 
     name: ClassVar[str] = "flora"
+    paper: ClassVar[str] = "2409.05976"
+    exactness: ClassVar[str] = "exact"
+    deviation: ClassVar[str] = (
+        "the stack is carried beside the base weights in fp32, not merged into them"
+    )
     changes_base: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
 
     def init(self, factors: Factors) -> State:
-        """The initial state; see :class:`Aggregator`."""
+        """Return the initial state; see :class:`Aggregator`."""
         check_factors(factors, f"{self.name}: init got factors")
         return ordered_init(factors, self.max_rank)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = check_updates(state, updates)
         stack = LowRankSum(state.out_features, state.in_features, device=state.basis.device)
         for client in clients:
@@ -43,13 +48,6 @@ class FLoRA(Aggregator):
         b, a = stack.product()
         fresh = self._restarted(state)
         return AggregationResult(fresh, residual=Factors(a, b, 1.0))
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """A fresh LoRA of the client's rank; see :class:`Aggregator`."""
-        rank, scale = checked_rank_scale(state, rank, scale)
-        return leading(state, rank, scale, self.seed)
 
     def _restarted(self, state: State) -> State:
         """ΔW = 0 with new rows for A, drawn from the seed and the rows before them."""

@@ -27,6 +27,12 @@ class FLoRIST(FlexLoRA):
     """
 
     name: ClassVar[str] = "florist"
+    paper: ClassVar[str] = "2506.09199"
+    exactness: ClassVar[str] = "to the share τ of the energy"
+    deviation: ClassVar[str] = (
+        "tau is 1 unless given, at which it is FlexLoRA (the paper uses 0.80 to 0.99); a "
+        "client below the global rank gets its leading components, not all of them"
+    )
 
     tau: float = 1.0
 

@@ -79,6 +79,7 @@ class ProductDelta(ProductAggregator):
     """
 
     name: ClassVar[str] = "product-delta"
+    exactness: ClassVar[str] = "exact, before truncation to max_rank"
 
     rank_weighting: str = "all"
 
@@ -92,11 +93,12 @@ class ProductDelta(ProductAggregator):
             )
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         change = self.new_sum(state)
         add = add_changes if self.rank_weighting == "all" else add_changes_by_component
         changed = add(change, check_updates(state, updates))
         state = replace(state, server_round=state.server_round + 1)
-        if not changed and not state.extra:  # not even momentum: the same bits as before
+        moves = bool(state.extra) or self.optimizer().adaptive
+        if not changed and not moves:  # not even momentum: the same bits as before
             return AggregationResult(state)
         return AggregationResult(self.moved(state, change))

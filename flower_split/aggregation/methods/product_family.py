@@ -6,7 +6,7 @@ from typing import ClassVar
 from flower_split.aggregation.core.checks import check_factors
 from flower_split.aggregation.core.factors import Factors, State
 from flower_split.aggregation.core.lowrank import LowRankSum, Spectrum, factors_of, row_length
-from flower_split.aggregation.core.method import Aggregator, checked_rank_scale, leading
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.core.server_optimizer import ServerOptimizer
 from flower_split.errors import AggregationError
 
@@ -35,7 +35,7 @@ class ProductAggregator(Aggregator):
         server_optimizer: ``none``, ``momentum``, ``adam``, ``yogi`` or ``adagrad``, on ΔW.
         beta1: Decay of its momentum.
         beta2: Decay of its second moment.
-        epsilon: Smallest root of its second moment.
+        epsilon: τ of the adaptive ones, in units of ΔW's entries.
     """
 
     takes_learning_rate: ClassVar[bool] = True
@@ -68,13 +68,6 @@ class ProductAggregator(Aggregator):
         """The initial state; see :class:`Aggregator`."""
         check_factors(factors, f"{self.name}: init got factors")
         return ordered_init(factors, self.max_rank)
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The leading components; see :class:`Aggregator`."""
-        rank, scale = checked_rank_scale(state, rank, scale)
-        return leading(state, rank, scale, self.seed)
 
     def kept(self, spectrum: Spectrum) -> Spectrum:
         """Which components become the global ΔW: all of those given."""

@@ -18,7 +18,7 @@ import torch
 from flower_split.aggregation.core.checks import check_factors, check_updates
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
 from flower_split.aggregation.core.lowrank import LowRankSum, factors_of, row_length
-from flower_split.aggregation.core.method import Aggregator, checked_rank_scale, leading
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.means import held_shares
 from flower_split.aggregation.methods.product_family import ordered_init
 
@@ -33,16 +33,19 @@ class RaFLoRA(Aggregator):
     """
 
     name: ClassVar[str] = "raflora"
+    paper: ClassVar[str] = "2602.13486"
+    exactness: ClassVar[str] = "none: each component over its holders"
+    deviation: ClassVar[str] = "components that no client of a round has keep the server's values"
     mixed_ranks: ClassVar[bool] = True
     recompresses: ClassVar[bool] = True
 
     def init(self, factors: Factors) -> State:
-        """The initial state; see :class:`Aggregator`."""
+        """Return the initial state; see :class:`Aggregator`."""
         check_factors(factors, f"{self.name}: init got factors")
         return ordered_init(factors, self.max_rank)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`."""
+        """Aggregate one round; see :class:`Aggregator`."""
         clients = [client for client in check_updates(state, updates) if client.share > 0]
         present = max(client.returned.rank for client in clients)
         total = LowRankSum(state.out_features, state.in_features, device=state.basis.device)
@@ -64,10 +67,3 @@ class RaFLoRA(Aggregator):
                 server_round=state.server_round + 1,
             )
         )
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The leading components; see :class:`Aggregator`."""
-        rank, scale = checked_rank_scale(state, rank, scale)
-        return leading(state, rank, scale, self.seed)

@@ -15,7 +15,7 @@ import torch
 
 from flower_split.aggregation.core.checks import Share, check_updates, common_rank
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update
-from flower_split.aggregation.core.method import Aggregator, only_own_rank
+from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.methods.means import mean_a, mean_b, note_frozen, step_towards
 
 
@@ -31,10 +31,12 @@ class RoLoRA(Aggregator):
     """B ← Σ w B in even rounds (from 0), A ← Σ w A in odd ones."""
 
     name: ClassVar[str] = "rolora"
+    paper: ClassVar[str] = "2502.01755"
+    exactness: ClassVar[str] = "exact"
     takes_learning_rate: ClassVar[bool] = True
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> AggregationResult:
-        """One round; see :class:`Aggregator`.
+        """Aggregate one round; see :class:`Aggregator`.
 
         Clients that kept to another order than this state's are taken at their word: if all of
         them left one factor as they got it, the other is what this round trained.
@@ -56,12 +58,6 @@ class RoLoRA(Aggregator):
         return AggregationResult(
             replace(state, factors=factors, server_round=state.server_round + 1)
         )
-
-    def distribute(
-        self, state: State, rank: int | None = None, scale: float | None = None
-    ) -> Factors:
-        """The global factors; see :class:`Aggregator`."""
-        return only_own_rank(self.name, state, rank, scale)
 
     def trainable(self, state: State) -> frozenset[str]:
         """B in even rounds (from 0), A in odd ones."""
