@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 from flower_split.config import RunConfig
@@ -115,8 +116,8 @@ def check_trunk(config: RunConfig) -> None:
     """
     if not config.trunk.address:
         return
-    from flower_split.server.app import read_token
     from flower_split.server.coordinator import TrunkCoordinator
+    from flower_split.server.trunk_connection import read_token
 
     coordinator = TrunkCoordinator(
         config.trunk.address,
@@ -124,10 +125,8 @@ def check_trunk(config: RunConfig) -> None:
         root_certificates=config.trunk.root_certificates,
         timeout=_CONTROL_SECONDS,
     )
-    try:
+    with closing(coordinator):
         coordinator.status()
-    finally:
-        coordinator.close()
 
 
 def simulation_settings(config: RunConfig, given: str | None) -> str:

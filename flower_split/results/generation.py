@@ -247,8 +247,8 @@ def _remote(
 ) -> Iterator[nn.Module]:
     """The run's trunk on a server, within an evaluation round of its own."""
     token = secrets.token_urlsafe(24)
-    with TrunkCoordinator(
-        server.address, server.token, root_certificates=server.root_certificates
+    with contextlib.closing(
+        TrunkCoordinator(server.address, server.token, root_certificates=server.root_certificates)
     ) as coordinator:
         status = coordinator.status()
         if status.phase not in ("idle", "aborted", "done"):

@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError
 from flower_split.runs.summary import HeldOut
-from flower_split.server.federation.exchange import Federation, by_slot, describe, exchange
+from flower_split.server.federation.exchange import by_slot, exchange
+from flower_split.server.federation.nodes import Federation, describe
 from flower_split.server.recorder import Recorder
 
 logger = logging.getLogger(__name__)

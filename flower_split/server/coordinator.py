@@ -4,8 +4,6 @@ Every call may be repeated: the trunk recognises a round by its experiment, numb
 """
 
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Self
 
 from torch import Tensor
 
@@ -25,7 +23,7 @@ _MAX_ADAPTER_BYTES = 1 << 36  # a fully trained trunk may be large; its server i
 
 
 class TrunkCoordinator:
-    """Round control of one trunk. Thread-safe.
+    """Control the rounds of one trunk. Thread-safe. :meth:`close` ends its connections.
 
     Every method raises :class:`~flower_split.errors.TrunkUnavailable` when there is no answer within
     ``timeout``, :class:`~flower_split.errors.TrunkRefused` with the trunk's reason, and
@@ -113,16 +111,3 @@ class TrunkCoordinator:
     def close(self) -> None:
         """Close the connections. Idempotent."""
         self._channel.close()
-
-    def __enter__(self) -> Self:
-        """Close at the end of a ``with`` block."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the connections."""
-        self.close()

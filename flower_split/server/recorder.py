@@ -12,8 +12,8 @@ from flower_split.aggregation.adapter_aggregator import RoundSummary
 from flower_split.config import RunConfig
 from flower_split.protocol.values import RoundReport
 from flower_split.runs.directory import RunDirectory
+from flower_split.runs.outcome import RoundOutcome
 from flower_split.runs.summary import ClientOutcome, HeldOut, print_summary, summarize
-from flower_split.server.rounds import RoundOutcome
 
 logger = logging.getLogger(__name__)
 

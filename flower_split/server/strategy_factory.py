@@ -1,8 +1,11 @@
-"""What the run's inner strategy is made from: the clients' initial adapter, and what each holds of it."""
+"""Make the run's strategy: the clients' initial adapter, who holds which part of it, the commit point."""
 
 import logging
+import secrets
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+from flwr.app import ArrayRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
@@ -11,25 +14,162 @@ from flower_split.aggregation.from_config import check_clients
 from flower_split.assets import resolve_model_path
 from flower_split.config import RunConfig
 from flower_split.lora import initial_client_adapter
+from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.messages.client_facts import ClientFacts
-from flower_split.parties.client_cuts import cut_notes, cut_specs, overlap_adapter
+from flower_split.parties.client_cuts import check_resumed, cut_notes, cut_specs, overlap_adapter
 from flower_split.parties.client_ranks import OwnLora, rank_specs
 from flower_split.parties.parts import client_parts, model_cuts
+from flower_split.protocol.values import RoundBase, RoundReport
+from flower_split.runs.manifest import CommittedRound, Resumed, RunCheckpoints
+from flower_split.runs.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.server.federation.base_values import gather_base_values
-from flower_split.server.federation.exchange import Federation
+from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.flower_strategies import InnerContext, InnerFactory, inner_notes
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
+from flower_split.server.inner.state import check_resumable, load_state, state_of
+from flower_split.server.metric_sinks import MetricSinks
 from flower_split.server.privacy.accounting import privacy_notes
 from flower_split.server.privacy.mechanisms import own_inner, with_privacy
+from flower_split.server.recorder import Recorder
+from flower_split.server.trunk_connection import ConnectedTrunk
+from flower_split.server.trunk_rounds import StartingPoint, TrunkRounds
+from flower_split.server.trunk_strategy import TrunkStrategy
 from flower_split.split import CutLayers
 
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunParts:
+    """Everything that a run's strategy is made from, once the clients have answered."""
+
+    grid: Grid
+    config: RunConfig
+    trunk: ConnectedTrunk
+    federation: Federation
+    facts: Mapping[int, ClientFacts]  # by slot
+    recorder: Recorder
+    checkpoints: RunCheckpoints
+    resumed: Resumed | None  # None: a new run
+
+
+def make_strategy(
+    parts: RunParts, make_inner: InnerFactory | None = None
+) -> tuple[TrunkStrategy, ArrayRecord]:
+    """Return the run's strategy and the adapter it begins with; both go on from a resumed round.
+
+    A new run's beginning is committed as round 0, so that it can be resumed before round 1 is done.
+
+    Args:
+        parts: What it is made from.
+        make_inner: The app's own inner strategy; None: what ``strategy.*`` and ``privacy.*`` name.
+
+    Raises:
+        FlowerSplitError: Strategy, clients, configuration and resumed run do not go together.
+    """
+    config, recorder, resumed = parts.config, parts.recorder, parts.resumed
+    context = inner_context(parts.grid, config, parts.federation, parts.facts)
+    inner, notes = inner_strategy(context, parts.facts, parts.federation, make_inner)
+    for note in notes:
+        logger.warning("%s", note)
+        recorder.notes.append(note)
+    arrays = to_arrays(context.initial)
+    if isinstance(inner, LoraFedAvg):
+        arrays = inner.initial_arrays()
+        inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
+    start = StartingPoint(f"{recorder.run.path.name}-{secrets.token_hex(4)}", base=RoundBase(0))
+    if resumed is not None:
+        check_resumed(resumed.adapter, context.initial)
+        check_resumable(inner)
+        load_state(inner, resumed.strategy)
+        arrays, start = to_arrays(resumed.adapter), _going_on(resumed.entry)
+    commit = CommitPoint(start.experiment, parts.checkpoints, recorder, inner)
+    trunk_rounds = TrunkRounds(
+        parts.trunk.coordinator,
+        parts.trunk.access,
+        config,
+        start,
+        steps_per_round=max(item.planned_steps for item in parts.facts.values()),
+        on_commit=commit,
+    )
+    strategy = TrunkStrategy(
+        inner,
+        trunk_rounds,
+        parts.federation,
+        config,
+        largest_weights=largest_weights(config, parts.facts),
+        sinks=metric_sinks(recorder),
+    )
+    strategy.summary()
+    if resumed is None:
+        commit(0, trunk_rounds.attempt, _NOTHING, arrays)
+    return strategy, arrays
+
+
+_NOTHING = RoundReport(version=0, digest="", slots=(), optimizer_steps=0, compute_seconds=0.0)
+
+
+def _going_on(entry: CommittedRound) -> StartingPoint:
+    """Return where a resumed run begins: after ``entry``, under an attempt that nobody has used."""
+    logger.info("going on after round %d of experiment %s", entry.server_round, entry.experiment)
+    base = RoundBase(entry.server_round, entry.trunk_digest)
+    return StartingPoint(entry.experiment, entry.attempt + 1, base)
+
+
+def metric_sinks(recorder: Recorder) -> MetricSinks:
+    """Return the recorder's methods as the sinks of the strategy and the asynchronous loop."""
+    return MetricSinks(
+        steps=recorder.steps, evaluation=recorder.evaluation, arrivals=recorder.arrivals
+    )
+
+
+class CommitPoint:
+    """Make rounds last: the round's metrics, then the manifest, whose renaming is the commit.
+
+    See :data:`flower_split.server.trunk_rounds.CommitSink`.
+
+    Args:
+        experiment: Name of the run on the trunk.
+        checkpoints: The run's checkpoints.
+        recorder: The run's metrics.
+        inner: The inner strategy, whose state is kept with the round.
+    """
+
+    def __init__(
+        self, experiment: str, checkpoints: RunCheckpoints, recorder: Recorder, inner: Strategy
+    ) -> None:
+        self._experiment = experiment
+        self._checkpoints = checkpoints
+        self._recorder = recorder
+        self._inner = inner
+
+    def __call__(
+        self, server_round: int, attempt: int, report: RoundReport, adapter: ArrayRecord
+    ) -> None:
+        """Commit a round; round 0 is the run's beginning, of which the trunk knows nothing.
+
+        Raises:
+            RunDirectoryError: It cannot be written; the round never was.
+        """
+        if server_round:
+            self._recorder.trunk_round(server_round, attempt, report)
+            if isinstance(self._inner, LoraFedAvg):
+                self._recorder.aggregation(server_round, self._inner.last_summary)
+        self._checkpoints.commit(
+            experiment=self._experiment,
+            server_round=server_round,
+            attempt=attempt,
+            trunk_digest=report.digest,
+            trunk_version=report.version,
+            adapter=from_arrays(adapter),
+            strategy=state_of(self._inner),
+        )
+
+
 def inner_context(
     grid: Grid, config: RunConfig, federation: Federation, facts: Mapping[int, ClientFacts]
 ) -> InnerContext:
-    """The clients' adapter before round 1, and who holds which part of it at which rank.
+    """Gather the clients' adapter before round 1, and who holds which part of it at which rank.
 
     Args:
         grid: Flower's grid; clients are asked for initial values that only base weights say.
@@ -72,7 +212,7 @@ def inner_strategy(
     federation: Federation,
     make_inner: InnerFactory | None = None,
 ) -> tuple[Strategy, list[str]]:
-    """The inner strategy, and what the log and the report should say of it.
+    """Make the inner strategy; return it with the notes that log and report should hold.
 
     Args:
         context: What it is made from.
@@ -98,14 +238,14 @@ def inner_strategy(
 
 
 def client_cut_layers(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, CutLayers]:
-    """Slot to where that client's model is cut."""
+    """Return where each client's model is cut, by slot."""
     return {slot: item.cuts or model_cuts(config) for slot, item in facts.items()}
 
 
 def client_specs(
     config: RunConfig, facts: Mapping[int, ClientFacts], scales: Mapping[str, float]
 ) -> dict[int, AdapterSpec]:
-    """What each client holds of the adapter, where that is not all of it as the run has it."""
+    """Return what a client holds of the adapter, by slot, for those that do not hold all of it."""
     own = {
         slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
     }
@@ -119,7 +259,7 @@ def client_specs(
 
 
 def largest_weights(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, float]:
-    """The largest weight that each client can report truthfully; empty where all count the same."""
+    """Return the largest weight that each client can report truthfully; empty where all count the same."""
     if config.strategy.weighting == "uniform":
         return {}
     train = config.train

@@ -15,7 +15,6 @@ import threading
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Self
 
 from flower_split.config import RunConfig, resolved_run_config
@@ -80,7 +79,7 @@ class TrunkProcess:
         self._process, _ = _launch(self._order, self._timeout)
 
     def supervise(self) -> None:
-        """Restart it whenever it dies, until :meth:`stop`.
+        """Restart it whenever it dies, until :meth:`close`.
 
         What waits for the trunk meanwhile tries again, and the new process tells it that its round
         is over. After three failures to start, one after the other, ``given_up`` is set.
@@ -109,7 +108,7 @@ class TrunkProcess:
         """Whether the process runs."""
         return self._process.poll() is None
 
-    def stop(self, timeout: float = 10.0) -> None:
+    def close(self, timeout: float = 10.0) -> None:
         """End the process: by the end of its standard input, after ``timeout`` seconds by force."""
         self._stopping.set()
         if self._supervisor is not None:
@@ -130,19 +129,6 @@ class TrunkProcess:
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
-
-    def __enter__(self) -> Self:
-        """It already serves."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """End the process."""
-        self.stop()
 
 
 def _launch(order: Mapping[str, object], timeout: float) -> "tuple[subprocess.Popen[str], int]":

@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -211,7 +212,7 @@ def measure_unsplit(preset, args, path, rows) -> list[StepMetrics]:
 def measure_split(preset, args, path, rows, count: int) -> list[StepMetrics]:
     """The steps of the first of ``count`` clients that train at once."""
     config = make_config(preset, path, args)
-    with TrunkProcess.start(config, 600.0) as trunk:
+    with closing(TrunkProcess.start(config, 600.0)) as trunk:
         coordinator = TrunkCoordinator(trunk.address, trunk.token, timeout=120.0)
         clients = [in_process(run_client, preset, args, path, rows) for _ in range(count)]
         for slot, (_, pipe) in enumerate(clients):

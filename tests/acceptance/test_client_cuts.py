@@ -76,7 +76,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     return Job(tmp_path, *parts)
 
 
@@ -84,7 +84,7 @@ def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 def finished(tmp_path_factory: pytest.TempPathFactory, parts: tuple[Path, str]) -> RunDirectory:
     """Two rounds of one step over three clients; checked by several tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+        patch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
         for name in ("_run_id", "_node_id", "_task_id"):
             patch.setattr(TaskIdentity, name, 1)
         return Job(tmp_path_factory.mktemp("runs"), *parts).run("run", num_server_rounds=2)

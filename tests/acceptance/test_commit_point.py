@@ -11,8 +11,8 @@ from flower_split.config import parse_run_config
 from flower_split.errors import RoundAborted, RoundLost, RunDirectoryError, TrunkUnavailable
 from flower_split.protocol.values import ActivationReport, RoundBase, RoundReport, SlotReport
 from flower_split.runs.directory import RunDirectory
+from flower_split.runs.outcome import RoundOutcome
 from flower_split.server.recorder import Recorder
-from flower_split.server.rounds import RoundOutcome
 from tests.support.fakes import FakeCoordinator, FakeGrid
 from tests.unit.server.test_trunk_strategy import NODES, good_answer, make_strategy, train
 
@@ -49,40 +49,42 @@ def grid() -> FakeGrid:
 def test_commit_writes_the_manifest_before_the_trunk_commits():
     coordinator = FakeCoordinator()
 
-    def sink(server_round: int, report: RoundReport, arrays: ArrayRecord) -> None:
+    def sink(server_round: int, attempt: int, report: RoundReport, arrays: ArrayRecord) -> None:
         coordinator.calls.append(f"manifest {server_round}")
 
     strategy = make_strategy(coordinator, base=RoundBase(0), on_commit=sink)
     train(strategy, grid())
     assert coordinator.calls == ["begin", "prepare", "manifest 1", "commit"]
     assert coordinator.plans[0].base == RoundBase(0)
-    assert strategy.base == RoundBase(1, "")
+    assert strategy.trunk_rounds.base == RoundBase(1, "")
 
 
 def test_commit_point_that_fails_undoes_the_strategy_and_the_trunk():
     coordinator = FakeCoordinator()
 
-    def full(server_round: int, report: RoundReport, arrays: ArrayRecord) -> None:
+    def full(server_round: int, attempt: int, report: RoundReport, arrays: ArrayRecord) -> None:
         raise RunDirectoryError("no space left")
 
-    strategy = make_strategy(coordinator, base=RoundBase(0), on_commit=full)
-    strategy.inner = inner = Counting()
+    inner = Counting()
+    strategy = make_strategy(coordinator, base=RoundBase(0), on_commit=full, inner=inner)
     with pytest.raises(RunDirectoryError):
         train(strategy, grid())
     assert inner.count == 0
     assert coordinator.calls == ["begin", "prepare", "abort"]
-    assert strategy.base == RoundBase(0)
+    assert strategy.trunk_rounds.base == RoundBase(0)
 
 
 @pytest.mark.parametrize("error", [TrunkUnavailable("gone"), RoundAborted("restarted")])
 def test_trunk_that_is_lost_after_the_commit_point_does_not_undo_the_round(error):
     coordinator = FakeCoordinator(commit_error=error)
-    strategy = make_strategy(coordinator, base=RoundBase(0), on_commit=lambda *_: None)
-    strategy.inner = inner = Counting()
+    inner = Counting()
+    strategy = make_strategy(coordinator, base=RoundBase(0), on_commit=lambda *_: None, inner=inner)
     arrays, _ = train(strategy, grid())
     assert arrays is not None
     assert inner.count == 1
-    assert strategy.base == RoundBase(1, "")  # the next round names it, and the trunk follows
+    assert strategy.trunk_rounds.base == RoundBase(
+        1, ""
+    )  # the next round names it, and the trunk follows
     assert "abort" not in coordinator.calls
 
 
@@ -124,7 +126,7 @@ def test_recorder_of_a_resumed_run_drops_what_was_not_committed(tmp_path):
             recorder.trunk_round(server_round, 0, report)
         recorder.evaluation(server_round, 0, result)
         if server_round < 2:  # round 2 was lost before it was done
-            recorder.round_done(RoundOutcome(server_round, None, None, 1.0))
+            recorder.round_done(RoundOutcome(server_round, 1.0))
 
     again = Recorder(RunDirectory.open(tmp_path / "run"), config)
     again.forget_after(1)

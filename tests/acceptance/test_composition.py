@@ -65,7 +65,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.fixture
 def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     return Job(tmp_path, *parts)
 
 

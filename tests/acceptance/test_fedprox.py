@@ -76,7 +76,7 @@ def test_train_round_with_mu_follows_the_gradient_of_the_proximal_term(
 def test_run_with_fedprox_pulls_the_second_step_back_by_mu_times_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     job = Job(tmp_path, make_model(tmp_path / "model"), make_data(tmp_path / "data", CLIENTS))
 
     def update(name: str, steps: int, mu: float, ours: float = 0.0) -> list[dict[str, np.ndarray]]:

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import RoundBase, RoundPlan
-from flower_split.server.app import ConnectedTrunk, final_trunk_adapter
-from flower_split.server.rounds import TrunkCare
-from flower_split.server.trunk_strategy import TrunkAccess
+from flower_split.server.app import final_trunk_adapter
+from flower_split.server.trunk_access import TrunkHealth
 from tests.support.fakes import FakeCoordinator
 from tests.unit.server.test_trunk_strategy import make_strategy
 
@@ -53,12 +52,8 @@ class RestartingTrunk(FakeCoordinator):
 def test_adapter_of_a_trunk_that_restarts_while_it_is_read_is_read_again(dies_in: str) -> None:
     coordinator = RestartingTrunk(dies_in=dies_in)
     strategy = make_strategy(coordinator, base=RoundBase(3, "digest"))
-    trunk = ConnectedTrunk(
-        coordinator,  # type: ignore[arg-type]
-        TrunkAccess(address="trunk.example:1"),
-        {},
-        TrunkCare(),
+    adapter = final_trunk_adapter(
+        strategy.trunk_rounds, coordinator, strategy.config, TrunkHealth()
     )
-    adapter = final_trunk_adapter(strategy, trunk)
     assert coordinator.deaths == 1
     assert torch.equal(adapter["weight"], TRAINED)

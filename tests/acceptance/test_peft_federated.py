@@ -67,7 +67,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def trunk_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
 
 
 def job(

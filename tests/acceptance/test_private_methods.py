@@ -42,7 +42,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.fixture(scope="module")
 def calm_job(tmp_path_factory: pytest.TempPathFactory, parts: tuple[Path, str]) -> Iterator[Job]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+        patch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
         for name in ("_run_id", "_node_id", "_task_id"):  # this lives longer than a test's own
             patch.setattr(TaskIdentity, name, 1)
         yield Job(tmp_path_factory.mktemp("calm"), *parts)
@@ -56,7 +56,7 @@ def calm(calm_job: Job) -> Outcome:
 
 @pytest.fixture
 def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     return Job(tmp_path, *parts)
 
 

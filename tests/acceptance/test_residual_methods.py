@@ -31,7 +31,7 @@ SCALE = 4.0  # alpha 16, rank 4
 
 @pytest.fixture
 def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     return Job(tmp_path, *parts)
 
 

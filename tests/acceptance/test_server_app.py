@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Job:
 
 @pytest.fixture
 def job(tmp_path: Path, parts: tuple[Path, str], monkeypatch: pytest.MonkeyPatch) -> Job:
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     return Job(tmp_path, *parts)
 
 
@@ -208,7 +209,7 @@ def test_run_with_an_empty_partition_names_it(job: Job, tmp_path: Path) -> None:
 def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path: Path) -> None:
     other = {**job.config("other"), "lora.trunk.r": 2}
     token = tmp_path / "token"
-    with TrunkHere.start(parse_run_config(other), 0) as trunk:
+    with closing(TrunkHere.start(parse_run_config(other), 0)) as trunk:
         token.write_text(trunk.token)
         text = refused(
             job, FederationError, trunk__address=trunk.address, trunk__token_file=str(token)

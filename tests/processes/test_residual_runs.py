@@ -103,7 +103,7 @@ def test_deployed_clients_keep_their_factors_where_their_node_says(
     deployed = RunDirectory.open(tmp_path / "deployed")
     assert not (deployed.path / "clients").exists()
 
-    monkeypatch.setattr("flower_split.server.app.TrunkProcess", TrunkHere)
+    monkeypatch.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
     here = {**config, "run-dir": str(tmp_path / "here"), "train.client-dir": str(tmp_path / "own")}
     run_here(LocalGrid(2, here), parse_run_config(here))
     for partition, disk in own.items():

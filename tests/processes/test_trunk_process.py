@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 def test_trunk_process_serves_its_fingerprint_to_the_token_and_ends(config: RunConfig) -> None:
-    with TrunkProcess.start(config, 120) as trunk:
-        with TrunkCoordinator(trunk.address, trunk.token, timeout=20) as coordinator:
+    with closing(TrunkProcess.start(config, 120)) as trunk:
+        with closing(TrunkCoordinator(trunk.address, trunk.token, timeout=20)) as coordinator:
             assert coordinator.status().fingerprint["cut-layers"] == "1:3"
             assert any("lora_A" in name for name in coordinator.get_adapter())
         with (
-            TrunkCoordinator(trunk.address, "not the token", timeout=20) as stranger,
+            closing(TrunkCoordinator(trunk.address, "not the token", timeout=20)) as stranger,
             pytest.raises(TrunkRefused),
         ):
             stranger.status()

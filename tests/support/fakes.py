@@ -1,6 +1,6 @@
 """Stand-ins for Flower's grid and the trunk's coordinator, with a record of what they were asked."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,8 +15,9 @@ from flwr.app import (
 )
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from torch import Tensor
 
-from flower_split.protocol.values import RoundPlan, RoundReport, SlotReport, TrunkStatus
+from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, SlotReport, TrunkStatus
 
 Answer = Callable[[Message], RecordDict | Error | None]
 """What a node replies; None: it never does."""
@@ -112,7 +113,13 @@ class FakeCoordinator:
         self.calls.append("begin")
         return 1, 0
 
-    def prepare_round(self, experiment: str, server_round: int, attempt: int) -> RoundReport:
+    def prepare_round(
+        self,
+        experiment: str,
+        server_round: int,
+        attempt: int,
+        arrivals: Sequence[Arrival] = (),
+    ) -> RoundReport:
         self.calls.append("prepare")
         if self.prepare_error is not None:
             raise self.prepare_error
@@ -141,3 +148,6 @@ class FakeCoordinator:
 
     def status(self) -> TrunkStatus:
         return self.state
+
+    def get_adapter(self) -> dict[str, Tensor]:
+        return {}

@@ -68,8 +68,6 @@ class TrunkHere:
     def supervise(self) -> None:
         """Nothing to do: it lives as long as this process."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
+        """End the server."""
         self._running.__exit__(None, None, None)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import grpc
 import torch
@@ -85,8 +85,8 @@ def remote(port: int, *, slot: int = 0, mode: str = "joint", **changes: object) 
 
 def coordinator(
     port: int, token: str = COORDINATOR_TOKEN, timeout: float = 20.0
-) -> TrunkCoordinator:
-    return TrunkCoordinator(f"127.0.0.1:{port}", token, timeout=timeout)
+) -> closing[TrunkCoordinator]:
+    return closing(TrunkCoordinator(f"127.0.0.1:{port}", token, timeout=timeout))
 
 
 @contextmanager

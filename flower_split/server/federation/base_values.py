@@ -18,7 +18,8 @@ from flower_split.errors import FederationError
 from flower_split.lora.initial_values import digest_of, is_copy
 from flower_split.messages.arrays import from_arrays
 from flower_split.messages.client_facts import BASE_VALUES, ClientFacts
-from flower_split.server.federation.exchange import Federation, by_slot, describe, exchange
+from flower_split.server.federation.exchange import by_slot, exchange
+from flower_split.server.federation.nodes import Federation, describe
 
 logger = logging.getLogger(__name__)
 

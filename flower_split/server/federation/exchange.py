@@ -1,21 +1,19 @@
-"""One exchange of Flower messages: push, wait with a deadline, and say in words what failed.
+"""One exchange of Flower messages: push, wait with a deadline, and sort the replies.
 
-A *slot* is a client's data partition, the stable name under which the trunk, the strategy and the
-reports know it; Flower's node id changes from run to run. :class:`Federation` maps the two.
+Failures come back as words without Flower's wrapping, by slot.
 """
 
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from flower_split.errors import FederationError
 from flower_split.messages.error_codes import TRUNK_LOST
+from flower_split.server.federation.nodes import Federation
 
 logger = logging.getLogger(__name__)
 
@@ -37,38 +35,8 @@ Watch = Callable[[Sequence[Message]], bool]
 """Called after every poll with the replies that are new; True ends the wait."""
 
 
-@dataclass(frozen=True, slots=True)
-class Federation:
-    """Which node holds which data partition, fixed for a run.
-
-    Args:
-        nodes: Slot (partition id) to Flower node id, ascending in the slot.
-    """
-
-    nodes: Mapping[int, int]
-
-    @property
-    def slots(self) -> list[int]:
-        """All slots, ascending."""
-        return sorted(self.nodes)
-
-    def slot_of(self, node_id: int) -> int:
-        """The slot of a node.
-
-        Raises:
-            FederationError: The node did not take part in the handshake.
-        """
-        for slot, known in self.nodes.items():
-            if known == node_id:
-                return slot
-        raise FederationError(
-            f"node {node_id} joined after the run began; it holds no partition of this run. "
-            "Start a new run to include it."
-        )
-
-
 def failure_text(message: Message) -> str:
-    """The words of a failed reply, without Flower's wrapping; empty for a reply with content."""
+    """Return why a reply failed, without Flower's wrapping; empty for a reply with content."""
     if not message.has_error():
         return ""
     reason = (message.error.reason or "").strip()
@@ -123,7 +91,7 @@ def exchange(
 def lost_slots(
     federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
 ) -> set[int]:
-    """Slots whose failure is the loss of a process or a connection, not of their own making."""
+    """Return the slots that failed by losing a process or a connection, not by an error of their own."""
     by_message = {message.metadata.message_id: message for message in sent}
     lost = {federation.slot_of(message.metadata.dst_node_id) for message in sent}
     for reply in replies:
@@ -162,30 +130,3 @@ def by_slot(
             good[slot] = reply
             problems.pop(slot, None)
     return dict(sorted(good.items())), dict(sorted(problems.items()))
-
-
-def describe(problems: Mapping[int, str], federation: Federation) -> str:
-    """Reasons of failure in one paragraph: equal texts once, with all partitions they concern."""
-    return "; ".join(
-        f"partition{'s' if len(slots) > 1 else ''} "
-        + ", ".join(f"{slot} (node {federation.nodes[slot]})" for slot in slots)
-        + f": {text}"
-        for text, slots in _by_text(problems).items()
-    )
-
-
-def describe_nodes(problems: Mapping[int, str], federation: Federation) -> str:
-    """As :func:`describe`, before the partitions are known: by node ids."""
-    return "; ".join(
-        f"node{'s' if len(slots) > 1 else ''} "
-        + ", ".join(str(federation.nodes[slot]) for slot in slots)
-        + f": {text}"
-        for text, slots in _by_text(problems).items()
-    )
-
-
-def _by_text(problems: Mapping[int, str]) -> dict[str, list[int]]:
-    by_text: dict[str, list[int]] = {}
-    for slot, text in sorted(problems.items()):
-        by_text.setdefault(text, []).append(slot)
-    return by_text

@@ -18,13 +18,8 @@ from flower_split.messages.client_facts import HANDSHAKE, ClientFacts
 from flower_split.parties.fingerprint import CUT_LAYERS, differing_fields
 from flower_split.parties.parts import model_cuts
 from flower_split.runtime.simulation import pool_cap
-from flower_split.server.federation.exchange import (
-    Federation,
-    by_slot,
-    describe_nodes,
-    exchange,
-    lost_slots,
-)
+from flower_split.server.federation.exchange import by_slot, exchange, lost_slots
+from flower_split.server.federation.nodes import Federation, describe_nodes
 from flower_split.split import CutLayers
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from flower_split.aggregation.adapter_aggregator import RoundSummary
 from flower_split.errors import FederationError
 from flower_split.messages.client_facts import STEPS
 from flower_split.protocol.values import RoundReport
-from flower_split.server.federation.exchange import Federation
+from flower_split.server.federation.nodes import Federation
 
 UNIFORM = "uniform-weight"
 """Metric of 1 that the server puts into replies whose strategy weighs clients equally by it."""

@@ -41,7 +41,7 @@ _STATE = "fedbuff/"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Arrived:
+class ClientArrival:
     """A client that has come back.
 
     Args:
@@ -118,7 +118,7 @@ class FedBuff(LoraFedAvg):
         return message, sent
 
     def aggregate_arrivals(
-        self, server_round: int, arrivals: Sequence[Arrived]
+        self, server_round: int, arrivals: Sequence[ClientArrival]
     ) -> tuple[ArrayRecord, MetricRecord]:
         """One round: the new global adapter, and the clients' metrics.
 

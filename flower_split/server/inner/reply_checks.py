@@ -19,7 +19,7 @@ from flower_split.errors import FederationError
 from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.messages.client_facts import BASE_CHANGE
 from flower_split.messages.updates import move_zero_update
-from flower_split.server.federation.exchange import Federation
+from flower_split.server.federation.nodes import Federation
 from flower_split.server.federation.replies import UNIFORM, scalars
 from flower_split.server.inner.clip_check import check_clipped
 from flower_split.server.inner.lora_fedavg import LoraFedAvg

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def test_generate_over_a_trunk_server_says_the_same(
             )
             over_grpc = said(capsys, str(run), *flags, *remote)
             assert trunk.engine.cache_bytes() == 0
-            with TrunkCoordinator(f"127.0.0.1:{trunk.port}", TOKEN) as coordinator:
+            with closing(TrunkCoordinator(f"127.0.0.1:{trunk.port}", TOKEN)) as coordinator:
                 assert coordinator.status().phase == "idle"
                 plan = RoundPlan(
                     experiment="other", server_round=1, attempt=0, participants={0: "t"}

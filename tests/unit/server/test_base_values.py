@@ -16,7 +16,7 @@ from flower_split.lora.initial_values import digest_of
 from flower_split.messages.arrays import to_arrays
 from flower_split.messages.client_facts import BASE_VALUES, ClientFacts
 from flower_split.server.federation.base_values import gather_base_values
-from flower_split.server.federation.exchange import Federation
+from flower_split.server.federation.nodes import Federation
 from tests.support.fakes import FakeGrid
 from tests.support.tiny_app import make_data, make_model, tiny_config
 

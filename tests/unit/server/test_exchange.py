@@ -4,14 +4,8 @@ import time
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from flower_split.server.federation.exchange import (
-    Federation,
-    by_slot,
-    describe,
-    describe_nodes,
-    exchange,
-    failure_text,
-)
+from flower_split.server.federation.exchange import by_slot, exchange, failure_text
+from flower_split.server.federation.nodes import Federation, describe, describe_nodes
 from tests.support.fakes import FakeGrid, reply
 
 FEDERATION = Federation({0: 30, 1: 10, 2: 20})

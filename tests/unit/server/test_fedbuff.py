@@ -29,10 +29,12 @@ from flower_split.errors import (
 from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.protocol.values import Arrival, Dispatch, RoundReport
 from flower_split.server.asynchronous.loop import AsynchronousRounds
-from flower_split.server.federation.exchange import Federation
-from flower_split.server.inner.fedbuff import Arrived, FedBuff
-from flower_split.server.rounds import TrunkCare
-from flower_split.server.trunk_strategy import TrunkAccess, TrunkStrategy
+from flower_split.server.federation.nodes import Federation
+from flower_split.server.inner.fedbuff import ClientArrival, FedBuff
+from flower_split.server.metric_sinks import MetricSinks
+from flower_split.server.trunk_access import TrunkAccess, TrunkHealth
+from flower_split.server.trunk_rounds import StartingPoint, TrunkRounds
+from flower_split.server.trunk_strategy import TrunkStrategy
 from tests.support.fakes import FakeCoordinator, FakeGrid, reply, train_content
 
 NODES = {0: 900, 1: 300, 2: 700}  # slot -> node id
@@ -79,10 +81,10 @@ def fedbuff(config: RunConfig, initial: Adapter, specs: Mapping[int, AdapterSpec
 
 def arrived(
     number: int, slot: int, base_round: int, sent: Adapter, returned: Adapter, tokens: int
-) -> Arrived:
+) -> ClientArrival:
     content = train_content(to_arrays(returned), tokens)
     del content["steps"]
-    return Arrived(Dispatch(number, slot, f"token-{number}"), base_round, sent, content)
+    return ClientArrival(Dispatch(number, slot, f"token-{number}"), base_round, sent, content)
 
 
 # ---------------------------------------------------------------------- staleness
@@ -333,32 +335,41 @@ class Loop:
         self.coordinator = Coordinator()
         self.inner = fedbuff(self.config, adapter(0))
         self.committed: list[int] = []
+        self.disk_full = False
         self.records: list[tuple[int, list[Mapping[str, int | float | str]]]] = []
-        self.strategy = TrunkStrategy(
-            self.inner,
+        trunk_rounds = TrunkRounds(
             self.coordinator,
-            FEDERATION,
+            TrunkAccess(address="trunk.example:1"),
             self.config,
-            access=TrunkAccess(address="trunk.example:1"),
-            experiment="exp",
+            StartingPoint("exp"),
             steps_per_round=1,
-            on_commit=lambda server_round, report, arrays: self.committed.append(server_round),
+            on_commit=self.commit,
         )
+        self.strategy = TrunkStrategy(self.inner, trunk_rounds, FEDERATION, self.config)
         self.grid = grid
         self.rounds = AsynchronousRounds(
             self.strategy,
             self.inner,
             grid,
-            on_arrivals=lambda server_round, records: self.records.append(
-                (server_round, list(records))
+            sinks=MetricSinks(
+                arrivals=lambda server_round, records: self.records.append(
+                    (server_round, list(records))
+                )
             ),
         )
         self.arrays: ArrayRecord = self.inner.initial_arrays()
 
+    def commit(
+        self, server_round: int, attempt: int, report: RoundReport, arrays: ArrayRecord
+    ) -> None:
+        if self.disk_full:
+            raise FederationError("the disk is full")
+        self.committed.append(server_round)
+
     def run(self, count: int = 1) -> None:
         start = len(self.committed) + 1
         for server_round in range(start, start + count):
-            self.arrays, _ = self.rounds.run(server_round, self.arrays, TrunkCare())
+            self.arrays, _ = self.rounds.run(server_round, self.arrays, TrunkHealth())
 
     def arrived(self) -> list[list[tuple[int, int]]]:
         """By round: (partition, staleness), in order of arrival."""
@@ -418,7 +429,7 @@ def test_concurrency_of_a_small_simulation_is_respected_and_said(
     with caplog.at_level(logging.WARNING, logger="flower_split"):
         rounds = AsynchronousRounds(loop.strategy, loop.inner, loop.grid, at_once=1)
     assert "runs 1 clients at once" in caplog.text
-    rounds.run(1, loop.arrays, TrunkCare())
+    rounds.run(1, loop.arrays, TrunkHealth())
     assert max(len(plan.dispatches) for plan in loop.coordinator.plans) <= 2
 
 
@@ -582,12 +593,8 @@ def test_duplicate_and_late_replies_are_ignored() -> None:
 
 def test_round_that_cannot_be_written_leaves_no_trace() -> None:
     loop = Loop(Scripted(good))
-
-    def full(server_round, report, arrays) -> None:
-        raise FederationError("the disk is full")
-
     before = loop.inner.state_dict()
-    loop.strategy._on_commit = full
+    loop.disk_full = True
     with pytest.raises(FederationError, match="disk is full"):
         loop.run(1)
     after = loop.inner.state_dict()
@@ -599,7 +606,7 @@ def test_round_that_cannot_be_written_leaves_no_trace() -> None:
 def test_dismissing_recalls_whoever_is_at_work() -> None:
     loop = Loop(Scripted(good), num_server_rounds=2)
     loop.run(1)
-    assert loop.rounds._at_work
+    assert loop.rounds.num_at_work
     loop.rounds.dismiss()
     assert loop.coordinator.plans[-1].dispatches == ()
     assert loop.coordinator.calls[-2:] == ["begin", "abort"]

@@ -53,9 +53,7 @@ def grid(answer: Callable[[Message], RecordDict] = good_answer) -> FakeGrid:
 
 
 def around(inner: Strategy, coordinator: FakeCoordinator | None = None) -> TrunkStrategy:
-    strategy = make_strategy(coordinator or FakeCoordinator())
-    strategy.inner = inner
-    return strategy
+    return make_strategy(coordinator or FakeCoordinator(), inner=inner)
 
 
 class Ledger:
@@ -119,7 +117,7 @@ def test_round_that_is_configured_again_is_accounted_for_once() -> None:
     ledger = Ledger()
     strategy = around(fixed(ledger))
     strategy.configure_train(1, SENT, ConfigRecord(), grid())
-    strategy.give_up("its clients were lost")
+    strategy.trunk_rounds.abort("its clients were lost")
     train(strategy, grid())
     assert ledger.num_releases == 1
 
@@ -233,8 +231,8 @@ def test_reply_that_flower_would_broadcast_or_believe_is_refused_and_named(
 
 
 def test_weight_above_what_a_clients_steps_allow_is_refused_and_named() -> None:
-    strategy = around(FedAvg(**KEYS))
-    strategy.largest_weights = {0: 10.0, 1: 20.0, 2: 29.0, 3: 40.0}  # slot s reports 10 (s + 1)
+    most = {0: 10.0, 1: 20.0, 2: 29.0, 3: 40.0}  # slot s reports 10 (s + 1)
+    strategy = make_strategy(FakeCoordinator(), inner=FedAvg(**KEYS), largest_weights=most)
     with pytest.raises(FederationError, match=r"partition 2 \(node 700\) reports num-tokens = 30"):
         train(strategy, grid())
 
@@ -266,15 +264,7 @@ def test_wrapper_around_the_packages_own_aggregation_is_refused() -> None:
     wrapped = DifferentialPrivacyServerSideFixedClipping(own, 1.0, 1.0, 4)
     plain = make_strategy(FakeCoordinator())
     with pytest.raises(ConfigError, match="without that noise"):
-        TrunkStrategy(
-            wrapped,
-            FakeCoordinator(),
-            FEDERATION,
-            plain.config,
-            access=plain.access,
-            experiment="exp",
-            steps_per_round=1,
-        )
+        TrunkStrategy(wrapped, plain.trunk_rounds, FEDERATION, plain.config)
 
 
 def test_wrapper_outside_works_with_flowers_own_loop() -> None:

@@ -10,7 +10,8 @@ from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.messages.client_facts import PRIVATE, TRAINABLE
-from flower_split.server.federation.exchange import Federation, exchange
+from flower_split.server.federation.exchange import exchange
+from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
 from flower_split.server.node_view import NodeView
 from tests.support.fakes import FakeGrid, train_content

@@ -8,8 +8,10 @@ from flwr.app import Error, Message, MetricRecord, RecordDict
 
 from flower_split.errors import FederationError, RoundLost
 from flower_split.protocol.values import TrunkStatus
-from flower_split.server import rounds
-from flower_split.server.rounds import RoundOutcome, TrunkCare, run_rounds
+from flower_split.runs.outcome import RoundOutcome
+from flower_split.server import phase_watch
+from flower_split.server.rounds import run_rounds
+from flower_split.server.trunk_access import TrunkHealth
 from tests.support.fakes import FakeCoordinator, FakeGrid, train_content
 from tests.unit.server.test_trunk_strategy import (
     FEDERATION,
@@ -50,7 +52,7 @@ def test_run_rounds_from_a_later_round_runs_only_the_rest() -> None:
 def test_run_rounds_with_one_failure_and_one_silent_client_ends_before_the_deadline(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rounds, "_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(phase_watch, "_GRACE_SECONDS", 0.2)
 
     def mixed(message: Message) -> RecordDict | Error | None:
         slot = FEDERATION.slot_of(message.metadata.dst_node_id)
@@ -71,8 +73,8 @@ def test_run_rounds_with_one_failure_and_one_silent_client_ends_before_the_deadl
 def test_run_rounds_with_an_aborted_trunk_ends_with_the_trunks_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rounds, "_GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(rounds, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(phase_watch, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(phase_watch, "_STATUS_SECONDS", 0.0)
     coordinator = FakeCoordinator(
         state=TrunkStatus(epoch=1, version=0, phase="aborted", problem="slot 2 did not join")
     )
@@ -82,8 +84,8 @@ def test_run_rounds_with_an_aborted_trunk_ends_with_the_trunks_words(
 
 
 def test_run_rounds_with_a_dead_trunk_process_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds, "_GRACE_SECONDS", 0.1)
-    monkeypatch.setattr(rounds, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(phase_watch, "_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(phase_watch, "_STATUS_SECONDS", 0.0)
     grid = FakeGrid(NODES.values(), lambda _: None)
     with pytest.raises(FederationError, match="trunk process ended"):
         run_rounds(
@@ -91,7 +93,7 @@ def test_run_rounds_with_a_dead_trunk_process_ends(monkeypatch: pytest.MonkeyPat
             grid,
             SENT,
             on_round=print,
-            trunk=TrunkCare(alive=lambda: False),
+            health=TrunkHealth(is_running=lambda: False),
         )
 
 
@@ -127,7 +129,7 @@ def test_run_rounds_gives_up_after_the_retries() -> None:
 def test_run_rounds_logs_where_the_trunk_stands(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(rounds, "_STATUS_SECONDS", 0.0)
+    monkeypatch.setattr(phase_watch, "_STATUS_SECONDS", 0.0)
     state = TrunkStatus(
         epoch=1, version=5, phase="open", window=2, num_tokens=900.0, bytes_received=4_000_000
     )

@@ -3,15 +3,21 @@
 import dataclasses
 import logging
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from flwr.serverapp.strategy import FedAvg, FedMedian
+from flwr.serverapp.strategy import FedAvg, FedMedian, Strategy
 
 from flower_split.config import RunConfig, TrunkConfig, parse_run_config
 from flower_split.errors import FederationError, RoundAborted, TrunkUnavailable
-from flower_split.server.federation.exchange import Federation, exchange
-from flower_split.server.trunk_strategy import TrunkAccess, TrunkStrategy
+from flower_split.protocol.values import RoundBase
+from flower_split.server.federation.exchange import exchange
+from flower_split.server.federation.nodes import Federation
+from flower_split.server.metric_sinks import MetricSinks
+from flower_split.server.trunk_access import TrunkAccess
+from flower_split.server.trunk_rounds import CommitSink, StartingPoint, TrunkRounds
+from flower_split.server.trunk_strategy import TrunkStrategy
 from tests.support.fakes import FakeCoordinator, FakeGrid, arrays, reply, train_content
 
 NODES = {0: 900, 1: 300, 2: 700, 3: 100}  # slot -> node id, deliberately not ascending
@@ -34,17 +40,32 @@ def inner_fedavg() -> FedAvg:
 
 
 def make_strategy(
-    coordinator: FakeCoordinator, config: RunConfig | None = None, **sinks: object
+    coordinator: FakeCoordinator,
+    config: RunConfig | None = None,
+    *,
+    inner: Strategy | None = None,
+    federation: Federation = FEDERATION,
+    base: RoundBase | None = None,
+    on_commit: CommitSink | None = None,
+    sinks: MetricSinks = MetricSinks(),
+    largest_weights: Mapping[int, float] = MappingProxyType({}),
 ) -> TrunkStrategy:
-    return TrunkStrategy(
-        inner_fedavg(),
+    config = config or make_config()
+    trunk_rounds = TrunkRounds(
         coordinator,
-        FEDERATION,
-        config or make_config(),
-        access=TrunkAccess(address="trunk.example:1"),
-        experiment="exp",
+        TrunkAccess(address="trunk.example:1"),
+        config,
+        StartingPoint("exp", base=base),
         steps_per_round=3,
-        **sinks,  # type: ignore[arg-type]
+        on_commit=on_commit,
+    )
+    return TrunkStrategy(
+        inner or inner_fedavg(),
+        trunk_rounds,
+        federation,
+        config,
+        largest_weights=largest_weights,
+        sinks=sinks,
     )
 
 
@@ -98,11 +119,11 @@ def test_configure_train_with_a_fraction_samples_the_same_slots_again_and_other_
     config = dataclasses.replace(make_config(), fraction_train=0.5)
 
     def chosen(server_round: int, nodes: dict[int, int]) -> list[int]:
-        strategy = make_strategy(FakeCoordinator(), config)
-        strategy.federation = Federation(nodes)
+        strategy = make_strategy(FakeCoordinator(), config, federation=Federation(nodes))
         grid = FakeGrid(nodes.values(), good_answer)
         strategy.configure_train(server_round, SENT, ConfigRecord(), grid)
-        return strategy.participants
+        assert strategy.phase is not None
+        return strategy.phase.slots
 
     other_ids = {slot: 5000 - 7 * slot for slot in NODES}
     rounds = [chosen(r, NODES) for r in range(1, 9)]
@@ -130,15 +151,17 @@ def test_aggregate_train_hands_the_inner_strategy_replies_in_slot_order_without_
             seen.extend((m.metadata.src_node_id, sorted(m.content)) for m in replies)
             return super().aggregate_train(server_round, replies)
 
-    strategy = make_strategy(FakeCoordinator())
-    strategy.inner = Spy(min_train_nodes=1, min_available_nodes=1, weighted_by_key="num-tokens")
+    spy = Spy(min_train_nodes=1, min_available_nodes=1, weighted_by_key="num-tokens")
+    strategy = make_strategy(FakeCoordinator(), inner=spy)
     train(strategy, FakeGrid(NODES.values(), good_answer))
     assert seen == [(node, ["arrays", "metrics"]) for node in (900, 300, 700, 100)]
 
 
 def test_aggregate_train_passes_step_metrics_to_the_sink() -> None:
     seen = []
-    strategy = make_strategy(FakeCoordinator(), on_steps=lambda *args: seen.append(args))
+    strategy = make_strategy(
+        FakeCoordinator(), sinks=MetricSinks(steps=lambda *args: seen.append(args))
+    )
     train(strategy, FakeGrid(NODES.values(), good_answer))
     assert [(r, slot, dict(lists)) for r, slot, lists, _ in seen] == [
         (1, slot, {"loss": [1.0, 0.5]}) for slot in range(4)
@@ -248,8 +271,7 @@ def test_aggregate_train_with_an_inner_error_aborts() -> None:
             raise RuntimeError("inner")
 
     coordinator = FakeCoordinator()
-    strategy = make_strategy(coordinator)
-    strategy.inner = Broken(min_train_nodes=1, min_available_nodes=1)
+    strategy = make_strategy(coordinator, inner=Broken(min_train_nodes=1, min_available_nodes=1))
     with pytest.raises(RuntimeError, match="inner"):
         train(strategy, FakeGrid(NODES.values(), good_answer))
     assert coordinator.calls == ["begin", "prepare", "abort"]
@@ -286,8 +308,7 @@ def test_configure_train_of_an_inner_strategy_that_wants_more_nodes_raises(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("flwr.serverapp.strategy.strategy_utils.sleep", lambda _: None)
-    strategy = make_strategy(FakeCoordinator())
-    strategy.inner = FedAvg(min_available_nodes=5)
+    strategy = make_strategy(FakeCoordinator(), inner=FedAvg(min_available_nodes=5))
     with pytest.raises(FederationError, match="min_available_nodes"):
         strategy.configure_train(1, SENT, ConfigRecord(), FakeGrid(NODES.values(), good_answer))
 
@@ -300,7 +321,9 @@ def test_evaluate_opens_an_evaluation_and_ends_it() -> None:
 
     seen: list[tuple[int, int]] = []
     coordinator = FakeCoordinator()
-    strategy = make_strategy(coordinator, on_evaluation=lambda r, s, m: seen.append((r, s)))
+    strategy = make_strategy(
+        coordinator, sinks=MetricSinks(evaluation=lambda r, s, m: seen.append((r, s)))
+    )
     grid = FakeGrid(NODES.values(), answer)
     messages = strategy.configure_evaluate(1, SENT, ConfigRecord(), grid)
     metrics = strategy.aggregate_evaluate(1, exchange(grid, messages, timeout=0.2))

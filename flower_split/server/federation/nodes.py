@@ -1,0 +1,67 @@
+"""Which Flower node holds which data partition, and failures in words that name both.
+
+A *slot* is a client's data partition id: the stable name under which the trunk, the strategy and
+the reports know it. Flower's node id changes from run to run. :class:`Federation` maps the two.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from flower_split.errors import FederationError
+
+
+@dataclass(frozen=True, slots=True)
+class Federation:
+    """Map slots to nodes; fixed for a run.
+
+    Args:
+        nodes: Slot (partition id) to Flower node id, ascending in the slot.
+    """
+
+    nodes: Mapping[int, int]
+
+    @property
+    def slots(self) -> list[int]:
+        """Return all slots, ascending."""
+        return sorted(self.nodes)
+
+    def slot_of(self, node_id: int) -> int:
+        """Return the slot of a node.
+
+        Raises:
+            FederationError: The node did not take part in the handshake.
+        """
+        for slot, known in self.nodes.items():
+            if known == node_id:
+                return slot
+        raise FederationError(
+            f"node {node_id} joined after the run began; it holds no partition of this run. "
+            "Start a new run to include it."
+        )
+
+
+def describe(problems: Mapping[int, str], federation: Federation) -> str:
+    """Return reasons of failure as one paragraph; equal texts appear once, with all their partitions."""
+    return "; ".join(
+        f"partition{'s' if len(slots) > 1 else ''} "
+        + ", ".join(f"{slot} (node {federation.nodes[slot]})" for slot in slots)
+        + f": {text}"
+        for text, slots in _by_text(problems).items()
+    )
+
+
+def describe_nodes(problems: Mapping[int, str], federation: Federation) -> str:
+    """Return the same paragraph as :func:`describe` by node ids, before the partitions are known."""
+    return "; ".join(
+        f"node{'s' if len(slots) > 1 else ''} "
+        + ", ".join(str(federation.nodes[slot]) for slot in slots)
+        + f": {text}"
+        for text, slots in _by_text(problems).items()
+    )
+
+
+def _by_text(problems: Mapping[int, str]) -> dict[str, list[int]]:
+    by_text: dict[str, list[int]] = {}
+    for slot, text in sorted(problems.items()):
+        by_text.setdefault(text, []).append(slot)
+    return by_text

@@ -1,0 +1,117 @@
+"""Watch one phase while its clients work: progress lines, and an early end."""
+
+import logging
+import time
+from collections.abc import Sequence
+
+from flwr.app import Message
+
+from flower_split.errors import TrunkError
+from flower_split.protocol.values import TrunkStatus
+from flower_split.server.federation.nodes import describe
+from flower_split.server.trunk_access import TrunkHealth
+from flower_split.server.trunk_phase import TrunkPhase
+from flower_split.server.trunk_rounds import TrunkRounds
+
+logger = logging.getLogger(__name__)
+
+_STATUS_SECONDS = 2.0  # between two polls of the trunk's status
+_GRACE_SECONDS = 20.0  # for the other clients' replies, once a phase cannot succeed any more
+
+
+class PhaseWatch:
+    """Log the progress of one phase, and end it as soon as it cannot succeed any more.
+
+    Args:
+        phase: The open phase.
+        trunk_rounds: The trunk's rounds; the phase's round is aborted where it must end.
+        health: How the trunk process is watched.
+        label: Begins every progress line, such as ``round 2/3``.
+    """
+
+    def __init__(
+        self, phase: TrunkPhase, trunk_rounds: TrunkRounds, health: TrunkHealth, label: str
+    ) -> None:
+        self._phase = phase
+        self._trunk_rounds = trunk_rounds
+        self._health = health
+        self._label = label
+        self._replies: list[Message] = []
+        self._start = self._polled = time.monotonic()
+        self._end = float("inf")
+        self._shown = ""
+
+    def __call__(self, new: Sequence[Message]) -> bool:
+        """Take new replies in; return whether the wait is over.
+
+        See :data:`flower_split.server.federation.exchange.Watch`.
+        """
+        self._replies += new
+        now = time.monotonic()
+        if new and not self._ending:
+            self._check_failures(now)
+        if now - self._polled >= _STATUS_SECONDS:
+            self._polled = now
+            self._poll(now)
+        return now >= self._end
+
+    @property
+    def _ending(self) -> bool:
+        """Return whether the phase has failed, and only the grace time of the others is left."""
+        return self._end != float("inf")
+
+    def _check_failures(self, now: float) -> None:
+        failed = self._phase.failures(self._replies)
+        if failed and not self._phase.can_succeed(failed):
+            self._stop(describe(failed, self._phase.federation), now)
+
+    def _poll(self, now: float) -> None:
+        """Read the trunk's status, log progress, and end the phase where its round is gone."""
+        if not self._health.is_running():
+            # Serving again at once, it tells the clients that wait for it that their round is over.
+            self._mark_lost("the trunk process ended; its last log lines say why", now)
+            self._health.ensure_running()
+            return
+        try:
+            status = self._trunk_rounds.status()
+        except TrunkError as error:
+            logger.warning("%s the trunk does not report its status: %s", self._label, error)
+            return
+        if status.epoch != self._trunk_rounds.epoch and not self._ending:
+            self._mark_lost("the trunk restarted", now)
+            return
+        if status.phase == "aborted" and not self._ending:
+            self._stop(f"the trunk gave the round up: {status.problem}", now)
+            return
+        line = self._progress(status, now)
+        if line != self._shown:
+            self._shown = line
+            logger.info("%s", line)
+
+    def _progress(self, status: TrunkStatus, now: float) -> str:
+        megabytes = (status.bytes_received + status.bytes_sent) / 1e6
+        if self._phase.evaluate:
+            done = f"{len(self._replies)} of {len(self._phase.slots)} clients"
+            return f"{self._label} evaluating: {done} done, {megabytes:.1f} MB"
+        if status.phase == "joining":
+            return f"{self._label} clients are joining"
+        rate = status.num_tokens / max(now - self._start, 1e-9)
+        steps = self._trunk_rounds.steps_per_round
+        return (
+            f"{self._label} step {min(status.window, steps)}/{steps} "
+            f"{rate:.0f} tokens/s {megabytes:.1f} MB"
+        )
+
+    def _mark_lost(self, why: str, now: float) -> None:
+        """End the phase whose trunk is gone: whoever has not answered has lost the round."""
+        if not self._ending:
+            logger.warning("%s: %s", self._label, why)
+            self._phase.mark_lost(why)
+            self._end = now + _GRACE_SECONDS
+
+    def _stop(self, why: str, now: float) -> None:
+        """Abort the trunk's round, so that its clients end at once; their replies are still read."""
+        logger.warning("%s cannot succeed any more: %s", self._label, why)
+        self._phase.mark_stopped(why)
+        self._trunk_rounds.abort(why)
+        self._end = now + _GRACE_SECONDS

@@ -1,0 +1,122 @@
+"""The trunk of a run, wherever it runs: start it on loopback, or reach the one that has an address."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from flower_split.config import RunConfig
+from flower_split.errors import ConfigError, TrunkUnavailable
+from flower_split.server.coordinator import TrunkCoordinator
+from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
+from flower_split.server.trunk_process import TrunkProcess
+
+logger = logging.getLogger(__name__)
+
+_CONTROL_SECONDS = 60.0  # deadline of one control call to the trunk
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectedTrunk:
+    """The trunk of this run, as it answered when the run began."""
+
+    coordinator: Coordinator
+    access: TrunkAccess
+    fingerprint: Mapping[str, str]  # of its model and configuration, by field
+    health: TrunkHealth
+
+
+@contextlib.contextmanager
+def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTrunk]:
+    """Start a trunk on loopback, or reach the one that ``trunk.address`` names.
+
+    Args:
+        config: The run's configuration.
+        checkpoints: Where a trunk that is started here keeps its rounds.
+
+    Yields:
+        The trunk, which serves. One that was started here ends with the block.
+
+    Raises:
+        TrunkUnavailable: It does not start, or does not answer.
+        ConfigError: The token file or the certificate file cannot be read.
+    """
+    # The stack ends in reverse order: the connection closes before the process stops.
+    with contextlib.ExitStack() as stack:
+        process: TrunkProcess | None = None
+        if config.trunk.address:
+            token = read_token(config.trunk.token_file)
+            address, certificates = config.trunk.address, config.trunk.root_certificates
+        else:
+            logger.info("starting the trunk on loopback")
+            process = TrunkProcess.start(config, config.join_timeout, checkpoints)
+            stack.callback(process.close)
+            process.supervise()
+            token, address, certificates = process.token, process.address, ""
+        coordinator = TrunkCoordinator(
+            address, token, root_certificates=certificates, timeout=_CONTROL_SECONDS
+        )
+        stack.callback(coordinator.close)
+        status = coordinator.status()
+        logger.info("the trunk serves on %s", address)
+        pem = _read_text(certificates, "trunk.root-certificates") if certificates else ""
+        access = TrunkAccess(address=address, root_certificates=pem)
+        health = _health_of(process, coordinator, config.join_timeout)
+        yield ConnectedTrunk(coordinator, access, status.fingerprint, health)
+
+
+def read_token(path: str) -> str:
+    """Return the coordinator's token from ``trunk.token-file``.
+
+    Raises:
+        ConfigError: No file is named, or it cannot be read, or it is empty.
+    """
+    if not path:
+        raise ConfigError(
+            "trunk.address names a running trunk, but trunk.token-file is empty. Name the file "
+            "that the trunk was started with: flower-split trunk … --token-file FILE."
+        )
+    token = _read_text(path, "trunk.token-file").strip()
+    if not token:
+        raise ConfigError(f"trunk.token-file {path} is empty; it must hold the trunk's token.")
+    return token
+
+
+def _read_text(path: str, key: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{key}: {path} cannot be read ({error}). Give a readable file."
+        ) from error
+
+
+def _health_of(
+    process: TrunkProcess | None, coordinator: TrunkCoordinator, timeout: float
+) -> TrunkHealth:
+    """Return the health of a child, which its supervisor restarts, or of somebody else's trunk.
+
+    Args:
+        process: The child; None: somebody else runs the trunk, and restarts it.
+        coordinator: Asks whether it serves.
+        timeout: Seconds to wait until it serves again (``join-timeout``).
+    """
+
+    def is_running() -> bool:
+        return process is None or not process.given_up
+
+    def ensure_running() -> None:
+        if not is_running():
+            raise TrunkUnavailable("the trunk process ended, and could not be started again.")
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                coordinator.status()  # waits up to its own deadline for an answer
+                return
+            except TrunkUnavailable:
+                if time.monotonic() > deadline:
+                    raise
+
+    return TrunkHealth(is_running, ensure_running)
