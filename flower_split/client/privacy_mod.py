@@ -4,12 +4,14 @@ from flwr.app import Context, Message
 from flwr.clientapp.mod import LocalDpMod, adaptiveclipping_mod, fixedclipping_mod
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from flower_split.config import PrivacyConfig, parse_run_config
+from flower_split.client.model_cache import ClientCache
+from flower_split.config import PrivacyConfig
+from flower_split.messages.orders import sent_adapter
 from flower_split.messages.updates import move_zero_update
 
 
 def client_mod(privacy: PrivacyConfig) -> Mod | None:
-    """Flower's mod that the mechanism needs on the clients; None: it needs none."""
+    """Return Flower's mod that the mechanism needs on the clients; None: it needs none."""
     if privacy.mechanism == "client-fixed":
         return fixedclipping_mod
     if privacy.mechanism == "client-adaptive":
@@ -21,17 +23,26 @@ def client_mod(privacy: PrivacyConfig) -> Mod | None:
     return None
 
 
-def privacy_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-    """The mod of this app's clients: Flower's one for ``privacy.mechanism``, around training."""
-    mod = client_mod(parse_run_config(context.run_config).privacy)
-    if mod is None:
-        return call_next(message, context)
+class PrivacyMod:
+    """The mod of this app's clients: Flower's one for ``privacy.mechanism``, around training.
 
-    def train(request: Message, node: Context) -> Message:
-        reply = call_next(request, node)
-        if not reply.has_error():
-            (sent,) = request.content.array_records.values()
-            move_zero_update(reply, sent)
-        return reply
+    Args:
+        cache: Of the app, for its parsed run config.
+    """
 
-    return mod(message, context, train)
+    def __init__(self, cache: ClientCache) -> None:
+        self._cache = cache
+
+    def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        """Answer ``message`` as the app does, clipped and noised as the run config says."""
+        mod = client_mod(self._cache.config(context.run_config).privacy)
+        if mod is None:
+            return call_next(message, context)
+
+        def train(request: Message, node: Context) -> Message:
+            reply = call_next(request, node)
+            if not reply.has_error():
+                move_zero_update(reply, sent_adapter(request.content))
+            return reply
+
+        return mod(message, context, train)

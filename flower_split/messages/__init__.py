@@ -1,5 +1,5 @@
-"""What ServerApp and ClientApp say to each other through Flower.
+"""The typed messages between ServerApp and ClientApp, as they travel through Flower.
 
-Runs on: Both; nothing else names a record or a key.
-Read first: ``client_facts.py``: the handshake.
+Runs on: Both. Nothing outside this package names a record or a key.
+Read first: ``orders.py``: what a client is told; then ``replies.py``: what it answers.
 """

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from flower_split.assets import resolve_model_path
-from flower_split.client.client import NoTrunk
+from flower_split.client.model_cache import NoTrunk
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.data import load_tokenizer

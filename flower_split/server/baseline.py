@@ -7,18 +7,22 @@ how well does what one client could learn alone serve the other clients' areas?
 import logging
 from collections.abc import Mapping, Sequence
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError
+from flower_split.messages.local_only import (
+    LocalOnlyEvaluateOrder,
+    LocalOnlyEvaluateReply,
+    LocalOnlyTrainOrder,
+    LocalOnlyTrainReply,
+)
 from flower_split.runs.summary import HeldOut
 from flower_split.server.federation.exchange import by_slot, exchange
 from flower_split.server.federation.nodes import Federation, describe
 from flower_split.server.recorder import Recorder
 
 logger = logging.getLogger(__name__)
-
-_TRAIN, _EVALUATE = "train.local_only", "evaluate.local_only"
 
 
 def run_local_only(grid: Grid, federation: Federation, recorder: Recorder) -> None:
@@ -28,25 +32,24 @@ def run_local_only(grid: Grid, federation: Federation, recorder: Recorder) -> No
         FederationError: A client failed.
     """
     logger.info("local-only baseline: every client trains alone, on its own data")
-    empty = RecordDict({"config": ConfigRecord()})
     timeout = recorder.config.round_timeout
-    trained = _ask(grid, federation, _TRAIN, empty, timeout)
-    adapters: dict[str, ArrayRecord] = {
-        str(slot): next(iter(reply.content.array_records.values()))
-        for slot, reply in trained.items()
+    train = LocalOnlyTrainOrder()
+    trained = _ask(grid, federation, train.message_type, train.write(), timeout)
+    adapters = {
+        slot: LocalOnlyTrainReply.read(reply.content).adapter for slot, reply in trained.items()
     }
     logger.info("local-only baseline: every client evaluates all %d adapters", len(adapters))
-    content = RecordDict({**adapters, "config": ConfigRecord()})
-    for slot, reply in _ask(grid, federation, _EVALUATE, content, timeout).items():
-        metrics = next(iter(reply.content.metric_records.values()))
+    order = LocalOnlyEvaluateOrder(adapters)
+    replies = _ask(grid, federation, order.message_type, order.write(), timeout)
+    for slot, reply in replies.items():
+        losses = LocalOnlyEvaluateReply.read(reply.content).losses
         for trained_by in adapters:
-            loss, tokens = metrics[f"{trained_by}.loss-sum"], metrics[f"{trained_by}.num-tokens"]
-            if isinstance(loss, list) or isinstance(tokens, list):
+            if trained_by not in losses:
                 raise FederationError(
-                    f"the baseline's reply of partition {slot} cannot be read. Run the same "
-                    "version of flower_split on every machine."
+                    f"the local-only baseline's reply of partition {slot} lacks the adapter of "
+                    f"partition {trained_by}. Run the same version of flower_split on every machine."
                 )
-            recorder.local_only(int(trained_by), slot, HeldOut(float(loss), int(tokens)))
+            recorder.local_only(trained_by, slot, HeldOut(*losses[trained_by]))
 
 
 def _ask(

@@ -10,6 +10,14 @@ from rich.console import Console
 
 from flower_split.aggregation.adapter_aggregator import RoundSummary
 from flower_split.config import RunConfig
+from flower_split.messages.replies import (
+    BYTES_RECEIVED,
+    BYTES_SENT,
+    EVAL_LOSS,
+    LOSS_SUM,
+    NUM_TOKENS,
+    TRAIN_LOSS,
+)
 from flower_split.protocol.values import RoundReport
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.outcome import RoundOutcome
@@ -64,7 +72,7 @@ class Recorder:
                     value = record.get(name)
                     self._totals[name] += value if isinstance(value, (int, float)) else 0.0
             elif record["kind"] == "evaluation" and isinstance(number, int):
-                loss, tokens = float(str(record["loss-sum"])), int(str(record["num-tokens"]))
+                loss, tokens = float(str(record[LOSS_SUM])), int(str(record[NUM_TOKENS]))
                 slot = int(str(record["partition_id"]))
                 self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
 
@@ -133,7 +141,7 @@ class Recorder:
 
     def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
         """One client's held-out result after a round; round 0 is before the first."""
-        held_out = HeldOut(metrics["loss-sum"], int(metrics["num-tokens"]))
+        held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]))
         self._held_out.setdefault(server_round, {})[slot] = held_out
         self.run.append(
             "evaluation",
@@ -154,8 +162,8 @@ class Recorder:
                 "local_only": True,
                 "trained_by": trained_by,
                 "partition_id": evaluated_on,
-                "loss-sum": result.loss_sum,
-                "num-tokens": result.num_tokens,
+                LOSS_SUM: result.loss_sum,
+                NUM_TOKENS: result.num_tokens,
                 "perplexity": result.perplexity,
             },
         )
@@ -167,14 +175,13 @@ class Recorder:
         record: dict[str, float] = {"server_round": server_round, "seconds": outcome.seconds}
         last = self.config.num_server_rounds
         parts = [f"round {server_round}/{last} done" if server_round else "before round 1"]
-        tokens = sum(item.get("num-tokens", 0) for item in clients)
+        tokens = sum(item.get(NUM_TOKENS, 0) for item in clients)
         if tokens:
-            loss = sum(i.get("train_loss", 0) * i.get("num-tokens", 0) for i in clients) / tokens
+            loss = sum(i.get(TRAIN_LOSS, 0) * i.get(NUM_TOKENS, 0) for i in clients) / tokens
             sent, received = (
-                sum(item.get(name, 0) for item in clients)
-                for name in ("bytes-sent", "bytes-received")
+                sum(item.get(name, 0) for item in clients) for name in (BYTES_SENT, BYTES_RECEIVED)
             )
-            record |= {"train_loss": loss, "num_tokens": tokens}
+            record |= {TRAIN_LOSS: loss, "num_tokens": tokens}
             record |= {"bytes_sent": sent, "bytes_received": received}
             for name, value in (
                 ("num_tokens", tokens),
@@ -185,7 +192,7 @@ class Recorder:
             parts.append(f"train_loss {loss:.4f}")
         held_out = self.pooled(server_round)
         if held_out is not None:
-            record["eval_loss"] = held_out.loss_sum / max(held_out.num_tokens, 1)
+            record[EVAL_LOSS] = held_out.loss_sum / max(held_out.num_tokens, 1)
             record["perplexity"] = held_out.perplexity
             parts.append(f"held-out perplexity {held_out.perplexity:.2f}")
         if tokens:

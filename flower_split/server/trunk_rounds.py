@@ -15,7 +15,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message
 
 from flower_split.config import RunConfig
 from flower_split.errors import (
@@ -27,6 +27,7 @@ from flower_split.errors import (
     TrunkRefused,
     TrunkUnavailable,
 )
+from flower_split.messages.orders import PhaseOrder, TrunkOrder
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     Arrival,
@@ -182,21 +183,16 @@ class TrunkRounds:
         The inner strategy's messages share one ConfigRecord, which Flower logs; a token goes into a
         copy only.
         """
-        content = RecordDict(dict(message.content.items()))
-        names = list(content.config_records) or ["config"]
-        content[names[0]] = ConfigRecord(
-            {
-                **dict(content.config_records.get(names[0], ConfigRecord()).items()),
-                "server-round": server_round,
-                "attempt": self._attempt,
-                "experiment": self._experiment,
-                "trunk-address": self._access.address,
-                "trunk-root-certificates": self._access.root_certificates,
-                "trunk-token": token,
-            }
+        trunk = TrunkOrder(
+            address=self._access.address,
+            token=token,
+            root_certificates=self._access.root_certificates,
+            server_round=server_round,
+            attempt=self._attempt,
+            experiment=self._experiment,
         )
         return Message(
-            content,
+            PhaseOrder(trunk=trunk).write(message.content),
             message.metadata.dst_node_id,
             message.metadata.message_type,
             ttl=message.metadata.ttl,

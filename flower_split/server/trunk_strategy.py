@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import Strategy
 
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError, RoundLost
+from flower_split.messages.replies import WEIGHT_METRICS, scalars, take_steps, with_uniform_weight
 from flower_split.protocol.values import RoundReport
 from flower_split.runtime import failpoints
 from flower_split.server.federation.handshake import num_participants
@@ -35,9 +36,6 @@ from flower_split.server.federation.replies import (
     check_values,
     completed,
     excluded_by,
-    scalars,
-    with_uniform_weight,
-    without_steps,
 )
 from flower_split.server.inner.reply_checks import check_for_inner, checked_result, weighs_uniformly
 from flower_split.server.inner.state import begin_again, load_state, state_of
@@ -248,7 +246,7 @@ class TrunkStrategy(Strategy):
     def _check(self, phase: TrunkPhase, kept: Mapping[int, Message]) -> None:
         """Check the replies that are about to be aggregated; the client of a bad one is named."""
         by_examples = self.config.strategy.weighting == "examples"
-        weight = "num-examples" if by_examples else "num-tokens"
+        weight = WEIGHT_METRICS["examples" if by_examples else "tokens"]
         check_values(kept, self.federation, phase.server_round, self.inner)
         check_for_inner(
             self.inner,
@@ -261,7 +259,7 @@ class TrunkStrategy(Strategy):
 
     def _for_inner(self, server_round: int, slot: int, reply: Message) -> Message:
         """Return the reply as Flower's strategies expect it; its step metrics go to the sink."""
-        content, steps = without_steps(reply.content)
+        content, steps = take_steps(reply.content)
         if steps:
             self._sinks.steps(server_round, slot, steps, scalars(reply.content))
         reply.content = with_uniform_weight(content) if weighs_uniformly(self.inner) else content

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -105,6 +105,21 @@ class TrainResult:
     def loss(self) -> float:
         """Mean token loss over the round."""
         return sum(step.loss * step.num_tokens for step in self.steps) / self.num_tokens
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes to the trunk over the round."""
+        return sum(step.bytes_sent for step in self.steps)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes from the trunk over the round."""
+        return sum(step.bytes_received for step in self.steps)
+
+    def step_lists(self) -> dict[str, list[int] | list[float]]:
+        """Return each measure of the steps as a list, by its name."""
+        names = [item.name for item in fields(StepMetrics) if item.name != "step"]
+        return {name: [getattr(step, name) for step in self.steps] for name in names}
 
 
 @dataclass(frozen=True, slots=True)

@@ -304,7 +304,10 @@ class Interrupted(LocalGrid):
         messages = list(messages)
         for message in messages:
             record = message.content.config_records.get("config", ConfigRecord())
-            if message.metadata.message_type == "train" and record.get("server-round") == 2:
+            if (
+                message.metadata.message_type == "train"
+                and record.get("flower-split.server-round") == 2
+            ):
                 raise KeyboardInterrupt
         return super().push_messages(messages)
 

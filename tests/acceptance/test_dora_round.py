@@ -8,7 +8,6 @@ from torch import Tensor
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.client_facts import WEIGHT_NORMS
 from flower_split.server.federation.exchange import exchange
 from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -35,16 +34,14 @@ def one_round(config: StrategyConfig, silent: int | None = None) -> tuple[LoraFe
 
     def answer(message: Message) -> RecordDict:
         slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-        (record,) = message.content.config_records.values()
         state = {
             "m.lora_A.weight": A,
             "m.lora_B.weight": B[slot],
             "m.lora_magnitude_vector": MAGNITUDES[slot],
         }
-        content = train_content(to_arrays(state), tokens=1, examples=1)
-        if record.get(WEIGHT_NORMS) and slot != silent:
-            content[WEIGHT_NORMS] = ConfigRecord({"m": NORMS[slot].numpy().tobytes()})
-        return content
+        asked = message.content["config"].get("flower-split.wants-weight-norms") is True
+        norms = {"m": NORMS[slot].numpy().tobytes()} if asked and slot != silent else {}
+        return train_content(to_arrays(state), tokens=1, examples=1, weight_norms=norms)
 
     grid = FakeGrid([9, 4], answer)
     messages = strategy.configure_train(

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from flower_split.cli.main import FAILED, WRONG_USE, main
 from flower_split.client.client import Client
+from flower_split.client.model_cache import RunCache
 from flower_split.config import RunConfig, Scalar
 from flower_split.errors import FederationError, RoundLost, RunDirectoryError, TrunkUnavailable
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
@@ -104,10 +105,10 @@ def by_hand(
         sums: dict[str, Tensor] = {name: torch.zeros(1).double() for name in shared}
         tokens = 0
         for slot in slots:
-            client = Client.of(config, slot, CLIENTS)
+            client = Client(RunCache(config), slot, CLIENTS)
             load_adapter_state(model, shared | own[slot])
-            place = client._place(server_round)
-            result = train_round(model, client._batches(server_round), config, place, None)
+            place = client.place(server_round)
+            result = train_round(model, client.batches(server_round), config, place, None)
             state = adapter_state(model)
             own[slot] = {name: state[name] for name in own[slot]}
             sums = {n: total + result.num_tokens * state[n].double() for n, total in sums.items()}
@@ -283,8 +284,8 @@ def test_export_of_one_client_is_the_model_that_this_client_evaluated(
         base = AutoModelForCausalLM.from_pretrained(run.config.model.name)
         model = PeftModel.from_pretrained(base, str(out)).get_base_model()
         for partition in (slot, (slot + 1) % CLIENTS):
-            client = Client.of(run.config, partition, CLIENTS)
-            result = evaluate(model, client._eval_batches(), torch.device("cpu"))
+            client = Client(RunCache(run.config), partition, CLIENTS)
+            result = evaluate(model, client.eval_batches(), torch.device("cpu"))
             losses[slot, partition] = result.loss_sum
     for slot in range(CLIENTS):
         assert losses[slot, slot] == pytest.approx(reported[slot], rel=1e-5)

@@ -90,7 +90,7 @@ def drift(outcome: Outcome) -> float:
     for server_round in range(1, ROUNDS + 2):
         if server_round <= ROUNDS:
             message = outcome.trained[server_round][0][0]
-            change = dense_change(arrays(message, "base-change"))
+            change = dense_change(arrays(message, "flower-split.base-change"))
             sent = dense(arrays(message, "arrays"))
         else:
             sent = dense(final.read_adapter("client"))

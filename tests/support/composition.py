@@ -60,7 +60,7 @@ class RecordingGrid(LocalGrid):
 
     def _keep(self, message: Message, item: Message) -> None:
         (config,) = message.content.config_records.values()
-        number = int(str(config["server-round"]))
+        number = int(str(config["flower-split.server-round"]))
         if self.stop_at and number >= self.stop_at:
             raise KeyboardInterrupt("the tests end the run here")
         (metrics,) = item.content.metric_records.values()

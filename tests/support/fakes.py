@@ -2,21 +2,21 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from flwr.app import (
     Array,
     ArrayRecord,
-    ConfigRecord,
     Error,
     Message,
-    MetricRecord,
     RecordDict,
 )
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from torch import Tensor
 
+from flower_split.messages.replies import TrainReply
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, SlotReport, TrunkStatus
 
 Answer = Callable[[Message], RecordDict | Error | None]
@@ -88,12 +88,26 @@ def arrays(**values: list[float]) -> ArrayRecord:
 
 
 def train_content(
-    weights: ArrayRecord, tokens: int, *, examples: int = 1, loss: float = 1.0
+    weights: ArrayRecord,
+    tokens: int,
+    *,
+    examples: int = 1,
+    loss: float = 1.0,
+    private_digest: str = "",
+    weight_norms: Mapping[str, bytes] = MappingProxyType({}),
 ) -> RecordDict:
     """What the ClientApp sends after training."""
-    metrics = MetricRecord({"num-tokens": tokens, "num-examples": examples, "train_loss": loss})
-    steps = ConfigRecord({"loss": [loss, loss / 2]})
-    return RecordDict({"arrays": weights, "metrics": metrics, "steps": steps})
+    return TrainReply(
+        adapter=weights,
+        train_loss=loss,
+        num_tokens=tokens,
+        num_examples=examples,
+        bytes_sent=0,
+        bytes_received=0,
+        steps={"loss": [loss, loss / 2]},
+        weight_norms=weight_norms,
+        private_digest=private_digest,
+    ).write()
 
 
 @dataclass

@@ -12,6 +12,7 @@ from torch import Tensor
 from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import FlowerSplitError
 from flower_split.messages.arrays import from_arrays
+from flower_split.messages.orders import TrainOrder
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import RunCheckpoints
 from flower_split.server.app import run
@@ -39,10 +40,8 @@ class RecordingGrid(LocalGrid):
                 if m.metadata.message_id == reply.metadata.reply_to_message_id
             )
             if message.metadata.message_type == "train":
-                (record,) = message.content.config_records.values()
-                self.trained.setdefault(int(str(record["server-round"])), []).append(
-                    (message, reply)
-                )
+                server_round = TrainOrder.read(message.content).trunk.server_round
+                self.trained.setdefault(server_round, []).append((message, reply))
         return replies
 
 

@@ -37,12 +37,12 @@ from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError, RoundLost, TrunkError
+from flower_split.messages.replies import scalars, take_steps
 from flower_split.protocol.values import Arrival
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
 from flower_split.server.asynchronous.arrivals import Arrivals
 from flower_split.server.asynchronous.dispatcher import Dispatcher
-from flower_split.server.federation.replies import scalars, without_steps
 from flower_split.server.inner.fedbuff import ClientArrival, FedBuff
 from flower_split.server.inner.state import load_state, state_of
 from flower_split.server.metric_sinks import MetricSinks
@@ -228,7 +228,7 @@ class AsynchronousRounds:
         """Aggregate the arrivals' adapters; their step metrics go to the sink."""
         plain = []
         for arrival in buffer:
-            content, steps = without_steps(arrival.content)
+            content, steps = take_steps(arrival.content)
             numbers = scalars(arrival.content)
             self._sinks.steps(server_round, arrival.dispatch.slot, steps, numbers)
             plain.append(replace(arrival, content=content))

@@ -10,14 +10,16 @@ import logging
 from collections.abc import Mapping
 
 import torch
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from flower_split.errors import FederationError
 from flower_split.lora.initial_values import digest_of, is_copy
 from flower_split.messages.arrays import from_arrays
-from flower_split.messages.client_facts import BASE_VALUES, ClientFacts
+from flower_split.messages.client_facts import ClientFacts
+from flower_split.messages.orders import BaseValuesOrder
+from flower_split.messages.replies import BaseValuesReply
 from flower_split.server.federation.exchange import by_slot, exchange
 from flower_split.server.federation.nodes import Federation, describe
 
@@ -56,7 +58,7 @@ def gather_base_values(
         if not names:
             continue
         ask = Message(
-            RecordDict({"config": ConfigRecord({"purpose": BASE_VALUES, "names": names})}),
+            BaseValuesOrder(names=tuple(names)).write(),
             federation.nodes[slot],
             MessageType.QUERY,
             ttl=timeout + 60.0,
@@ -104,8 +106,7 @@ def _checked(
     Raises:
         FederationError: One is missing, not finite, or not the weight that the digests are of.
     """
-    record = reply.content.array_records.get(BASE_VALUES)
-    found = {} if record is None else from_arrays(record)
+    found = from_arrays(BaseValuesReply.read(reply.content).values)
     for name in names:
         value = found.get(name)
         if value is None:

@@ -8,13 +8,14 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError
-from flower_split.messages.client_facts import HANDSHAKE, ClientFacts
+from flower_split.messages.client_facts import ClientFacts
+from flower_split.messages.orders import HandshakeOrder
 from flower_split.parties.fingerprint import CUT_LAYERS, differing_fields
 from flower_split.parties.parts import model_cuts
 from flower_split.runtime.simulation import pool_cap
@@ -111,7 +112,7 @@ def shake_hands(
     while ask:
         messages = [
             Message(
-                RecordDict({"config": ConfigRecord({"purpose": HANDSHAKE})}),
+                HandshakeOrder().write(),
                 node,
                 MessageType.QUERY,
                 ttl=config.round_timeout + 60.0,
@@ -128,9 +129,7 @@ def shake_hands(
                 f"{describe_nodes(problems, unnamed)}"
             )
         ask, left = [unnamed.nodes[slot] for slot in problems], left - 1
-    answers = [
-        (unnamed.nodes[index], ClientFacts.from_message(m)) for index, m in sorted(good.items())
-    ]
+    answers = [(unnamed.nodes[index], ClientFacts.read(m)) for index, m in sorted(good.items())]
     federation = check_facts(answers, config, trunk_fingerprint)
     facts = {answer.partition_id: answer for _, answer in answers}
     return federation, {slot: facts[slot] for slot in federation.slots}

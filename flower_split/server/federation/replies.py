@@ -4,17 +4,14 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Message
 from flwr.serverapp.strategy import Strategy
 
 from flower_split.aggregation.adapter_aggregator import RoundSummary
 from flower_split.errors import FederationError
-from flower_split.messages.client_facts import STEPS
+from flower_split.messages.replies import NUM_TOKENS, scalars
 from flower_split.protocol.values import RoundReport
 from flower_split.server.federation.nodes import Federation
-
-UNIFORM = "uniform-weight"
-"""Metric of 1 that the server puts into replies whose strategy weighs clients equally by it."""
 
 
 def completed(
@@ -75,44 +72,8 @@ def check_values(
                         f"returned NaN or Inf in {name}. Lower train.optimizer.learning-rate, or "
                         "look at that client's data."
                     )
-    if all(scalars(reply.content).get("num-tokens") == 0 for reply in replies.values()):
+    if all(scalars(reply.content).get(NUM_TOKENS) == 0 for reply in replies.values()):
         raise FederationError(
             f"round {server_round}: no client trained on a label token, so there is nothing to "
             "aggregate. Give the clients examples with labels."
         )
-
-
-def with_uniform_weight(content: RecordDict) -> RecordDict:
-    """A copy of a reply's content whose MetricRecords hold :data:`UNIFORM`."""
-    rest = RecordDict(dict(content.items()))
-    for name, record in content.metric_records.items():
-        rest[name] = MetricRecord({**dict(record.items()), UNIFORM: 1.0})
-    return rest
-
-
-def without_steps(content: RecordDict) -> tuple[RecordDict, dict[str, list[float]]]:
-    """Take the per-step lists out of a reply's content.
-
-    Returns:
-        ``(a copy without them, the lists by name; empty where there were none)``.
-    """
-    rest = RecordDict(dict(content.items()))
-    steps = rest.config_records.get(STEPS)
-    if steps is None:
-        return rest, {}
-    del rest[STEPS]
-    return rest, {
-        name: [value for value in values if isinstance(value, (int, float))]
-        for name, values in steps.items()
-        if isinstance(values, list)
-    }
-
-
-def scalars(content: RecordDict) -> dict[str, float]:
-    """The numbers of a reply's MetricRecords."""
-    return {
-        name: value
-        for record in content.metric_records.values()
-        for name, value in record.items()
-        if isinstance(value, (int, float))
-    }

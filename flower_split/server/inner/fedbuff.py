@@ -33,7 +33,7 @@ from flower_split.aggregation.rules.staleness import Discounted, Staleness
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.messages.arrays import to_arrays
-from flower_split.messages.client_facts import TURN, WEIGHT_NORMS
+from flower_split.messages.orders import TrainOrder
 from flower_split.protocol.values import Dispatch
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
 
@@ -109,11 +109,12 @@ class FedBuff(LoraFedAvg):
             ahead: Trainings of this client that have come back and are not aggregated yet.
             ttl: Seconds until Flower drops the message.
         """
-        config = ConfigRecord({TURN: self.turns.get(dispatch.slot, 0) + ahead + 1})
-        if self._dora is not None:
-            config[WEIGHT_NORMS] = True
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        message = Message(content, node, MessageType.TRAIN, ttl=ttl)
+        order = TrainOrder(
+            data_pass=self.turns.get(dispatch.slot, 0) + ahead + 1,
+            wants_weight_norms=self._dora is not None,
+        )
+        plain = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord()})
+        message = Message(order.write(plain), node, MessageType.TRAIN, ttl=ttl)
         sent = self._address([message], arrays)[dispatch.slot]
         return message, sent
 

@@ -35,8 +35,8 @@ from flower_split.aggregation import AGGREGATORS
 from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterSpec
 from flower_split.config import RunConfig, StrategyConfig
 from flower_split.errors import ConfigError
+from flower_split.messages.replies import WEIGHT_METRICS
 from flower_split.server.federation.handshake import num_participants
-from flower_split.server.federation.replies import UNIFORM
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
 from flower_split.server.inner.message_extras import method_notes
@@ -60,7 +60,6 @@ CLASSES: Mapping[str, type[FedAvg]] = MappingProxyType(
 _OURS: Mapping[str, type[LoraFedAvg]] = MappingProxyType(
     {"lora-fedavg": LoraFedAvg, "fedbuff": FedBuff}
 )
-_WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": UNIFORM}
 _UNUSED = {"eta_l": "the clients' learning rate is train.optimizer.learning-rate"}
 _KEYS_OF_FLOWER = ("name", "options", "weighting", "aggregator")  # strategy.* keys that count
 
@@ -112,7 +111,7 @@ def make_inner(context: InnerContext) -> Strategy:
         )
     options = parse_options(config.name, config.options)
     _check_clients(config.name, options, context)
-    weights = _WEIGHT_KEYS[config.weighting]
+    weights = WEIGHT_METRICS[config.weighting]
     common = {"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1}
     make: Callable[..., FedAvg] = CLASSES[config.name]
     try:

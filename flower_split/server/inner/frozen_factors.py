@@ -13,7 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import Tensor
 
 from flower_split.messages.arrays import to_arrays
-from flower_split.messages.client_facts import TRAINABLE
+from flower_split.messages.orders import TrainOrder
 
 
 class FrozenFactors(Strategy):
@@ -32,14 +32,16 @@ class FrozenFactors(Strategy):
     ) -> None:
         self.strategy = strategy
         self._frozen = to_arrays({name: initial[name] for name in frozen})
-        self._trainable = sorted(initial.keys() - self._frozen.keys())
+        self._order = TrainOrder(trainable=tuple(sorted(initial.keys() - self._frozen.keys())))
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Say what trains; otherwise as the strategy inside."""
-        config[TRAINABLE] = self._trainable
-        return self.strategy.configure_train(server_round, arrays, config, grid)
+        messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            message.content = self._order.write(message.content)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -22,11 +22,10 @@ from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.lora.base_change import base_change_state
 from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.client_facts import TRAINABLE, WEIGHT_NORMS
+from flower_split.messages.orders import TrainOrder
+from flower_split.messages.replies import NUM_TOKENS, WEIGHT_METRICS, weight_norms
 from flower_split.runs.private_factors import digests_of, private_state
 from flower_split.server.inner.message_extras import add_base_change, kept_digest, leave_private
-
-_WEIGHT_KEYS = {"tokens": "num-tokens", "examples": "num-examples", "uniform": ""}
 
 
 class LoraFedAvg(FedAvg):
@@ -68,7 +67,7 @@ class LoraFedAvg(FedAvg):
             min_train_nodes=1,
             min_evaluate_nodes=1,
             min_available_nodes=1,
-            weighted_by_key="num-tokens",
+            weighted_by_key=NUM_TOKENS,
         )
         self.weighting = config.weighting
         self.aggregator = adapter_aggregator(config, scales)
@@ -124,13 +123,12 @@ class LoraFedAvg(FedAvg):
         self._sent = self._address(messages, arrays)
         for message in messages:
             sent = self._sent[self._slot_of(message.metadata.dst_node_id)]
-            asks: dict[str, bool | list[str]] = {} if self._dora is None else {WEIGHT_NORMS: True}
-            if not sent.keys() <= trainable:
-                asks[TRAINABLE] = sorted(sent.keys() & trainable)
-            if asks:
-                content = RecordDict(dict(message.content.items()))
-                content[self.configrecord_key] = ConfigRecord({**dict(config.items()), **asks})
-                message.content = content
+            all_train = sent.keys() <= trainable
+            order = TrainOrder(
+                trainable=None if all_train else tuple(sorted(sent.keys() & trainable)),
+                wants_weight_norms=self._dora is not None,
+            )
+            message.content = order.write(message.content)
         self._add_residuals(messages)
         return messages
 
@@ -211,9 +209,7 @@ class LoraFedAvg(FedAvg):
         Raises:
             AggregationError: It does not say them, or they cannot be.
         """
-        record = content.config_records.get(WEIGHT_NORMS, ConfigRecord())
-        raw = {name: value for name, value in record.items() if isinstance(value, bytes)}
-        return norms_from(slot, raw, self._sent[slot])
+        return norms_from(slot, weight_norms(content), self._sent[slot])
 
     def _address(
         self, messages: Iterable[Message], arrays: ArrayRecord
@@ -252,16 +248,15 @@ class LoraFedAvg(FedAvg):
                 digest=self._digests.get(self._slot_of(message.metadata.dst_node_id), ""),
                 folder=self.private_folder,
                 arrays_key=self.arrayrecord_key,
-                config_key=self.configrecord_key,
             )
 
     def _spec_of(self, message: Message) -> AdapterSpec:
         return self._specs.get(self._slot_of(message.metadata.dst_node_id), AdapterSpec())
 
     def _weight(self, metrics: MetricRecord, slot: int) -> float:
-        key = _WEIGHT_KEYS[self.weighting]
-        if not key:
+        if self.weighting == "uniform":
             return 1.0
+        key = WEIGHT_METRICS[self.weighting]
         value = metrics.get(key)
         if not isinstance(value, (int, float)):
             raise AggregationError(

@@ -8,14 +8,15 @@ Flower's own strategies.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterSpec
 from flower_split.aggregation.core.method import Aggregator
 from flower_split.errors import AggregationError, FederationError
 from flower_split.lora.base_change import base_change_state
 from flower_split.messages.arrays import to_arrays
-from flower_split.messages.client_facts import BASE_CHANGE, PRIVATE, PRIVATE_DIGEST, PRIVATE_FOLDER
+from flower_split.messages.orders import PhaseOrder, PrivateOrder
+from flower_split.messages.replies import private_digest
 from flower_split.runs.private_factors import checked_digest
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def add_base_change(
         if held not in records:
             names = changes.keys() if held is None else changes.keys() & held
             records[held] = to_arrays(base_change_state({name: changes[name] for name in names}))
-        message.content = RecordDict({**dict(message.content.items()), BASE_CHANGE: records[held]})
+        message.content = PhaseOrder(base_change=records[held]).write(message.content)
     size = max((record.count_bytes() for record in records.values()), default=0)
     logger.info("every message carries the base change, %.1f MB", size / 1e6)
 
@@ -75,7 +76,6 @@ def leave_private(
     digest: str,
     folder: str,
     arrays_key: str,
-    config_key: str,
 ) -> None:
     """Say what stays with a client, and from which of its own factors it goes on.
 
@@ -85,14 +85,11 @@ def leave_private(
         digest: Of what the client kept in its last committed round; empty: it has none yet.
         folder: Where it keeps them if it is simulated.
         arrays_key: Of the adapter's record.
-        config_key: Of the message's ConfigRecord.
     """
-    content = RecordDict(dict(message.content.items()))
-    arrays = content.array_records[arrays_key]
+    arrays = message.content.array_records[arrays_key]
     private = set(names) & set(arrays)
-    config = dict(content.config_records.get(config_key, ConfigRecord()).items())
-    config |= {PRIVATE: sorted(private), PRIVATE_DIGEST: digest, PRIVATE_FOLDER: folder}
-    content[config_key] = ConfigRecord(config)
+    order = PrivateOrder(names=tuple(sorted(private)), digest=digest, folder=folder)
+    content = PhaseOrder(private=order).write(message.content)
     if digest:
         shared = {name: arrays[name] for name in arrays if name not in private}
         content[arrays_key] = ArrayRecord(shared)
@@ -105,8 +102,7 @@ def kept_digest(slot: int, content: RecordDict) -> Mapping[int, str]:
     Raises:
         AggregationError: The client does not say.
     """
-    record = content.config_records.get(PRIVATE, ConfigRecord())
     try:
-        return {slot: checked_digest(str(record.get("digest")))}
+        return {slot: checked_digest(private_digest(content))}
     except FederationError as error:
         raise AggregationError(f"client {slot}: {error}") from error

@@ -17,10 +17,10 @@ from flwr.serverapp.strategy import (
 
 from flower_split.errors import FederationError
 from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.client_facts import BASE_CHANGE
+from flower_split.messages.orders import sent_adapter
+from flower_split.messages.replies import NUM_EXAMPLES, NUM_TOKENS, UNIFORM_WEIGHT, scalars
 from flower_split.messages.updates import move_zero_update
 from flower_split.server.federation.nodes import Federation
-from flower_split.server.federation.replies import UNIFORM, scalars
 from flower_split.server.inner.clip_check import check_clipped
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
 from flower_split.server.inner.state import AdaptiveClipping, FixedClipping, chain
@@ -105,7 +105,7 @@ def check_like_sent(
                     f"{expected.dtype} {list(expected.shape)}. Use one rank and scale for all "
                     'clients, or strategy.name = "lora-fedavg".'
                 )
-        for key in ("num-tokens", "num-examples"):
+        for key in (NUM_TOKENS, NUM_EXAMPLES):
             value = scalars(reply.content).get(key)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise FederationError(
@@ -124,15 +124,12 @@ def check_like_sent(
 
 def sent_arrays(messages: Mapping[int, Message]) -> dict[int, ArrayRecord]:
     """The adapter in every message, by slot."""
-    return {
-        slot: next(a for name, a in m.content.array_records.items() if name != BASE_CHANGE)
-        for slot, m in messages.items()
-    }
+    return {slot: sent_adapter(message.content) for slot, message in messages.items()}
 
 
 def weighs_uniformly(inner: Strategy) -> bool:
-    """Whether the innermost strategy takes each client's weight from :data:`~.replies.UNIFORM`."""
-    return any(getattr(part, "weighted_by_key", "") == UNIFORM for part in chain(inner))
+    """Return whether the innermost strategy weighs clients by ``UNIFORM_WEIGHT``."""
+    return any(getattr(part, "weighted_by_key", "") == UNIFORM_WEIGHT for part in chain(inner))
 
 
 def checked_result(inner: Strategy, arrays: ArrayRecord, server_round: int) -> ArrayRecord:

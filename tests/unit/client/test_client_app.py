@@ -4,13 +4,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 import flower_split.client.client
 from flower_split.client.app import app
 from flower_split.client.client import planned_steps
 from flower_split.config import Scalar, parse_run_config
 from flower_split.messages.client_facts import ClientFacts
+from flower_split.messages.orders import HandshakeOrder
 from flower_split.runtime.simulation import pool_cap, simulated_clients_at_once
 from flower_split.server.federation.exchange import failure_text
 from tests.support.tiny_app import make_data, make_model, tiny_config
@@ -33,14 +34,14 @@ def ask(
         state=RecordDict(),
         run_config=dict(config),
     )
-    message = Message(content or RecordDict({"config": ConfigRecord()}), 7, kind)
+    message = Message(content or HandshakeOrder().write(), 7, kind)
     message.metadata.__dict__["_message_id"] = "m"
     return app(message, context)
 
 
 def test_query_tells_what_the_client_holds(config: dict[str, Scalar]) -> None:
     reply = ask("query", config, partition_id=1, num_partitions=2)
-    facts = ClientFacts.from_message(reply)
+    facts = ClientFacts.read(reply)
     assert (facts.partition_id, facts.num_partitions) == (1, 2)
     assert facts.num_examples + facts.num_eval_examples == 6  # records in the file
     assert facts.planned_steps == 1
@@ -74,7 +75,7 @@ def test_an_unforeseen_error_is_replied_with_its_kind(
     def fail(_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("flower_split.client.client.fingerprint", fail)
+    monkeypatch.setattr("flower_split.client.model_cache.fingerprint", fail)
     reply = ask("query", {**config, "seed": 99}, partition_id=0, num_partitions=2)
     assert "ZeroDivisionError: by zero" in failure_text(reply)
 
@@ -137,4 +138,4 @@ def test_clients_at_once_follow_from_the_actors_share(
 
 def test_client_reads_no_flower_and_no_server_code() -> None:
     source = Path(flower_split.client.client.__file__).read_text()
-    assert "flwr" not in source and "trunk.server" not in source
+    assert not any(name in source for name in ("flwr", "flower_split.server", "flower_split.trunk"))

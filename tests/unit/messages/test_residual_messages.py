@@ -11,12 +11,17 @@ from flower_split.aggregation.adapter_aggregator import AdapterSpec
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.client_facts import BASE_CHANGE, PRIVATE, PRIVATE_DIGEST, PRIVATE_FOLDER
 from flower_split.server.federation.exchange import exchange
 from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
 from flower_split.server.node_view import NodeView
 from tests.support.fakes import FakeGrid, train_content
+
+# As they travel; spelled out, so that a change of the format shows.
+BASE_CHANGE = "flower-split.base-change"
+PRIVATE = "flower-split.private-names"
+PRIVATE_DIGEST = "flower-split.private-digest"
+PRIVATE_FOLDER = "flower-split.private-folder"
 
 FEDERATION = Federation({0: 9, 1: 4})
 MODULES = ("m", "n")
@@ -58,7 +63,9 @@ def one_round(strategy: LoraFedAvg, answer: Answer) -> None:
     strategy.aggregate_train(1, exchange(grid, sent, timeout=1))
 
 
-def trained(slot: int, *, keep: str = "AB", modules: tuple[str, ...] = MODULES) -> RecordDict:
+def trained(
+    slot: int, *, keep: str = "AB", modules: tuple[str, ...] = MODULES, digest: str = ""
+) -> RecordDict:
     """Other values of A and B from either client."""
     state = {
         f"{module}.lora_{part}.weight": torch.full(shape, 1.0 + slot)
@@ -72,7 +79,7 @@ def trained(slot: int, *, keep: str = "AB", modules: tuple[str, ...] = MODULES) 
             name: tensor.flip(tensor.shape.index(max(tensor.shape)))
             for name, tensor in state.items()
         }
-    return train_content(to_arrays(state), tokens=1)
+    return train_content(to_arrays(state), tokens=1, private_digest=digest)
 
 
 def dense(state: Mapping[str, Tensor], module: str) -> Tensor:
@@ -86,7 +93,7 @@ def test_messages_of_other_methods_carry_no_further_record() -> None:
         for message in messages_of(strategy, evaluate=evaluate).values():
             assert list(message.content.array_records) == ["arrays"]
             (config,) = message.content.config_records.values()
-            assert not {PRIVATE, PRIVATE_DIGEST, PRIVATE_FOLDER} & set(config)
+            assert not any("private" in key for key in config)
 
 
 def test_base_change_goes_to_every_client_from_round_two_on() -> None:
@@ -129,9 +136,7 @@ def test_load_state_dict_of_a_state_before_the_change_takes_the_change_back() ->
 
 
 def with_digest(slot: int) -> RecordDict:
-    content = trained(slot, keep="A")
-    content[PRIVATE] = ConfigRecord({"digest": DIGESTS[slot]})
-    return content
+    return trained(slot, keep="A", digest=DIGESTS[slot])
 
 
 def test_private_factors_are_named_by_the_digest_of_the_last_aggregated_round() -> None:
@@ -179,9 +184,7 @@ def test_private_factors_of_a_client_that_was_excluded_stay_those_before() -> No
             "m.lora_A.weight": torch.full((1, 2), float("nan")),
             "n.lora_A.weight": torch.ones(1, 2),
         }
-        content = train_content(to_arrays(bad), tokens=1)
-        content[PRIVATE] = ConfigRecord({"digest": DIGESTS[slot]})
-        return content
+        return train_content(to_arrays(bad), tokens=1, private_digest=DIGESTS[slot])
 
     one_round(strategy, answer)
     assert sorted(strategy.last_summary.excluded) == [1]

@@ -8,13 +8,16 @@ import torch
 from flwr.app import Error, Message, RecordDict
 from torch import Tensor
 
-from flower_split.client.client import Client, TrunkOrder
+from flower_split.client.client import Client
+from flower_split.client.model_cache import RunCache
 from flower_split.config import parse_run_config
 from flower_split.errors import FederationError, TrunkUnavailable
 from flower_split.lora import adapter_state
 from flower_split.lora.initial_values import digest_of
 from flower_split.messages.arrays import to_arrays
-from flower_split.messages.client_facts import BASE_VALUES, ClientFacts
+from flower_split.messages.client_facts import ClientFacts
+from flower_split.messages.orders import BaseValuesOrder, EvaluateOrder, TrunkOrder, read_query
+from flower_split.messages.replies import BaseValuesReply
 from flower_split.server.federation.base_values import gather_base_values
 from flower_split.server.federation.nodes import Federation
 from tests.support.fakes import FakeGrid
@@ -52,12 +55,12 @@ def gather(
     slots = {node: slot for slot, node in NODES.items()}
 
     def reply(message: Message) -> RecordDict | Error:
-        record = message.content.config_records["config"]
-        assert record["purpose"] == BASE_VALUES
-        slot, names = slots[message.metadata.dst_node_id], list(record["names"])
+        order = read_query(message.content)
+        assert isinstance(order, BaseValuesOrder)
+        slot, names = slots[message.metadata.dst_node_id], list(order.names)
         asked.append((slot, names))
         found = answer(slot, names)
-        return found if isinstance(found, Error) else RecordDict({BASE_VALUES: to_arrays(found)})
+        return found if isinstance(found, Error) else BaseValuesReply(to_arrays(found)).write()
 
     known = {slot: facts(slot, (digests or {}).get(slot, DIGESTS)) for slot in NODES}
     grid = FakeGrid(NODES.values(), reply)
@@ -79,7 +82,7 @@ def test_base_values_of_a_client_whose_adapter_has_moved_are_still_the_base_weig
             lora__bottom__use_dora=True,
         )
     )
-    client = Client.of(config, 0, 1)
+    client = Client(RunCache(config), 0, 1)
     digests = client.base_digests()
     before = client.base_values(digests)
     assert before.keys() == digests.keys() and "lm_head.weight" in digests
@@ -89,7 +92,7 @@ def test_base_values_of_a_client_whose_adapter_has_moved_are_still_the_base_weig
         raise TrunkUnavailable("nobody is there")
 
     monkeypatch.setattr(Client, "_trunk", unreachable)
-    order = TrunkOrder(address="", token="", root_certificates="", server_round=1)
+    order = EvaluateOrder(trunk=TrunkOrder(address="", token="", server_round=1))
     with pytest.raises(TrunkUnavailable, match="nobody is there"):
         client.evaluate(moved, order)
     assert torch.equal(adapter_state(client.model)["lm_head.weight"], moved["lm_head.weight"])

@@ -27,6 +27,7 @@ from flower_split.errors import (
     TrunkRefused,
 )
 from flower_split.messages.arrays import from_arrays, to_arrays
+from flower_split.messages.replies import take_steps
 from flower_split.protocol.values import Arrival, Dispatch, RoundReport
 from flower_split.server.asynchronous.loop import AsynchronousRounds
 from flower_split.server.federation.nodes import Federation
@@ -82,8 +83,7 @@ def fedbuff(config: RunConfig, initial: Adapter, specs: Mapping[int, AdapterSpec
 def arrived(
     number: int, slot: int, base_round: int, sent: Adapter, returned: Adapter, tokens: int
 ) -> ClientArrival:
-    content = train_content(to_arrays(returned), tokens)
-    del content["steps"]
+    content, _ = take_steps(train_content(to_arrays(returned), tokens))
     return ClientArrival(Dispatch(number, slot, f"token-{number}"), base_round, sent, content)
 
 
@@ -397,11 +397,11 @@ def test_every_client_gets_its_own_token_and_the_next_part_of_its_data() -> None
     loop = Loop(Scripted(good), strategy__buffer_size=3)
     loop.run(2)
     orders = [next(iter(m.content.config_records.values())) for m in loop.grid.pushed]
-    tokens = [order["trunk-token"] for order in orders]
+    tokens = [order["flower-split.trunk-token"] for order in orders]
     assert len(set(tokens)) == len(tokens)
     turns: dict[int, list[object]] = {}
     for message, order in zip(loop.grid.pushed, orders, strict=True):
-        turns.setdefault(slot_of(message), []).append(order["turn"])
+        turns.setdefault(slot_of(message), []).append(order["flower-split.data-pass"])
     assert turns[0][:2] == [1, 2] and turns[1][:2] == [1, 2]
     named = {d.token for plan in loop.coordinator.plans for d in plan.dispatches}
     assert named == set(tokens)
@@ -464,7 +464,7 @@ def test_too_stale_clients_are_recalled_dropped_and_named(
     assert "2 versions behind, above strategy.max-staleness 1" in str(record["dropped"])
     assert "partition 1 (node 300)" in caplog.text
     slow = next(m for m in grid.pushed if slot_of(m) == 1)
-    token = next(iter(slow.content.config_records.values()))["trunk-token"]
+    token = next(iter(slow.content.config_records.values()))["flower-split.trunk-token"]
     assert token not in {d.token for d in loop.coordinator.plans[-1].dispatches}
     grid.policy = lambda waiting: waiting[0]
     loop.run(1)  # now it answers; its work does not count, and it is sent out again
@@ -494,7 +494,7 @@ def test_failed_client_is_sent_out_again_with_the_same_data_and_named() -> None:
     (record,) = loop.dropped()
     assert (record["partition_id"], record["dropped"]) == (1, "it was killed")
     turns = [
-        next(iter(m.content.config_records.values()))["turn"]
+        next(iter(m.content.config_records.values()))["flower-split.data-pass"]
         for m in loop.grid.pushed
         if slot_of(m) == 1
     ]

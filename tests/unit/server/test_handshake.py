@@ -8,7 +8,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from flower_split.config import RunConfig, Scalar, parse_run_config
 from flower_split.errors import FederationError
-from flower_split.messages.client_facts import HANDSHAKE, ClientFacts
+from flower_split.messages.client_facts import ClientFacts
 from flower_split.server.federation import handshake
 from flower_split.server.federation.handshake import (
     check_facts,
@@ -121,7 +121,7 @@ def test_shake_hands_asks_every_node() -> None:
     partitions = {70: 0, 20: 1}
     grid = FakeGrid(
         partitions,
-        lambda m: RecordDict({HANDSHAKE: facts(partitions[m.metadata.dst_node_id]).to_record()}),
+        lambda m: facts(partitions[m.metadata.dst_node_id]).write(),
     )
     federation, found = shake_hands(grid, [20, 70], config(), FINGERPRINT)
     assert dict(federation.nodes) == {0: 70, 1: 20}
@@ -132,7 +132,7 @@ def test_shake_hands_with_a_failing_client_passes_its_words_on() -> None:
     def answer(message: Message) -> RecordDict | Error:
         if message.metadata.dst_node_id == 20:
             return Error(code=2, reason="there is no file x.jsonl. Check data.path.")
-        return RecordDict({HANDSHAKE: facts(0).to_record()})
+        return facts(0).write()
 
     with pytest.raises(FederationError, match=r"node 20: there is no file x\.jsonl"):
         shake_hands(FakeGrid([20, 70], answer), [20, 70], config(), FINGERPRINT)
@@ -146,7 +146,7 @@ def test_shake_hands_with_a_silent_client_ends_at_the_deadline() -> None:
 
 
 def test_shake_hands_with_another_version_says_so() -> None:
-    grid = FakeGrid([1], lambda _: RecordDict({HANDSHAKE: ConfigRecord({"partition-id": 0})}))
+    grid = FakeGrid([1], lambda _: RecordDict({"handshake": ConfigRecord({"partition-id": 0})}))
     with pytest.raises(FederationError, match="same version"):
         shake_hands(grid, [1], config(), FINGERPRINT)
 

@@ -9,7 +9,6 @@ from flower_split.aggregation.adapter_aggregator import AdapterSpec
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.client_facts import PRIVATE, TRAINABLE
 from flower_split.server.federation.exchange import exchange
 from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -88,8 +87,8 @@ def test_configure_train_says_what_trains_where_the_method_freezes_a_factor(
     )
     (record,) = messages[0].content.config_records.values()
     assert record["kept"] == 1
-    assert record.get(TRAINABLE) == expected
-    assert TRAINABLE not in config
+    assert record.get("flower-split.trainable") == expected
+    assert not any(key.startswith("flower-split.") for key in config)
 
 
 TWO = {
@@ -178,10 +177,9 @@ def test_client_malformed_beside_its_adapter_does_not_count_with_the_adapter_eit
 
     def answer(message: Message) -> object:
         slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-        content = train_content(to_arrays({"m.lora_A.weight": moved[slot]}), tokens=TOKENS[slot])
-        if slot == 0:
-            content[PRIVATE] = ConfigRecord({"digest": "0" * 64})
-        return content
+        weights = to_arrays({"m.lora_A.weight": moved[slot]})
+        digest = "" if slot else "0" * 64
+        return train_content(weights, tokens=TOKENS[slot], private_digest=digest)
 
     grid = FakeGrid([9, 4], answer)  # type: ignore[arg-type]
     messages = strategy.configure_train(

@@ -95,10 +95,10 @@ def test_configure_train_gives_each_client_its_own_token_in_its_own_record() -> 
         strategy.configure_train(1, SENT, shared, FakeGrid(NODES.values(), good_answer))
     )
     assert [m.metadata.dst_node_id for m in messages] == [900, 300, 700, 100]  # slot order
-    tokens = [config_of(m)["trunk-token"] for m in messages]
+    tokens = [config_of(m)["flower-split.trunk-token"] for m in messages]
     assert len(set(tokens)) == 4
     assert dict(coordinator.plans[0].participants) == dict(enumerate(tokens))
-    assert all(config_of(m)["trunk-address"] == "trunk.example:1" for m in messages)
+    assert all(config_of(m)["flower-split.trunk-address"] == "trunk.example:1" for m in messages)
     assert all(config_of(m)["x"] == 1 for m in messages)
     assert not any("trunk" in key for key in shared)  # Flower logs the shared record
 

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from flower_split.client.client import Client
+from flower_split.client.model_cache import RunCache
 from flower_split.config import LoraPartConfig, OptimizerConfig, RunConfig, parse_run_config
 from flower_split.errors import ConfigError, SplitError
 from flower_split.lora import adapter_state, attach_lora, initial_client_adapter, lora_scales
@@ -321,9 +322,9 @@ def _config(path: Path, quantization: str, **keys: object) -> RunConfig:
 def test_run_config_quantises_client_trunk_and_the_model_of_the_baseline(tmp_path: Path) -> None:
     tiny_model("llama").save_pretrained(tmp_path)
     config = _config(tmp_path, TOY)
-    client = Client.of(config, 0, 2)
+    client = Client(RunCache(config), 0, 2)
     assert isinstance(client.model.model.layers[0].mlp.up_proj.base_layer, ToyLinear)
-    whole = client._whole_model()
+    whole = client.kept.whole_model(client.own)[0]
     assert isinstance(whole.model.layers[1].mlp.up_proj.base_layer, ToyLinear)
     engine = make_engine(config)
     try:

@@ -1,0 +1,206 @@
+"""What a client's process keeps between messages: the parsed run config, models, data.
+
+A simulation's actor serves several nodes and many rounds, so models and data stay in the process: base
+weights are the same for everybody, adapters are overwritten in every round, and the trunk's connection
+is swapped. In deployment every message is a new process and nothing is kept.
+
+One message is answered at a time in a process, so nothing here takes a lock.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flower_split.assets import resolve_model_path
+from flower_split.config import LoraPartConfig, RunConfig, Scalar, parse_run_config
+from flower_split.data import ClientData, load_client_data, load_tokenizer
+from flower_split.errors import TrunkError
+from flower_split.lora import adapter_state, attach_lora
+from flower_split.parties.client_ranks import OwnLora, at_own_rank
+from flower_split.parties.fingerprint import fingerprint
+from flower_split.parties.parts import client_parts, held_parts, model_cuts, trunk_parts
+from flower_split.runtime.devices import resolve_device
+from flower_split.split import CutLayers, load_client_model, load_whole_model
+
+
+class NoTrunk(nn.Module):
+    """Stands in the trunk's place until a round names its address."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Raise: the trunk is not connected.
+
+        Raises:
+            TrunkError: Always.
+        """
+        raise TrunkError("the client model was called before its trunk was connected")
+
+
+@dataclass(slots=True)
+class _Models:
+    """The models of the clients that have the same LoRA."""
+
+    parts: dict[CutLayers, PreTrainedModel] = field(default_factory=dict)  # of the clients
+    touched: set[CutLayers] = field(default_factory=set)  # whose adapter is not what it began with
+    whole: PreTrainedModel | None = None  # for the local-only baseline
+    whole_initial: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class RunCache:
+    """Models, tokenizer and data of one run, each loaded when it is first asked for.
+
+    Attributes:
+        config: The run's configuration.
+
+    Args:
+        config: The run's configuration.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self._models: dict[OwnLora, _Models] = {}
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._data: dict[tuple[int, int], ClientData] = {}
+        self._fingerprint: Mapping[str, str] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the clients of this process compute."""
+        return resolve_device(self.config.train.device, "train.device")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config.model)
+        return self._tokenizer
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What must agree with the trunk."""
+        if not self._fingerprint:
+            self._fingerprint = fingerprint(self.config)
+        return self._fingerprint
+
+    def data(self, partition_id: int, num_partitions: int) -> ClientData:
+        """Return the examples of a partition.
+
+        Raises:
+            DataError: They are missing, empty or malformed.
+        """
+        key = (partition_id, num_partitions)
+        if key not in self._data:
+            self._data[key] = load_client_data(
+                self.config, self.tokenizer, partition_id, num_partitions
+            )
+        return self._data[key]
+
+    def client_model(self, own: OwnLora, cuts: CutLayers) -> PreTrainedModel:
+        """Return the bottom and the top, with LoRA; its adapter is that of whoever used it last.
+
+        Args:
+            own: What of the client's LoRA is its own.
+            cuts: Where the client's model is cut.
+
+        Raises:
+            SplitError: The model cannot be loaded or cut.
+        """
+        models = self._models.setdefault(own, _Models())
+        if cuts not in models.parts:
+            config = self.config.model
+            model = load_client_model(
+                resolve_model_path(config.name),
+                cuts,
+                NoTrunk(),
+                dtype=config.dtype,
+                attn_implementation=config.attn_implementation or None,
+                revision=config.revision or None,
+                device=self.device,
+                quantization=config.quantization or None,
+            )
+            attach_lora(
+                model,
+                model_cuts(self.config),
+                self._at_own_rank(held_parts(self.config, cuts), own),
+                seed=self.config.seed,
+                incomplete=("trunk",),
+            )
+            models.parts[cuts] = model
+        return models.parts[cuts]
+
+    def touch(self, own: OwnLora, cuts: CutLayers) -> None:
+        """Note that a client's model no longer holds the adapter that it began with."""
+        self._models.setdefault(own, _Models()).touched.add(cuts)
+
+    def untouched_model(self, own: OwnLora, cuts: CutLayers) -> PreTrainedModel:
+        """Return a client's model with its adapter as it was attached.
+
+        Loaded anew if a round has used it.
+        """
+        models = self._models.setdefault(own, _Models())
+        if cuts in models.touched:
+            del models.parts[cuts]
+            models.touched.remove(cuts)
+        return self.client_model(own, cuts)
+
+    def whole_model(self, own: OwnLora) -> tuple[PreTrainedModel, Mapping[str, Tensor]]:
+        """Return the unsplit model with LoRA on all three parts, and the adapter it began with.
+
+        Args:
+            own: What of the client's LoRA is its own.
+        """
+        models = self._models.setdefault(own, _Models())
+        if models.whole is None:
+            config = self.config.model
+            model = load_whole_model(
+                resolve_model_path(config.name),
+                dtype=config.dtype,
+                attn_implementation=config.attn_implementation or None,
+                revision=config.revision or None,
+                device=self.device,
+                quantization=config.quantization or None,
+            )
+            parts = self._at_own_rank(client_parts(self.config), own) | trunk_parts(self.config)
+            attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
+            models.whole_initial = adapter_state(model)
+            models.whole = model
+        return models.whole, models.whole_initial
+
+    def _at_own_rank(
+        self, parts: dict[str, LoraPartConfig], own: OwnLora
+    ) -> dict[str, LoraPartConfig]:
+        return at_own_rank(parts, own, self.config.lora.client_scale)
+
+
+class ClientCache:
+    """What this process keeps, for one run at a time."""
+
+    def __init__(self) -> None:
+        self._parsed: tuple[str, RunConfig] | None = None
+        self._run: RunCache | None = None
+
+    def config(self, run_config: Mapping[str, Scalar]) -> RunConfig:
+        """Return Flower's run config as dataclasses; it is parsed once for each distinct one.
+
+        Raises:
+            ConfigError: A key is unknown, or a value is out of range.
+        """
+        text = repr(sorted(run_config.items()))  # with types: 1, 1.0 and True are equal keys
+        if self._parsed is None or self._parsed[0] != text:
+            self._parsed = (text, parse_run_config(run_config))
+        return self._parsed[1]
+
+    def of(self, config: RunConfig) -> RunCache:
+        """Return what is kept of a run; what was kept of another configuration is dropped."""
+        if self._run is None or self._run.config != config:
+            self._run = None  # the other run's models go before this one's are loaded
+            self._run = RunCache(config)
+            torch.set_num_threads(config.train.num_threads)
+        return self._run
