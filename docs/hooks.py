@@ -37,7 +37,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 def command_page() -> str:
     """Return every subcommand of ``flower-split`` with its arguments."""
     parser = make_parser()
-    lines = ["# Command", "", "Exit status: 0 done; 1 the job failed; 2 wrong use.", ""]
+    lines = ["# Command", "", f"{parser.description}", "", *_verbatim(parser.epilog)]
     for name, sub, summary in _subcommands(parser):
         lines += [f"## `flower-split {name}`", "", f"{summary[0].upper()}{summary[1:]}.", ""]
         if sub.description:
@@ -46,8 +46,12 @@ def command_page() -> str:
         for action in sub._actions:
             if not isinstance(action, argparse._HelpAction):
                 lines.append(f"| {_spelled(action)} | {_cell(action.help or '')} |")
-        lines.append("")
+        lines += ["", *_verbatim(sub.epilog)]
     return "\n".join(lines)
+
+
+def _verbatim(text: str | None) -> list[str]:
+    return ["```text", text.strip(), "```", ""] if text else []
 
 
 def _subcommands(

@@ -29,11 +29,16 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for workers; the longest group goes first, so that none is left with it."""
+    groups = {path: _group(path) for path in {item.path for item in items}}
     for item in items:
-        real = item.path.is_relative_to(PROCESSES)
-        name = "processes" if real else str(item.path.relative_to(PROCESSES.parent))
-        item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(key=lambda item: not item.path.is_relative_to(PROCESSES))
+        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
+    items.sort(key=lambda item: groups[item.path] != "processes")
+
+
+def _group(path: Path) -> str:
+    if path.is_relative_to(PROCESSES):
+        return "processes"
+    return str(path.relative_to(PROCESSES.parent))
 
 
 @pytest.fixture(autouse=True)

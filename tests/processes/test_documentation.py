@@ -41,6 +41,7 @@ def script(named: str) -> str:
     return "set -euo pipefail\n" + "\n".join(found)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("named", "folders"), SCRIPTS)
 def test_commands_of_a_page_run(
     named: str, folders: list[str], flower: Flower, tmp_path: Path
@@ -56,7 +57,7 @@ def test_commands_of_a_page_run(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
-        timeout=540,
+        timeout=840,
         check=False,
     )
     assert done.returncode == 0, done.stdout

@@ -17,7 +17,7 @@ from flower_split.data import load_tokenizer
 from flower_split.data.stdlib_docs import library_files
 from flower_split.errors import ConfigError
 
-SCRIPT = Path(__file__).parents[2] / "simulations" / "pretrain_quickstart.py"
+SCRIPT = Path(__file__).parents[3] / "simulations" / "pretrain_quickstart.py"
 SOURCE = '''"""Module documentation."""
 # a comment in a run
 # of two lines
