@@ -1,6 +1,6 @@
-"""Pages of the site that are printed from the code: configuration, command, protocol.
+"""What the site prints from the code: configuration, command, protocol, aggregation methods.
 
-MkDocs calls :func:`on_files` once per build. Nothing here imports torch, grpc or Flower.
+MkDocs calls :func:`on_files` once per build, and :func:`on_page_markdown` for every page.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from pathlib import Path
 if typing.TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
 
 from flower_split.cli.main import make_parser
 from flower_split.config.reference import config_reference
@@ -32,6 +33,20 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Put what is printed from the code where a page says ``<!-- printed: NAME -->``."""
+    mark = "<!-- printed: aggregators -->"
+    return markdown.replace(mark, aggregators_table()) if mark in markdown else markdown
+
+
+def aggregators_table() -> str:
+    """Return every aggregation method with its paper and what differs from it."""
+    from flower_split.aggregation import METHODS  # here, as it loads torch
+    from flower_split.aggregation.methods.description import method_table
+
+    return method_table(METHODS.values())
 
 
 def command_page() -> str:

@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import yaml
 
+from flower_split.aggregation import METHODS
 from flower_split.config import run_config_keys
 from tests.support.documentation import PAGES, ROOT, in_site
 
@@ -52,6 +53,16 @@ def test_command_page_has_every_option(hooks: ModuleType) -> None:
     names = {arg.value for call in calls for arg in call.args if isinstance(arg, ast.Constant)}
     assert len(names) > 20
     assert all(f"`{name}" in page for name in names)
+
+
+def test_aggregation_page_has_every_method_and_its_paper(hooks: ModuleType) -> None:
+    page = (ROOT / "docs" / "aggregation.md").read_text(encoding="utf-8")
+    summary = page.partition("\n\n`flora` and `fedex-lora`")[0]
+    said = re.findall(r"^\| `([\w-]+)`", summary.partition("|---")[2], re.MULTILINE)
+    assert sorted(said) == sorted(METHODS)
+    assert page.count("<!-- printed: aggregators -->") == 1
+    printed = hooks.on_page_markdown(page, None, None, None)
+    assert "2305.05644" in printed and "<!-- printed" not in printed
 
 
 def test_protocol_page_has_every_method_and_message(hooks: ModuleType) -> None:
