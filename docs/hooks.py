@@ -18,6 +18,7 @@ from flower_split.cli.main import make_parser
 from flower_split.config.reference import config_reference
 
 ROOT = Path(__file__).parents[1]
+ROLE = re.compile(r":(?:class|data|func|meth|mod|attr):<code>~?([\w.]+)</code>")
 PROTO = ROOT / "proto" / "flower_split" / "proto" / "trunk.proto"
 
 
@@ -39,6 +40,11 @@ def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files:
     """Put what is printed from the code where a page says ``<!-- printed: NAME -->``."""
     mark = "<!-- printed: aggregators -->"
     return markdown.replace(mark, aggregators_table()) if mark in markdown else markdown
+
+
+def on_page_content(html: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Show a docstring's ``:class:`~package.Name``` as the name alone."""
+    return ROLE.sub(lambda found: f"<code>{found[1].rpartition('.')[2]}</code>", html)
 
 
 def aggregators_table() -> str:

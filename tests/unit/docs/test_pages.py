@@ -65,6 +65,12 @@ def test_aggregation_page_has_every_method_and_its_paper(hooks: ModuleType) -> N
     assert "2305.05644" in printed and "<!-- printed" not in printed
 
 
+def test_roles_of_docstrings_become_names(hooks: ModuleType) -> None:
+    html = "see :class:<code>~flower_split.errors.TrunkRefused</code> and :meth:<code>close</code>"
+    shown = hooks.on_page_content(html, None, None, None)
+    assert shown == "see <code>TrunkRefused</code> and <code>close</code>"
+
+
 def test_protocol_page_has_every_method_and_message(hooks: ModuleType) -> None:
     page = hooks.protocol_page(hooks.PROTO.read_text(encoding="utf-8"))
     proto = hooks.PROTO.read_text(encoding="utf-8")
