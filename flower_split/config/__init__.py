@@ -4,7 +4,7 @@ A field ``trunk.optimizer.learning_rate`` is the run-config key ``trunk.optimize
 Every rule that a value must keep is checked on construction; nothing below reads the environment.
 """
 
-from flower_split.config.data import DATA_SOURCES, DataConfig
+from flower_split.config.data import DataConfig
 from flower_split.config.lora import LORA_INITS, LoraConfigs, LoraPartConfig
 from flower_split.config.model import DTYPES, ModelConfig
 from flower_split.config.parse import (
@@ -20,7 +20,6 @@ from flower_split.config.train import OPTIMIZERS, OptimizerConfig, TrainConfig
 from flower_split.config.trunk import DEVICE_MAPS, STEP_EVERY, WIRE_DTYPES, TrunkConfig
 
 __all__ = [
-    "DATA_SOURCES",
     "DEVICE_MAPS",
     "DTYPES",
     "LORA_INITS",

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from flower_split.config.validation import above, at_least, one_of
+from flower_split.config.validation import above, at_least, kebab, one_of
 from flower_split.errors import ConfigError
 
-DATA_SOURCES = ("stdlib-docs", "text", "jsonl", "hub")
+REFUSE_OR_SKIP = ("refuse", "skip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,17 +13,29 @@ class DataConfig:
     """Each client's text, and how one data set is split over simulated clients."""
 
     source: str = "stdlib-docs"
-    """Where records come from: stdlib-docs, text, jsonl, hub, or a plug-in's name."""
+    """Where records come from: stdlib-docs, text, jsonl (JSON lines, or an array in a .json file),
+    csv, parquet, saved (by datasets, to disk), hub, a plug-in's name, or an import path."""
     path: str = ""
-    """File or directory of text and jsonl; may contain {partition_id}, the client's partition."""
+    """File or directory of all but stdlib-docs and hub; may contain {partition_id}, the client's
+    partition."""
     dataset: str = ""
     """For hub: the data set's id, or a local directory or file that datasets can load."""
     subset: str = ""
     """For hub: the data set's configuration; empty: its default."""
     split: str = "train"
-    """For hub: the split to read."""
+    """For hub and saved: the split to read."""
     text_field: str = "text"
-    """For hub and jsonl: the field that holds the text."""
+    """The field that holds the text of records that are running text."""
+    ignore_fields: str = ""
+    """Fields of records and messages that may be passed over, as "name, name"; any other that is not
+    understood is refused. Metadata such as id and source is passed over always."""
+    on_bad_record: str = "refuse"
+    """On a record that cannot be used: refuse the run, or skip and count it."""
+    on_small_client: str = "refuse"
+    """On a client with too little data to train and evaluate on: refuse the run, or skip and count
+    it."""
+    on_unassigned: str = "refuse"
+    """On records that the partitioner gives to no client: refuse the run, or skip and count them."""
     partitioner: str = "iid"
     """How one data set is split over clients: a partitioner of flwr-datasets, or none (every client
     reads all of its own file)."""
@@ -36,15 +48,17 @@ class DataConfig:
     max_eval_batches: int = 0
     """Batches of one evaluation of one client, at most; 0: all."""
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """The names in ``ignore_fields``."""
+        return frozenset(filter(None, (name.strip() for name in self.ignore_fields.split(","))))
+
     def __post_init__(self) -> None:
-        """Check choices, ranges and that the source has what it needs."""
-        one_of("data.source", self.source, DATA_SOURCES)
-        if self.source in ("text", "jsonl") and not self.path:
-            raise ConfigError(
-                f'data.path must name a file or directory for source "{self.source}".'
-            )
-        if self.source == "hub" and not self.dataset:
-            raise ConfigError('data.dataset must name the data set for source "hub".')
+        """Check choices and ranges; the source is looked up, and checked, where it is used."""
+        if not self.source:
+            raise ConfigError("data.source must not be empty: a source's name, or an import path.")
+        for name in ("on_bad_record", "on_small_client", "on_unassigned"):
+            one_of(f"data.{kebab(name)}", getattr(self, name), REFUSE_OR_SKIP)
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(
                 f"data.eval-fraction must be between 0 and 1; it is {self.eval_fraction!r}."

@@ -1,18 +1,35 @@
 """A client's private data: from documents to token batches; nothing here leaves the client.
 
-``load_client_data`` reads the source (``sources``, ``stdlib_docs``), takes this client's share of
-it (``partitions``), holds some documents out (``documents``), and makes examples (``examples``);
-``batches`` makes training steps of them.
+``load_client_data`` reads the source (``source``, ``sources``), takes this client's share of it
+(``partitions``), reads each record by its format (``formats``, ``messages``), holds some documents
+out (``held_out``), and makes examples (``examples``, ``rendering``); ``batches`` makes training steps
+of them. What is left out on the way is counted (``tally``).
 """
 
 from flower_split.data.batches import batches, eval_batches
-from flower_split.data.client_data import ClientData, load_client_data, load_tokenizer
+from flower_split.data.client_data import (
+    ClientData,
+    check_source,
+    load_client_data,
+    load_tokenizer,
+)
+from flower_split.data.documents import Record
 from flower_split.data.examples import Example
+from flower_split.data.source import DataSource, SourceRecords, SourceRequest
+from flower_split.data.source_registry import DATA_SOURCES
+from flower_split.data.tally import DataCounts
 
 __all__ = [
+    "DATA_SOURCES",
     "ClientData",
+    "DataCounts",
+    "DataSource",
     "Example",
+    "Record",
+    "SourceRecords",
+    "SourceRequest",
     "batches",
+    "check_source",
     "eval_batches",
     "load_client_data",
     "load_tokenizer",

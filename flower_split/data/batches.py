@@ -13,7 +13,7 @@ from flower_split.errors import DataError
 def batches(
     examples: Sequence[Example], batch_size: int, *, seed: int, pad_token_id: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Training batches without end, shuffled anew in every epoch.
+    """Return training batches without end, shuffled anew in every epoch.
 
     An epoch has ``ceil(len(examples) / batch_size)`` batches, the last one possibly smaller. The
     order depends on ``seed`` and the epoch's number alone.
@@ -45,13 +45,13 @@ def _endless(
 def eval_batches(
     examples: Sequence[Example], batch_size: int, pad_token_id: int
 ) -> Iterator[dict[str, Tensor]]:
-    """One pass over ``examples`` in their order, in batches as :func:`batches` gives them."""
+    """Yield one pass over ``examples`` in their order, in batches as :func:`batches` gives them."""
     for start in range(0, len(examples), batch_size):
         yield collate(examples[start : start + batch_size], pad_token_id)
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """One batch, padded on the right to its longest example."""
+    """Return one batch, padded on the right to its longest example."""
     length = max(len(example.input_ids) for example in examples)
 
     def padded(rows: list[list[int]], fill: int) -> Tensor:

@@ -1,26 +1,26 @@
 """One client's examples, from the run config and the client's partition; and its tokenizer."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flower_split.assets import resolve_model_path
-from flower_split.config import ModelConfig, RunConfig
-from flower_split.data.documents import Document, Record, Text, parse_record, split_held_out
+from flower_split.config import DataConfig, ModelConfig, RunConfig
+from flower_split.data.documents import Document, Record
 from flower_split.data.examples import Example, make_examples
+from flower_split.data.formats import parse_record
+from flower_split.data.held_out import TooLittleData, split_held_out
 from flower_split.data.partitions import partition_rows
-from flower_split.data.sources import column_of, read_hub, read_jsonl, read_text
-from flower_split.data.stdlib_docs import area_docstrings
+from flower_split.data.source import SourceRequest
+from flower_split.data.source_registry import DATA_SOURCES
+from flower_split.data.sources.tables import column_of
+from flower_split.data.tally import DataCounts, Tally
 from flower_split.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
-
-PARTITION_FIELD = "{partition_id}"
-"""Stands for the client's partition in ``data.path``: every client has its own file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,12 @@ class ClientData:
     train: list[Example]
     evaluate: list[Example]
     name: str = ""  # what the data is about, for people; empty where nothing says so
+    counts: DataCounts = field(default_factory=DataCounts)
+    too_little: str = ""  # why this client takes no part (data.on-small-client = "skip")
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; without a padding token of its own it pads with the end token.
+    """Return the model's tokenizer; without a padding token of its own it pads with the end token.
 
     Raises:
         ConfigError: There is no tokenizer at ``model.name``, or nothing to pad with.
@@ -59,6 +61,15 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_source(config: DataConfig) -> None:
+    """Check that ``data.source`` is known here and has the keys that it needs.
+
+    Raises:
+        ConfigError: It is not, or has not.
+    """
+    DATA_SOURCES.get(config.source)().check(config)
+
+
 def load_client_data(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,64 +88,83 @@ def load_client_data(
         num_partitions: Over how many clients a shared data set is divided.
 
     Raises:
-        DataError: The data is missing, empty or malformed; names the place and the remedy.
+        ConfigError: The source is unknown, or lacks a key.
+        DataError: The data is missing, too little or malformed; names the place and the remedy.
     """
     if not 0 <= partition_id < num_partitions:
         raise DataError(
             f"partition-id must be from 0 to num-partitions - 1; they are {partition_id} and "
             f"{num_partitions}. Set both in the node's config."
         )
-    name, documents = _documents(config, partition_id, num_partitions)
-    place = f"partition {partition_id} of {num_partitions}"
+    tally = Tally(skip_bad_records=config.data.on_bad_record == "skip")
+    name = ""
     try:
-        train_documents, held_out = split_held_out(
-            documents, config.data.eval_fraction, config.seed
-        )
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
-    length = config.train.sequence_length
-    train = make_examples(train_documents, tokenizer, length)
-    evaluate = make_examples(held_out, tokenizer, length)
-    for side, examples in (("training", train), ("held-out", evaluate)):
-        if not examples:
-            raise DataError(
-                f"{place}: the {side} documents must give at least one example of two tokens; "
-                "they give none. Give this client more data."
-            )
+        name, documents = _documents(config, partition_id, num_partitions, tally)
+        train, evaluate = _both_sides(config, documents, tokenizer, tally)
+    except TooLittleData as error:
+        reason = f"partition {partition_id} of {num_partitions}: {error}"
+        if config.data.on_small_client == "refuse":
+            raise DataError(reason) from error
+        logger.warning("left out (data.on-small-client = skip): %s", reason)
+        return ClientData([], [], name, tally.result(), too_little=str(error))
+    tally.add("train_examples", len(train))
+    tally.add("eval_examples", len(evaluate))
+    counts = tally.result()
     logger.info(
-        "partition=%d documents=%d train_examples=%d eval_examples=%d",
+        "partition=%d documents=%d train_examples=%d eval_examples=%d %s",
         partition_id,
         len(documents),
         len(train),
         len(evaluate),
+        "; ".join(counts.losses()),
     )
-    return ClientData(train, evaluate, name)
+    return ClientData(train, evaluate, name, counts)
+
+
+def _both_sides(
+    config: RunConfig,
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    tally: Tally,
+) -> tuple[list[Example], list[Example]]:
+    """Return training and held-out examples.
+
+    Raises:
+        TooLittleData: One of them is empty.
+    """
+    sides = split_held_out(documents, config.data.eval_fraction, config.seed)
+    made = []
+    for side, its in zip(("training", "held-out"), sides, strict=True):
+        examples = make_examples(its, tokenizer, config.train.sequence_length, tally)
+        if not examples:
+            raise TooLittleData(
+                f"the {side} documents must give at least one example of two tokens; they give "
+                'none. Give this client more data, or leave it out with data.on-small-client = "skip".'
+            )
+        made.append(examples)
+    return made[0], made[1]
 
 
 def _documents(
-    config: RunConfig, partition_id: int, num_partitions: int
+    config: RunConfig, partition_id: int, num_partitions: int, tally: Tally
 ) -> tuple[str, list[Document]]:
-    """The client's documents in a fixed order, and a name for them."""
+    """Return a name for the client's documents, and the documents in a fixed order."""
     data = config.data
-    if data.source == "stdlib-docs":
-        area = area_docstrings(partition_id, num_partitions)
-        return area.name, [Text(f"{area.name}, docstring", text) for text in area.docstrings]
-    records: Sequence[Record]
-    where = data.dataset
-    if data.source == "hub":
-        records = read_hub(data)
-    else:
-        path = Path(data.path.replace(PARTITION_FIELD, str(partition_id))).expanduser()
-        where = str(path)
-        records = read_text(path) if data.source == "text" else read_jsonl(path)
-    if len(records) == 0:
-        raise DataError(
-            f"partition {partition_id}: the data must hold at least one record; "
-            f"{where} holds none. Check data.path or data.dataset."
+    source = DATA_SOURCES.get(data.source)()
+    source.check(data)
+    found = source.read(
+        SourceRequest(
+            config=data, partition_id=partition_id, num_partitions=num_partitions, tally=tally
         )
-    if PARTITION_FIELD in data.path:
-        rows = list(range(len(records)))
-    else:
+    )
+    records = found.records
+    if len(records) == 0:
+        raise TooLittleData(
+            f"the data must hold at least one record; {found.where} holds none. Check data.path or "
+            "data.dataset."
+        )
+    rows = list(range(len(records)))
+    if not found.own:
         rows = partition_rows(
             lambda name: column_of(records, name),
             len(records),
@@ -142,7 +172,26 @@ def _documents(
             seed=config.seed,
             partition_id=partition_id,
             num_partitions=num_partitions,
+            tally=tally,
         )
-    field = "text" if data.source == "text" else data.text_field
-    parsed = (parse_record(records[row], field) for row in rows)
-    return "", [document for document in parsed if document is not None]
+    ignored = data.ignored | ({data.partition_by} - {""})
+    text_field = found.text_field or data.text_field
+    return found.name, list(_parsed(records, rows, text_field, ignored, tally))
+
+
+def _parsed(
+    records: Sequence[Record],
+    rows: Sequence[int],
+    text_field: str,
+    ignored: frozenset[str],
+    tally: Tally,
+) -> Iterator[Document]:
+    for row in rows:
+        try:
+            document = parse_record(records[row], text_field, ignored)
+        except DataError as error:
+            tally.bad(error)
+            continue
+        tally.add("blank_records" if document is None else "records")
+        if document is not None:
+            yield document

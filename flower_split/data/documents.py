@@ -1,16 +1,13 @@
-"""Documents: one record of the data with its meaning, and the split into training and held-out.
+"""Documents: one record of the data with its meaning. :mod:`flower_split.data.formats` makes them.
 
-A record is text (packed with its neighbours), a prompt with its completion (loss on the
-completion), or a chat (loss on the assistant's turns). Which one follows from its fields.
+A document is text (packed with its neighbours), a prompt with its completion (loss on the
+completion), or a conversation (loss on the assistant's turns, or on what follows its prompt).
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
-
-from flower_split.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,99 +36,38 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class TemplateOptions:
+    """What a chat template is given beside the messages."""
+
+    tools: Sequence[Mapping[str, object]] = field(default_factory=list)  # JSON schemas
+    variables: Mapping[str, object] = field(default_factory=dict)  # chat_template_kwargs
+
+
+@dataclass(frozen=True, slots=True)
 class Chat:
     """A conversation as chat templates take it; the assistant's turns are learned."""
 
     place: str
     messages: Sequence[Mapping[str, object]]
+    unlearned: frozenset[int] = frozenset()  # indices of assistant's turns without loss
+    options: TemplateOptions = TemplateOptions()
 
 
-Document: TypeAlias = Text | Completion | Chat
+@dataclass(frozen=True, slots=True)
+class ChatCompletion:
+    """A conversation and the turns that should follow it; all of those are learned."""
+
+    place: str
+    prompt: Sequence[Mapping[str, object]]
+    completion: Sequence[Mapping[str, object]]
+    options: TemplateOptions = TemplateOptions()
 
 
-def parse_record(record: Record, text_field: str) -> Document | None:
-    """The document that ``record`` is, or None if it is blank text.
-
-    The fields decide: ``messages``, else ``prompt`` and ``completion``, else ``text_field``.
-
-    Raises:
-        DataError: A field is missing or has the wrong type; names place and field.
-    """
-    content, place = record.content, record.place
-    if "messages" in content:
-        return Chat(place, _messages(content["messages"], place))
-    if "prompt" in content or "completion" in content:
-        return Completion(place, _string(record, "prompt"), _string(record, "completion"))
-    text = _string(record, text_field).strip()
-    return Text(place, text) if text else None
+Document: TypeAlias = Text | Completion | Chat | ChatCompletion
 
 
-def _string(record: Record, name: str) -> str:
-    value = record.content.get(name)
-    if not isinstance(value, str):
-        fields = ", ".join(sorted(map(str, record.content))) or "none"
-        found = "is missing" if name not in record.content else f"is a {type(value).__name__}"
-        raise DataError(
-            f"{record.place}: a record needs the string field {name!r}, which {found}; its fields "
-            f"are {fields}. Use messages, prompt and completion, or name the field of the text in "
-            "data.text-field."
-        )
-    return value
-
-
-def _messages(value: object, place: str) -> list[dict[str, object]]:
-    """Checked messages, without the nulls that columnar data sets fill in."""
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f'{place}: messages must be a list like [{{"role": "user", "content": "..."}}, ...] '
-            f"with at least one turn; it is {value!r:.60}."
-        )
-    messages = []
-    for message in value:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(
-                f'{place}: every message needs a "role" (system, user, assistant) and "content"; '
-                f"one is {message!r:.60}."
-            )
-        filled = {str(key): item for key, item in message.items() if item is not None}
-        messages.append({"content": "", **filled})
-    return messages
-
-
-def split_held_out(
-    documents: Sequence[Document], fraction: float, seed: int
-) -> tuple[list[Document], list[Document]]:
-    """Split into training and held-out documents by a hash of seed and content.
-
-    Equal documents always fall on the same side, on every client, so that no held-out text is
-    trained on anywhere in the federation. ``fraction`` is therefore met on average; each side gets at
-    least one document. Training documents keep their order; held-out ones come in that of their hash,
-    so that an evaluation of the first few batches is a fair sample.
-
-    Raises:
-        DataError: There are not two different documents.
-    """
-    ranked = {_content(document): 0.0 for document in documents}
-    if len(ranked) < 2:
-        raise DataError(
-            "training and held-out data need at least two different documents; there are "
-            f"{len(ranked)} (of {len(documents)} in all). Give this client more data, or use fewer "
-            "clients."
-        )
-    for content in ranked:
-        digest = hashlib.sha256(f"{seed}\0{content}".encode()).digest()
-        ranked[content] = int.from_bytes(digest[:8], "big") / 2**64
-    ordered = sorted(ranked.values())
-    # the threshold moves only where it would leave a side empty
-    threshold = min(fraction, ordered[-1]) if fraction > ordered[0] else ordered[1]
-    train = [document for document in documents if ranked[_content(document)] >= threshold]
-    held_out = [document for document in documents if ranked[_content(document)] < threshold]
-    held_out.sort(key=lambda document: ranked[_content(document)])
-    return train, held_out
-
-
-def _content(document: Document) -> str:
-    """What makes two documents equal, wherever they stand."""
+def content_of(document: Document) -> str:
+    """Return what makes two documents equal, wherever they stand."""
     match document:
         case Text(text=text):
             return text
@@ -139,3 +75,18 @@ def _content(document: Document) -> str:
             return json.dumps([prompt, completion])
         case Chat(messages=messages):
             return json.dumps(messages, sort_keys=True, default=str)
+        case ChatCompletion(prompt=before, completion=after):
+            return json.dumps([*before, *after], sort_keys=True, default=str)
+
+
+def text_of_document(document: Document) -> str:
+    """Return the words that a reader sees, for comparing documents by what they say."""
+    match document:
+        case Text(text=text):
+            return text
+        case Completion(prompt=prompt, completion=completion):
+            return f"{prompt}\n{completion}"
+        case Chat(messages=messages):
+            return "\n".join(str(message.get("content", "")) for message in messages)
+        case ChatCompletion(prompt=before, completion=after):
+            return "\n".join(str(message.get("content", "")) for message in [*before, *after])

@@ -5,14 +5,15 @@ token of an example is never predicted.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from flower_split.data.documents import Chat, Completion, Document, Text
+from flower_split.data.rendering import Rendered, render_chat, render_completion
+from flower_split.data.tally import Tally
 from flower_split.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -35,54 +36,120 @@ class Example:
 
 
 def make_examples(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    tally: Tally | None = None,
 ) -> list[Example]:
     """Tokenise documents: texts are packed together, every other document is its own example.
 
     Args:
         documents: In the order to keep.
-        tokenizer: Its chat template is needed only for chats.
-        sequence_length: The most tokens of an example; see :func:`pack_texts` and :func:`_cut`.
+        tokenizer: Its chat template is needed only for conversations.
+        sequence_length: The most tokens of an example; see :func:`pack_texts` and :func:`cut`.
+        tally: Counts what is cut, and decides on documents that cannot be used; None: the first one
+            is refused.
 
     Raises:
-        DataError: A document has nothing to learn, or a chat cannot be rendered; names the place.
+        DataError: A document has nothing to learn, or cannot be rendered or tokenised; names the
+            place.
     """
-    texts = [document.text for document in documents if isinstance(document, Text)]
-    examples = pack_texts(texts, tokenizer, sequence_length)
-    cut = 0
+    tally = tally or Tally()
+    texts = [document for document in documents if isinstance(document, Text)]
+    examples = pack_texts(texts, tokenizer, sequence_length, tally)
     for document in documents:
         if isinstance(document, Text):
             continue
-        if isinstance(document, Completion):
-            whole = [_completion_example(document, tokenizer)]
-        else:
-            whole = _chat_examples(document, tokenizer)
+        try:
+            whole = _examples_of(document, tokenizer)
+        except DataError as error:
+            tally.bad(error)
+            continue
         for example in whole:
-            if example.num_tokens == 0:
-                raise DataError(
-                    f"{document.place}: an example needs at least one token to learn, in its "
-                    "completion or an assistant's turn; this one has none. Remove the record."
-                )
-            cut += len(example.input_ids) > sequence_length
-            examples.append(_cut(example, sequence_length))
-    if cut:
-        logger.info("%d examples were longer than %d tokens and were cut", cut, sequence_length)
+            lost = len(example.input_ids) - sequence_length
+            if lost > 0:
+                tally.add("cut_examples")
+                tally.add("cut_tokens", lost)
+            examples.append(cut(example, sequence_length))
     return examples
 
 
+def _examples_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Return a document's examples, uncut; each has something to learn."""
+    if isinstance(document, Completion):
+        made = [_completion_example(document, tokenizer)]
+    elif isinstance(document, Chat):
+        made = [
+            _spans_example(rendered, tokenizer, document.place)
+            for rendered in render_chat(document, tokenizer)
+        ]
+    else:
+        assert not isinstance(document, Text)
+        rendered = render_completion(document, tokenizer)
+        made = [_spans_example(rendered, tokenizer, document.place)]
+    if not made or any(example.num_tokens == 0 for example in made):
+        raise DataError(
+            f"{document.place}: an example needs at least one token to learn, in its completion or "
+            "an assistant's turn (with a weight that is not 0); this one has none. Remove the "
+            'record, or set data.on-bad-record = "skip".'
+        )
+    return made
+
+
 def pack_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, sequence_length: int, tally: Tally
 ) -> list[Example]:
-    """One stream of all texts with an end-of-sequence token after each, cut into full examples.
+    """Cut one stream of all texts, with an end-of-sequence token after each, into full examples.
 
     The last example may be shorter; a rest of one token, which predicts nothing, is left out.
     """
     stream: list[int] = []
-    if texts:
-        for ids in tokenizer(list(texts), verbose=False)["input_ids"]:
-            stream += _ended(ids, tokenizer)
+    for ids in _tokens_of_texts(texts, tokenizer, tally):
+        stream += _ended(ids, tokenizer)
     pieces = (stream[i : i + sequence_length] for i in range(0, len(stream), sequence_length))
     return [Example(piece, list(piece)) for piece in pieces if len(piece) > 1]
+
+
+def _tokens_of_texts(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase, tally: Tally
+) -> Iterator[list[int]]:
+    """Yield the ids of each text; all at once, or one by one to find which is not taken."""
+    if not texts:
+        return
+    try:
+        together = tokenizer([text.text for text in texts], verbose=False)["input_ids"]
+    except Exception:  # a tokenizer may be any code of the model's; told below, with its place
+        logger.debug("the tokenizer does not take all of %d texts", len(texts))
+    else:
+        yield from together
+        return
+    for text in texts:
+        try:
+            yield _tokens(text.text, tokenizer, text.place)
+        except DataError as error:
+            tally.bad(error)
+
+
+def _tokens(
+    text: str, tokenizer: PreTrainedTokenizerBase, place: str, *, special: bool = True
+) -> list[int]:
+    """Return the ids of ``text``.
+
+    Raises:
+        DataError: The tokenizer does not take it.
+    """
+    try:
+        ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    except Exception as error:  # a tokenizer may be any code of the model's
+        raise _refused(error, place) from error
+    return cast(list[int], ids)
+
+
+def _refused(error: Exception, place: str) -> DataError:
+    return DataError(
+        f"{place}: the tokenizer does not take this text: {type(error).__name__}: {error}. Correct "
+        'or remove the record, or set data.on-bad-record = "skip".'
+    )
 
 
 def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -91,72 +158,29 @@ def _ended(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _completion_example(document: Completion, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """Prompt and completion are tokenised apart, as they will be when the model generates."""
-    prompt = tokenizer(document.prompt, verbose=False)["input_ids"]
+    """Tokenise prompt and completion apart, as they will be when the model generates."""
+    prompt = _tokens(document.prompt, tokenizer, document.place)
     if prompt and prompt[-1] == tokenizer.eos_token_id:
         prompt = prompt[:-1]  # some tokenizers end every text by themselves
     if not document.completion:
         return Example(prompt, [NO_LOSS] * len(prompt))
-    ids = tokenizer(document.completion, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = _tokens(document.completion, tokenizer, document.place, special=False)
     completion = _ended(ids, tokenizer)
     return Example([*prompt, *completion], [NO_LOSS] * len(prompt) + completion)
 
 
-def _chat_examples(document: Chat, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """One example with loss on every assistant turn, or one per turn where templates need that.
-
-    Some templates render a turn differently once others follow it (they drop its reasoning). Then
-    each assistant turn becomes an example of its own, rendered as the model sees it when it has to
-    write that turn.
-    """
-    whole = _render(document, tokenizer, len(document.messages), prompt=False)
-    turns = []
-    for index, message in enumerate(document.messages):
-        if message["role"] == "assistant":
-            before = _render(document, tokenizer, index, prompt=True)
-            after = _render(document, tokenizer, index + 1, prompt=False)
-            if not after.startswith(before):
-                raise DataError(
-                    f"{document.place}: the chat template must render an assistant's turn after "
-                    "the generation prompt; this template does not, so the turn cannot be told "
-                    "from the rest. Use prompt and completion instead of messages."
-                )
-            turns.append((after, len(before)))
-    if all(whole.startswith(after) for after, _ in turns):
-        return [_spans_example(whole, [(start, len(after)) for after, start in turns], tokenizer)]
-    return [_spans_example(after, [(start, len(after))], tokenizer) for after, start in turns]
-
-
-def _render(document: Chat, tokenizer: PreTrainedTokenizerBase, count: int, *, prompt: bool) -> str:
-    """The first ``count`` messages as text, with the generation prompt if asked for."""
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{document.place}: messages need a chat template, and this model's tokenizer has "
-            "none. Use prompt and completion, or a model with a chat template."
-        )
-    if count == 0 and prompt:
-        return ""  # a conversation that the assistant opens; many templates refuse no messages
-    messages = cast(list[dict[str, str]], list(document.messages[:count]))
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except TemplateError as error:
-        raise DataError(
-            f"{document.place}: the chat template refuses these messages: {error}. "
-            "Change the roles or their order to what the model's template allows."
-        ) from error
-    return cast(str, text)
-
-
-def _spans_example(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> Example:
-    """``text`` with loss on the characters of ``spans`` (start, end); in order, not overlapping."""
+def _spans_example(rendered: Rendered, tokenizer: PreTrainedTokenizerBase, place: str) -> Example:
+    """Tokenise a text with loss on the characters of its spans."""
+    text, spans = rendered.text, rendered.spans
     ids: list[int] = []
     labels: list[int] = []
     if tokenizer.is_fast:
-        encoded = tokenizer(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        try:
+            encoded = tokenizer(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+        except Exception as error:  # as in _tokens
+            raise _refused(error, place) from error
         ids = encoded["input_ids"]
         for token, (start, _) in zip(ids, encoded["offset_mapping"], strict=True):
             inside = any(first <= start < end for first, end in spans)
@@ -164,19 +188,24 @@ def _spans_example(
         return Example(ids, labels)
     borders = [0, *(border for span in spans for border in span), len(text)]
     for index, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
-        piece = tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+        piece = _tokens(text[start:end], tokenizer, place, special=False)
         ids = ids + piece
         labels += piece if index % 2 else [NO_LOSS] * len(piece)
     return Example(ids, labels)
 
 
-def _cut(example: Example, length: int) -> Example:
-    """At most ``length`` tokens: the beginning, or where labels begin late, a window around that.
+def cut(example: Example, length: int) -> Example:
+    """Return ``example`` with at most ``length`` tokens, its labels and its beginning among them.
 
-    A prompt may take half of the window when the completion would not fit otherwise, so a long
-    prompt never costs an example its labels.
+    The tokens before the first label are the prompt. It may take half of the window, or all that
+    the rest leaves free. A prompt that is longer keeps its beginning (the system prompt, the token
+    that begins texts) and its end (the question), half each, and loses its middle. What follows is
+    cut at its end.
     """
+    if len(example.input_ids) <= length:
+        return example
     first = next(i for i, label in enumerate(example.labels) if label != NO_LOSS)
-    start = max(0, min(len(example.labels) - length, first - length // 2))
-    window = slice(start, start + length)
-    return Example(example.input_ids[window], example.labels[window])
+    room = min(first, max(length // 2, length - (len(example.labels) - first)))
+    end = room // 2  # of the prompt's end
+    kept = [*range(room - end), *range(first - end, first + length - room)]
+    return Example([example.input_ids[i] for i in kept], [example.labels[i] for i in kept])

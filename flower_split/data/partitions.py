@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from flower_split.config import DataConfig
+from flower_split.data.tally import Tally
 from flower_split.errors import DataError
 
 if TYPE_CHECKING:
@@ -27,8 +28,9 @@ def partition_rows(
     seed: int,
     partition_id: int,
     num_partitions: int,
+    tally: Tally | None = None,
 ) -> list[int]:
-    """The rows of one partition, in ascending order.
+    """Return the rows of one partition, in ascending order.
 
     Rows are shuffled by ``seed`` first, so that partitions by size do not follow the file's order.
     Partitions are disjoint, and the same for every client that asks with the same arguments.
@@ -40,10 +42,11 @@ def partition_rows(
         seed: The run's seed.
         partition_id: Which partition, from 0.
         num_partitions: How many there are.
+        tally: Counts the rows that no client gets, where the config lets them be left out.
 
     Raises:
-        DataError: The partitioner is unknown, its column is missing, or it cannot divide the data
-            over so many clients.
+        DataError: The partitioner is unknown, its column is missing, it cannot divide the data
+            over so many clients, or would leave rows without a client.
     """
     name = config.partitioner
     if name not in (NONE, *BY_COLUMN, *BY_SIZE):
@@ -71,16 +74,38 @@ def partition_rows(
         partitioner = _partitioner(config, columns.get("key", []), num_rows, num_partitions, seed)
         partitioner.dataset = Dataset.from_dict(columns).shuffle(seed=seed)
         available = partitioner.num_partitions
+        rows: list[int] = []
         if partition_id < available:
-            return sorted(partitioner.load_partition(partition_id)["row"])
+            rows = sorted(partitioner.load_partition(partition_id)["row"])
     except (ValueError, TypeError, KeyError, IndexError) as error:
         raise DataError(
             f'partitioner "{name}" cannot divide {num_rows} examples over {num_partitions} '
             f"clients: {error} Choose another data.partitioner, or other settings of it."
         ) from error
+    if partition_id < available:
+        if available > num_partitions:
+            taken = {partitioner.partition_id_to_natural_id[i] for i in range(num_partitions)}
+            left_out = sum(key not in taken for key in columns["key"])
+            if config.on_unassigned == "refuse":
+                raise _left_out(config, left_out, num_rows, available, num_partitions)
+            (tally or Tally()).add("unassigned_records", left_out)
+        return rows
     raise DataError(
         f'partitioner "{name}" by {config.partition_by!r} makes {available} partitions, too few '
         f"for {num_partitions} clients. Use at most {available} clients, or another partitioner."
+    )
+
+
+def _left_out(
+    config: DataConfig, left_out: int, num_rows: int, available: int, num_partitions: int
+) -> DataError:
+    """Return the error for rows that no client would get."""
+    return DataError(
+        f'partitioner "{config.partitioner}" gives each client one value of '
+        f"{config.partition_by!r}; there are {available} values and {num_partitions} clients, so "
+        f"{left_out} of {num_rows} records would be in no client's share. Use data.partitioner = "
+        '"grouped-natural-id", which covers all of them; or use as many clients as values; or set '
+        'data.on-unassigned = "skip".'
     )
 
 
@@ -91,7 +116,7 @@ def _partitioner(
     num_partitions: int,
     seed: int,
 ) -> "Partitioner":
-    """The partitioner that ``config`` names; the settings it has no key for are set here."""
+    """Return the partitioner that ``config`` names; the settings it has no key for are set here."""
     from flwr_datasets import partitioner as made  # heavy, and only needed here
 
     count = num_partitions

@@ -61,7 +61,7 @@ AREAS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def library_files(root: Path | None = None) -> list[Path]:
-    """Source files of the standard library, sorted, without tests, demos and code tables.
+    """Return the source files of the standard library, sorted, without tests, demos and code tables.
 
     Args:
         root: The library's directory; by default that of the running Python.
@@ -100,7 +100,7 @@ class Area:
 
 
 def area_docstrings(partition_id: int, num_partitions: int, root: Path | None = None) -> Area:
-    """The documentation that client ``partition_id`` of ``num_partitions`` owns.
+    """Return the documentation that client ``partition_id`` of ``num_partitions`` owns.
 
     Four clients own one of :data:`AREAS` each. For fewer, the smallest neighbouring areas are
     joined; for more, the largest one is halved until there are enough. The order is that of the
@@ -138,7 +138,7 @@ def _joined(first: Area, second: Area) -> Area:
 
 
 def _halves(area: Area) -> list[Area]:
-    """Two areas of about the same number of characters."""
+    """Return two areas of about the same number of characters."""
     seen, cut = 0, 0
     while seen < area.size / 2:
         seen += len(area.docstrings[cut])
@@ -151,7 +151,7 @@ def _halves(area: Area) -> list[Area]:
 
 
 def _read_area(name: str, lists: Sequence[str], root: Path, files: Sequence[Path]) -> Area:
-    """The docstrings of an area's modules; a docstring that comes again is left out."""
+    """Return the docstrings of an area's modules; a docstring that comes again is left out."""
     modules = {module for line in lists for module in line.split()}
     found: dict[str, None] = {}
     for path in files:
@@ -161,7 +161,7 @@ def _read_area(name: str, lists: Sequence[str], root: Path, files: Sequence[Path
 
 
 def _docstrings(path: Path) -> Iterator[str]:
-    """Docstrings of a file's module, classes and functions, by line; none if it does not parse."""
+    """Yield a file's docstrings of module, classes and functions; none if it does not parse."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):

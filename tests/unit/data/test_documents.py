@@ -7,19 +7,19 @@ from flower_split.data.documents import (
     Completion,
     Record,
     Text,
-    parse_record,
-    split_held_out,
 )
+from flower_split.data.formats import parse_record
+from flower_split.data.held_out import split_held_out
 from flower_split.errors import DataError
 
 
 def test_records_become_documents_by_their_fields() -> None:
     turn = {"role": "user", "content": "a", "name": None}
     assert parse_record(Record("p", {"body": " a "}), "body") == Text("p", "a")
-    assert parse_record(Record("p", {"prompt": "a", "completion": "b", "text": "c"}), "text") == (
+    assert parse_record(Record("p", {"prompt": "a", "completion": "b"}), "text") == (
         Completion("p", "a", "b")
     )
-    chat = parse_record(Record("p", {"messages": [turn], "text": "c"}), "text")
+    chat = parse_record(Record("p", {"messages": [turn], "text": None}), "text")
     assert chat == Chat("p", [{"role": "user", "content": "a"}])
     assert parse_record(Record("p", {"text": " \n"}), "text") is None
 
@@ -34,6 +34,11 @@ def test_records_become_documents_by_their_fields() -> None:
         ({"messages": []}, "with at least one turn"),
         ({"messages": "a"}, "messages must be a list"),
         ({"messages": [{"content": "a"}]}, 'every message needs a "role"'),
+        (
+            {"prompt": "a", "completion": "b", "text": "c"},
+            "here: .*in one format.*prompt and completion and of text.*data.ignore-fields",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}], "text": "c"}, "of chat and of text"),
     ],
 )
 def test_records_that_are_malformed_are_named(content: dict[str, object], expected: str) -> None:

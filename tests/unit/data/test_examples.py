@@ -55,12 +55,13 @@ def test_completion_begins_as_the_tokenizer_begins_texts(
 @pytest.mark.parametrize(
     ("prompt", "completion", "expected_ids", "expected_labels"),
     [
-        ("a b c d e", "f", "d e f <eos>", "- - f <eos>"),
+        # a prompt that is too long keeps its beginning and its end, half of the room each
+        ("a b c d e", "f", "a e f <eos>", "- - f <eos>"),
         ("a", "b c d e f", "a b c d", "- b c d"),
-        ("a b c d", "e f g h a", "c d e f", "- - e f"),
+        ("a b c d", "e f g h a", "a d e f", "- - e f"),
     ],
 )
-def test_long_completion_keeps_its_labels(
+def test_long_completion_keeps_its_labels_and_the_beginning_of_its_prompt(
     tokenizer: PreTrainedTokenizerFast,
     prompt: str,
     completion: str,

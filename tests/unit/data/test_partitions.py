@@ -4,6 +4,7 @@ import pytest
 
 from flower_split.config import DataConfig
 from flower_split.data.partitions import partition_rows
+from flower_split.data.tally import Tally
 from flower_split.errors import DataError
 
 KEYS = [str(5 - row % 6) for row in range(120)]
@@ -105,3 +106,22 @@ def test_partitioner_that_fails_is_reported_with_its_reason() -> None:
             partition_id=0,
             num_partitions=2,
         )
+
+
+def test_partitions_by_natural_id_that_leave_records_out_are_refused_or_counted() -> None:
+    with pytest.raises(
+        DataError, match="6 values and 4 clients, so 40 of 120 records.*grouped-natural-id"
+    ):
+        _partition("natural-id", 0, 4)
+    tally = Tally()
+    rows = partition_rows(
+        lambda _: KEYS,
+        len(KEYS),
+        DataConfig(partitioner="natural-id", partition_by="key", on_unassigned="skip"),
+        seed=0,
+        partition_id=1,
+        num_partitions=4,
+        tally=tally,
+    )
+    assert {KEYS[row] for row in rows} == {"1"}
+    assert tally.result().unassigned_records == 40

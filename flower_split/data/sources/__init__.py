@@ -1,0 +1,1 @@
+"""The data sources that are built in, one in each module."""
