@@ -23,6 +23,9 @@ def generate(arguments: argparse.Namespace) -> int:
         FlowerSplitError: The run, the model, the trunk or an option is wrong.
     """
     quiet_libraries()
+    prompt = arguments.prompt
+    if prompt is not None:
+        _check_text(prompt, "--prompt")
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
@@ -33,11 +36,26 @@ def generate(arguments: argparse.Namespace) -> int:
     cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None
     client = one_client(arguments.client, arguments.client_dir)
     with open_generator(arguments.run, _server(arguments), cuts, client) as generator:
-        if arguments.prompt is not None:
-            _reply(generator, arguments.prompt, [], sampling, arguments.chat)
+        if prompt is not None:
+            _reply(generator, prompt, [], sampling, arguments.chat)
         else:
             _converse(generator, sampling, arguments.chat)
     return 0
+
+
+def _check_text(prompt: str, where: str) -> None:
+    """Refuse bytes that are no UTF-8; Python keeps them as halves of surrogate pairs.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{where} must be UTF-8; character {error.start} of it is not. Convert the text, or check "
+            "the terminal's encoding (LANG, LC_ALL)."
+        ) from error
 
 
 def _server(arguments: argparse.Namespace) -> TrunkServer | None:
@@ -64,7 +82,14 @@ def _converse(generator: TextGenerator, sampling: Sampling, chat: bool) -> None:
     while True:
         if sys.stdin.isatty():
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"standard input must be UTF-8; byte {error.start} of what was read is not. Convert "
+                "the text."
+            ) from error
+        _check_text(line, "a line of standard input")
         if not line:
             return
         if line.strip():

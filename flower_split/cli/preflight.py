@@ -49,12 +49,15 @@ def check_model(config: RunConfig) -> "tuple[dict[str, Tensor], dict[str, float]
 
     Raises:
         SplitError: The model is not there, or cannot be cut so.
-        ConfigError: The LoRA settings do not fit it.
+        ConfigError: The LoRA settings do not fit it, it is an encoder, or the tokenizer or
+            train.sequence-length are too large for it; or data.source is not what can be read.
     """
     from flower_split.assets import resolve_model_path
+    from flower_split.data import check_data
     from flower_split.lora import initial_client_adapter
     from flower_split.parties.parts import client_parts, model_cuts
 
+    check_data(config)
     return initial_client_adapter(
         resolve_model_path(config.model.name),
         model_cuts(config),

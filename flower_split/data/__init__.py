@@ -9,7 +9,7 @@ of them. What is left out on the way is counted (``tally``).
 from flower_split.data.batches import batches, eval_batches
 from flower_split.data.client_data import (
     ClientData,
-    check_source,
+    check_data,
     load_client_data,
     load_tokenizer,
 )
@@ -29,7 +29,7 @@ __all__ = [
     "SourceRecords",
     "SourceRequest",
     "batches",
-    "check_source",
+    "check_data",
     "eval_batches",
     "load_client_data",
     "load_tokenizer",

@@ -1,5 +1,6 @@
 """One client's examples, from the run config and the client's partition; and its tokenizer."""
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from flower_split.data.documents import Document, Record
 from flower_split.data.examples import Example, make_examples
 from flower_split.data.formats import parse_record
 from flower_split.data.held_out import TooLittleData, split_held_out
+from flower_split.data.model_limits import check_model_limits
 from flower_split.data.partitions import partition_rows
 from flower_split.data.source import SourceRequest
 from flower_split.data.source_registry import DATA_SOURCES
@@ -70,6 +72,20 @@ def check_source(config: DataConfig) -> None:
     DATA_SOURCES.get(config.source)().check(config)
 
 
+def check_data(config: RunConfig) -> None:
+    """Check what can be known of data and model before anything starts; reads no data, no weights.
+
+    Raises:
+        ConfigError: The source is unknown or lacks a key, the model is an encoder, or the tokenizer
+            or the sequences are too large for it.
+    """
+    check_source(config.data)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    with contextlib.suppress(ConfigError):  # the clients have it: they say if it is not there
+        tokenizer = load_tokenizer(config.model)
+    check_model_limits(config, tokenizer)
+
+
 def load_client_data(
     config: RunConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -88,7 +104,8 @@ def load_client_data(
         num_partitions: Over how many clients a shared data set is divided.
 
     Raises:
-        ConfigError: The source is unknown, or lacks a key.
+        ConfigError: The source is unknown, or lacks a key; or the model cannot take the data, see
+            :func:`flower_split.data.model_limits.check_model_limits`.
         DataError: The data is missing, too little or malformed; names the place and the remedy.
     """
     if not 0 <= partition_id < num_partitions:
@@ -96,6 +113,7 @@ def load_client_data(
             f"partition-id must be from 0 to num-partitions - 1; they are {partition_id} and "
             f"{num_partitions}. Set both in the node's config."
         )
+    check_model_limits(config, tokenizer)
     tally = Tally(skip_bad_records=config.data.on_bad_record == "skip")
     name = ""
     try:

@@ -28,6 +28,7 @@ from flower_split.split.client_side.running_call import (
     padding_mask,
     running_call,
 )
+from flower_split.split.client_side.saving import refuse_plain_saving
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import Mask, argument_names
 from flower_split.split.structure.kv_cache import (
@@ -317,6 +318,7 @@ def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:
         if isinstance(model, PreTrainedModel):
             model.register_forward_pre_hook(note_call, with_kwargs=True)
             model.register_forward_hook(forget_call, always_call=True)
+    refuse_plain_saving(client)
     _note_caching(client)
 
 
