@@ -6,6 +6,7 @@ from flower_split.config.validation import above, at_least, kebab, one_of
 from flower_split.errors import ConfigError
 
 REFUSE_OR_SKIP = ("refuse", "skip")
+DEDUPLICATE = ("exact", "near")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +46,10 @@ class DataConfig:
     """Concentration of dirichlet, above 0; smaller is more unequal."""
     eval_fraction: float = 0.2
     """Share of a client's examples that is held out for evaluation, between 0 and 1."""
+    deduplicate: str = "exact"
+    """Held-out text that is trained on: exact (equal documents are on one side, on every client), or
+    near (also, no held-out document has more than half of its 8-grams in the client's training
+    text)."""
     max_eval_batches: int = 0
     """Batches of one evaluation of one client, at most; 0: all."""
 
@@ -59,6 +64,7 @@ class DataConfig:
             raise ConfigError("data.source must not be empty: a source's name, or an import path.")
         for name in ("on_bad_record", "on_small_client", "on_unassigned"):
             one_of(f"data.{kebab(name)}", getattr(self, name), REFUSE_OR_SKIP)
+        one_of("data.deduplicate", self.deduplicate, DEDUPLICATE)
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(
                 f"data.eval-fraction must be between 0 and 1; it is {self.eval_fraction!r}."

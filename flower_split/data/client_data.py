@@ -15,6 +15,7 @@ from flower_split.data.examples import Example, make_examples
 from flower_split.data.formats import parse_record
 from flower_split.data.held_out import TooLittleData, split_held_out
 from flower_split.data.model_limits import check_model_limits
+from flower_split.data.near_duplicates import without_repeats
 from flower_split.data.partitions import partition_rows
 from flower_split.data.source import SourceRequest
 from flower_split.data.source_registry import DATA_SOURCES
@@ -150,14 +151,19 @@ def _both_sides(
     Raises:
         TooLittleData: One of them is empty.
     """
-    sides = split_held_out(documents, config.data.eval_fraction, config.seed)
+    train, held_out = split_held_out(documents, config.data.eval_fraction, config.seed)
+    if config.data.deduplicate == "near":
+        kept = without_repeats(held_out, train)
+        tally.add("near_duplicates", len(held_out) - len(kept))
+        held_out = kept
     made = []
-    for side, its in zip(("training", "held-out"), sides, strict=True):
+    for side, its in (("training", train), ("held-out", held_out)):
         examples = make_examples(its, tokenizer, config.train.sequence_length, tally)
         if not examples:
             raise TooLittleData(
                 f"the {side} documents must give at least one example of two tokens; they give "
-                'none. Give this client more data, or leave it out with data.on-small-client = "skip".'
+                "none. Give this client more data, or leave it out with data.on-small-client = "
+                f'"skip"; data.deduplicate is {config.data.deduplicate!r}.'
             )
         made.append(examples)
     return made[0], made[1]
