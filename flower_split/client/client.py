@@ -134,6 +134,8 @@ class Client:
             lora_alpha=self.own.alpha,
             cuts=self.cuts,
             base_digests=self.base_digests(),
+            data_counts=self.data.counts.as_dict(),
+            too_little=self.data.too_little,
         )
 
     def base_digests(self) -> dict[str, str]:

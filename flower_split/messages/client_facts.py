@@ -29,6 +29,8 @@ class ClientFacts:
     lora_alpha: float = 0.0  # its own; 0: by the run's rule
     cuts: CutLayers | None = None  # where its model is cut; None: where the run says
     base_digests: Mapping[str, str] = field(default_factory=dict)  # of its base values' weights
+    data_counts: Mapping[str, int] = field(default_factory=dict)  # see flower_split.data.DataCounts
+    too_little: str = ""  # why its data is too little to take part; empty: it is enough
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -45,6 +47,8 @@ class ClientFacts:
             "lora-alpha": self.lora_alpha,
             "cut-layers": str(self.cuts or ""),
             "base-digests": json.dumps(dict(self.base_digests), sort_keys=True),
+            "data-counts": json.dumps(dict(self.data_counts), sort_keys=True),
+            "too-little-data": self.too_little,
         }
         values = {keys.PREFIX + name: value for name, value in facts.items()}
         return RecordDict({keys.REPLY: stamped(values)})
@@ -79,6 +83,8 @@ class ClientFacts:
                 lora_alpha=fields.number(keys.PREFIX + "lora-alpha"),
                 cuts=CutLayers.parse(text("cut-layers")) if text("cut-layers") else None,
                 base_digests=_texts(text("base-digests")),
+                data_counts=_counts(text("data-counts")),
+                too_little=text("too-little-data"),
             )
         except (ValueError, AttributeError, SplitError) as error:
             raise FederationError(
@@ -90,3 +96,8 @@ class ClientFacts:
 def _texts(text: str) -> dict[str, str]:
     """Return the strings of a JSON object."""
     return {str(name): str(value) for name, value in json.loads(text).items()}
+
+
+def _counts(text: str) -> dict[str, int]:
+    """Return the whole numbers of a JSON object."""
+    return {str(name): int(value) for name, value in json.loads(text).items()}

@@ -22,6 +22,7 @@ from flower_split.runtime import failpoints
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
+from flower_split.server.federation.data_notes import data_notes
 from flower_split.server.federation.handshake import describe_clients, shake_hands, wait_for_nodes
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.flower_strategies import InnerFactory, check_flower
@@ -64,6 +65,9 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
         recorder.names = {slot: item.name for slot, item in facts.items()}
+        for note in data_notes(federation, facts):
+            logger.warning("%s", note)
+            recorder.notes.append(note)
         parts = RunParts(
             grid=grid,
             config=config,

@@ -147,6 +147,13 @@ def check_facts(
             data; a fingerprint differs; or too few clients run at once for the window mode.
     """
     nodes: dict[int, int] = {}
+    left_out = {facts.partition_id: facts.too_little for _, facts in answers if facts.too_little}
+    answers = [answer for answer in answers if not answer[1].too_little]
+    if left_out and not answers:
+        raise FederationError(
+            f"all {len(left_out)} clients have too little data (data.on-small-client). Partition "
+            f"{min(left_out)}: {left_out[min(left_out)]}"
+        )
     for node, facts in sorted(answers, key=lambda answer: answer[1].partition_id):
         slot = facts.partition_id
         if slot in nodes:
@@ -197,14 +204,14 @@ def check_facts(
         ("model.cuts-by-partition", config.model.own_cuts),
         ("lora.rank-by-partition", config.lora.ranks_by_partition),
     ):
-        strangers = sorted(named.keys() - nodes.keys())
+        strangers = sorted(named.keys() - nodes.keys() - left_out.keys())
         if strangers:
             raise FederationError(
                 f"{key} names partition {', '.join(map(str, strangers))}, which no client holds; "
                 f"the partitions are {', '.join(map(str, sorted(nodes)))}. Leave it out."
             )
     _check_concurrency([facts for _, facts in answers], config)
-    return Federation(nodes)
+    return Federation(nodes, left_out)
 
 
 def _check_cuts(

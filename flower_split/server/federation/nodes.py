@@ -5,7 +5,7 @@ the reports know it. Flower's node id changes from run to run. :class:`Federatio
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flower_split.errors import FederationError
 
@@ -16,9 +16,12 @@ class Federation:
 
     Args:
         nodes: Slot (partition id) to Flower node id, ascending in the slot.
+        left_out: Slot to why a client takes no part, of those that are there and have too little
+            data.
     """
 
     nodes: Mapping[int, int]
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def slots(self) -> list[int]:
