@@ -6,7 +6,7 @@ from flower_split.config.validation import above, at_least, kebab, one_of
 from flower_split.errors import ConfigError
 
 REFUSE_OR_SKIP = ("refuse", "skip")
-DEDUPLICATE = ("exact", "near")
+DEDUPLICATE = ("auto", "exact", "near")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,12 +46,19 @@ class DataConfig:
     """Concentration of dirichlet, above 0; smaller is more unequal."""
     eval_fraction: float = 0.2
     """Share of a client's examples that is held out for evaluation, between 0 and 1."""
-    deduplicate: str = "exact"
-    """Held-out text that is trained on: exact (equal documents are on one side, on every client), or
+    deduplicate: str = "auto"
+    """Held-out text that is trained on: exact (equal documents are on one side, on every client),
     near (also, no held-out document has more than half of its 8-grams in the client's training
-    text)."""
+    text), or auto (near for stdlib-docs, else exact)."""
     max_eval_batches: int = 0
     """Batches of one evaluation of one client, at most; 0: all."""
+
+    @property
+    def leaves_repeats_out(self) -> bool:
+        """Whether held-out text that nearly repeats training text is left out."""
+        return self.deduplicate == "near" or (
+            self.deduplicate == "auto" and self.source == "stdlib-docs"
+        )
 
     @property
     def ignored(self) -> frozenset[str]:

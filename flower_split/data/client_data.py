@@ -152,7 +152,7 @@ def _both_sides(
         TooLittleData: One of them is empty.
     """
     train, held_out = split_held_out(documents, config.data.eval_fraction, config.seed)
-    if config.data.deduplicate == "near":
+    if config.data.leaves_repeats_out:
         kept = without_repeats(held_out, train)
         tally.add("near_duplicates", len(held_out) - len(kept))
         held_out = kept

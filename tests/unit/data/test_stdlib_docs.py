@@ -88,6 +88,7 @@ def test_client_of_the_installed_library_has_enough_to_learn_from() -> None:
     data = load_client_data(config, load_tokenizer(config.model), 1, 4)
     assert data.name == "data types"
     assert len(data.train) > 300 and len(data.evaluate) > 60
+    assert data.counts.near_duplicates > 0
     assert all(len(example.input_ids) == 128 for example in data.train[:-1])
     starts = {tuple(example.input_ids) for example in data.train}
     assert starts.isdisjoint(tuple(example.input_ids) for example in data.evaluate)
