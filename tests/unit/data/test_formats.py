@@ -5,6 +5,8 @@ import json
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from flower_split.config import ModelConfig
+from flower_split.data import load_tokenizer
 from flower_split.data.documents import (
     Chat,
     ChatCompletion,
@@ -321,3 +323,16 @@ def test_whatever_a_tokenizer_raises_keeps_its_place(
     for document in (Text("p, line 3", "a"), Completion("p, line 3", "a", "b")):
         with pytest.raises(DataError, match="p, line 3: the tokenizer does not take.*KeyError"):
             make_examples([document], tokenizer, 64)
+
+
+def test_quickstart_template_shows_tools_and_calls_and_learns_the_assistants_turns() -> None:
+    tokenizer = load_tokenizer(ModelConfig())
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    [example] = make_examples([_parse(messages=turns, tools=[TOOL])], tokenizer, 256)
+    end = tokenizer.eos_token
+    learned = f'{{"name": "f", "arguments": {{"x": 1}}}}{end}'
+    assert tokenizer.decode(example.input_ids) == (
+        f"system:\n[{json.dumps(TOOL)}]\nuser:\na\nassistant:\n{learned}\n"
+    )
+    assert tokenizer.decode([label for label in example.labels if label != -100]) == learned
