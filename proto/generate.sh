@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Generate flower_split/proto/*_pb2* from the protocol; with --check, only compare with what is there.
+# Generate flower_split/proto/trunk_pb2.py and .pyi from the protocol; with --check, only compare with what is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 python -m grpc_tools.protoc -Iproto \
-    --python_out="$out" --pyi_out="$out" --grpc_python_out="$out" \
+    --python_out="$out" --pyi_out="$out" \
     proto/flower_split/proto/trunk.proto
 if [ "${1:-}" = "--check" ]; then
     for file in "$out"/flower_split/proto/*; do

@@ -5,58 +5,34 @@ smashed data ``[batch, seq, hidden]`` and returns ``trunk_output`` of the same s
 backward sends ``trunk_output_grad`` and returns ``smashed_grad``. The padding mask and the position
 ids go with the forward; token ids and labels never leave the client.
 
-The function that makes the calls lives on the CPU, with the copies to and from a GPU around it: then
-autograd runs it on the thread that called ``backward``, not on the device's one backward thread, and
-micro-batches in flight do not wait for each other's calls.
-
 Next: ``flower_split/wire/codec.py``.
 """
 
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from flower_split.client.device_copies import from_cpu, to_cpu
+from flower_split.client.autograd import call_trunk
+from flower_split.client.calls import Caching, Exchange
+from flower_split.client.micro_batch import CurrentMicroBatch, MicroBatch
 from flower_split.client.trunk_session import TrunkSession, WireStats
 from flower_split.errors import ConfigError, TrunkError
-from flower_split.proto import trunk_pb2 as pb
-from flower_split.protocol.convert import cache_to_proto, key_to_proto
-from flower_split.protocol.values import ContributionKey, ForwardMode, SessionGrant
+from flower_split.protocol.values import ForwardMode, SessionGrant
+from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs, check_constant
-from flower_split.wire.buffers import Allocate
-from flower_split.wire.channel import TrunkChannel
+from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.staging import allocator, to_host
 
 _WIRE_DTYPES = {"native": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@dataclass(slots=True)
-class _MicroBatch:
-    """What :meth:`RemoteTrunk.micro_batch` says of the one forward made inside it."""
-
-    window: int
-    index: int
-    num_tokens: int
-    loss_denominator: float
-    last: bool
-    used: bool = False
-
-    def __str__(self) -> str:
-        return f"micro-batch {self.index} of window {self.window}"
-
-
-class RemoteTrunk(nn.Module):
+class RemoteTrunk(nn.Module, Closing):
     """A trunk that runs elsewhere; called like any trunk. Thread-safe.
 
     In training, every forward is made inside :meth:`micro_batch`. Where autograd is off, or the
@@ -116,7 +92,7 @@ class RemoteTrunk(nn.Module):
         )
         self._mode = mode
         self._wire_dtype = _WIRE_DTYPES[wire_dtype]
-        self._current = threading.local()  # .micro_batch, of the thread that is inside one
+        self._current = CurrentMicroBatch()
         self._released: deque[int] = deque()  # key-value caches that the trunk may forget
 
     @property
@@ -153,21 +129,8 @@ class RemoteTrunk(nn.Module):
         """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
         self._session.close()
 
-    def __enter__(self) -> Self:
-        """Close at the end of a ``with`` block."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Leave the round."""
-        self.close()
-
     def wait_version(self, version: int) -> int:
-        """Wait until the trunk's weights have ``version``; returns the version they have.
+        """Wait until the trunk's weights have ``version``; return the version they have.
 
         Raises:
             TrunkUnavailable: They do not within the call timeout.
@@ -177,10 +140,9 @@ class RemoteTrunk(nn.Module):
 
     # ------------------------------------------------------------------ training
 
-    @contextmanager
     def micro_batch(
         self, window: int, index: int, *, num_tokens: int, loss_denominator: float, last: bool
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Name the one forward made inside, on this thread; required in training.
 
         Its backward may run after the block, on any thread.
@@ -195,16 +157,7 @@ class RemoteTrunk(nn.Module):
         Raises:
             TrunkError: Nested in another one.
         """
-        if getattr(self._current, "micro_batch", None) is not None:
-            raise TrunkError(
-                f"micro_batch(window={window}, index={index}) stands inside "
-                f"{self._current.micro_batch}; end that block first."
-            )
-        self._current.micro_batch = _MicroBatch(window, index, num_tokens, loss_denominator, last)
-        try:
-            yield
-        finally:
-            self._current.micro_batch = None
+        return self._current.inside(MicroBatch(window, index, num_tokens, loss_denominator, last))
 
     def forward(
         self,
@@ -216,7 +169,7 @@ class RemoteTrunk(nn.Module):
         layer_arguments: Mapping[str, Tensor] | None = None,
         host_arguments: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
+        """Return ``trunk_output`` [batch, seq, hidden], of the dtype and on the device of the input.
 
         Args:
             hidden_states: The smashed data, [batch, seq, hidden].
@@ -253,19 +206,18 @@ class RemoteTrunk(nn.Module):
         else:
             train = self._mode != "forward-only"
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
-            micro_batch = self._take_micro_batch()
-        caching = _Caching(use_cache, cache, self._take_released() if cache else [])
-        exchange = _Exchange(
+            micro_batch = self._current.take()
+        caching = Caching(use_cache, cache, self._take_released() if cache else [])
+        exchange = Exchange(
             self._session, mode, micro_batch, extras, allocator(hidden_states.device), caching
         )
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
-            # Ordinary casts and copies: autograd converts and carries the gradients back.
-            smashed = to_cpu(hidden_states.to(self._wire_dtype or hidden_states.dtype))
-            output: Tensor = _CallTrunk.apply(smashed, self.always, exchange)  # type: ignore[no-untyped-call]
-            return from_cpu(output, hidden_states.device).to(hidden_states.dtype)
+            # Ordinary casts: autograd converts the gradients back.
+            smashed = hidden_states.to(self._wire_dtype or hidden_states.dtype)
+            return call_trunk(smashed, self.always, exchange).to(hidden_states.dtype)
 
     def release_cache(self, cache_id: int) -> None:
-        """The trunk may forget a key-value cache; it is told with the next call that uses one."""
+        """Let the trunk forget a key-value cache; it is told with the next call that uses one."""
         self._released.append(cache_id)
 
     def _take_released(self) -> list[int]:
@@ -275,22 +227,6 @@ class RemoteTrunk(nn.Module):
                 taken.append(self._released.popleft())
         return taken
 
-    def _take_micro_batch(self) -> _MicroBatch:
-        micro_batch: _MicroBatch | None = getattr(self._current, "micro_batch", None)
-        if micro_batch is None:
-            raise TrunkError(
-                "a training forward through the remote trunk must be made inside "
-                "RemoteTrunk.micro_batch(...), on the same thread; or turn autograd off "
-                "(torch.no_grad()) to evaluate."
-            )
-        if micro_batch.used:
-            raise TrunkError(
-                f"{micro_batch} has made its forward; each needs a block of its own (and gradient "
-                "checkpointing must not wrap the trunk)."
-            )
-        micro_batch.used = True
-        return micro_batch
-
     # ------------------------------------------------------------------ figures
 
     @property
@@ -299,122 +235,12 @@ class RemoteTrunk(nn.Module):
         return self._session.stats
 
     def take_stats(self) -> WireStats:
-        """The totals, which begin anew."""
+        """Return the totals, which begin anew."""
         return self._session.take_stats()
 
 
-@dataclass(frozen=True, slots=True)
-class _Caching:
-    """What one forward says about key-value caches."""
-
-    use_cache: bool | None
-    step: CacheStep | None
-    released: list[int]
-
-
-class _Exchange:
-    """The calls of one micro-batch: a forward, then at most one backward."""
-
-    def __init__(
-        self,
-        session: TrunkSession,
-        mode: ForwardMode,
-        micro_batch: _MicroBatch | None,
-        extras: Mapping[str, Tensor],
-        allocate: Allocate,
-        caching: _Caching,
-    ) -> None:
-        self._session = session
-        self._caching = caching
-        self._grant = grant = session.require()
-        self._mode = mode
-        self._micro_batch = micro_batch
-        self._extras = extras
-        self._allocate = allocate
-        self._version = grant.version + (micro_batch.window if micro_batch else 0)
-        self._done = False
-
-    def forward(self, smashed: Tensor) -> Tensor:
-        header = pb.ForwardHeader(
-            session=self._grant.session,
-            trunk_epoch=self._grant.epoch,
-            version=self._version,
-            mode=self._mode.name,
-        )
-        if self._micro_batch is not None:
-            header.key.CopyFrom(self._key(self._micro_batch))
-            header.acknowledged = self._session.answered_below(self._micro_batch.window)
-        if self._caching.use_cache is not None:
-            header.use_cache = self._caching.use_cache
-        if self._caching.step is not None:
-            header.cache.CopyFrom(cache_to_proto(self._caching.step))
-            header.released_caches.extend(self._caching.released)
-        output, self._version = self._session.call(
-            "Forward",
-            pb.Header(forward=header),
-            {"hidden_states": smashed, **self._extras},
-            ("trunk_output", smashed),
-            self._allocate,
-        )
-        self._extras = {}
-        return output
-
-    def backward(self, trunk_output_grad: Tensor) -> Tensor:
-        micro_batch = self._micro_batch
-        assert micro_batch is not None, "only training forwards are recorded by autograd"
-        if self._done:
-            raise TrunkError(
-                f"{micro_batch} has had its backward; the trunk keeps its activations for one. Call "
-                "backward() once, without retain_graph."
-            )
-        self._done = True
-        header = pb.BackwardHeader(
-            session=self._grant.session,
-            trunk_epoch=self._grant.epoch,
-            key=self._key(micro_batch),
-            version=self._version,
-            num_tokens=micro_batch.num_tokens,
-            loss_denominator=micro_batch.loss_denominator,
-            last=micro_batch.last,
-        )
-        smashed_grad, _ = self._session.call(
-            "Backward",
-            pb.Header(backward=header),
-            {"trunk_output_grad": trunk_output_grad},
-            ("smashed_grad", trunk_output_grad),
-            self._allocate,
-        )
-        self._session.note_answered(micro_batch.window, micro_batch.index)
-        return smashed_grad
-
-    def _key(self, micro_batch: _MicroBatch) -> pb.ContributionKey:
-        return key_to_proto(
-            ContributionKey(
-                experiment=self._grant.experiment,
-                server_round=self._grant.server_round,
-                attempt=self._grant.attempt,
-                window=micro_batch.window,
-                micro_batch=micro_batch.index,
-            )
-        )
-
-
-class _CallTrunk(torch.autograd.Function):
-    """CPU tensors to the trunk and back, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: _Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.forward(smashed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.backward(trunk_output_grad), None, None
-
-
 def _padding_mask(attention_mask: Tensor) -> Tensor:
-    """The mask as booleans on the CPU, which travel as bits.
+    """Return the mask as booleans on the CPU, which travel as bits.
 
     Raises:
         TrunkError: It is not a mask of zeros and ones, [batch, seq].

@@ -19,8 +19,8 @@ from flower_split.protocol.convert import cuts_to_proto, grant_from_proto
 from flower_split.protocol.values import SessionGrant
 from flower_split.split import CutLayers
 from flower_split.wire.buffers import Allocate
-from flower_split.wire.channel import TrunkChannel
 from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class TrunkSession:
 
     def __init__(
         self,
-        channel: TrunkChannel,
+        channel: Transport,
         fingerprint: Mapping[str, str],
         cuts: CutLayers | None,
         call_timeout: float,
@@ -130,7 +130,7 @@ class TrunkSession:
             return self.channel.unary("WaitVersion", request, pb.WaitVersionReply).version
 
     def require(self) -> SessionGrant:
-        """The open session.
+        """Return the open session.
 
         Raises:
             TrunkError: There is none.
@@ -147,7 +147,7 @@ class TrunkSession:
         result: tuple[str, Tensor],
         allocate: Allocate,
     ) -> tuple[Tensor, int]:
-        """One Forward or Backward.
+        """Make one Forward or Backward.
 
         Args:
             method: Which.
@@ -199,19 +199,19 @@ class TrunkSession:
             return self._stats
 
     def take_stats(self) -> WireStats:
-        """The totals, which begin anew."""
+        """Return the totals, which begin anew."""
         with self._lock:
             taken, self._stats = self._stats, WireStats()
             return taken
 
     def answered_below(self, window: int) -> int:
-        """The first micro-batch of ``window`` that still waits for a reply."""
+        """Return the first micro-batch of ``window`` that still waits for a reply."""
         with self._lock:
             answered = self._answered.get(window, set())
             return next(index for index in itertools.count() if index not in answered)
 
     def note_answered(self, window: int, index: int) -> None:
-        """The backward of a micro-batch has its reply."""
+        """Note that the backward of a micro-batch has its reply."""
         with self._lock:
             self._answered = {window: self._answered.get(window, set()) | {index}}
 

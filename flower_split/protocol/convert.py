@@ -33,17 +33,6 @@ _STEP_EVERY = {
 }
 
 
-def key_to_proto(key: ContributionKey) -> pb.ContributionKey:
-    """A contribution's name."""
-    return pb.ContributionKey(
-        experiment=key.experiment,
-        server_round=key.server_round,
-        attempt=key.attempt,
-        window=key.window,
-        micro_batch=key.micro_batch,
-    )
-
-
 def key_from_proto(key: pb.ContributionKey) -> ContributionKey:
     """A contribution's name."""
     return ContributionKey(

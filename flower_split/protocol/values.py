@@ -1,6 +1,6 @@
-"""What crosses the seam between the trunk's RPC shell and its engine: keys, plans, replies.
+"""The trunk's protocol as values: keys, calls, plans, replies.
 
-These are the protocol's messages as plain values, so that the engine needs no grpc and no protobuf.
+The service makes them of protobuf messages, and the engine takes them: it needs no grpc, no protobuf.
 """
 
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from enum import Enum
 from torch import Tensor
 
 from flower_split.protocol.step_every import StepEvery
+from flower_split.split.structure.kv_cache import CacheStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,12 @@ class RoundPlan:
     window_seconds: float = 120.0
     evaluate: bool = False
     base: RoundBase | None = None  # None: begin with the weights that are there
-    dispatches: tuple[Dispatch, ...] = ()  # step_every BUFFER: everybody at work, old and new
+    dispatches: tuple[Dispatch, ...] = ()  # asynchronous: everybody at work, old and new
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether dispatches take part, not participants, and the round is one step of arrivals."""
+        return self.step_every is StepEvery.BUFFER
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +96,44 @@ class SessionGrant:
     attempt: int
     lease_seconds: float
     slot: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ForwardCall:
+    """One forward of one client, as the trunk's service has read and checked it.
+
+    Shapes: hidden states ``[batch, seq, hidden]``; padding mask ``[batch, seq]``; position ids
+    ``[batch or 1, seq]``.
+    """
+
+    session: str  # from the session's grant, as is the epoch
+    epoch: int
+    key: ContributionKey | None = None  # names the micro-batch; None: an evaluation
+    version: int  # that the client expects the weights to have
+    mode: ForwardMode
+    tensors: Mapping[str, Tensor]  # ``hidden_states``, and what TrunkInputs names
+    digest: bytes  # SHA-256 of the request's content; empty: an evaluation without a cache
+    deadline: float  # when to give up waiting, on the monotonic clock
+    acknowledged: int = 0  # the client has the replies of all earlier micro-batches of this window
+    use_cache: bool | None = None  # as the model's own argument
+    cache: CacheStep | None = None  # evaluation: go on from this key-value cache, and keep it
+    released: tuple[int, ...] = ()  # the session's key-value caches that the client is done with
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class BackwardCall:
+    """One backward of one client, as the trunk's service has read and checked it."""
+
+    session: str  # from the session's grant, as is the epoch
+    epoch: int
+    key: ContributionKey  # that of the forward
+    version: int  # that of the forward's reply
+    grad: Tensor  # of the client's loss by ``trunk_output``, [batch, seq, hidden]
+    num_tokens: float  # label tokens of the micro-batch
+    loss_denominator: float  # what the client divided its summed token loss by
+    last: bool  # whether the slot sends no further micro-batch in this window
+    digest: bytes  # SHA-256 of the request's content
+    deadline: float  # when to give up waiting, on the monotonic clock
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,11 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.runtime import failpoints
+from flower_split.runtime.closing import Closing
 from flower_split.runtime.logs import quiet_libraries
 
 _WORKERS = 256  # threads of the RPC shell; a waiting forward must never starve a backward
@@ -49,7 +48,7 @@ class Serving:
             raise ConfigError("TLS needs both files: give --tls-certificate and --tls-key.")
 
 
-class RunningTrunk:
+class RunningTrunk(Closing):
     """A trunk that serves in this process, until the ``with`` block ends.
 
     Args:
@@ -77,16 +76,7 @@ class RunningTrunk:
         )
         self.port = self._server.start()
 
-    def __enter__(self) -> Self:
-        """The trunk already serves."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Stop serving; calls in progress get a short grace."""
         self._server.stop(_GRACE_SECONDS)
         self.engine.close()

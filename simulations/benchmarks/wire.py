@@ -10,7 +10,7 @@ import multiprocessing
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from typing import cast
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from flower_split.client.remote_trunk import RemoteTrunk
-from flower_split.protocol.values import CallResult, ContributionKey, ForwardMode, SessionGrant
+from flower_split.protocol.values import CallResult, ForwardCall, SessionGrant
 from flower_split.split import CutLayers
-from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.server import TrunkServer
 
@@ -54,23 +53,9 @@ class EchoEngine:
             slot=0,
         )
 
-    def forward(
-        self,
-        session: str,
-        epoch: int,
-        key: ContributionKey | None,
-        version: int,
-        mode: ForwardMode,
-        tensors: Mapping[str, Tensor],
-        digest: bytes,
-        deadline: float,
-        acknowledged: int = 0,
-        use_cache: bool | None = None,
-        cache: CacheStep | None = None,
-        released: Sequence[int] = (),
-    ) -> CallResult:
-        """The smashed data itself."""
-        return CallResult(tensors["hidden_states"], 0, 0.0, 0.0)
+    def forward(self, call: ForwardCall) -> CallResult:
+        """Return the smashed data itself."""
+        return CallResult(call.tensors["hidden_states"], 0, 0.0, 0.0)
 
     def close_session(self, session: str, epoch: int) -> None:
         """Nothing is kept."""

@@ -258,8 +258,8 @@ class Federation:
 
     def load_trunk(self, state: Mapping[str, Tensor]) -> None:
         """Give the trunk other initial adapter weights."""
-        load_adapter_state(self.engine._compute.trunk, state)
-        self.engine._keeper.weights.initial = self.engine._compute.snapshot()
+        load_adapter_state(self.engine.compute.trunk, state)
+        self.engine.keep_as_initial()
 
 
 @contextmanager

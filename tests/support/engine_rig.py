@@ -7,8 +7,13 @@ from torch import Tensor
 
 from flower_split.errors import RoundAborted, TrunkRefused, TrunkUnavailable
 from flower_split.protocol.step_every import StepEvery
-from flower_split.protocol.values import ContributionKey, ForwardMode, SessionGrant
-from flower_split.trunk.engine.windows import Phase
+from flower_split.protocol.values import (
+    BackwardCall,
+    ContributionKey,
+    ForwardCall,
+    ForwardMode,
+    SessionGrant,
+)
 from tests.support.toy_trunk import HIDDEN, ToyTrunk, make_engine, make_plan
 from tests.support.window_reference import ReferenceRound
 
@@ -113,11 +118,10 @@ class Rig:
 
     def expire(self) -> None:
         """Let the deadline that is awaited pass."""
-        current = self.engine._keeper.round
-        assert current is not None
-        if current.windows.deadline < float("inf"):
-            self.clock.now = current.windows.deadline
-            self.engine._worker.do(lambda: self.engine._keeper.expire(current))
+        deadline = self.engine.inspect().deadline
+        if deadline < float("inf"):
+            self.clock.now = deadline
+            self.engine.expire()
         self._model.expire()
         self.compare()
 
@@ -156,15 +160,17 @@ class Rig:
             f"forward({slot}, {window}, {micro_batch}, lag={lag}, content={content})",
             expected,
             lambda: self.engine.forward(
-                grant.session,
-                grant.epoch,
-                self._key(window, micro_batch),
-                grant.version + window - lag,
-                ForwardMode.TRAIN,
-                {"hidden_states": smashed(content)},
-                str(content).encode(),
-                self.clock.now + wait,
-                acknowledged,
+                ForwardCall(
+                    session=grant.session,
+                    epoch=grant.epoch,
+                    key=self._key(window, micro_batch),
+                    version=grant.version + window - lag,
+                    mode=ForwardMode.TRAIN,
+                    tensors={"hidden_states": smashed(content)},
+                    digest=str(content).encode(),
+                    deadline=self.clock.now + wait,
+                    acknowledged=acknowledged,
+                )
             ),
             ("forward", *name),
         )
@@ -185,16 +191,18 @@ class Rig:
             f"backward({slot}, {window}, {micro_batch}, content={content}, last={last})",
             self._word(self._model.backward, *name, content, tokens, last),
             lambda: self.engine.backward(
-                grant.session,
-                grant.epoch,
-                self._key(window, micro_batch),
-                grant.version + window,
-                gradient_of(content),
-                tokens,
-                tokens,
-                last,
-                str(content).encode(),
-                self.clock.now + 50.0,
+                BackwardCall(
+                    session=grant.session,
+                    epoch=grant.epoch,
+                    key=self._key(window, micro_batch),
+                    version=grant.version + window,
+                    grad=gradient_of(content),
+                    num_tokens=tokens,
+                    loss_denominator=tokens,
+                    last=last,
+                    digest=str(content).encode(),
+                    deadline=self.clock.now + 50.0,
+                )
             ),
             ("backward", *name),
         )
@@ -205,16 +213,18 @@ class Rig:
         key = ContributionKey("test", *round_and_attempt, 0, 0)
         try:
             self.engine.backward(
-                grant.session,
-                grant.epoch,
-                key,
-                grant.version,
-                gradient_of(0),
-                1.0,
-                1.0,
-                True,
-                b"0",
-                self.clock.now + 50.0,
+                BackwardCall(
+                    session=grant.session,
+                    epoch=grant.epoch,
+                    key=key,
+                    version=grant.version,
+                    grad=gradient_of(0),
+                    num_tokens=1.0,
+                    loss_denominator=1.0,
+                    last=True,
+                    digest=b"0",
+                    deadline=self.clock.now + 50.0,
+                )
             )
         except (TrunkRefused, RoundAborted):
             return
@@ -227,13 +237,11 @@ class Rig:
         if self.reference is None or self.committed:
             return
         model, status = self._model, self.engine.status()
-        current = self.engine._keeper.round
-        assert current is not None
         pairs = {
-            "aborted": (current.windows.phase is Phase.ABORTED, model.aborted),
+            "aborted": (status.phase == "aborted", model.aborted),
             "version": (status.version, self.version + len(model.steps)),
             "window": (status.window if not model.aborted else 0, model.window * (not model.aborted)),
-            "cache": (set(self.engine._keeper.activations._entries), set(model.open_forwards)),
+            "cache": (self.engine.inspect().activations.keys(), set(model.open_forwards)),
             "slots": (
                 [(s.slot, s.completed, bool(s.problem), s.contributions, s.num_tokens)
                  for s in status.slots],
@@ -243,7 +251,7 @@ class Rig:
         for what, (real, wanted) in pairs.items():
             if real != wanted:
                 raise Violation(f"{what}: the engine has {real}, the reference {wanted}")
-        weight = self.engine._compute.parameters[0].detach()
+        weight = self.engine.compute.parameters[0].detach()
         expected = self._expected_weight()
         if not torch.allclose(weight, expected, rtol=1e-4, atol=1e-4):
             raise Violation(f"weights: the engine has {weight}, the reference {expected}")

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import OptimizerConfig
-from flower_split.protocol.values import CallResult, RoundPlan, SessionGrant, TrunkStatus
+from flower_split.protocol.values import (
+    BackwardCall,
+    CallResult,
+    ForwardCall,
+    RoundPlan,
+    SessionGrant,
+    TrunkStatus,
+)
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.compute import TrunkCompute
@@ -143,14 +150,13 @@ class FakeEngine:
             slot=0,
         )
 
-    def forward(self, *arguments: object) -> CallResult:
-        self._note("forward", *arguments)
-        tensors = arguments[5]
-        return CallResult(2 * tensors["hidden_states"], 10, 0.25, 0.5)
+    def forward(self, call: ForwardCall) -> CallResult:
+        self._note("forward", call)
+        return CallResult(2 * call.tensors["hidden_states"], 10, 0.25, 0.5)
 
-    def backward(self, *arguments: object) -> CallResult:
-        self._note("backward", *arguments)
-        return CallResult(2 * arguments[4], 10, 0.25, 0.5)
+    def backward(self, call: BackwardCall) -> CallResult:
+        self._note("backward", call)
+        return CallResult(2 * call.grad, 10, 0.25, 0.5)
 
     def wait_version(self, session: str, epoch: int, version: int, deadline: float) -> int:
         self._note("wait_version", session, epoch, version, deadline)

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.config import OptimizerConfig
-from flower_split.protocol.values import ContributionKey, ForwardMode, RoundPlan
+from flower_split.protocol.values import (
+    BackwardCall,
+    ContributionKey,
+    ForwardCall,
+    ForwardMode,
+    RoundPlan,
+)
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
@@ -108,15 +114,17 @@ class ToyClient:
         **tensors: Tensor,
     ):
         return self.engine.forward(
-            self.grant.session,
-            self.grant.epoch,
-            None if mode is ForwardMode.EVALUATE else self.key(window, micro_batch),
-            self.grant.version + window if version is None else version,
-            mode,
-            {"hidden_states": hidden, **tensors},
-            digest,
-            time.monotonic() + timeout,
-            acknowledged,
+            ForwardCall(
+                session=self.grant.session,
+                epoch=self.grant.epoch,
+                key=None if mode is ForwardMode.EVALUATE else self.key(window, micro_batch),
+                version=self.grant.version + window if version is None else version,
+                mode=mode,
+                tensors={"hidden_states": hidden, **tensors},
+                digest=digest,
+                deadline=time.monotonic() + timeout,
+                acknowledged=acknowledged,
+            )
         )
 
     def backward(
@@ -132,16 +140,18 @@ class ToyClient:
         digest: bytes = b"b",
     ):
         return self.engine.backward(
-            self.grant.session,
-            self.grant.epoch,
-            self.key(window, micro_batch),
-            self.grant.version + window if version is None else version,
-            grad,
-            num_tokens,
-            num_tokens if denominator is None else denominator,
-            last,
-            digest,
-            time.monotonic() + 20.0,
+            BackwardCall(
+                session=self.grant.session,
+                epoch=self.grant.epoch,
+                key=self.key(window, micro_batch),
+                version=self.grant.version + window if version is None else version,
+                grad=grad,
+                num_tokens=num_tokens,
+                loss_denominator=num_tokens if denominator is None else denominator,
+                last=last,
+                digest=digest,
+                deadline=time.monotonic() + 20.0,
+            )
         )
 
     def close(self) -> None:

@@ -199,7 +199,7 @@ def served(config: RunConfig) -> Any:
     """A served trunk whose adapter is that of :func:`whole_model`, with round 1 open."""
     with federation(config) as fed:
         start = adapter_state(whole_model(config))
-        own = adapter_state(fed.engine._compute.trunk)
+        own = adapter_state(fed.engine.compute.trunk)
         fed.load_trunk({name: start[name] for name in own})
         steps = STEPS if config.trunk.step_every == "local-step" else 1
         fed.begin([0], steps_per_round=steps)

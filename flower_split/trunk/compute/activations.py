@@ -70,7 +70,7 @@ class ActivationCache:
         self._entries: dict[Key, Activation] = {}
 
     def report(self) -> ActivationReport:
-        """The cache's figures since :meth:`clear`."""
+        """Return the cache's figures since :meth:`clear`."""
         return ActivationReport(
             num_bytes=self.num_bytes,
             peak_bytes=self._peak,
@@ -121,29 +121,33 @@ class ActivationCache:
         self._of_slot[slot] = self._of_slot.get(slot, 0) + activation.num_bytes
         self._entries[key] = activation
 
+    def keys(self) -> set[Key]:
+        """Return what is kept."""
+        return set(self._entries)
+
     def get(self, key: Key) -> Activation | None:
-        """The activation of ``key``, which stays."""
+        """Return the activation of ``key``, which stays."""
         return self._entries.get(key)
 
     def release(self, key: Key) -> None:
-        """Its backward is done."""
+        """Free the activation of ``key``: its backward is done."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             self.num_bytes -= entry.num_bytes
             self._of_slot[key[0]] -= entry.num_bytes
 
     def release_slot(self, slot: int) -> None:
-        """A client has left: free all that it left behind."""
+        """Free all that a client that has left kept here."""
         for key in [key for key in self._entries if key[0] == slot]:
             self.release(key)
 
     def release_before(self, window: int) -> None:
-        """The weights have stepped: what earlier windows left behind can never be used."""
+        """Free what earlier windows left behind: the weights have stepped, nobody can use it."""
         for key in [key for key in self._entries if key[1] < window]:
             self.release(key)
 
     def begin(self, num_shares: int) -> None:
-        """A round begins.
+        """Begin a round: free everything and divide the budget.
 
         Args:
             num_shares: In how many parts the budget is divided where clients have no limit of
@@ -153,7 +157,7 @@ class ActivationCache:
         self.per_client = self._limit or self.budget // num_shares
 
     def clear(self) -> None:
-        """A round is over."""
+        """Free everything: a round is over."""
         self._entries.clear()
         self._of_slot.clear()
         self.num_bytes = self._peak = self._recomputes = self._refusals = 0

@@ -9,7 +9,9 @@ Next: ``flower_split/server/trunk_strategy.py``.
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,17 @@ from flower_split.trunk.compute.activations import Activation, SavedBytes
 from flower_split.trunk.compute.checks import check_all_finite, check_finite
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import Places, Weights
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Pass:
+    """One pass through the trunk's layers, but for its hidden states: what a recomputation repeats."""
+
+    extras: Mapping[str, Tensor]  # of the call, as they came: what TrunkInputs names
+    seed_of: str  # names the micro-batch for its dropout mask; empty: no dropout
+    use_cache: bool | None
+    cuts: CutLayers | None
+    weights: Weights | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +96,7 @@ class TrunkCompute:
         use_cache: bool | None = None,
         cuts: CutLayers | None = None,
     ) -> Tensor:
-        """``trunk_output`` without a graph.
+        """Return ``trunk_output`` without a graph.
 
         Args:
             tensors: ``hidden_states``, and what :mod:`flower_split.split.structure.trunk_inputs` names.
@@ -93,15 +106,14 @@ class TrunkCompute:
             cuts: The client's, which :attr:`spans` has admitted; None: the trunk's.
         """
         hidden = tensors["hidden_states"]
+        one = _Pass(tensors, seed_of if train else "", use_cache, cuts)
         with torch.no_grad():
-            output = self._run(
-                hidden.to(self.device, self.dtype), tensors, train, seed_of, use_cache, cuts, None
-            )
+            output = self._run(one, hidden.to(self.device, self.dtype))
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
 
     def new_cache(self) -> TrunkCache:
-        """An empty key-value cache of the trunk's layers.
+        """Return an empty key-value cache of the trunk's layers.
 
         Raises:
             TrunkRefused: The trunk keeps other states than keys and values (INVALID_REQUEST).
@@ -117,7 +129,7 @@ class TrunkCompute:
     def forward_cached(
         self, tensors: Mapping[str, Tensor], kept: TrunkCache, cuts: CutLayers | None = None
     ) -> Tensor:
-        """``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
+        """Return ``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
         trunk = self.spans.of(cuts)
         assert isinstance(trunk, TrunkModel)  # which made ``kept``
         hidden = tensors["hidden_states"]
@@ -136,7 +148,7 @@ class TrunkCompute:
         return output.to(hidden.dtype)
 
     def cache_bytes_per_position(self, cuts: CutLayers | None = None) -> int:
-        """Bytes that one position of one row takes in a key-value cache, at most."""
+        """Return the bytes that one position of one row takes in a key-value cache, at most."""
         kept, trunk = self.new_cache(), self.spans.of(cuts)
         assert isinstance(trunk, TrunkModel) and isinstance(self.trunk, TrunkModel)
         probe = torch.zeros(1, 1, self.trunk.hidden_size, device=self.device, dtype=self.dtype)
@@ -155,7 +167,7 @@ class TrunkCompute:
         cuts: CutLayers | None = None,
         weights: Weights | None = None,
     ) -> tuple[Tensor, Activation]:
-        """``trunk_output`` and what its backward needs.
+        """Return ``trunk_output`` and what its backward needs.
 
         Args:
             tensors: As in :meth:`forward`.
@@ -167,21 +179,18 @@ class TrunkCompute:
         """
         smashed = tensors["hidden_states"]
         extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
-
-        def run(leaf: Tensor) -> Tensor:
-            return self._run(leaf, extras, True, seed_of, use_cache, cuts, weights)
-
+        one = _Pass(extras, seed_of, use_cache, cuts, weights)
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
         known = self._storages | (weights.storages if weights else set())
         with torch.enable_grad(), SavedBytes(known) as saved:
-            output = run(leaf)
+            output = self._run(one, leaf)
         check_finite("trunk_output", output.detach())
         activation = Activation(
             version=weights.version if weights else self.version,
             num_bytes=max(saved.num_bytes, leaf.nbytes),
             hidden=leaf,
             output=output,
-            recompute=run,
+            recompute=partial(self._run, one),
             parameters=weights.parameters if weights else None,
         )
         return output.detach().to(smashed.dtype), activation
@@ -189,7 +198,7 @@ class TrunkCompute:
     def backward(
         self, activation: Activation, trunk_output_grad: Tensor
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """``smashed_grad`` and the gradient of every trainable parameter, without touching ``.grad``.
+        """Return ``smashed_grad`` and the gradient of every trainable parameter; ``.grad`` stays.
 
         Raises:
             TrunkRefused: The shapes differ (INVALID_REQUEST), or something is not finite.
@@ -221,11 +230,13 @@ class TrunkCompute:
         return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
 
     def covers(self, cuts: CutLayers | None) -> tuple[bool, ...] | None:
-        """Which of ``self.parameters`` a client's calls pass through; None: all."""
+        """Return which of ``self.parameters`` a client's calls pass through; None: all."""
+        if cuts is None:
+            return None
         return self.spans.covers(cuts, [name for name, _ in self.named])
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """One optimizer step with ``gradients``, in the order of ``self.parameters``.
+        """Take one optimizer step with ``gradients``, in the order of ``self.parameters``.
 
         A parameter whose gradient is None stays as it is, its moments and decay included.
         """
@@ -243,7 +254,7 @@ class TrunkCompute:
         self.version += 1
 
     def snapshot(self) -> Snapshot:
-        """A copy of the trainable state."""
+        """Return a copy of the trainable state."""
         return Snapshot(
             self.version,
             [parameter.detach().clone() for parameter in self.parameters],
@@ -260,7 +271,7 @@ class TrunkCompute:
         self.version = snapshot.version
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs: parameters and optimizer state, bit for bit, on the CPU."""
+        """Return all that a checkpoint needs: parameters and optimizer state, bit for bit, on the CPU."""
         tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.named}
         if self._optimizer is not None:
             for name, parameter in self.named:
@@ -300,43 +311,37 @@ class TrunkCompute:
         self.version = version
 
     def adapter(self) -> dict[str, Tensor]:
-        """The trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
+        """Return the trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
         return {
             adapter_name(name): parameter.detach().float().cpu().clone()
             for name, parameter in self.named
         }
 
     def digest(self) -> str:
-        """SHA-256 of the trainable parameters, in name order."""
+        """Return the SHA-256 of the trainable parameters, in name order."""
         sha = hashlib.sha256()
         for name, tensor in sorted(self.adapter().items()):
             sha.update(name.encode())
             sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
-    def _run(
-        self,
-        hidden: Tensor,
-        tensors: Mapping[str, Tensor],
-        train: bool,
-        seed_of: str,
-        use_cache: bool | None,
-        cuts: CutLayers | None,
-        weights: Weights | None,
-    ) -> Tensor:
+    def _run(self, one: _Pass, hidden: Tensor) -> Tensor:
+        train = bool(one.seed_of)
         self.trunk.train(train)
-        given = TrunkInputs.of(tensors, self.device)
+        given = TrunkInputs.of(one.extras, self.device)
         options: dict[str, Any] = {}
         if isinstance(self.trunk, TrunkModel):
             options = {
-                "use_cache": use_cache,
+                "use_cache": one.use_cache,
                 "layer_arguments": given.layer_arguments,
                 "host_arguments": given.host_arguments,
             }
-        with self._places.holding(weights), torch.random.fork_rng(devices=self._cuda):
+        trunk = self.trunk if one.cuts is None else self.spans.of(one.cuts)
+        own = nullcontext() if one.weights is None else self._places.holding(one.weights)
+        with own, torch.random.fork_rng(devices=self._cuda):
             if train:
-                torch.manual_seed(_seed(self.seed, seed_of))
-            output: Tensor = self.spans.of(cuts)(
+                torch.manual_seed(_seed(self.seed, one.seed_of))
+            output: Tensor = trunk(
                 hidden,
                 attention_mask=given.attention_mask,
                 position_ids=given.position_ids,

@@ -1,4 +1,4 @@
-"""The committed round whose weights the trunk has: restored, kept and pruned by its checkpoints."""
+"""The committed round whose weights the trunk has; checkpoints restore, keep and prune it."""
 
 import logging
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class CommittedWeights:
 
     def __post_init__(self) -> None:
         """Remember the weights that every experiment begins with."""
-        self.initial = self.compute.snapshot()
+        self.keep_as_initial()
 
     @property
     def directory(self) -> str:
@@ -37,12 +37,16 @@ class CommittedWeights:
         return "nowhere" if self.checkpoints is None else str(self.checkpoints.directory)
 
     def stands_at(self, base: RoundBase | None) -> bool:
-        """Whether the weights are those of the committed round ``base`` already."""
+        """Return whether the weights are those of the committed round ``base`` already."""
         if base is None or not self.compute.parameters:
             return True
         if base.server_round != self.server_round:
             return False
         return base.server_round == 0 or self.compute.digest() == base.digest
+
+    def keep_as_initial(self) -> None:
+        """Let every experiment begin with the weights as they are now."""
+        self.initial = self.compute.snapshot()
 
     def begin_experiment(self, experiment: str) -> None:
         """Start from the initial weights."""
@@ -87,7 +91,7 @@ class CommittedWeights:
         )
 
     def keep(self, current: Round) -> None:
-        """A round is committed: its weights are what the trunk stands at."""
+        """Stand at a round's weights: it is committed."""
         if current.plan.evaluate:
             return
         self.server_round = current.plan.server_round

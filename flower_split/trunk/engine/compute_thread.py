@@ -1,9 +1,9 @@
-"""The trunk's one compute thread: whoever wants something of the weights asks it."""
+"""The trunk's one compute thread: whatever touches the weights runs there, one after the other."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import ParamSpec, TypeVar
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -13,46 +13,50 @@ from flower_split.runtime.threads import pinned_pool
 from flower_split.trunk.compute.compute import TrunkCompute
 
 Value = TypeVar("Value")
-Arguments = ParamSpec("Arguments")
 
 
 class ComputeThread:
     """Runs one thing after another, in the order in which they were asked for.
 
+    Never wait for it while holding the engine's lock: what it runs takes that lock.
+
     Args:
         compute: The trunk module, whose version a call's result names.
         clock: Monotonic seconds.
+
+    Attributes:
+        submit: ``submit(run, *args)`` asks for ``run`` and returns its future, without waiting.
     """
 
     def __init__(self, compute: TrunkCompute, clock: Callable[[], float]) -> None:
         self._compute = compute
         self._clock = clock
         self._pool = pinned_pool(1, "trunk-compute")
-
-    def submit(
-        self,
-        run: Callable[Arguments, Value],
-        *args: Arguments.args,
-        **kwargs: Arguments.kwargs,
-    ) -> Future[Value]:
-        """Ask for ``run``; do not wait."""
-        return self._pool.submit(run, *args, **kwargs)
+        self.submit = self._pool.submit
 
     def do(self, run: Callable[[], Value]) -> Value:
         """Ask for ``run`` and wait until it is done: for what is short and never waits itself."""
-        return self._pool.submit(run).result()
+        return self.submit(run).result()
 
     def call(self, run: Callable[[], Tensor], deadline: float) -> CallResult:
-        """Ask for a client's call and wait for it.
+        """Ask for a client's call that keeps nothing, and wait for it.
 
         Args:
-            run: What computes the reply's tensor.
+            run: Computes the reply's tensor.
             deadline: When to give up waiting.
 
         Raises:
             TrunkUnavailable: The deadline passed first.
         """
-        return self.result(self._pool.submit(self.timed, run, self._clock()), deadline)
+        asked = self._clock()
+
+        def timed() -> CallResult:
+            started = self._clock()
+            version = self._compute.version
+            tensor = run()
+            return CallResult(tensor, version, self._clock() - started, started - asked)
+
+        return self.result(self.submit(timed), deadline)
 
     def result(self, future: Future[Value], deadline: float) -> Value:
         """Wait for something that was asked for.
@@ -66,13 +70,6 @@ class ComputeThread:
             raise TrunkUnavailable(
                 "the deadline passed while waiting for the trunk's compute thread."
             ) from None
-
-    def timed(self, run: Callable[[], Tensor], asked: float) -> CallResult:
-        """``run``, with the version it ran at, its seconds and those since it was ``asked`` for."""
-        started = self._clock()
-        version = self._compute.version
-        tensor = run()
-        return CallResult(tensor, version, self._clock() - started, started - asked)
 
     def close(self) -> None:
         """Finish what runs, and drop what has not begun."""

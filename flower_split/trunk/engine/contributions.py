@@ -1,115 +1,180 @@
-"""What a client's training calls do on the compute thread: a forward, and a backward that counts.
+"""Training calls with one effect each: a forward that is kept, and a backward that counts.
 
-Everything is checked before anything is accumulated, so that a call that is refused leaves no trace.
+A call's first arrival claims its name in the ledger and runs on the compute thread; a repetition
+waits for the same reply. Everything is checked before anything is accumulated, so that a call that
+is refused leaves no trace.
 """
 
-import threading
-from collections.abc import Mapping
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
+from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
+from flower_split.runtime import failpoints
 from flower_split.trunk.compute.checks import check_weights
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
-from flower_split.trunk.engine.dispatches import Flight
+from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallName
-from flower_split.trunk.engine.round_lifecycle import RoundKeeper
-from flower_split.trunk.engine.round_state import Round, seed_name
+from flower_split.trunk.engine.round_index import RoundIndex
+from flower_split.trunk.engine.round_state import Round, Session, contribution_hash
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contribution:
+    """A training call and whom it is of."""
+
+    round: Round
+    member: Session
+    name: CallName
+    call: ForwardCall | BackwardCall
+    arrived: float  # on the engine's clock
+
+    @property
+    def place(self) -> tuple[int, int, int]:
+        """Slot, window and micro-batch: the key of its activations."""
+        return (self.name.slot, self.name.window, self.name.micro_batch)
 
 
 class Contributions:
-    """The micro-batches of the open round, and of the dispatches of an asynchronous one.
+    """The training calls of the open round, and of the dispatches of an asynchronous one.
 
     Args:
-        keeper: Of the open round.
+        index: Of the open round, with the engine's lock.
         compute: The trunk module.
-        changed: Guards the round; notified when a contribution was counted.
+        thread: Where calls run.
+        settle: Called on the compute thread after every backward that counted.
     """
 
     def __init__(
-        self, keeper: RoundKeeper, compute: TrunkCompute, changed: threading.Condition
-    ) -> None:
-        self._keeper = keeper
-        self._compute = compute
-        self._changed = changed
-
-    def forward_train(
         self,
-        current: Round,
-        name: CallName,
-        tensors: Mapping[str, Tensor],
-        acknowledged: int,
-        use_cache: bool | None = None,
-    ) -> Tensor:
-        """Run a forward and keep what its backward needs."""
+        index: RoundIndex,
+        compute: TrunkCompute,
+        thread: ComputeThread,
+        settle: Callable[[Round], None],
+    ) -> None:
+        self._changed = index.changed
+        self._clock = index.clock
+        self._compute = compute
+        self._thread = thread
+        self._settle = settle
+
+    def once(self, item: Contribution) -> CallResult:
+        """Run a call, or wait for the reply of its first arrival.
+
+        Raises:
+            TrunkRefused: With its reason; nothing was accumulated.
+            RoundAborted: The round was given up.
+            TrunkUnavailable: The deadline passed first; the call may yet take effect.
+        """
         with self._changed:
-            self._keeper.require_open(current)
-            current.ledger.acknowledge(name.slot, name.window, min(acknowledged, name.micro_batch))
-        activations = self._keeper.activations_of(current)
-        activations.require_room(
-            name.slot, tensors["hidden_states"].numel() * self._compute.dtype.itemsize
-        )
+            item.round.require_open()
+            future, mine = item.round.ledger.claim(item.name, item.call.digest)
+        if mine:
+            self._thread.submit(self._run, item, future)
+        return self._thread.result(future, item.call.deadline)
+
+    def _run(self, item: Contribution, future: Future[CallResult]) -> None:
+        """Compute, record and settle as one transaction of the compute thread."""
+        current, started = item.round, self._clock()
+        try:
+            version = current.version
+            if isinstance(item.call, ForwardCall):
+                tensor = self._forward(item, item.call)
+            else:
+                tensor = self._backward(item, item.call)
+            seconds = self._clock() - started
+            current.compute_seconds += seconds
+        except BaseException as error:
+            with self._changed:
+                current.ledger.forget(item.name)
+            future.set_exception(naming(error, item.name.slot))
+            return
+        result = CallResult(tensor, version, seconds, started - item.arrived)
+        if isinstance(item.call, ForwardCall):
+            failpoints.reach("trunk.forward.computed")
+            future.set_result(result)
+            return
+        current.ledger_hash ^= contribution_hash(item.name, item.call.digest)
+        failpoints.reach("trunk.backward.accumulated")
+        future.set_result(result)
+        self._settle(current)
+
+    def _forward(self, item: Contribution, call: ForwardCall) -> Tensor:
+        """Run a forward and keep what its backward needs."""
+        current, name = item.round, item.name
+        hidden = call.tensors["hidden_states"]
+        with self._changed:
+            current.require_open()
+            acknowledged = min(call.acknowledged, name.micro_batch)
+            current.ledger.acknowledge(name.slot, name.window, acknowledged)
+            current.activations.require_room(
+                name.slot, hidden.numel() * self._compute.dtype.itemsize
+            )
         output, activation = self._compute.forward_train(
-            tensors,
-            seed_of=seed_name(current, name),
-            use_cache=use_cache,
-            cuts=current.cuts.get(name.slot),
-            weights=current.weights if isinstance(current, Flight) else None,
+            call.tensors,
+            seed_of=current.seed_name(name),
+            use_cache=call.use_cache,
+            cuts=item.member.cuts,
+            weights=current.weights,
         )
-        activations.put((name.slot, name.window, name.micro_batch), activation)
+        with self._changed:
+            current.activations.put(item.place, activation)
         return output
 
-    def backward(
-        self,
-        current: Round,
-        name: CallName,
-        version: int,
-        grad: Tensor,
-        num_tokens: float,
-        loss_denominator: float,
-        last: bool,
-    ) -> Tensor:
+    def _backward(self, item: Contribution, call: BackwardCall) -> Tensor:
         """Run a backward and add its gradients to the open window, or do neither."""
-        place = (name.slot, name.window, name.micro_batch)
+        current, name = item.round, item.name
         with self._changed:
-            self._keeper.require_open(current)
+            current.require_open()
             current.windows.check(name.slot, name.window)
-        activations = self._keeper.activations_of(current)
-        activation = activations.get(place)
+            activation = current.activations.get(item.place)
         if activation is None:
             raise TrunkRefused(
                 RefusalReason.UNKNOWN_CONTRIBUTION,
                 f"slot {name.slot} sends a backward for window {name.window}, micro-batch "
                 f"{name.micro_batch}, without a forward that the trunk still holds.",
             )
-        now = current.version if isinstance(current, Flight) else self._compute.version
-        if activation.version != now or version != activation.version:
+        if not activation.version == call.version == current.version:
             raise TrunkRefused(
                 RefusalReason.STALE_VERSION,
                 f"the forward of slot {name.slot} ran at version {activation.version} (the client "
-                f"says {version}); the weights are at {now}. Run it again.",
+                f"says {call.version}); the weights are at {current.version}. Run it again.",
             )
-        check_weights(activation.hidden.shape, num_tokens, loss_denominator, name.slot)
-        smashed_grad, gradients = self._compute.backward(activation, grad)
+        check_weights(activation.hidden.shape, call.num_tokens, call.loss_denominator, name.slot)
+        smashed_grad, gradients = self._compute.backward(activation, call.grad)
         with self._changed:
+            # The window decides first: what it refuses must not have been added.
             current.windows.contribute(
-                name.slot, name.window, name.micro_batch, num_tokens=num_tokens, last=last
+                name.slot,
+                name.window,
+                name.micro_batch,
+                num_tokens=call.num_tokens,
+                last=call.last,
             )
-            if self._keeper.trains:
+            if current.trains:
                 # Where every contribution is a step of its own, each is the first of its step.
                 alone = current.windows.step_every is StepEvery.CONTRIBUTION
-                covers = self._compute.covers(current.cuts.get(name.slot))
+                covers = self._compute.covers(item.member.cuts)
                 current.gradients.setdefault(name.slot, SlotGradient(covers)).add(
                     0 if alone else name.micro_batch,
                     gradients,
-                    num_tokens=num_tokens,
-                    loss_denominator=loss_denominator,
+                    num_tokens=call.num_tokens,
+                    loss_denominator=call.loss_denominator,
                 )
-            current.turn = None
-            activations.release(place)
-            if isinstance(current, Flight):
-                self._keeper.flights.settled(current)
+            current.open_contribution = None
+            current.activations.release(item.place)
+            current.after_contribution()
             self._changed.notify_all()
         return smashed_grad
+
+
+def naming(error: BaseException, slot: int) -> BaseException:
+    """Return ``error``; a refusal of NaN or Inf says whose tensor it was."""
+    if isinstance(error, TrunkRefused) and error.reason is RefusalReason.NON_FINITE:
+        return TrunkRefused(error.reason, f"slot {slot}: {error}")
+    return error

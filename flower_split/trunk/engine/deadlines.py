@@ -1,36 +1,33 @@
-"""Nothing waits for ever: a thread that ends windows at their deadlines, and leases of the silent."""
+"""Deadline thread: expires windows and leases, and frees key-value caches that nobody uses."""
 
 import threading
 from collections.abc import Callable
-from functools import partial
 
-from flower_split.trunk.engine.compute_thread import ComputeThread
-from flower_split.trunk.engine.round_lifecycle import RoundKeeper
+from flower_split.trunk.engine.round_index import RoundIndex
+
+_LONGEST_SLEEP = 1.0  # seconds
 
 
-class Watchdog:
-    """Wakes at the open window's deadline and lets the compute thread expire it.
+class Deadlines:
+    """Wakes at the open window's deadline and asks for its expiry.
+
+    It decides under the engine's lock and acts without it: ``expire`` waits for the compute thread,
+    which takes that lock.
 
     Args:
-        keeper: Of the open round.
-        worker: The compute thread.
-        changed: The engine's lock, notified at every change.
-        clock: Monotonic seconds.
+        index: Of the open round, with the engine's lock.
+        expire: Acts on what has ended; called without the lock.
         free_caches: Frees key-value caches that nobody uses any more; called once a second.
     """
 
     def __init__(
         self,
-        keeper: RoundKeeper,
-        worker: ComputeThread,
-        changed: threading.Condition,
-        clock: Callable[[], float],
-        free_caches: Callable[[], object],
+        index: RoundIndex,
+        expire: Callable[[], None],
+        free_caches: Callable[[], None],
     ) -> None:
-        self._keeper = keeper
-        self._worker = worker
-        self._changed = changed
-        self._clock = clock
+        self._index = index
+        self._expire = expire
         self._free_caches = free_caches
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="trunk-deadlines", daemon=True)
@@ -38,27 +35,21 @@ class Watchdog:
 
     def close(self) -> None:
         """End the thread."""
-        with self._changed:
+        with self._index.changed:
             self._closed = True
-            self._changed.notify_all()
+            self._index.changed.notify_all()
         self._thread.join(timeout=10)
 
     def _watch(self) -> None:
         while True:
-            with self._changed:
+            with self._index.changed:
                 if self._closed:
                     return
-                current = self._keeper.round
-                deadline = (
-                    current.windows.deadline if current and not current.over else float("inf")
-                )
-                left = deadline - self._clock()
-                silent = bool(current and self._keeper.silent(current))
-                silent = silent or bool(self._keeper.flights.silent())
-                if left > 0 and not silent:
-                    self._changed.wait(min(left, 1.0))
-            if left > 0 and not silent:
-                if not self._closed:
-                    self._free_caches()
-            elif current is not None:
-                self._worker.do(partial(self._keeper.expire, current))
+                left = self._index.deadline - self._index.clock()
+                due = left <= 0 or self._index.has_silent()
+                if not due:
+                    self._index.changed.wait(min(left, _LONGEST_SLEEP))
+            if due:
+                self._expire()
+            elif not self._closed:  # the compute thread may have ended with it
+                self._free_caches()

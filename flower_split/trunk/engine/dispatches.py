@@ -33,18 +33,20 @@ from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.compute import Snapshot, TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Versions, Weights
+from flower_split.trunk.engine.ledger import CallName
 from flower_split.trunk.engine.round_state import Round, hashed
 from flower_split.trunk.engine.windows import Phase, WindowMachine
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Flight(Round):
-    """A client at work: a round of its own, at its own version."""
+@dataclass(kw_only=True, slots=True, eq=False)
+class DispatchRound(Round):
+    """A client at work: a round of one participant, at its own version."""
 
-    number: int = 0
-    weights: Weights | None = None  # None: nothing trains on the trunk, or its work is done
+    number: int
+    copies: Weights | None  # None: nothing trains on the trunk, or its work is done
+    on_arrival: Callable[[], None]  # frees copies that nobody needs any more
 
     @property
     def slot(self) -> int:
@@ -53,8 +55,13 @@ class Flight(Round):
 
     @property
     def version(self) -> int:
-        """Of the weights that it computes with."""
+        """The version of the weights that it was sent out with. Needs no lock."""
         return self.before.version
+
+    @property
+    def weights(self) -> Weights | None:
+        """The copies that its calls compute with; None: the trunk's own weights."""
+        return self.copies
 
     @property
     def arrived(self) -> bool:
@@ -63,15 +70,20 @@ class Flight(Round):
 
     @property
     def problem(self) -> str:
-        """In words, why its work is not done."""
+        """Why its work is not done."""
         return self.windows.problem or self.windows.waiting_for()
 
-    def check_forward(self, version: int) -> None:
-        """Whether a forward at ``version`` may run.
+    def may_forward(self, name: CallName, version: int, now: float) -> bool:
+        """Return True: a dispatch never waits for others.
 
         Raises:
             TrunkRefused: It expects another version, or the client has given everything it planned.
         """
+        if self.ledger.knows(name):
+            return True
+        self.windows.check_planned(name.slot, name.window)
+        if not self.trains:
+            return True
         if version != self.version:
             raise TrunkRefused(
                 RefusalReason.STALE_VERSION,
@@ -83,12 +95,28 @@ class Flight(Round):
                 RefusalReason.INVALID_REQUEST,
                 f"slot {self.slot} sends a forward after the last micro-batch of {self}.",
             )
+        return True
+
+    def after_contribution(self) -> None:
+        """Let go of the weights' copies once everything planned is given."""
+        if self.arrived:
+            self.copies = None
+            self.on_arrival()
+
+    def drop(self, slot: int, why: str, now: float) -> None:
+        """End it: its calls are refused from now on, and its gradient is forgotten."""
+        if not self.arrived:
+            self.activations.release_slot(self.slot)
+        self.windows.abort(why)
+        self.gradients.clear()
+        self.copies = None
+        logger.info("%s is recalled: %s", self, why)
 
     def __str__(self) -> str:
         return f"dispatch {self.number} (slot {self.slot}) of experiment {self.plan.experiment}"
 
 
-class Flights:
+class Dispatches:
     """Everybody at work. The engine's lock is held around every method.
 
     Args:
@@ -113,36 +141,32 @@ class Flights:
         self._compute = compute
         self._trains = trains
         self._clock = clock
-        self._flights: dict[int, Flight] = {}  # by number
+        self._dispatches: dict[int, DispatchRound] = {}  # by number
 
-    # ------------------------------------------------------------------ looking
+    # ------------------------------------------------------------------ on any thread
 
-    def all(self) -> list[Flight]:
-        """Everybody at work or arrived, by slot and number."""
-        return sorted(self._flights.values(), key=lambda flight: (flight.slot, flight.number))
+    def all(self) -> list[DispatchRound]:
+        """Return everybody at work or arrived, by slot and number."""
+        return sorted(self._dispatches.values(), key=lambda item: (item.slot, item.number))
 
-    def has(self, current: Round) -> bool:
-        """Whether ``current`` is one of them."""
-        return isinstance(current, Flight) and self._flights.get(current.number) is current
+    def by_token(self, token: bytes) -> DispatchRound | None:
+        """Return the dispatch whose session token has this hash."""
+        return next((d for d in self._dispatches.values() if token in d.slots_by_token), None)
 
-    def by_token(self, token: bytes) -> Flight | None:
-        """Whose session token has this hash."""
-        return next((f for f in self._flights.values() if token in f.slots_by_token), None)
+    def by_session(self, session: str) -> DispatchRound | None:
+        """Return the dispatch whose session this is."""
+        return next((d for d in self._dispatches.values() if session in d.sessions), None)
 
-    def by_session(self, session: str) -> Flight | None:
-        """Whose session this is."""
-        return next((f for f in self._flights.values() if session in f.sessions), None)
-
-    def silent(self) -> list[Flight]:
-        """Who has begun, is not done, and says nothing for the length of a lease."""
+    def silent(self) -> list[DispatchRound]:
+        """Return who has begun, is not done, and made no call for the length of a lease."""
         now = self._clock()
         return [
-            flight
-            for flight in self._flights.values()
-            if flight.windows.phase is Phase.OPEN
-            and not flight.arrived
-            and flight.last_seen.get(flight.slot, now) < now - flight.plan.window_seconds
-            and not flight.ledger.pending(flight.slot)
+            dispatch
+            for dispatch in self._dispatches.values()
+            if dispatch.windows.phase is Phase.OPEN
+            and not dispatch.arrived
+            and dispatch.last_seen.get(dispatch.slot, now) < now - dispatch.plan.window_seconds
+            and not dispatch.ledger.pending(dispatch.slot)
         ]
 
     # ------------------------------------------------------------------ on the compute thread
@@ -160,14 +184,15 @@ class Flights:
         known = {
             entry.number
             for entry in plan.dispatches
-            if entry.number in self._flights
-            and hashed(entry.token) in self._flights[entry.number].slots_by_token
+            if entry.number in self._dispatches
+            and hashed(entry.token) in self._dispatches[entry.number].slots_by_token
         }
         new = [entry for entry in plan.dispatches if entry.number not in known]
-        self._check([self._flights[number] for number in known], new)
-        for number in [number for number in self._flights if number not in known]:
-            self.recall(self._flights.pop(number), "the coordinator has recalled it")
-        if not self._flights:
+        self._check([self._dispatches[number] for number in known], new)
+        for number in [number for number in self._dispatches if number not in known]:
+            gone = self._dispatches.pop(number)
+            gone.drop(gone.slot, "the coordinator has recalled it", self._clock())
+        if not self._dispatches:
             self.activations.begin(max(1, len(new)))
         self._forget_versions()
         weights = (
@@ -177,10 +202,10 @@ class Flights:
         )
         for entry in new:
             self.activations.release_slot(entry.slot)  # forwards that its last dispatch left behind
-            self._flights[entry.number] = self._begun(plan, entry, weights)
+            self._dispatches[entry.number] = self._begun(plan, entry, weights)
 
-    def _check(self, known: Sequence[Flight], new: Sequence[Dispatch]) -> None:
-        busy = [flight.slot for flight in known if self._trains and not flight.arrived]
+    def _check(self, known: Sequence[DispatchRound], new: Sequence[Dispatch]) -> None:
+        busy = [dispatch.slot for dispatch in known if self._trains and not dispatch.arrived]
         slots = busy + [entry.slot for entry in new]
         if len(set(slots)) < len(slots):
             raise TrunkRefused(
@@ -188,7 +213,7 @@ class Flights:
                 f"a slot is sent to work twice at a time; those at work are {sorted(slots)}.",
             )
 
-    def _begun(self, plan: RoundPlan, entry: Dispatch, weights: Weights | None) -> Flight:
+    def _begun(self, plan: RoundPlan, entry: Dispatch, weights: Weights | None) -> DispatchRound:
         now = self._clock()
         own = RoundPlan(
             experiment=plan.experiment,
@@ -200,8 +225,11 @@ class Flights:
             join_seconds=plan.join_seconds,
             window_seconds=plan.window_seconds,
         )
-        return Flight(
+        return DispatchRound(
             plan=own,
+            compute=self._compute,
+            trains=self._trains,
+            activations=self.activations,
             windows=WindowMachine(
                 [entry.slot],
                 step_every=StepEvery.SERVER_ROUND if self._trains else StepEvery.CONTRIBUTION,
@@ -214,16 +242,17 @@ class Flights:
             slots_by_token={hashed(entry.token): entry.slot},
             last_activity=now,
             number=entry.number,
-            weights=weights,
+            copies=weights,
+            on_arrival=self._forget_versions,
         )
 
     def take(
         self, arrivals: Sequence[Arrival]
-    ) -> tuple[list[Flight], dict[int, SlotGradient], dict[int, float]]:
+    ) -> tuple[list[DispatchRound], dict[int, SlotGradient], dict[int, float]]:
         """Take the arrivals of a round out: their work enters its step, and they are gone.
 
         Returns:
-            ``(flights, gradients, factors)``: the flights by slot and number, and by their index in
+            ``(dispatches, gradients, factors)``: the dispatches by slot and number, and by their index in
             that list the gradients (none where nothing trains) and the factors.
 
         Raises:
@@ -232,55 +261,42 @@ class Flights:
         """
         factors = {arrival.dispatch: arrival.factor for arrival in arrivals}
         for number in factors:
-            flight = self._flights.get(number)
-            if flight is None or flight.over or (self._trains and not flight.arrived):
-                why = "is not at work" if flight is None else f"is not done: {flight.problem}"
+            dispatch = self._dispatches.get(number)
+            if dispatch is None or dispatch.over or (self._trains and not dispatch.arrived):
+                why = "is not at work" if dispatch is None else f"is not done: {dispatch.problem}"
                 raise TrunkRefused(
                     RefusalReason.UNKNOWN_CONTRIBUTION,
                     f"the coordinator says that dispatch {number} has arrived, but it {why}. It must "
                     "be sent out again.",
                 )
-        taken = [flight for flight in self.all() if flight.number in factors]
+        taken = [dispatch for dispatch in self.all() if dispatch.number in factors]
         gradients = {
-            index: flight.gradients[flight.slot]
-            for index, flight in enumerate(taken)
+            index: dispatch.gradients[dispatch.slot]
+            for index, dispatch in enumerate(taken)
             if self._trains
         }
-        for flight in taken:
-            del self._flights[flight.number]
+        for dispatch in taken:
+            del self._dispatches[dispatch.number]
+            dispatch.retired = True  # its calls are refused from now on
         self._forget_versions()
-        return taken, gradients, {i: factors[flight.number] for i, flight in enumerate(taken)}
-
-    def recall(self, flight: Flight, why: str) -> None:
-        """End a dispatch: its calls are refused from now on, and its gradient is forgotten."""
-        if not flight.arrived:
-            self.activations.release_slot(flight.slot)
-        flight.windows.abort(why)
-        flight.gradients.clear()
-        flight.weights = None
-        logger.info("%s is recalled: %s", flight, why)
+        return taken, gradients, {i: factors[dispatch.number] for i, dispatch in enumerate(taken)}
 
     def expire(self) -> None:
         """Recall whoever's lease has ended; it stays named until the coordinator drops it."""
-        for flight in self.silent():
-            lease = f"{flight.plan.window_seconds:g}"
-            self.recall(flight, f"it was silent for {lease} s, so its lease ended")
+        for dispatch in self.silent():
+            lease = f"{dispatch.plan.window_seconds:g}"
+            why = f"it was silent for {lease} s, so its lease ended"
+            dispatch.drop(dispatch.slot, why, self._clock())
 
     def clear(self, why: str) -> None:
         """Recall everybody: their round is given up, or another experiment begins."""
-        for flight in self._flights.values():
-            self.recall(flight, why)
-        self._flights.clear()
+        for dispatch in self._dispatches.values():
+            dispatch.drop(dispatch.slot, why, self._clock())
+        self._dispatches.clear()
         self.activations.clear()
         self.versions.keep_only(set())
 
-    def settled(self, flight: Flight) -> None:
-        """A dispatch has given everything: it needs its weights no more."""
-        if flight.arrived:
-            flight.weights = None
-            self._forget_versions()
-
     def _forget_versions(self) -> None:
         self.versions.keep_only(
-            {f.weights.version for f in self._flights.values() if f.weights is not None}
+            {d.copies.version for d in self._dispatches.values() if d.copies is not None}
         )

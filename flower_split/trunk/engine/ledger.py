@@ -40,8 +40,12 @@ class Ledger(Generic[Reply]):
         # Slot -> (window, micro-batch): everything before has been answered.
         self._acknowledged: dict[int, tuple[int, int]] = {}
 
+    def __len__(self) -> int:
+        """Return how many calls are kept."""
+        return len(self._entries)
+
     def claim(self, name: CallName, digest: bytes) -> tuple[Future[Reply], bool]:
-        """The future of this call's reply, and whether the caller must run it.
+        """Return the future of this call's reply, and whether the caller must run it.
 
         Args:
             name: The call.
@@ -70,21 +74,21 @@ class Ledger(Generic[Reply]):
         return entry[1], False
 
     def pending(self, slot: int) -> bool:
-        """Whether a call of ``slot`` is still being computed."""
+        """Return whether a call of ``slot`` is still being computed."""
         return any(
             name.slot == slot and not future.done() for name, (_, future) in self._entries.items()
         )
 
     def knows(self, name: CallName) -> bool:
-        """Whether this call has arrived before."""
+        """Return whether this call has arrived before."""
         return name in self._entries
 
     def forget(self, name: CallName) -> None:
-        """A call failed without effect: let a retry run it again."""
+        """Let a retry run a call again that failed without effect."""
         self._entries.pop(name, None)
 
     def acknowledge(self, slot: int, window: int, micro_batch: int = 0) -> None:
-        """``slot`` has every reply before ``micro_batch`` of ``window``: they are released.
+        """Release the replies before ``micro_batch`` of ``window``: ``slot`` has them.
 
         A client says so with a later forward: one of a later window for all windows before, and
         within a long window by the forward's own count.

@@ -1,19 +1,36 @@
-"""All that belongs to one attempt of one server round on the trunk."""
+"""One attempt of one server round on the trunk, and the questions that its kind answers.
+
+Three kinds share one interface, so that whoever handles a call need not know which one it is of:
+:class:`Round` here, where windows of all participants make the optimizer steps;
+:class:`~flower_split.trunk.engine.buffer_round.BufferRound`, one step of an asynchronous run; and
+:class:`~flower_split.trunk.engine.dispatches.DispatchRound`, one client at work in such a run.
+
+The engine's lock (:class:`~flower_split.trunk.engine.round_index.RoundIndex`) guards every field and
+is held around every method, but for the methods that say otherwise.
+"""
 
 import hashlib
-from dataclasses import dataclass, field
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
-from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
+    Arrival,
     CallResult,
     ContributionKey,
+    RoundBase,
     RoundPlan,
     RoundReport,
     SlotReport,
+    TrunkStatus,
 )
 from flower_split.split import CutLayers
-from flower_split.trunk.compute.compute import Snapshot
+from flower_split.trunk.compute.activations import ActivationCache
+from flower_split.trunk.compute.compute import Snapshot, TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.compute.weight_versions import Weights
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
 from flower_split.trunk.engine.windows import Phase, WindowMachine
 
@@ -28,43 +45,230 @@ class Session:
     cuts: CutLayers | None = None  # the client's own; None: the trunk's
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class Round:
-    """State of one attempt; the engine's lock guards it."""
+    """State of one attempt, from BeginRound until another round begins."""
 
     plan: RoundPlan
+    compute: TrunkCompute
+    trains: bool  # whether the trunk's weights train (mode joint)
     windows: WindowMachine
     before: Snapshot  # what an abort goes back to
-    slots_by_token: dict[bytes, int]
+    activations: ActivationCache  # what its calls keep between forward and backward
+    slots_by_token: dict[bytes, int]  # SHA-256 of the session token -> slot
     ledger: Ledger[CallResult] = field(default_factory=Ledger)
     sessions: dict[str, Session] = field(default_factory=dict)
-    cuts: dict[int, CutLayers | None] = field(default_factory=dict)  # of who has joined, by slot
     closed: set[str] = field(default_factory=set)  # sessions whose client has left
     gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
     received: dict[int, int] = field(default_factory=dict)  # bytes on the wire, by slot
     sent: dict[int, int] = field(default_factory=dict)
-    turn: tuple[int, int, int] | None = None  # step-every contribution: whose forward is open
-    turn_since: float = 0.0
+    # step-every contribution: slot, window and micro-batch of the forward that has no backward yet
+    open_contribution: tuple[int, int, int] | None = None
+    open_since: float = 0.0
     last_activity: float = 0.0
     last_seen: dict[int, float] = field(default_factory=dict)  # slot -> its latest call
     compute_seconds: float = 0.0
-    ledger_hash: int = (
-        0  # the contributions counted: their hashes, XORed, so that order is no matter
-    )
-    report: RoundReport | None = None
+    # The contributions counted: their hashes, XORed, so that their order is no matter.
+    ledger_hash: int = 0
+    report: RoundReport | None = None  # set when it is prepared
     committed: bool = False
     rolled_back: bool = False
+    retired: bool = False  # another round has taken its place, or its work has entered one
 
     @property
     def over(self) -> bool:
         """Whether nothing more can happen in it."""
         return self.committed or self.windows.phase is Phase.ABORTED
 
-    def slot_of(self, token: str) -> int:
-        """Whose session token this is.
+    @property
+    def version(self) -> int:
+        """The version of the weights that its calls compute with. Needs no lock."""
+        return self.compute.version
+
+    @property
+    def weights(self) -> Weights | None:
+        """The copies that its calls compute with; None: the trunk's own weights."""
+        return None
+
+    # ------------------------------------------------------------------ calls
+
+    def require_open(self) -> None:
+        """Check that calls may still have an effect in this round.
 
         Raises:
-            TrunkRefused: Nobody's of this round (UNAUTHENTICATED).
+            RoundAborted: It was given up.
+            TrunkRefused: It is no longer the trunk's round (WRONG_ATTEMPT).
+        """
+        if self.windows.phase is Phase.ABORTED:
+            raise RoundAborted(f"{self} was given up: {self.windows.problem}")
+        if self.retired:
+            raise TrunkRefused(RefusalReason.WRONG_ATTEMPT, f"{self} is no longer the open round.")
+
+    def may_forward(self, name: CallName, version: int, now: float) -> bool:
+        """Return whether a training forward may run now; if not, ask again after a change.
+
+        Args:
+            name: The forward.
+            version: The version that the client expects.
+            now: On the engine's clock.
+
+        Raises:
+            TrunkRefused: The weights have moved on (STALE_VERSION), or the slot is not in the window.
+        """
+        if self.ledger.knows(name):
+            return True  # a retry: it gets the reply of the first arrival
+        self.windows.check_planned(name.slot, name.window)
+        if not self.trains:
+            return True
+        if self.windows.step_every is StepEvery.CONTRIBUTION:
+            return self._take_turn(name, now)
+        if self.compute.version < version:
+            return False
+        self.windows.check(name.slot, name.window)
+        if version != self.compute.version:
+            raise TrunkRefused(
+                RefusalReason.STALE_VERSION,
+                f"slot {name.slot} asks for version {version} of the weights; they are at "
+                f"{self.compute.version}.",
+            )
+        return True
+
+    def awaited(self, version: int) -> str:
+        """Say what a forward at ``version`` waits for."""
+        if self.windows.step_every is StepEvery.CONTRIBUTION:
+            return "its turn (trunk.step-every contribution)"
+        return f"version {version} of the trunk's weights; {self.windows.waiting_for()}"
+
+    def after_contribution(self) -> None:
+        """Free what nobody needs after a backward that counted."""
+
+    def touch(self, slot: int, now: float) -> None:
+        """Note a call of ``slot``, so that a client at work is told from one that has gone."""
+        self.last_activity = self.last_seen[slot] = now
+
+    def silent(self, now: float) -> list[int]:
+        """Return the slots whose lease has ended: joined, not finished, and without a call.
+
+        Where a window waits for all its participants, its own deadline does this.
+        """
+        per_step = self.windows.step_every is StepEvery.LOCAL_STEP
+        if self.plan.evaluate or self.over or per_step:
+            return []
+        ended = now - self.plan.window_seconds
+        return [
+            slot
+            for slot, seen in self.last_seen.items()
+            if seen < ended
+            and not self.windows.slots[slot].finished
+            and not self.windows.slots[slot].dropped
+            and not self.ledger.pending(slot)
+        ]
+
+    # ------------------------------------------------------------------ the coordinator
+
+    def extend(self, plan: RoundPlan) -> bool:
+        """Begin again with ``plan`` if it goes on with this round; return whether it does."""
+        return False
+
+    def is_base_of(self, plan: RoundPlan) -> bool:
+        """Return whether this round is prepared, and ``plan`` says that it is committed."""
+        return (
+            self.report is not None
+            and plan.base == RoundBase(self.plan.server_round, self.report.digest)
+            and self.plan.experiment == plan.experiment
+        )
+
+    def finish(self, arrivals: Sequence[Arrival]) -> None:
+        """Take no more contributions: drop who is not finished.
+
+        Args:
+            arrivals: Of an asynchronous round.
+        """
+        self.windows.finish()
+        self.release_dropped()
+
+    def drop(self, slot: int, why: str, now: float) -> None:
+        """Go on without a client that has not finished, or abort, by the quorum."""
+        self.windows.drop(slot, why, now)
+        self.release_dropped()
+
+    def release_dropped(self) -> None:
+        """Forget what the dropped slots gave to the open window."""
+        for slot, state in self.windows.slots.items():
+            if state.dropped:
+                self.gradients.pop(slot, None)
+                self.activations.release_slot(slot)
+                if self.open_contribution is not None and self.open_contribution[0] == slot:
+                    self.open_contribution = None
+
+    def forget_work(self) -> None:
+        """Free what an aborted round has gathered."""
+        self.activations.clear()
+        self.gradients.clear()
+
+    def slot_reports(self) -> tuple[SlotReport, ...]:
+        """Return what every participant has done so far."""
+        return tuple(
+            SlotReport(
+                slot=slot,
+                completed=state.finished,
+                problem=state.dropped,
+                contributions=state.contributions,
+                num_tokens=state.num_tokens,
+                bytes_received=self.received.get(slot, 0),
+                bytes_sent=self.sent.get(slot, 0),
+            )
+            for slot, state in self.windows.slots.items()
+        )
+
+    def final_reports(self) -> tuple[SlotReport, ...]:
+        """Return what the participants did, once :meth:`finish` has been called."""
+        return self.slot_reports()
+
+    def described(self, base: TrunkStatus) -> TrunkStatus:
+        """Return ``base`` with where this round stands."""
+        slots = self.slot_reports()
+        phase = "idle" if self.committed else self.windows.phase.value
+        return replace(
+            base,
+            server_round=self.plan.server_round,
+            attempt=self.plan.attempt,
+            phase="prepared" if self.report and phase == "done" else phase,
+            window=self.windows.window,
+            num_tokens=sum(slot.num_tokens for slot in slots),
+            bytes_received=sum(self.received.values()),
+            bytes_sent=sum(self.sent.values()),
+            slots=slots,
+            problem=self.windows.problem,
+            activations=self.activations.report(),
+        )
+
+    # ------------------------------------------------------------------ names and sessions
+
+    def seat(self, slot: int, planned_steps: int, cuts: CutLayers | None) -> Session:
+        """Return the session of a slot: a new one, or that of a client that comes back.
+
+        Raises:
+            TrunkRefused: It joined with other cut layers (INVALID_REQUEST).
+        """
+        session = next((s for s in self.sessions.values() if s.slot == slot), None)
+        if session is None:
+            session = Session(secrets.token_hex(16), slot, planned_steps, cuts)
+            self.sessions[session.id] = session
+        elif session.cuts != cuts:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"slot {slot} joined with cut layers {session.cuts} and now says {cuts}; they "
+                "cannot change within a round.",
+            )
+        self.closed.discard(session.id)
+        return session
+
+    def slot_of(self, token: str) -> int:
+        """Return the slot whose session token this is.
+
+        Raises:
+            TrunkRefused: It is nobody's of this round (UNAUTHENTICATED).
         """
         slot = self.slots_by_token.get(hashed(token))
         if slot is None:
@@ -76,7 +280,7 @@ class Round:
         return slot
 
     def name_of(self, member: Session, key: ContributionKey | None, kind: CallKind) -> CallName:
-        """A training call's name in the ledger; its slot is the session's, whatever the key says.
+        """Return a training call's name in the ledger; its slot is the session's, never the key's.
 
         Raises:
             TrunkRefused: There is no key, the round only evaluates, or the key is of another attempt.
@@ -99,6 +303,10 @@ class Round:
             )
         return CallName(member.slot, key.window, key.micro_batch, kind)
 
+    def seed_name(self, name: CallName) -> str:
+        """Name a micro-batch for its dropout seed: the same in every attempt and every run."""
+        return f"{self.plan.server_round}/{name.window}/{name.slot}/{name.micro_batch}"
+
     def __str__(self) -> str:
         plan = self.plan
         kind = "evaluation" if plan.evaluate else "round"
@@ -106,34 +314,27 @@ class Round:
             f"{kind} {plan.server_round} (attempt {plan.attempt}) of experiment {plan.experiment}"
         )
 
+    def _take_turn(self, name: CallName, now: float) -> bool:
+        mine = (name.slot, name.window, name.micro_batch)
+        self.touch(name.slot, now)  # a client that waits for its turn is not silent
+        if self.open_contribution not in (None, mine) and (
+            now > self.open_since + self.plan.window_seconds
+        ):
+            assert self.open_contribution is not None
+            self.activations.release(self.open_contribution)
+            self.open_contribution = None
+        if self.open_contribution not in (None, mine):
+            return False
+        self.open_contribution, self.open_since = mine, now
+        return True
+
 
 def hashed(token: str) -> bytes:
-    """Tokens are looked up by their SHA-256, so that no comparison leaks their bytes."""
+    """Return a token's SHA-256, by which it is looked up: no comparison leaks its bytes."""
     return hashlib.sha256(token.encode()).digest()
 
 
 def contribution_hash(name: CallName, digest: bytes) -> int:
-    """A contribution as a number; see :attr:`Round.ledger_hash`."""
+    """Return a contribution as a number; see :attr:`Round.ledger_hash`."""
     text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
     return int.from_bytes(hashlib.sha256(text).digest(), "big")
-
-
-def seed_name(current: Round, name: CallName) -> str:
-    """Names a micro-batch for its dropout seed: the same in every attempt and every run."""
-    return f"{current.plan.server_round}/{name.window}/{name.slot}/{name.micro_batch}"
-
-
-def slot_reports(current: Round) -> tuple[SlotReport, ...]:
-    """What every participant has done so far."""
-    return tuple(
-        SlotReport(
-            slot=slot,
-            completed=state.finished,
-            problem=state.dropped,
-            contributions=state.contributions,
-            num_tokens=state.num_tokens,
-            bytes_received=current.received.get(slot, 0),
-            bytes_sent=current.sent.get(slot, 0),
-        )
-        for slot, state in current.windows.slots.items()
-    )

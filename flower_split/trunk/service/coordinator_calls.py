@@ -1,4 +1,4 @@
-"""The coordinator's methods of the trunk's RPC shell: rounds, status, the adapter."""
+"""The coordinator's methods of the trunk's service: rounds, status, the adapter."""
 
 from collections.abc import Iterator
 
@@ -15,8 +15,8 @@ from flower_split.protocol.convert import (
 )
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.handlers import (
+    Answering,
     Context,
-    answered,
     deadline_of,
     same_token,
     token_of,
@@ -38,7 +38,7 @@ class CoordinatorCalls:
         self._token = token
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
-        """Every method by its name."""
+        """Return every method by its name."""
         return {
             "BeginRound": unary(pb.BeginRoundRequest, self._begin_round),
             "PrepareRound": unary(pb.PrepareRoundRequest, self._prepare_round),
@@ -83,12 +83,10 @@ class CoordinatorCalls:
         return status_to_proto(self._engine.status())
 
     def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
-        def work() -> Outgoing:
+        with Answering(context, "GetAdapter"):
             self._require_coordinator(context)
-            adapter = self._engine.adapter()
-            return Outgoing(pb.Header(reply=pb.ReplyHeader()), adapter)
-
-        yield from answered(context, "GetAdapter", work).frames()
+            reply = Outgoing(pb.Header(reply=pb.ReplyHeader()), self._engine.adapter())
+        yield from reply.frames()
 
     def _require_coordinator(self, context: Context) -> None:
         if not same_token(token_of(context), self._token):

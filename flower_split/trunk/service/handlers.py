@@ -1,11 +1,12 @@
-"""What every method of the trunk's RPC shell does around its work: tokens, deadlines, statuses."""
+"""Around every call to the trunk: its deadline, its token, permits to wait, and its status."""
 
 import hmac
 import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
@@ -13,35 +14,56 @@ import grpc
 from google.protobuf.message import Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
-from flower_split.wire.channel import REFUSAL_KEY, TrunkBusy, status_of
 from flower_split.wire.frames import Incoming
+from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
 
 logger = logging.getLogger(__name__)
 
 _ANSWER_SECONDS = 0.25  # kept back from a deadline, so that the reason still reaches the client
 
-Value = TypeVar("Value")
 Request = TypeVar("Request", bound=Message)
 Context = grpc.ServicerContext
 
 
-class WaitingPlace:
-    """A place among the calls that may wait; without one the client is told to try again."""
+class WaitingPermits:
+    """Permits of the calls that may wait for others; without one, a client is told to try again.
 
-    def __init__(self, places: threading.BoundedSemaphore, count: int) -> None:
-        self._places = places
+    Args:
+        count: Of calls that may wait at once.
+    """
+
+    def __init__(self, count: int) -> None:
         self._count = count
+        self._free = threading.BoundedSemaphore(count)
 
-    def __enter__(self) -> None:
-        """Take a place.
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Hold a permit inside the block.
 
         Raises:
             TrunkBusy: All are taken.
         """
-        if not self._places.acquire(blocking=False):
+        if not self._free.acquire(blocking=False):
             raise TrunkBusy(
-                f"{self._count} calls wait at the trunk already; this one comes again later."
+                f"the trunk already has {self._count} waiting calls; the client will retry this one."
             )
+        try:
+            yield
+        finally:
+            self._free.release()
+
+
+class Answering(AbstractContextManager[None]):
+    """Turns what is raised inside its block into the call's status, here and nowhere else.
+
+    Args:
+        context: Of the call.
+        method: Its name, for the log.
+    """
+
+    def __init__(self, context: Context, method: str) -> None:
+        self._context = context
+        self._method = method
 
     def __exit__(
         self,
@@ -49,30 +71,21 @@ class WaitingPlace:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give it back."""
-        self._places.release()
-
-
-def answered(context: Context, method: str, work: Callable[[], Value]) -> Value:
-    """The result of ``work``; what it raises becomes the call's status, here and nowhere else."""
-    try:
-        return work()
-    except FlowerSplitError as error:
-        code, text, refusal = status_of(error)
-        if refusal is not None:
-            context.set_trailing_metadata(((REFUSAL_KEY, refusal.SerializeToString()),))
-        logger.debug("%s: %s, %s", method, code.name, text)
-        _abort(context, code, text)
-    except grpc.RpcError:
-        raise  # the client has gone; nobody is there to be told
-    except Exception:
-        incident = secrets.token_hex(4)
-        logger.exception("%s failed, incident %s", method, incident)
-        _abort(
-            context,
-            grpc.StatusCode.INTERNAL,
-            f"the trunk failed at {method}; its log says why under incident {incident}.",
-        )
+        """End the call with the status of ``error``, if there is one."""
+        if isinstance(error, FlowerSplitError):
+            code, text, refusal = status_of(error)
+            if refusal is not None:
+                self._context.set_trailing_metadata(((REFUSAL_KEY, refusal.SerializeToString()),))
+            logger.debug("%s: %s, %s", self._method, code.name, text)
+            _abort(self._context, code, text)
+        elif isinstance(error, Exception) and not isinstance(error, grpc.RpcError):
+            # (An RpcError: the client has gone; nobody is there to be told.)
+            incident = secrets.token_hex(4)
+            logger.error("%s failed, incident %s", self._method, incident, exc_info=error)
+            text = (
+                f"the trunk failed at {self._method}; its log says why under incident {incident}."
+            )
+            _abort(self._context, grpc.StatusCode.INTERNAL, text)
 
 
 def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
@@ -81,7 +94,7 @@ def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
 
 
 def parsed(request_type: type[Request], data: bytes) -> Request:
-    """A request of a control call.
+    """Return the request of a control call.
 
     Raises:
         CodecError: The bytes are not that message.
@@ -95,14 +108,12 @@ def parsed(request_type: type[Request], data: bytes) -> Request:
 def unary(
     request_type: type[Request], behaviour: Callable[[Request, Context], Message]
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    """The handler of a control call: its bytes parsed, its reply's serialised."""
+    """Return the handler of a control call: its bytes parsed, its reply's serialised."""
     name = request_type.DESCRIPTOR.name.removesuffix("Request")
 
     def handle(data: bytes, context: Context) -> bytes:
-        def work() -> bytes:
+        with Answering(context, name):
             return behaviour(parsed(request_type, data), context).SerializeToString()
-
-        return answered(context, name, work)
 
     return grpc.unary_unary_rpc_method_handler(handle)
 
@@ -119,7 +130,7 @@ def expect(incoming: Incoming, call: str) -> None:
 
 
 def token_of(context: Context) -> str:
-    """The bearer token of a call.
+    """Return the bearer token of a call.
 
     Raises:
         TrunkRefused: It has none.
@@ -139,7 +150,7 @@ def same_token(given: str, expected: str) -> bool:
 
 
 def deadline_of(context: Context) -> float:
-    """The call's deadline on the monotonic clock, a moment early: the answer must arrive in time.
+    """Return the call's deadline on the monotonic clock, early enough that the answer arrives.
 
     Raises:
         CodecError: The call has none.

@@ -1,4 +1,4 @@
-"""The trunk's RPC shell: tokens, limits and deadlines in front of the engine, status codes behind it.
+"""The trunk's gRPC server: it listens, and hands every call to the methods of its two callers.
 
 A call is read, checked, handed to the engine and answered; nothing is computed or remembered here
 but which token opened which session.
@@ -8,55 +8,23 @@ for the backwards that complete a window. Calls that may wait therefore get at m
 the workers; one more is turned away with UNAVAILABLE, which clients try again. So a worker is always
 free for the backward that ends the wait, and for the coordinator.
 
-Next: ``flower_split/trunk/engine/engine.py``.
+Next: ``flower_split/trunk/service/client_calls.py``, then ``flower_split/trunk/engine/engine.py``.
 """
 
-import hashlib
 import logging
-import math
-import struct
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
 
 import grpc
-import torch
-from google.protobuf.message import Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from torch import Tensor
 
-from flower_split.errors import CodecError, ConfigError
-from flower_split.proto import trunk_pb2 as pb
-from flower_split.protocol.convert import (
-    cache_from_proto,
-    cuts_from_proto,
-    grant_to_proto,
-    key_from_proto,
-)
-from flower_split.protocol.values import CallResult, ForwardMode
+from flower_split.errors import ConfigError
+from flower_split.runtime.closing import Closing
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
-from flower_split.trunk.service.handlers import (
-    Context,
-    WaitingPlace,
-    answered,
-    deadline_of,
-    expect,
-    token_of,
-    unary,
-)
-from flower_split.trunk.service.session_tokens import SessionTokens
-from flower_split.wire.buffers import Allocate, pinned, pooled
-from flower_split.wire.channel import (
-    SERVICE,
-    is_loopback,
-    read_pem,
-    server_options,
-)
-from flower_split.wire.frames import Incoming, Outgoing, Received
-from flower_split.wire.staging import to_host
+from flower_split.trunk.service.handlers import WaitingPermits
+from flower_split.wire.grpc_options import SERVICE, is_loopback, read_pem, server_options
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +32,7 @@ MAX_TENSOR_BYTES = 1 << 30
 _MIN_WORKERS = 8
 
 
-class TrunkServer:
+class TrunkServer(Closing):
     """Serves an engine until it is stopped; the engine stays the caller's to close.
 
     Args:
@@ -117,15 +85,15 @@ class TrunkServer:
             options=server_options(),
             interceptors=list(interceptors),
         )
-        shell = _Shell(engine, max_workers * 3 // 4, max_tensor_bytes)
-        handlers = shell.handlers() | CoordinatorCalls(engine, coordinator_token).handlers()
+        clients = ClientCalls(engine, WaitingPermits(max_workers * 3 // 4), max_tensor_bytes)
+        handlers = clients.handlers() | CoordinatorCalls(engine, coordinator_token).handlers()
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     def start(self) -> int:
-        """Listen and serve; returns the port.
+        """Listen and serve; return the port.
 
         Raises:
             ConfigError: The address cannot be bound.
@@ -154,159 +122,6 @@ class TrunkServer:
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
 
-    def __enter__(self) -> Self:
-        """Serve within a ``with`` block; call :meth:`start` for the port."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """Stop without grace."""
         self.stop(0.0)
-
-
-class _Shell:
-    """The clients' methods over one engine."""
-
-    def __init__(self, engine: TrunkEngine, max_waiting: int, max_tensor_bytes: int) -> None:
-        self._engine = engine
-        self._max_tensor_bytes = max_tensor_bytes
-        self._waiting = threading.BoundedSemaphore(max_waiting)
-        self._max_waiting = max_waiting
-        self._tokens = SessionTokens(lambda: engine.epoch)
-
-    def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
-        """Every method by its name; tensors pass as the bytes they are."""
-        return {
-            "OpenSession": unary(pb.OpenSessionRequest, self._open_session),
-            "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version),
-            "CloseSession": unary(pb.CloseSessionRequest, self._close_session),
-            "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
-            "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
-        }
-
-    # ------------------------------------------------------------------ clients
-
-    def _open_session(self, request: pb.OpenSessionRequest, context: Context) -> Message:
-        token = token_of(context)
-        grant = self._engine.open_session(
-            token,
-            dict(request.fingerprint),
-            request.planned_steps,
-            request.evaluate,
-            cuts_from_proto(request),
-        )
-        self._tokens.remember(grant.session, token)
-        return grant_to_proto(grant, self._max_tensor_bytes)
-
-    def _wait_version(self, request: pb.WaitVersionRequest, context: Context) -> Message:
-        self._tokens.check(context, request.session, request.trunk_epoch)
-        with WaitingPlace(self._waiting, self._max_waiting):
-            version = self._engine.wait_version(
-                request.session, request.trunk_epoch, request.version, deadline_of(context)
-            )
-        return pb.WaitVersionReply(version=version)
-
-    def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
-        self._tokens.check(context, request.session, request.trunk_epoch)
-        self._engine.close_session(request.session, request.trunk_epoch)
-        return pb.CloseSessionReply()
-
-    def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        def work() -> Outgoing:
-            deadline = deadline_of(context)
-            incoming = Incoming(requests)
-            call = incoming.header.forward
-            expect(incoming, "forward")
-            self._tokens.check(context, call.session, call.trunk_epoch)
-            try:
-                mode = ForwardMode(call.mode)
-            except ValueError:
-                raise CodecError(f"the forward has the unknown mode number {call.mode}.") from None
-            key = key_from_proto(call.key) if call.HasField("key") else None
-            if key is None and mode is not ForwardMode.EVALUATE:
-                raise CodecError(f"a forward in mode {mode.name} must carry a contribution key.")
-            cached = call.HasField("cache")
-            received = self._receive(incoming, digest=cached or mode is not ForwardMode.EVALUATE)
-            tensors = received.tensors
-            rows = tensors.pop("cache_rows", None)
-            mask = tensors.get("attention_mask")
-            if mask is not None and mask.dtype == torch.bool and mask.ndim == 2:
-                tensors["attention_mask"] = mask.to(torch.int64)  # as tokenizers give it
-            result = self._engine.forward(
-                call.session,
-                call.trunk_epoch,
-                key,
-                call.version,
-                mode,
-                tensors,
-                received.digest,
-                deadline,
-                call.acknowledged,
-                call.use_cache if call.HasField("use_cache") else None,
-                cache_from_proto(call.cache, rows) if cached else None,
-                list(call.released_caches),
-            )
-            return self._reply("trunk_output", result, call.session, received)
-
-        def waiting() -> Outgoing:
-            with WaitingPlace(self._waiting, self._max_waiting):
-                return work()
-
-        yield from answered(context, "Forward", waiting).frames()
-
-    def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        def work() -> Outgoing:
-            deadline = deadline_of(context)
-            incoming = Incoming(requests)
-            call = incoming.header.backward
-            expect(incoming, "backward")
-            self._tokens.check(context, call.session, call.trunk_epoch)
-            received = self._receive(incoming, digest=True)
-            grad = received.tensors.get("trunk_output_grad")
-            if grad is None:
-                raise CodecError("a backward must carry the tensor 'trunk_output_grad'.")
-            for name, value in (
-                ("num_tokens", call.num_tokens),
-                ("loss_denominator", call.loss_denominator),
-            ):
-                if not (math.isfinite(value) and value >= 0):
-                    raise CodecError(f"{name} must be finite and not negative; it is {value}.")
-            counts = struct.pack("<dd?", call.num_tokens, call.loss_denominator, call.last)
-            result = self._engine.backward(
-                call.session,
-                call.trunk_epoch,
-                key_from_proto(call.key),
-                call.version,
-                grad,
-                call.num_tokens,
-                call.loss_denominator,
-                call.last,
-                hashlib.sha256(received.digest + counts).digest(),
-                deadline,
-            )
-            return self._reply("smashed_grad", result, call.session, received)
-
-        yield from answered(context, "Backward", work).frames()
-
-    # ------------------------------------------------------------------ pieces
-
-    def _receive(self, incoming: Incoming, *, digest: bool) -> Received:
-        allocate: Allocate = (
-            pinned if torch.cuda.is_initialized() else pooled  # type: ignore[no-untyped-call]
-        )
-        return incoming.receive(self._max_tensor_bytes, allocate=allocate, digest=digest)
-
-    def _reply(self, name: str, result: CallResult, session: str, received: Received) -> Outgoing:
-        header = pb.ReplyHeader(
-            version=result.version,
-            compute_seconds=result.compute_seconds,
-            queue_seconds=result.queue_seconds,
-        )
-        tensor: Tensor = to_host(result.tensor)
-        reply = Outgoing(pb.Header(reply=header), {name: tensor})
-        self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
-        return reply

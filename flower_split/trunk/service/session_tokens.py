@@ -1,8 +1,7 @@
-"""Which token opened which session."""
+"""The token that opened each session, so that nobody else uses it."""
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.trunk.service.handlers import Context, same_token, token_of
@@ -11,32 +10,33 @@ _MAX_SESSIONS = 4096  # whose tokens are remembered; those of the latest rounds
 
 
 class SessionTokens:
-    """The tokens of the latest sessions. Thread-safe.
+    """The tokens of the latest sessions. Thread-safe: a lock of its own, taken last."""
 
-    Args:
-        epoch: Of this trunk process.
-    """
-
-    def __init__(self, epoch: Callable[[], int]) -> None:
-        self._epoch = epoch
+    def __init__(self) -> None:
         self._tokens: OrderedDict[str, str] = OrderedDict()  # by session, oldest first
         self._lock = threading.Lock()
 
     def remember(self, session: str, token: str) -> None:
-        """``token`` opened ``session``."""
+        """Note that ``token`` opened ``session``."""
         with self._lock:
             self._tokens[session] = token
             self._tokens.move_to_end(session)
             while len(self._tokens) > _MAX_SESSIONS:
                 self._tokens.popitem(last=False)
 
-    def check(self, context: Context, session: str, epoch: int) -> None:
+    def check(self, context: Context, session: str, epoch: int, trunk_epoch: int) -> None:
         """Refuse a call whose session was not opened in this process with the call's own token.
+
+        Args:
+            context: Of the call.
+            session: That it names.
+            epoch: That it names.
+            trunk_epoch: Of this process.
 
         Raises:
             TrunkRefused: WRONG_EPOCH, UNKNOWN_SESSION or UNAUTHENTICATED.
         """
-        if epoch != self._epoch():
+        if epoch != trunk_epoch:
             raise TrunkRefused(
                 RefusalReason.WRONG_EPOCH,
                 "the trunk has restarted since this session opened; what the session had "

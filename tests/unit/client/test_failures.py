@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from flower_split.errors import RoundAborted, TrunkError, TrunkUnavailable
-from flower_split.protocol.values import CallResult
-from flower_split.wire.channel import TrunkBusy
+from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
+from flower_split.wire.grpc_status import TrunkBusy
 from tests.support.loopback import (
     HIDDEN,
     FakeEngine,
@@ -63,11 +63,10 @@ def test_slow_engine_ends_in_a_deadline_error_on_both_sides() -> None:
     deadlines: list[float] = []
 
     class Slow(FakeEngine):
-        def forward(self, *arguments: object) -> CallResult:
-            self._note("forward", *arguments)
-            deadline = float(str(arguments[7]))
-            deadlines.append(deadline - time.monotonic())
-            self.wait(deadline)
+        def forward(self, call: ForwardCall) -> CallResult:
+            self._note("forward", call)
+            deadlines.append(call.deadline - time.monotonic())
+            self.wait(call.deadline)
             raise TrunkUnavailable("waiting for version 11 of the weights")
 
     engine = Slow()
@@ -102,11 +101,11 @@ def test_retry_repeats_the_same_key_and_digest(error: TrunkError) -> None:
     assert fired == ["forward"] * 2 + ["backward"] * 2
     assert random.getstate() == state[0] and torch.equal(torch.get_rng_state(), state[1])
     assert torch.equal(hidden.grad, torch.full_like(hidden, 2.0))
-    for method, key_at, digest_at in (("forward", 2, 6), ("backward", 2, 8)):
-        attempts = [arguments for name, arguments in engine.calls if name == method]
+    for method in ("forward", "backward"):
+        attempts = [call for name, (call, *_) in engine.calls if name == method]
         assert len(attempts) == 3
-        assert len({arguments[key_at] for arguments in attempts}) == 1
-        assert len({arguments[digest_at] for arguments in attempts}) == 1
+        assert len({call.key for call in attempts}) == 1
+        assert len({call.digest for call in attempts}) == 1
 
 
 def test_refusals_and_aborts_are_not_retried() -> None:
@@ -135,8 +134,8 @@ def test_retried_backward_of_the_real_engine_counts_once() -> None:
         def __getattr__(self, name: str) -> object:
             return getattr(self.inner, name)
 
-        def backward(self, *arguments: object) -> CallResult:
-            result = self.inner.backward(*arguments)
+        def backward(self, call: BackwardCall) -> CallResult:
+            result = self.inner.backward(call)
             if not lost:
                 lost.append("backward")
                 raise TrunkBusy("the reply is lost")

@@ -68,7 +68,7 @@ def test_gpu_backwards_of_several_micro_batches_are_at_the_trunk_at_once() -> No
 
     def on_call(method: str, number: int) -> None:
         def keys() -> set[object]:
-            return {arguments[2] for name, arguments in engine.calls if name == "backward"}
+            return {call.key for name, (call, *_) in engine.calls if name == "backward"}
 
         if method == "backward":
             with changed:

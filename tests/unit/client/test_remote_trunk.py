@@ -200,8 +200,8 @@ def test_remote_no_grad_within_a_training_session_evaluates() -> None:
         trunk.open(1)
         with torch.no_grad():
             trunk(torch.ones(1, 2, HIDDEN))
-    ((_, _, key, _, mode, *_),) = [args for name, args in engine.calls if name == "forward"]
-    assert key is None and mode is ForwardMode.EVALUATE
+    ((call,),) = [args for name, args in engine.calls if name == "forward"]
+    assert call.key is None and call.mode is ForwardMode.EVALUATE
 
 
 def test_remote_forward_only_returns_an_output_without_grad() -> None:
@@ -215,9 +215,9 @@ def test_remote_forward_only_returns_an_output_without_grad() -> None:
         client.top(output).sum().backward()
     assert client.bottom.weight.grad is None and client.top.weight.grad is not None
     assert engine.count("backward") == 0
-    ((_, _, key, version, mode, *_),) = [args for name, args in engine.calls if name == "forward"]
-    assert mode is ForwardMode.NO_GRAD and (key.window, key.micro_batch) == (2, 1)
-    assert version == 10 + 2
+    ((call,),) = [args for name, args in engine.calls if name == "forward"]
+    assert call.mode is ForwardMode.NO_GRAD and (call.key.window, call.key.micro_batch) == (2, 1)
+    assert call.version == 10 + 2
 
 
 def test_remote_calls_carry_key_version_counts_and_content() -> None:
@@ -234,17 +234,20 @@ def test_remote_calls_carry_key_version_counts_and_content() -> None:
     assert torch.equal(hidden.grad, torch.full_like(hidden, 6.0))
     calls = dict(engine.calls)
     assert calls["open_session"] == ("token-0", {"model": "tiny", "protocol": "1"}, 3, False, None)
-    session, epoch, key, version, mode, tensors, digest, *_ = calls["forward"]
-    assert (session, epoch, version, mode) == ("session-of-token-0", 7, 11, ForwardMode.TRAIN)
+    (forward,), (backward,) = calls["forward"], calls["backward"]
+    assert (forward.session, forward.epoch) == ("session-of-token-0", 7)
+    assert (forward.version, forward.mode) == (11, ForwardMode.TRAIN)
+    key = forward.key
     assert (key.experiment, key.server_round, key.attempt) == ("e", 1, 0)
     assert (key.window, key.micro_batch) == (1, 2)
-    assert_identical(tensors["attention_mask"], mask)
-    assert_identical(tensors["position_ids"], torch.tensor([[4, 5, 6]]))
-    assert len(digest) == 32
-    session, epoch, key, version, grad, tokens, denominator, last, digest, _ = calls["backward"]
-    assert (key.window, key.micro_batch, version) == (1, 2, 10)  # the version of the reply
-    assert (tokens, denominator, last) == (5.0, 8.0, False)
-    assert_identical(grad, torch.full((2, 3, HIDDEN), 3.0))
+    assert_identical(forward.tensors["attention_mask"], mask)
+    assert_identical(forward.tensors["position_ids"], torch.tensor([[4, 5, 6]]))
+    assert len(forward.digest) == 32
+    assert (backward.session, backward.epoch, backward.key) == ("session-of-token-0", 7, key)
+    assert backward.version == 10  # that of the reply
+    counts = (backward.num_tokens, backward.loss_denominator, backward.last)
+    assert counts == (5.0, 8.0, False)
+    assert_identical(backward.grad, torch.full((2, 3, HIDDEN), 3.0))
     assert (stats.calls, stats.trunk_compute_seconds, stats.trunk_queue_seconds) == (2, 0.5, 1.0)
     received = sum(entry[1] for entry in engine.bytes)
     sent = sum(entry[2] for entry in engine.bytes)
@@ -262,8 +265,8 @@ def test_remote_bfloat16_on_the_wire_converts_there_and_back() -> None:
             output = trunk(hidden)
         (output * (1 + 2**-12)).sum().backward()
     calls = dict(engine.calls)
-    assert calls["forward"][5]["hidden_states"].dtype == torch.bfloat16
-    assert calls["backward"][4].dtype == torch.bfloat16
+    assert calls["forward"][0].tensors["hidden_states"].dtype == torch.bfloat16
+    assert calls["backward"][0].grad.dtype == torch.bfloat16
     assert output.dtype == torch.float32 and torch.equal(output, torch.full_like(output, 2.0))
     assert hidden.grad.dtype == torch.float32
     assert torch.equal(hidden.grad, torch.full_like(hidden, 2.0))  # 1 + 2^-12 rounds to 1 in bf16
@@ -276,7 +279,7 @@ def test_remote_native_bfloat16_travels_as_its_raw_bits() -> None:
         hidden = torch.randn(1, 2, HIDDEN).bfloat16()
         with torch.no_grad():
             output = trunk(hidden)
-    assert_identical(dict(engine.calls)["forward"][5]["hidden_states"], hidden)
+    assert_identical(dict(engine.calls)["forward"][0].tensors["hidden_states"], hidden)
     assert_identical(output, 2 * hidden)
 
 

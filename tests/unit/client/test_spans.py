@@ -71,7 +71,7 @@ def test_clients_of_three_cuts_over_grpc_match_the_unsplit_model_bitwise(family:
                 loss = client(**padded_batch()).loss
             loss.backward()
             assert torch.equal(loss, expected_loss)
-            passed = {n: g for n, g in engine._compute.gradients.items() if g is not None}
+            passed = {n: g for n, g in engine.compute.gradients.items() if g is not None}
             own = {n: p.grad.clone() for n, p in client.named_parameters() if p.grad is not None}
             found[slot] = (own, passed)
         for wire in wires:

@@ -128,7 +128,7 @@ def test_generate_over_a_trunk_server_says_the_same(
             assert main(["generate", str(run), *flags, *remote]) == 1  # other weights
             assert "does not hold the trunk weights" in capsys.readouterr().err
             load_adapter_state(
-                trunk.engine._compute.trunk, RunDirectory.open(run).read_adapter("trunk")
+                trunk.engine.compute.trunk, RunDirectory.open(run).read_adapter("trunk")
             )
             over_grpc = said(capsys, str(run), *flags, *remote)
             assert trunk.engine.cache_bytes() == 0

@@ -111,7 +111,7 @@ def test_round_begins_reports_commits_and_gives_its_weights() -> None:
     assert (slot.num_tokens, slot.bytes_received) == (2.0, sent)
     assert (status.epoch, status.version, status.phase) == (engine.epoch, 1, "idle")
     assert status.fingerprint == FINGERPRINT
-    expected = engine._compute.adapter()
+    expected = engine.compute.adapter()
     assert list(adapter) == sorted(expected)
     assert all(torch.equal(adapter[name], expected[name]) for name in expected)
 

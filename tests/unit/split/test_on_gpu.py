@@ -295,7 +295,7 @@ def test_gpu_federated_step_with_the_trunk_over_two_gpus_equals_one_central_step
     config = replace(plain, trunk=replace(plain.trunk, device_map="balanced"))
     batches = {0: make_batch(1, [3], seed=0), 1: make_batch(4, [12, 12, 2, 7], seed=2)}
     with federation(config) as run:
-        places = {p.device for p in run.engine._compute.trunk.parameters()}
+        places = {p.device for p in run.engine.compute.trunk.parameters()}
         assert places == {torch.device("cuda", 0), torch.device("cuda", 1)}
         start = perturbed(run.engine.adapter(), 1)
         run.load_trunk(start)

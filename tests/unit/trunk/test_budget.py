@@ -57,7 +57,7 @@ def test_forward_over_the_budget_is_refused_before_it_is_computed():
     client = ToyClient(engine, 0)
     client.forward(INPUT, 0, 0)
     calls = []
-    engine._compute.forward_train = lambda *args, **kwargs: calls.append(args)
+    engine.compute.forward_train = lambda *args, **kwargs: calls.append(args)
     with pytest.raises(TrunkRefused, match="slot 0 keeps|the trunk keeps"):
         client.forward(INPUT, 0, 1, digest=b"1")
     assert not calls
@@ -141,7 +141,7 @@ def test_acknowledged_replies_of_a_long_window_are_released():
         digest = str(index).encode()
         client.forward(INPUT, 0, index, digest=digest, acknowledged=index)
         client.backward(INPUT, 0, index, last=index == 49, digest=digest)
-        assert len(engine._keeper.round.ledger._entries) <= 2
+        assert engine.inspect().num_replies <= 2
     engine.close()
 
 
@@ -195,7 +195,7 @@ def test_lease_of_a_silent_client_ends_and_the_others_go_on(step_every):
         digest = str(index).encode()
         version = busy.forward(INPUT, 0, index, digest=digest, timeout=1e9).version
         busy.backward(INPUT, 0, index, last=False, version=version, digest=digest)
-    engine._worker.do(lambda: engine._keeper.expire(engine._keeper.round))
+    engine.expire()
     slots = {slot.slot: slot for slot in engine.status().slots}
     assert slots[0].problem == "it was silent for 30 s, so its lease ended"
     assert not slots[1].problem  # it has called all along

@@ -275,12 +275,9 @@ def test_silent_dispatch_loses_its_lease() -> None:
     silent = ToyClient(engine, 1)
     silent.forward(hidden(1), timeout=1e9)
     clock.now += 31.0
-    engine._worker.do(lambda: engine._keeper.expire(engine._keeper.round))
+    engine.expire()
     with pytest.raises(RoundAborted, match="lease ended"):
-        silent.engine.backward(
-            silent.grant.session, silent.grant.epoch, silent.key(0), 0, hidden(2), 1.0, 1.0, True,
-            b"b", clock.now + 50.0,
-        )  # fmt: skip
+        silent.backward(hidden(2), version=0)
     engine.close()
 
 
@@ -296,7 +293,7 @@ def test_abort_goes_back_and_recalls_everybody(engine: TrunkEngine) -> None:
     assert torch.equal(weight_of(engine), before)
     with pytest.raises(RoundAborted, match="could not write"):
         two.forward(hidden(2))
-    assert engine._keeper.flights.versions.held == []
+    assert engine.inspect().weight_versions.held == []
 
 
 def test_evaluation_between_buffers_leaves_those_at_work_alone(engine: TrunkEngine) -> None:
@@ -319,7 +316,7 @@ def test_evaluation_between_buffers_leaves_those_at_work_alone(engine: TrunkEngi
 
 
 def test_weights_of_versions_nobody_works_on_are_freed(engine: TrunkEngine) -> None:
-    coordinator, versions = Coordinator(engine), engine._keeper.flights.versions
+    coordinator, versions = Coordinator(engine), engine.inspect().weight_versions
     coordinator.send((1, 0), (2, 1))
     slow, fast = ToyClient(engine, 1), ToyClient(engine, 2)
     work(fast, 5)
@@ -415,5 +412,5 @@ def test_frozen_trunk_serves_dispatches_without_a_step() -> None:
     client.close()
     report = coordinator.close((1, 0.5))
     assert report.optimizer_steps == 0
-    assert torch.equal(ToyTrunk().weight.detach(), engine._compute.trunk.weight)
+    assert torch.equal(ToyTrunk().weight.detach(), engine.compute.trunk.weight)
     engine.close()

@@ -169,7 +169,7 @@ def test_repeated_key_with_other_content_is_refused(engine):
 def test_backward_after_the_weights_moved_is_refused(name, kind):
     """Fused steps do not raise autograd's own version counter: the guard must not depend on it."""
     engine = make_engine(mode="joint")
-    compute = engine._compute
+    compute = engine.compute
     engine.begin_round(make_plan((0,), step_every=StepEvery.SERVER_ROUND))
     options = {} if kind == "plain" else {kind: True}
     compute._optimizer = getattr(torch.optim, name)(compute.parameters, lr=0.1, **options)
@@ -450,7 +450,7 @@ def test_recompute_past_the_budget_gives_the_same_bits_with_dropout():
         engine.begin_round(make_plan((0,)))
         client = ToyClient(engine, 0)
         client.forward(batch(0))
-        kept = engine._keeper.activations.get((0, 0, 0))
+        kept = engine.inspect().activations.get((0, 0, 0))
         assert (kept.output is None) == (budget < 2**20)
         client.backward(batch(100))
         digests.append(engine.prepare_round("test", 1, 0, time.monotonic() + 5).digest)
@@ -465,7 +465,7 @@ def test_flood_of_forwards_is_refused_at_the_budget_and_freed_when_the_client_go
     with refusal(RefusalReason.OVER_BUDGET):
         for index in range(5):
             flood.forward(batch(0), 0, index, digest=bytes([index]))
-    assert engine._keeper.activations.num_bytes <= engine._keeper.activations.budget
+    assert engine.inspect().activations.num_bytes <= engine.inspect().activations.budget
     flood.close()
     contribute(honest, 1)
     assert engine.prepare_round("test", 1, 0, time.monotonic() + 5).optimizer_steps == 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.protocol.values import CallResult, ForwardMode
+from flower_split.protocol.values import CallResult, ForwardCall, ForwardMode
 from flower_split.split import TrunkModel, split_model
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.trunk.compute.compute import TrunkCompute
@@ -49,18 +49,18 @@ class Direct:
         released: tuple[int, ...] = (),
     ) -> CallResult:
         return self.engine.forward(
-            self.grant.session,
-            self.grant.epoch,
-            None,
-            0,
-            mode,
-            {"hidden_states": hidden},
-            digest,
-            time.monotonic() + 60,
-            0,
-            True,
-            CacheStep(cache, step, past_length, rows),
-            released,
+            ForwardCall(
+                session=self.grant.session,
+                epoch=self.grant.epoch,
+                version=0,
+                mode=mode,
+                tensors={"hidden_states": hidden},
+                digest=digest,
+                deadline=time.monotonic() + 60,
+                use_cache=True,
+                cache=CacheStep(cache, step, past_length, rows),
+                released=released,
+            )
         )
 
     def at_once(self, hidden: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ def test_cached_call_in_training_is_refused(direct: Direct) -> None:
 def test_cache_after_a_step_of_the_weights_is_refused(direct: Direct) -> None:
     whole = hidden(2, 6, seed=1)
     direct.call(whole[:, :4], 0, 0)
-    direct.engine._compute.version += 1
+    direct.engine.compute.version += 1
     assert refusal(direct, whole[:, 4:], 1, 4) is RefusalReason.STALE_VERSION
 
 

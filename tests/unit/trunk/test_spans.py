@@ -10,7 +10,13 @@ from flower_split.aggregation.rules.parse import parse_rules
 from flower_split.config import LoraPartConfig, OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.lora import attach_lora
-from flower_split.protocol.values import ContributionKey, ForwardMode, RoundBase
+from flower_split.protocol.values import (
+    BackwardCall,
+    ContributionKey,
+    ForwardCall,
+    ForwardMode,
+    RoundBase,
+)
 from flower_split.split import CutLayers, TrunkModel, split_model
 from flower_split.split.structure.stand_in import hidden_states_of
 from flower_split.trunk.compute.compute import TrunkCompute
@@ -77,28 +83,32 @@ class Caller:
 
     def forward(self, window: int = 0) -> Tensor:
         return self.engine.forward(
-            self.grant.session,
-            self.grant.epoch,
-            self.key(window),
-            self.grant.version + window,
-            ForwardMode.TRAIN,
-            {"hidden_states": self.hidden},
-            b"forward",
-            far(),
+            ForwardCall(
+                session=self.grant.session,
+                epoch=self.grant.epoch,
+                key=self.key(window),
+                version=self.grant.version + window,
+                mode=ForwardMode.TRAIN,
+                tensors={"hidden_states": self.hidden},
+                digest=b"forward",
+                deadline=far(),
+            )
         ).tensor
 
     def backward(self, window: int = 0) -> Tensor:
         return self.engine.backward(
-            self.grant.session,
-            self.grant.epoch,
-            self.key(window),
-            self.grant.version + window,
-            self.grad,
-            TOKENS[self.slot],
-            TOKENS[self.slot],
-            True,
-            b"backward",
-            far(),
+            BackwardCall(
+                session=self.grant.session,
+                epoch=self.grant.epoch,
+                key=self.key(window),
+                version=self.grant.version + window,
+                grad=self.grad,
+                num_tokens=TOKENS[self.slot],
+                loss_denominator=TOKENS[self.slot],
+                last=True,
+                digest=b"backward",
+                deadline=far(),
+            )
         ).tensor
 
 

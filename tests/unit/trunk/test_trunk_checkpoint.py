@@ -106,12 +106,12 @@ def test_restart_without_the_optimizers_state_would_differ(tmp_path, expected):
     run = Run(tmp_path / "run")
     run.round(1)
     run.start()
-    load = run.engine._compute.load_state_tensors
+    load = run.engine.compute.load_state_tensors
 
     def parameters_only(tensors, version):
         load({n: t for n, t in tensors.items() if n.startswith("parameter/")}, version)
 
-    run.engine._compute.load_state_tensors = parameters_only
+    run.engine.compute.load_state_tensors = parameters_only
     for server_round in range(2, ROUNDS + 1):
         run.round(server_round)
     assert not torch.equal(run.weight(), expected)

@@ -28,8 +28,8 @@ from flower_split.errors import (
 )
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.service.server import TrunkServer
-from flower_split.wire.channel import SERVICE, bearer, open_channel
 from flower_split.wire.frames import Outgoing
+from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from tests.support.loopback import (
     COORDINATOR_TOKEN,
     FINGERPRINT,

@@ -4,6 +4,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from flower_split.errors import TrunkUnavailable
 from tests.support.toy_trunk import ToyClient, make_engine, make_plan
@@ -37,15 +38,26 @@ def test_wait_for_the_other_clients_is_reported_as_queue_seconds():
     engine.close()
 
 
-def test_prepare_past_its_deadline_says_so_and_its_retry_succeeds():
+def test_prepare_past_its_deadline_says_so_and_its_retry_succeeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine = make_engine()
     engine.begin_round(make_plan((0,)))
     contribute(ToyClient(engine, 0), 0)
-    free = threading.Event()
-    busy = engine._worker.submit(free.wait, 20)
+    taken, free, adapter = threading.Event(), threading.Event(), engine.compute.adapter
+
+    def slow() -> dict[str, torch.Tensor]:
+        taken.set()
+        assert free.wait(20)
+        return adapter()
+
+    monkeypatch.setattr(engine.compute, "adapter", slow)
+    busy = threading.Thread(target=engine.adapter)  # keeps the compute thread
+    busy.start()
+    assert taken.wait(20)
     with pytest.raises(TrunkUnavailable, match="waiting for the trunk's compute thread"):
         engine.prepare_round("test", 1, 0, time.monotonic() + 0.05)
     free.set()
-    assert busy.result(timeout=20)
+    busy.join(timeout=20)
     assert engine.prepare_round("test", 1, 0, time.monotonic() + 20).optimizer_steps == 1
     engine.close()

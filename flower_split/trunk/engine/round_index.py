@@ -1,0 +1,200 @@
+"""The trunk's round and dispatches, the lock that guards them, and which one a call is of.
+
+Lock discipline, for the whole engine:
+
+- ``changed`` is the one lock. It guards rounds with all they hold (windows, ledgers, sessions,
+  activations), dispatches, and this index. It is re-entrant, and notified at every transition.
+- Weights, optimizer, gradients and key-value caches belong to the compute thread. It takes
+  ``changed`` inside what it runs; nobody waits for it while holding ``changed``.
+- A thread that holds ``changed`` takes no other lock, and lets go of it while it waits.
+"""
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.trunk.compute.activations import ActivationCache
+from flower_split.trunk.compute.weight_versions import Versions
+from flower_split.trunk.engine.dispatches import Dispatches
+from flower_split.trunk.engine.round_state import Round, Session, hashed
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the engine keeps, to look at."""
+
+    deadline: float  # when the open window expires, on the engine's clock
+    num_replies: int  # that the ledger keeps
+    activations: ActivationCache | None  # of the round begun last; None: none was
+    weight_versions: Versions  # copies for dispatches
+
+
+class RoundIndex:
+    """The open round and the dispatches at work. ``changed`` is held around every method.
+
+    Args:
+        dispatches: The clients at work in asynchronous rounds.
+        epoch: Of this process.
+        clock: Monotonic seconds.
+
+    Attributes:
+        changed: The engine's lock; see the module's docstring.
+        round: The round begun last; None: none was.
+    """
+
+    def __init__(self, dispatches: Dispatches, epoch: int, clock: Callable[[], float]) -> None:
+        self.changed = threading.Condition()
+        self.dispatches = dispatches
+        self.epoch = epoch
+        self.clock = clock
+        self.round: Round | None = None
+
+    def replace(self, current: Round) -> None:
+        """Make ``current`` the trunk's round; calls of the former one are refused from now on."""
+        if self.round is not None:
+            self.round.retired = True
+        self.round = current
+        self.changed.notify_all()
+
+    def open_round(self) -> Round:
+        """Return the round that is open for calls.
+
+        Raises:
+            TrunkRefused: There is none (NO_ROUND).
+            RoundAborted: It was given up.
+        """
+        current = self.round
+        if current is None or current.committed:
+            raise TrunkRefused(
+                RefusalReason.NO_ROUND,
+                "no round is open on the trunk: the coordinator has not begun one, or it is over.",
+            )
+        current.require_open()
+        return current
+
+    def named_round(self, experiment: str, server_round: int, attempt: int) -> Round:
+        """Return the round that the coordinator names, which must be the last begun.
+
+        Raises:
+            TrunkRefused: It is another one (WRONG_ATTEMPT).
+        """
+        current = self.round
+        if current is None or (
+            current.plan.experiment,
+            current.plan.server_round,
+            current.plan.attempt,
+        ) != (experiment, server_round, attempt):
+            raise TrunkRefused(
+                RefusalReason.WRONG_ATTEMPT,
+                f"round {server_round} (attempt {attempt}) of experiment {experiment} is not the open "
+                f"one; {current or 'none'} is.",
+            )
+        return current
+
+    def member(self, session: str, epoch: int) -> tuple[Round, Session]:
+        """Return the open round and the client that ``session`` belongs to, and note its call.
+
+        Raises:
+            TrunkRefused: WRONG_EPOCH, NO_ROUND or UNKNOWN_SESSION.
+            RoundAborted: The round was given up.
+        """
+        if epoch != self.epoch:
+            raise TrunkRefused(
+                RefusalReason.WRONG_EPOCH,
+                "the trunk process has restarted since this session opened; the round begins again.",
+            )
+        current: Round = self.dispatches.by_session(session) or self.open_round()
+        current.require_open()
+        member = current.sessions.get(session)
+        if member is None:
+            raise TrunkRefused(
+                RefusalReason.UNKNOWN_SESSION, f"no such session in {current}; open one first."
+            )
+        self.touch(current, member.slot)
+        return current, member
+
+    def touch(self, current: Round, slot: int) -> None:
+        """Note a call of ``slot``; a dispatch's call keeps its asynchronous round alive, too."""
+        now = self.clock()
+        current.touch(slot, now)
+        if self.round is not None:
+            self.round.last_activity = now
+
+    def of_token(self, token: str) -> Round:
+        """Return what a token opens a session of: its dispatch, or else the open round.
+
+        Raises:
+            TrunkRefused: There is none (NO_ROUND).
+            RoundAborted: It was given up.
+        """
+        current: Round = self.dispatches.by_token(hashed(token)) or self.open_round()
+        current.require_open()
+        return current
+
+    def of_session(self, session: str) -> Round | None:
+        """Return what a session belongs to, open or not; None: nothing that is still there."""
+        current = self.dispatches.by_session(session) or self.round
+        return current if current is not None and session in current.sessions else None
+
+    def is_open(self, session: str) -> bool:
+        """Return whether ``session`` is of the trunk's round and may still make calls."""
+        current = self.round
+        return (
+            current is not None
+            and not current.over
+            and session in current.sessions
+            and session not in current.closed
+        )
+
+    @property
+    def deadline(self) -> float:
+        """When something ends next in the open round; infinite where nothing is awaited."""
+        current = self.round
+        return math.inf if current is None or current.over else current.windows.deadline
+
+    def has_silent(self) -> bool:
+        """Return whether the lease of a client at work has ended."""
+        current = self.round
+        return current is not None and bool(
+            current.silent(self.clock()) or self.dispatches.silent()
+        )
+
+    def inspect(self) -> Inspection:
+        """Return what is kept for the round begun last, and for dispatches."""
+        current = self.round
+        return Inspection(
+            self.deadline,
+            0 if current is None else len(current.ledger),
+            None if current is None else current.activations,
+            self.dispatches.versions,
+        )
+
+    def wait(
+        self,
+        current: Round,
+        reached: Callable[[], bool],
+        deadline: float,
+        what: Callable[[], str],
+    ) -> None:
+        """Wait until ``reached``; the lock is free meanwhile.
+
+        Args:
+            current: The call's round.
+            reached: Asked after every change, and once a second.
+            deadline: When to give up.
+            what: Says what is waited for.
+
+        Raises:
+            RoundAborted: The round was given up.
+            TrunkUnavailable: The deadline passed first.
+        """
+        while True:
+            current.require_open()
+            if reached():
+                return
+            left = deadline - self.clock()
+            if left <= 0:
+                raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
+            self.changed.wait(min(left, 1.0))

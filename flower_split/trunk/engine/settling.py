@@ -1,0 +1,89 @@
+"""What follows from a change in a round: optimizer steps, clients dropped, deadlines, roll-back.
+
+Only the compute thread calls these methods. Each holds the engine's lock while it decides and while
+it steps, so that nobody sees a window that is complete and not yet stepped.
+"""
+
+import logging
+
+from flower_split.protocol.step_every import StepEvery
+from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.engine.round_index import RoundIndex
+from flower_split.trunk.engine.round_state import Round
+from flower_split.trunk.engine.windows import Phase
+
+logger = logging.getLogger(__name__)
+
+
+class Settling:
+    """Steps with complete windows and rolls back aborted rounds.
+
+    Args:
+        index: Of the open round, with the engine's lock.
+        compute: The trunk module and its optimizer.
+        reduction: How the clients' gradients of a window become one.
+    """
+
+    def __init__(self, index: RoundIndex, compute: TrunkCompute, reduction: Reduction) -> None:
+        self._index = index
+        self._compute = compute
+        self._reduction = reduction
+
+    def settle(self, current: Round) -> None:
+        """Step with every complete window, or roll back an aborted round."""
+        with self._index.changed:
+            if current is not self._index.round:
+                return
+            try:
+                while not current.over and self._step_if_complete(current):
+                    pass
+            except Exception as error:
+                logger.exception("the optimizer step failed in %s", current)
+                current.windows.abort(f"the trunk's optimizer step failed: {error}")
+            if current.windows.phase is Phase.ABORTED and not current.rolled_back:
+                current.rolled_back = True
+                self._compute.restore(current.before)
+                current.forget_work()
+                level = logging.INFO if current.plan.evaluate else logging.WARNING
+                logger.log(level, "%s aborted: %s", current, current.windows.problem)
+            self._index.changed.notify_all()
+
+    def drop(self, current: Round, slot: int, why: str) -> None:
+        """Go on without a client that left before it finished, or abort, by the quorum."""
+        with self._index.changed:
+            if current.retired or current.over:
+                return
+            current.drop(slot, why, self._index.clock())
+        self.settle(current)
+
+    def expire(self) -> None:
+        """Act on deadlines and leases that have ended."""
+        with self._index.changed:
+            now = self._index.clock()
+            self._index.dispatches.expire()
+            current = self._index.round
+            if current is None or current.over:
+                return
+            current.windows.expire(now)
+            for slot in current.silent(now):
+                why = f"it was silent for {current.plan.window_seconds:g} s, so its lease ended"
+                current.windows.drop(slot, why, now)
+            current.release_dropped()
+        self.settle(current)
+
+    def _step_if_complete(self, current: Round) -> bool:
+        windows = current.windows
+        alone = windows.step_every is StepEvery.CONTRIBUTION
+        slots = sorted(current.gradients) if alone else windows.contributors()
+        if not slots:
+            return False
+        if current.trains:
+            gradients = {slot: current.gradients[slot] for slot in slots}
+            self._compute.step(self._reduction(gradients))
+        current.gradients.clear()
+        if not alone:
+            windows.seal(self._index.clock())
+            current.activations.release_before(windows.window)
+        logger.debug("%s: step %d with slots %s", current, self._compute.version - 1, slots)
+        return True

@@ -1,0 +1,94 @@
+"""Forwards that keep nothing for a backward: evaluation, generation, and mode forward-only.
+
+Generation's key-value caches are the only thing that outlives a call here; they belong to the compute
+thread and are freed when their session ends or falls silent.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from flower_split.protocol.values import CallResult, ForwardCall
+from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.kv_caches import CacheStore
+from flower_split.trunk.engine.compute_thread import ComputeThread
+from flower_split.trunk.engine.round_index import RoundIndex
+from flower_split.trunk.engine.round_state import Round, Session
+
+
+class UnrecordedForwards:
+    """Forwards that may be repeated at will: they change neither weights nor ledger.
+
+    Args:
+        index: Of the open round, with the engine's lock.
+        compute: The trunk module.
+        thread: Where calls run.
+        cache_bytes: Budget of the key-value caches, over all clients.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        index: RoundIndex,
+        compute: TrunkCompute,
+        thread: ComputeThread,
+        cache_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self._index = index
+        self._compute = compute
+        self._thread = thread
+        self._caches = CacheStore(compute, cache_bytes, clock)
+
+    def evaluate(self, call: ForwardCall, current: Round, member: Session) -> CallResult:
+        """Run a forward without dropout, which may go on from a key-value cache."""
+        lease = current.plan.window_seconds
+        return self._thread.call(partial(self._evaluate, call, member, lease), call.deadline)
+
+    def forward(self, call: ForwardCall, member: Session, seed_of: str) -> CallResult:
+        """Run a training forward that no backward follows.
+
+        Args:
+            call: The forward.
+            member: Of whom.
+            seed_of: Names the micro-batch for its dropout seed.
+        """
+        return self._thread.call(
+            lambda: self._compute.forward(
+                call.tensors,
+                train=True,
+                seed_of=seed_of,
+                use_cache=call.use_cache,
+                cuts=member.cuts,
+            ),
+            call.deadline,
+        )
+
+    def cache_bytes(self) -> int:
+        """Return the bytes of key-value caches, after freeing those that nobody uses any more."""
+
+        def run() -> int:
+            self._caches.expire(self._is_open)
+            return self._caches.num_bytes
+
+        return self._thread.do(run)
+
+    def free_caches(self) -> None:
+        """Free the key-value caches of closed sessions and ended leases."""
+        if not self._caches.is_empty:
+            self.cache_bytes()
+
+    def _evaluate(self, call: ForwardCall, member: Session, lease: float) -> Tensor:
+        self._caches.release(call.session, call.released)
+        if call.cache is not None:
+            return self._caches.forward(
+                call.session, call.cache, call.tensors, call.digest, lease, member.cuts
+            )
+        return self._compute.forward(
+            call.tensors, train=False, seed_of="", use_cache=call.use_cache, cuts=member.cuts
+        )
+
+    def _is_open(self, session: str) -> bool:
+        with self._index.changed:
+            return self._index.is_open(session)

@@ -1,0 +1,201 @@
+"""The clients' methods of the trunk's service: sessions, forwards, backwards.
+
+Each handler reads a call, checks it, makes one value of it for the engine, and frames the reply.
+
+Next: ``flower_split/trunk/engine/engine.py``.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Iterator
+
+import grpc
+import torch
+from google.protobuf.message import Message
+
+from flower_split.errors import CodecError
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.protocol.convert import (
+    cache_from_proto,
+    cuts_from_proto,
+    grant_to_proto,
+    key_from_proto,
+)
+from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall, ForwardMode
+from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.handlers import (
+    Answering,
+    Context,
+    WaitingPermits,
+    deadline_of,
+    expect,
+    token_of,
+    unary,
+)
+from flower_split.trunk.service.session_tokens import SessionTokens
+from flower_split.wire.buffers import Allocate, pinned, pooled
+from flower_split.wire.frames import Incoming, Outgoing, Received
+from flower_split.wire.staging import to_host
+
+
+class ClientCalls:
+    """What clients ask of one engine.
+
+    Args:
+        engine: What computes.
+        permits: Of the calls that may wait for others.
+        max_tensor_bytes: Limit on the tensors of one call.
+    """
+
+    def __init__(self, engine: TrunkEngine, permits: WaitingPermits, max_tensor_bytes: int) -> None:
+        self._engine = engine
+        self._permits = permits
+        self._max_tensor_bytes = max_tensor_bytes
+        self._tokens = SessionTokens()
+
+    def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
+        """Return every method by its name; tensors pass as the bytes they are."""
+        return {
+            "OpenSession": unary(pb.OpenSessionRequest, self._open_session),
+            "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version),
+            "CloseSession": unary(pb.CloseSessionRequest, self._close_session),
+            "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
+            "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
+        }
+
+    def _open_session(self, request: pb.OpenSessionRequest, context: Context) -> Message:
+        token = token_of(context)
+        grant = self._engine.open_session(
+            token,
+            dict(request.fingerprint),
+            request.planned_steps,
+            request.evaluate,
+            cuts_from_proto(request),
+        )
+        self._tokens.remember(grant.session, token)
+        return grant_to_proto(grant, self._max_tensor_bytes)
+
+    def _wait_version(self, request: pb.WaitVersionRequest, context: Context) -> Message:
+        self._tokens.check(context, request.session, request.trunk_epoch, self._engine.epoch)
+        with self._permits.taken():
+            version = self._engine.wait_version(
+                request.session, request.trunk_epoch, request.version, deadline_of(context)
+            )
+        return pb.WaitVersionReply(version=version)
+
+    def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
+        self._tokens.check(context, request.session, request.trunk_epoch, self._engine.epoch)
+        self._engine.close_session(request.session, request.trunk_epoch)
+        return pb.CloseSessionReply()
+
+    def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+        with Answering(context, "Forward"), self._permits.taken():
+            deadline = deadline_of(context)
+            incoming = Incoming(requests)
+            header = incoming.header.forward
+            expect(incoming, "forward")
+            self._tokens.check(context, header.session, header.trunk_epoch, self._engine.epoch)
+            mode = _mode_of(header)
+            recorded = header.HasField("cache") or mode is not ForwardMode.EVALUATE
+            received = self._receive(incoming, digest=recorded)
+            result = self._engine.forward(_forward_call(header, mode, received, deadline))
+            reply = self._reply("trunk_output", result, header.session, received)
+        yield from reply.frames()
+
+    def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+        with Answering(context, "Backward"):
+            deadline = deadline_of(context)
+            incoming = Incoming(requests)
+            header = incoming.header.backward
+            expect(incoming, "backward")
+            self._tokens.check(context, header.session, header.trunk_epoch, self._engine.epoch)
+            received = self._receive(incoming, digest=True)
+            result = self._engine.backward(_backward_call(header, received, deadline))
+            reply = self._reply("smashed_grad", result, header.session, received)
+        yield from reply.frames()
+
+    def _receive(self, incoming: Incoming, *, digest: bool) -> Received:
+        allocate: Allocate = (
+            pinned if torch.cuda.is_initialized() else pooled  # type: ignore[no-untyped-call]
+        )
+        return incoming.receive(self._max_tensor_bytes, allocate=allocate, digest=digest)
+
+    def _reply(self, name: str, result: CallResult, session: str, received: Received) -> Outgoing:
+        header = pb.ReplyHeader(
+            version=result.version,
+            compute_seconds=result.compute_seconds,
+            queue_seconds=result.queue_seconds,
+        )
+        reply = Outgoing(pb.Header(reply=header), {name: to_host(result.tensor)})
+        self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
+        return reply
+
+
+def _mode_of(header: pb.ForwardHeader) -> ForwardMode:
+    """Return the forward's mode; a recorded one must carry a key.
+
+    Raises:
+        CodecError: The mode is unknown, or the key is missing.
+    """
+    try:
+        mode = ForwardMode(header.mode)
+    except ValueError:
+        raise CodecError(f"the forward has the unknown mode number {header.mode}.") from None
+    if mode is not ForwardMode.EVALUATE and not header.HasField("key"):
+        raise CodecError(f"a forward in mode {mode.name} must carry a contribution key.")
+    return mode
+
+
+def _forward_call(
+    header: pb.ForwardHeader, mode: ForwardMode, received: Received, deadline: float
+) -> ForwardCall:
+    tensors = received.tensors
+    rows = tensors.pop("cache_rows", None)
+    mask = tensors.get("attention_mask")
+    if mask is not None and mask.dtype == torch.bool and mask.ndim == 2:
+        tensors["attention_mask"] = mask.to(torch.int64)  # as tokenizers give it
+    return ForwardCall(
+        session=header.session,
+        epoch=header.trunk_epoch,
+        key=key_from_proto(header.key) if header.HasField("key") else None,
+        version=header.version,
+        mode=mode,
+        tensors=tensors,
+        digest=received.digest,
+        deadline=deadline,
+        acknowledged=header.acknowledged,
+        use_cache=header.use_cache if header.HasField("use_cache") else None,
+        cache=cache_from_proto(header.cache, rows) if header.HasField("cache") else None,
+        released=tuple(header.released_caches),
+    )
+
+
+def _backward_call(header: pb.BackwardHeader, received: Received, deadline: float) -> BackwardCall:
+    """Return the backward; its digest covers the counts, which travel in the header.
+
+    Raises:
+        CodecError: It has no gradient, or a count is negative or not finite.
+    """
+    grad = received.tensors.get("trunk_output_grad")
+    if grad is None:
+        raise CodecError("a backward must carry the tensor 'trunk_output_grad'.")
+    for name, value in (
+        ("num_tokens", header.num_tokens),
+        ("loss_denominator", header.loss_denominator),
+    ):
+        if not (math.isfinite(value) and value >= 0):
+            raise CodecError(f"{name} must be finite and not negative; it is {value}.")
+    counts = struct.pack("<dd?", header.num_tokens, header.loss_denominator, header.last)
+    return BackwardCall(
+        session=header.session,
+        epoch=header.trunk_epoch,
+        key=key_from_proto(header.key),
+        version=header.version,
+        grad=grad,
+        num_tokens=header.num_tokens,
+        loss_denominator=header.loss_denominator,
+        last=header.last,
+        digest=hashlib.sha256(received.digest + counts).digest(),
+        deadline=deadline,
+    )

@@ -1,0 +1,103 @@
+"""gRPC as this package uses it: service name, options, credentials, and where plain text may go."""
+
+import ipaddress
+from pathlib import Path
+
+import grpc
+
+from flower_split.errors import ConfigError
+
+SERVICE = "flower_split.Trunk"
+MAX_MESSAGE_BYTES = 8 << 20
+Metadata = tuple[tuple[str, str], ...]
+
+
+def channel_options() -> list[tuple[str, int]]:
+    """Return the options of every client channel; its keepalive is above the server's minimum."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_retries", 0),  # retries are counted and bounded by grpc_transport, not below
+        ("grpc.use_local_subchannel_pool", 1),  # control calls get a connection of their own
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+
+
+def server_options() -> list[tuple[str, int]]:
+    """Return the options of the trunk server."""
+    return [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.so_reuseport", 0),  # a second trunk on the same port must fail, not share it
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def is_loopback(address: str) -> bool:
+    """Return whether ``host:port`` stays on this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def open_channel(address: str, root_certificates: str = "") -> grpc.Channel:
+    """Return a channel with this package's options; it connects with the first call.
+
+    Args:
+        address: ``host:port``.
+        root_certificates: The CA that signed the trunk's certificate, as PEM text or the path of a
+            PEM file; empty: plain text, on loopback only.
+
+    Raises:
+        ConfigError: Plain text to another machine, or a PEM file that cannot be read.
+    """
+    if root_certificates:
+        if "-----BEGIN" in root_certificates:
+            pem = root_certificates.encode()
+        else:
+            pem = read_pem("trunk.root-certificates", root_certificates)
+        credentials = grpc.ssl_channel_credentials(root_certificates=pem)
+        return grpc.secure_channel(address, credentials, options=channel_options())
+    if not is_loopback(address):
+        raise ConfigError(
+            f"the trunk at {address} is not on this machine's loopback, where alone plain text is "
+            "allowed: tokens and activations would travel readable. Give the CA's PEM file as "
+            "trunk.root-certificates and start the trunk with --tls-certificate and --tls-key."
+        )
+    return grpc.insecure_channel(address, options=channel_options())
+
+
+def read_pem(key: str, path: str) -> bytes:
+    """Return the content of a PEM file.
+
+    Raises:
+        ConfigError: It cannot be read, or is not PEM.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{key} must name a readable PEM file; {path!r}: {error}.") from error
+    if b"-----BEGIN" not in content:
+        raise ConfigError(f"{key} must name a PEM file; {path!r} holds no PEM block.")
+    return content
+
+
+def bearer(token: str) -> Metadata:
+    """Return the metadata that carries a token."""
+    return (("authorization", f"Bearer {token}"),)
