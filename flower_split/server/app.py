@@ -166,18 +166,27 @@ def final_trunk_adapter(
 
 
 def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
-    """The ServerApp, with a strategy of your own inside the trunk's coordination.
+    """Make a ServerApp, with a strategy of your own inside the trunk's coordination.
 
-    For example, in an app's ``server_app.py``::
+    The app that this package names in a run's ``pyproject.toml`` is ``make_server_app()``. For a
+    strategy of your own, in an app's ``server_app.py``::
+
+        from flower_split.server.app import make_server_app
+        from flower_split.server.inner.flower_strategies import InnerContext
 
         def inner(context: InnerContext) -> Strategy:
             return FedAdam(eta=0.01, min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
 
         app = make_server_app(inner)
 
+    The ServerApp parses the run config, runs :func:`run`, and logs a failure in one paragraph before
+    it raises it, so that ``flwr run`` ends with an error.
+
     Args:
-        inner: See :data:`flower_split.server.inner.flower_strategies.InnerFactory`; None: what the
-            run config's ``strategy.*`` and ``privacy.*`` name.
+        inner: Called once per run, after the handshake and before round 1, with the clients' initial
+            adapter and the configuration; returns the strategy inside. See
+            :data:`flower_split.server.inner.flower_strategies.InnerFactory`. None: the strategy that
+            the run config's ``strategy.*`` and ``privacy.*`` name.
     """
     made = ServerApp()
 

@@ -1,4 +1,4 @@
-"""The coordinator's side of the trunk: begin, prepare, commit and abort rounds; status; adapter.
+"""Round control of a trunk over gRPC: begin, prepare, commit and abort rounds; status; adapter.
 
 Every call may be repeated: the trunk recognises a round by its experiment, number and attempt.
 """
@@ -49,7 +49,7 @@ class TrunkCoordinator:
         )
 
     def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
-        """Open a round for its participants; returns ``(epoch, version)`` of the trunk."""
+        """Open a round for its participants; return ``(epoch, version)`` of the trunk."""
         reply = self._channel.unary("BeginRound", plan_to_proto(plan), pb.BeginRoundReply)
         return reply.trunk_epoch, reply.version
 
@@ -60,7 +60,7 @@ class TrunkCoordinator:
         attempt: int,
         arrivals: Sequence[Arrival] = (),
     ) -> RoundReport:
-        """First phase of the commit: nothing more will come; who completed what.
+        """Close the round to contributions and return who completed what (commit's first phase).
 
         Args:
             experiment: Of the round.
@@ -77,14 +77,14 @@ class TrunkCoordinator:
         return report_from_proto(self._channel.unary("PrepareRound", request, pb.PrepareRoundReply))
 
     def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
-        """Second phase: the round's steps stay; returns the trunk's version."""
+        """Keep the prepared round's steps (commit's second phase); return the trunk's version."""
         request = pb.CommitRoundRequest(
             experiment=experiment, server_round=server_round, attempt=attempt
         )
         return self._channel.unary("CommitRound", request, pb.CommitRoundReply).version
 
     def abort_round(self, experiment: str, server_round: int, attempt: int, why: str) -> int:
-        """Roll back to the round's beginning, or end an evaluation; returns the version."""
+        """Roll back to the round's beginning, or end an evaluation; return the version."""
         request = pb.AbortRoundRequest(
             experiment=experiment, server_round=server_round, attempt=attempt, why=why
         )
@@ -94,14 +94,14 @@ class TrunkCoordinator:
         ).version
 
     def status(self) -> TrunkStatus:
-        """Where the trunk stands."""
+        """Return where the trunk stands."""
         timeout = min(self._timeout, _SHORT_SECONDS)
         return status_from_proto(
             self._channel.unary("Status", pb.StatusRequest(), pb.StatusReply, timeout=timeout)
         )
 
     def get_adapter(self) -> dict[str, Tensor]:
-        """The trunk's trainable parameters, fp32 on the CPU, by the unsplit model's names."""
+        """Return the trunk's trainable parameters, fp32 on the CPU, by the unsplit model's names."""
         return self._channel.download(
             "GetAdapter",
             pb.GetAdapterRequest(),

@@ -1,4 +1,4 @@
-"""A Flower grid that shows only some of the nodes: how an inner strategy is given a seeded sample."""
+"""A Flower grid that shows only some of the nodes, so that an inner strategy sees a seeded sample."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +8,7 @@ from flwr.supercore.run import Run
 
 from flower_split.errors import FederationError
 
-_MAX_LOOKS = 4
+_MAX_QUERIES = 4  # a strategy that asks more often waits for nodes that never come
 
 
 class NodeView(Grid):
@@ -25,16 +25,16 @@ class NodeView(Grid):
     def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
         self._grid = grid
         self._nodes = list(nodes)
-        self._looks = 0
+        self._queries = 0
 
     def get_node_ids(self) -> Iterable[int]:
-        """The chosen nodes.
+        """Return the chosen nodes.
 
         Raises:
             FederationError: The strategy keeps asking: it waits for more nodes than there are.
         """
-        self._looks += 1
-        if self._looks > _MAX_LOOKS:
+        self._queries += 1
+        if self._queries > _MAX_QUERIES:
             raise FederationError(
                 f"the inner strategy waits for more nodes than the {len(self._nodes)} that take "
                 "part in this phase. Give it fraction_train=1.0, fraction_evaluate=1.0 and "

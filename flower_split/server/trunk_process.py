@@ -22,7 +22,7 @@ from flower_split.errors import TrunkUnavailable
 
 logger = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.2  # between two looks at a supervised process
+_POLL_SECONDS = 0.2  # between two polls of a supervised process
 _TRIES = 3  # to start a process that has died
 
 
@@ -69,28 +69,30 @@ class TrunkProcess:
         return cls(process, {**order, "listen": f"127.0.0.1:{port}"}, timeout)
 
     def restart(self) -> None:
-        """Start it again after it has died, at the same address and with the same token.
+        """Start the process again after it has died, at the same address and with the same token.
 
         Raises:
             TrunkUnavailable: It did not start.
         """
         self._end(0.0)
-        logger.warning("the trunk process ended; it is started again")
+        logger.warning("the trunk process ended; restarting it")
         self._process, _ = _launch(self._order, self._timeout)
 
     def supervise(self) -> None:
         """Restart it whenever it dies, until :meth:`close`.
 
-        What waits for the trunk meanwhile tries again, and the new process tells it that its round
-        is over. After three failures to start, one after the other, ``given_up`` is set.
+        Callers that wait for the trunk meanwhile retry, and the new process tells them that their
+        round is over. After three failed starts in a row, ``given_up`` is set.
         """
+        # Only the supervisor replaces ``_process`` from here on; close() joins it before it ends
+        # the process, so that none is started after the run.
         self._supervisor = threading.Thread(target=self._supervise, name="trunk-supervisor")
         self._supervisor.daemon = True
         self._supervisor.start()
 
     def _supervise(self) -> None:
         failures = 0
-        while not self._stopping.wait(_LOOK_SECONDS):
+        while not self._stopping.wait(_POLL_SECONDS):
             if self.alive:
                 continue
             try:
@@ -105,7 +107,7 @@ class TrunkProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Return whether the process runs."""
         return self._process.poll() is None
 
     def close(self, timeout: float = 10.0) -> None:
@@ -181,7 +183,7 @@ def _relay(lines: IO[str], tail: "deque[str]") -> None:
 
 
 def _read_answer(output: IO[str], timeout: float) -> Mapping[str, object] | dict[str, object]:
-    """The child's one line, or ``{"late": True}``, or ``{}`` where it ended without one."""
+    """Return the child's one line, or ``{"late": True}``, or ``{}`` where it ended without one."""
     ready, _, _ = select.select([output], [], [], timeout)
     if not ready:
         return {"late": True}

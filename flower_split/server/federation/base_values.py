@@ -1,9 +1,9 @@
-"""Where the ServerApp takes the base values of the clients' adapter from: from the clients.
+"""Ask the clients for the initial values of the adapter that only base weights say.
 
 Magnitudes of DoRA, biases and modules that train whole begin as the base weights say
 (:mod:`flower_split.lora.initial_values`), and the ServerApp holds no base weights. In the handshake every
 client gives the digest of each weight that such a value comes from; where all agree, one client gives
-the values, and everybody begins with those.
+the values, and all begin with those.
 """
 
 import logging
@@ -80,7 +80,7 @@ def gather_base_values(
 
 
 def agreed_digests(federation: Federation, facts: Mapping[int, ClientFacts]) -> dict[str, str]:
-    """The digest of every base value's weight, the same on all clients that hold it.
+    """Return the digest of every base value's weight, the same on all clients that hold it.
 
     Raises:
         FederationError: Two clients differ.
@@ -101,7 +101,7 @@ def agreed_digests(federation: Federation, facts: Mapping[int, ClientFacts]) -> 
 def _checked(
     reply: Message, slot: int, names: list[str], digests: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """The values of one reply that were asked for.
+    """Return the values of one reply that were asked for, checked.
 
     Raises:
         FederationError: One is missing, not finite, or not the weight that the digests are of.
@@ -119,6 +119,6 @@ def _checked(
             continue
         raise FederationError(
             f"partition {slot} was asked for the adapter's initial values, and {name} {fault}. "
-            "Start the run again; if it stays, look at that client's model files."
+            "Start the run again; if it stays, check that client's model files."
         )
     return {name: found[name] for name in names}

@@ -6,7 +6,7 @@ to time out.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -32,24 +32,24 @@ _NONE_SECONDS = 60.0  # simulation: until the first node must be there
 
 
 def federation_config(num_clients: int) -> str:
-    """The value of ``--federation-config`` with which ``num_clients`` clients run at once."""
+    """Return the value of ``--federation-config`` with which ``num_clients`` clients run at once."""
     return (
         f"num-supernodes={num_clients} client-resources-num-cpus=1 init-args-num-cpus={num_clients}"
     )
 
 
 def run_line(num_clients: int) -> str:
-    """The command line with which a simulation of ``num_clients`` clients can run."""
+    """Return the command line with which a simulation of ``num_clients`` clients can run."""
     return f"flwr run APP --stream --federation-config '{federation_config(num_clients)}'"
 
 
 def is_simulation(grid: Grid) -> bool:
-    """Whether the grid is that of ``flwr run`` on a local simulation."""
+    """Return whether the grid is that of ``flwr run`` on a local simulation."""
     return isinstance(grid, InMemoryGrid)
 
 
 def num_participants(num_nodes: int, fraction: float) -> int:
-    """How many of ``num_nodes`` clients take part in a phase; at least one for a fraction above 0."""
+    """Return how many of ``num_nodes`` clients take part; at least one for a fraction above 0."""
     return 0 if fraction == 0 else max(1, int(num_nodes * fraction + 1e-9))
 
 
@@ -97,7 +97,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
 def shake_hands(
     grid: Grid, nodes: Sequence[int], config: RunConfig, trunk_fingerprint: Mapping[str, str]
 ) -> tuple[Federation, dict[int, ClientFacts]]:
-    """Ask every node what it holds and check the answers.
+    """Ask every node what it holds and check the answers. Lost clients are asked again.
 
     Returns:
         ``(federation, facts by slot)``.
@@ -140,7 +140,7 @@ def check_facts(
     config: RunConfig,
     trunk_fingerprint: Mapping[str, str],
 ) -> Federation:
-    """Check what the clients said, ``(node id, facts)`` each.
+    """Check what the clients said, ``(node id, facts)`` each, and return who holds what.
 
     Raises:
         FederationError: Two nodes hold one partition; a partition is out of range; a client has no
@@ -155,63 +155,84 @@ def check_facts(
             f"{min(left_out)}: {left_out[min(left_out)]}"
         )
     for node, facts in sorted(answers, key=lambda answer: answer[1].partition_id):
-        slot = facts.partition_id
-        if slot in nodes:
-            raise FederationError(
-                f"nodes {nodes[slot]} and {node} both hold partition {slot}. Give every SuperNode "
-                f"its own: flower-supernode … --node-config 'partition-id=… num-partitions="
-                f"{len(answers)}'."
-            )
-        if not 0 <= slot < facts.num_partitions:
-            raise FederationError(
-                f"node {node} holds partition {slot} of {facts.num_partitions}; partition-id must "
-                "be at least 0 and below num-partitions. Restart that SuperNode with "
-                "--node-config 'partition-id=… num-partitions=…'."
-            )
-        for count, what in (
-            (facts.num_examples, "training"),
-            (facts.num_eval_examples, "held-out"),
-        ):
-            if count < 1:
-                raise FederationError(
-                    f"partition {slot} (node {node}) has no {what} examples. Give it more data "
-                    "(data.path, data.dataset), use fewer partitions, or change "
-                    f"data.eval-fraction, which is {config.data.eval_fraction:g}."
-                )
-        if facts.planned_steps < 1:
-            raise FederationError(
-                f"partition {slot} (node {node}) plans no optimizer step. Raise train.local-steps "
-                "or train.local-epochs."
-            )
-        nodes[slot] = node
+        _check_partition(facts, node, nodes, len(answers))
+        _check_data(facts, node, config)
+        nodes[facts.partition_id] = node
         _check_cuts(facts, node, config, trunk_fingerprint)
-        differing = differing_fields(
-            facts.fingerprint, trunk_fingerprint, own_cuts=facts.cuts is not None
+        _check_fingerprint(facts, node, trunk_fingerprint)
+    _check_named_partitions({**nodes, **left_out}, config)
+    _check_concurrency([facts for _, facts in answers], config)
+    return Federation(nodes, left_out)
+
+
+def _check_partition(
+    facts: ClientFacts, node: int, nodes: Mapping[int, int], num_nodes: int
+) -> None:
+    """Check that a client's partition exists, and that no other node in ``nodes`` holds it."""
+    slot = facts.partition_id
+    if slot in nodes:
+        raise FederationError(
+            f"nodes {nodes[slot]} and {node} both hold partition {slot}. Give every SuperNode "
+            f"its own: flower-supernode … --node-config 'partition-id=… num-partitions={num_nodes}'."
         )
-        if differing:
-            pairs = ", ".join(
-                f"{name}: client {facts.fingerprint.get(name)!r}, trunk "
-                f"{trunk_fingerprint.get(name)!r}"
-                for name in differing
-            )
+    if not 0 <= slot < facts.num_partitions:
+        raise FederationError(
+            f"node {node} holds partition {slot} of {facts.num_partitions}; partition-id must "
+            "be at least 0 and below num-partitions. Restart that SuperNode with "
+            "--node-config 'partition-id=… num-partitions=…'."
+        )
+
+
+def _check_data(facts: ClientFacts, node: int, config: RunConfig) -> None:
+    """Check that a client has examples to train and to evaluate on, and steps to take."""
+    slot = facts.partition_id
+    for count, what in (
+        (facts.num_examples, "training"),
+        (facts.num_eval_examples, "held-out"),
+    ):
+        if count < 1:
             raise FederationError(
-                f"partition {slot} (node {node}) and the trunk do not hold parts of the same model "
-                f"and configuration; they differ in {pairs}. Start the trunk with the run's own "
-                "configuration: flower-split trunk APP --run-config '…', and use the same model "
-                "files on every machine."
+                f"partition {slot} (node {node}) has no {what} examples. Give it more data "
+                "(data.path, data.dataset), use fewer partitions, or change "
+                f"data.eval-fraction, which is {config.data.eval_fraction:g}."
             )
+    if facts.planned_steps < 1:
+        raise FederationError(
+            f"partition {slot} (node {node}) plans no optimizer step. Raise train.local-steps "
+            "or train.local-epochs."
+        )
+
+
+def _check_fingerprint(facts: ClientFacts, node: int, trunk_fingerprint: Mapping[str, str]) -> None:
+    """Check that a client and the trunk hold parts of the same model and configuration."""
+    differing = differing_fields(
+        facts.fingerprint, trunk_fingerprint, own_cuts=facts.cuts is not None
+    )
+    if differing:
+        pairs = ", ".join(
+            f"{name}: client {facts.fingerprint.get(name)!r}, trunk {trunk_fingerprint.get(name)!r}"
+            for name in differing
+        )
+        raise FederationError(
+            f"partition {facts.partition_id} (node {node}) and the trunk do not hold parts of the "
+            f"same model and configuration; they differ in {pairs}. Start the trunk with the run's "
+            "own configuration: flower-split trunk APP --run-config '…', and use the same model "
+            "files on every machine."
+        )
+
+
+def _check_named_partitions(partitions: Collection[int], config: RunConfig) -> None:
+    """Check that the run config names only partitions that a client holds."""
     for key, named in (
         ("model.cuts-by-partition", config.model.own_cuts),
         ("lora.rank-by-partition", config.lora.ranks_by_partition),
     ):
-        strangers = sorted(named.keys() - nodes.keys() - left_out.keys())
+        strangers = sorted(named.keys() - set(partitions))
         if strangers:
             raise FederationError(
                 f"{key} names partition {', '.join(map(str, strangers))}, which no client holds; "
-                f"the partitions are {', '.join(map(str, sorted(nodes)))}. Leave it out."
+                f"the partitions are {', '.join(map(str, sorted(partitions)))}. Leave it out."
             )
-    _check_concurrency([facts for _, facts in answers], config)
-    return Federation(nodes, left_out)
 
 
 def _check_cuts(
@@ -252,12 +273,12 @@ def _check_concurrency(answers: Sequence[ClientFacts], config: RunConfig) -> Non
 
 
 def needs_all_at_once(config: RunConfig) -> bool:
-    """Whether the trunk steps only when every participant of the round has contributed."""
+    """Return whether the trunk steps only when every participant of the round has contributed."""
     return config.mode == "joint" and config.trunk.step_every == "local-step"
 
 
 def describe_clients(facts: Mapping[int, ClientFacts], federation: Federation) -> str:
-    """One line for the log: who is there, with how much data."""
+    """Return one line for the log: which clients are there, with how many examples."""
     counts = ", ".join(
         f"{slot} {item.name}".rstrip() + f": {item.num_examples}" for slot, item in facts.items()
     )

@@ -1,4 +1,4 @@
-"""FedBuff: what a buffer of asynchronous arrivals makes of the clients' adapters.
+"""FedBuff: aggregate a buffer of asynchronous arrivals into the clients' adapter.
 
 John Nguyen, Kshitiz Malik, Hongyuan Zhan, Ashkan Yousefpour, Michael Rabbat, Mani Malek, Dzmitry Huba,
 "Federated Learning with Buffered Asynchronous Aggregation", AISTATS 2022 (arXiv 2106.06639).
@@ -16,7 +16,7 @@ versions that stale clients began with, and are refused. What is no LoRA factor 
 DoRA's magnitudes) moves by the same mean of changes; magnitudes are exact in a buffer whose clients all
 began alike (:mod:`flower_split.aggregation.rules.dora`).
 
-What sends the clients out and collects them is :mod:`flower_split.server.asynchronous.loop`; the
+Clients are sent out and collected by :mod:`flower_split.server.asynchronous`; the
 trunk's side is :mod:`flower_split.trunk.engine.dispatches`.
 """
 
@@ -42,7 +42,7 @@ _STATE = "fedbuff/"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ClientArrival:
-    """A client that has come back.
+    """The reply to one dispatch, beside what was sent.
 
     Args:
         dispatch: As it was sent out.
@@ -58,16 +58,16 @@ class ClientArrival:
 
     @property
     def name(self) -> str:
-        """Names it in errors, and orders the sums: by slot, then by dispatch."""
+        """Return its name in errors, which also orders the sums: by slot, then by dispatch."""
         return f"partition {self.dispatch.slot:05d} (dispatch {self.dispatch.number:07d})"
 
     def staleness(self, server_round: int) -> int:
-        """Versions between what it was sent and what round ``server_round`` changes."""
+        """Return the versions between what it was sent and what round ``server_round`` changes."""
         return server_round - 1 - self.base_round
 
 
 class FedBuff(LoraFedAvg):
-    """The clients' side of a buffered asynchronous run, between what is sent and what comes back.
+    """Write the clients' messages of an asynchronous run, and aggregate what comes back.
 
     Attributes:
         dispatched: The number of the latest dispatch.
@@ -95,12 +95,12 @@ class FedBuff(LoraFedAvg):
         self.turns: dict[int, int] = {}
 
     def summary(self) -> None:
-        """Nothing: the settings of Flower's FedAvg are not those of this strategy."""
+        """Log nothing: the settings of Flower's FedAvg are not those of this strategy."""
 
     def order(
         self, dispatch: Dispatch, node: int, arrays: ArrayRecord, *, ahead: int, ttl: float
     ) -> tuple[Message, Mapping[str, Tensor]]:
-        """The message that sends a client to work, and the adapter that it carries.
+        """Return the message that sends a client to work, and the adapter that it carries.
 
         Args:
             dispatch: Who is sent.
@@ -121,7 +121,7 @@ class FedBuff(LoraFedAvg):
     def aggregate_arrivals(
         self, server_round: int, arrivals: Sequence[ClientArrival]
     ) -> tuple[ArrayRecord, MetricRecord]:
-        """One round: the new global adapter, and the clients' metrics.
+        """Aggregate one round; return the new global adapter and the clients' metrics.
 
         The result does not depend on the order of ``arrivals``.
 
@@ -167,7 +167,7 @@ class FedBuff(LoraFedAvg):
         return to_arrays(self.aggregator.distribute()), metrics
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The aggregator's state, the dispatches so far, and every client's trainings."""
+        """Return the aggregator's state, the dispatches so far, and every client's trainings."""
         slots = sorted(self.turns)
         return {
             **super().state_dict(),
@@ -177,7 +177,7 @@ class FedBuff(LoraFedAvg):
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore a state of :meth:`state_dict`."""
         super().load_state_dict({n: t for n, t in state.items() if not n.startswith(_STATE)})
         self.dispatched = int(state[_STATE + "dispatched"])
         slots, turns = state[_STATE + "slots"].tolist(), state[_STATE + "turns"].tolist()

@@ -1,4 +1,4 @@
-"""The strategy inside: this package's LoRA-aware averaging, or one of Flower's, by run config.
+"""Make the inner strategy that a run config names: LoRA-aware averaging, or one of Flower's.
 
 Flower's strategies see the adapter as a bag of weights: they average A and B each for itself, as
 FedIT does (Zhang et al., "Towards Building the Federated GPT", ICASSP 2024), which is not the
@@ -7,7 +7,7 @@ B alone, which is (Sun et al., "Improving LoRA in Privacy-preserving Federated L
 that is also what differential privacy needs, whose noise would otherwise multiply with itself in
 B @ A.
 
-What cannot be combined is refused here, before the first round, with the reason.
+Combinations that cannot work are refused here, before the first round, with the reason.
 """
 
 import inspect
@@ -66,7 +66,7 @@ _KEYS_OF_FLOWER = ("name", "options", "weighting", "aggregator")  # strategy.* k
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class InnerContext:
-    """What an inner strategy is made from, once the clients are known."""
+    """Everything that an inner strategy is made from, once the clients are known."""
 
     config: RunConfig
     num_clients: int  # that take part in the run
@@ -78,19 +78,23 @@ class InnerContext:
 
     @property
     def num_sampled(self) -> int:
-        """Clients whose training a round takes."""
+        """Return how many clients' training a round takes."""
         if self.config.strategy.name == "fedbuff":
             return self.config.strategy.buffer_size
         return num_participants(self.num_clients, self.config.fraction_train)
 
 
 InnerFactory = Callable[[InnerContext], Strategy]
-"""Makes the strategy inside; Flower's ones must be told ``min_*_nodes`` of 1, as the clients are
-sampled outside, and weigh replies by ``num-tokens`` or ``num-examples``."""
+"""Makes the inner strategy, once per run, after the handshake and before round 1.
+
+Flower's strategies must be told ``min_*_nodes`` of 1, as the clients are sampled outside, and must
+weigh replies by ``num-tokens`` or ``num-examples``. What they carry from round to round is kept only
+for Flower's own classes and for those with ``state_dict`` and ``load_state_dict``
+(:class:`~flower_split.runs.manifest.Resumable`); a run with any other cannot be resumed."""
 
 
 def make_inner(context: InnerContext) -> Strategy:
-    """The strategy that ``strategy.*`` names, without privacy.
+    """Make the strategy that ``strategy.*`` names, without privacy.
 
     Raises:
         ConfigError: Keys or clients do not fit the strategy.
@@ -121,7 +125,7 @@ def make_inner(context: InnerContext) -> Strategy:
 
 
 def frozen_names(context: InnerContext) -> list[str]:
-    """The weights that stay as they began where Flower's strategies see ``ffa-lora``: every A."""
+    """Return the weights that stay as they began where Flower's strategies see ``ffa-lora``: every A."""
     config = context.config.strategy
     if config.name in _OURS or config.aggregator != "ffa-lora":
         return []
@@ -131,7 +135,7 @@ def frozen_names(context: InnerContext) -> list[str]:
 
 
 def own_options(name: str) -> dict[str, type]:
-    """The options that a class of Flower's has beyond FedAvg's, with their types."""
+    """Return the options that a class of Flower's has beyond FedAvg's, with their types."""
     common = inspect.signature(FedAvg).parameters
     return {
         option: type(parameter.default)
@@ -141,7 +145,7 @@ def own_options(name: str) -> dict[str, type]:
 
 
 def parse_options(name: str, text: str) -> dict[str, int | float]:
-    """``strategy.options`` for a class of Flower's; dashes in a name count as underscores.
+    """Parse ``strategy.options`` for a class of Flower's; dashes in a name count as underscores.
 
     Raises:
         ConfigError: An option is unknown, no number, or out of range.
@@ -183,7 +187,7 @@ def check_flower(config: StrategyConfig) -> None:
         value = getattr(config, item.name)
         if item.name not in _KEYS_OF_FLOWER and value != item.default:
             raise ConfigError(
-                f"strategy.{item.name.replace('_', '-')} = {value!r} is of this package's own "
+                f"strategy.{item.name.replace('_', '-')} = {value!r} belongs to this package's own "
                 f'aggregation; strategy.name = "{config.name}" is Flower\'s and does not know it. '
                 f'Leave it at {item.default!r}, or set strategy.name = "lora-fedavg".'
             )
@@ -225,7 +229,7 @@ def _check_clients(name: str, options: Mapping[str, int | float], context: Inner
 
 
 def inner_notes(context: InnerContext) -> list[str]:
-    """What a reader of the report must know about the strategy that the run config names."""
+    """Return what a reader of the report must know about the strategy that the run config names."""
     config, notes = context.config.strategy, []
     if config.name == "fedbuff" and config.max_staleness > 0:
         notes.append(

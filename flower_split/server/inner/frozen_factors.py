@@ -1,6 +1,6 @@
-"""Some weights of the adapter stay as they began, around any strategy of Flower's.
+"""Keep some weights of the adapter as they began, around any strategy of Flower's.
 
-What FFA-LoRA needs of a strategy that sees an adapter as a bag of weights: A frozen at its shared
+FFA-LoRA needs it of a strategy that sees an adapter as a bag of weights: A frozen at its shared
 beginning, B averaged (Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR
 2024, arXiv 2403.12313).
 """
@@ -37,7 +37,7 @@ class FrozenFactors(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Say what trains; otherwise as the strategy inside."""
+        """Let the strategy inside write the messages, and say in them what trains."""
         messages = list(self.strategy.configure_train(server_round, arrays, config, grid))
         for message in messages:
             message.content = self._order.write(message.content)
@@ -46,7 +46,7 @@ class FrozenFactors(Strategy):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """As the strategy inside, with the frozen weights put back."""
+        """Let the strategy inside aggregate, and put the frozen weights back."""
         arrays, metrics = self.strategy.aggregate_train(server_round, replies)
         if arrays is not None:
             arrays = ArrayRecord({name: self._frozen.get(name, arrays[name]) for name in arrays})
@@ -55,15 +55,15 @@ class FrozenFactors(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As the strategy inside."""
+        """Pass through to the strategy inside."""
         return self.strategy.configure_evaluate(server_round, arrays, config, grid)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """As the strategy inside."""
+        """Pass through to the strategy inside."""
         return self.strategy.aggregate_evaluate(server_round, replies)
 
     def summary(self) -> None:
-        """As the strategy inside."""
+        """Log the summary of the strategy inside."""
         self.strategy.summary()

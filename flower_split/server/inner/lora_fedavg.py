@@ -90,33 +90,33 @@ class LoraFedAvg(FedAvg):
                 tried.append(spec)
 
     def initial_arrays(self) -> ArrayRecord:
-        """The global adapter before round 1, of every module at its initial rank."""
+        """Return the global adapter before round 1, with every module at its initial rank."""
         return to_arrays(self.aggregator.distribute())
 
     @property
     def changes_base(self) -> bool:
-        """Whether the method puts something into the clients' base weights."""
+        """Return whether the method changes the clients' base weights."""
         return self.aggregator.method.changes_base
 
     def base_change(self) -> dict[str, Tensor]:
-        """What every client adds to its base by now; see :mod:`flower_split.lora.base_change`."""
+        """Return what every client adds to its base by now; see :mod:`flower_split.lora.base_change`."""
         return base_change_state(self.aggregator.base_changes())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next round needs; see :class:`flower_split.runs.manifest.Resumable`."""
+        """Return what the next round needs; see :class:`flower_split.runs.manifest.Resumable`."""
         return self.aggregator.state_dict() | private_state(self._digests)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Restore a state of :meth:`state_dict`."""
         self.aggregator.load_state_dict(state, self._initial)
         self._digests = digests_of(state)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg, but to each client its own adapter, and what trains where some is frozen.
+        """Send each client its own adapter, and say what trains where some of it is frozen.
 
-        What is sent is remembered until the next call: a client's change is measured against it.
+        What is sent is kept until the next call: a client's change is measured against it.
         """
         messages = list(super().configure_train(server_round, arrays, config, grid))
         trainable = set(self.aggregator.trainable())
@@ -135,7 +135,7 @@ class LoraFedAvg(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """As FedAvg, but to each client its own adapter."""
+        """Send each client its own adapter."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self._address(messages, arrays)
         self._add_residuals(messages)
@@ -182,7 +182,7 @@ class LoraFedAvg(FedAvg):
         return to_arrays(self.aggregator.distribute()), metrics
 
     def _update(self, slot: int, content: RecordDict) -> AdapterUpdate:
-        """What a client returned, beside what it was sent.
+        """Return what a client returned, beside what it was sent.
 
         Raises:
             AggregationError: The reply does not hold one adapter and its weight.
@@ -204,7 +204,7 @@ class LoraFedAvg(FedAvg):
         )
 
     def _norms(self, slot: int, content: RecordDict) -> dict[str, Tensor]:
-        """What a client says of the norms of its modules with DoRA.
+        """Return the norms that a client reports of its modules with DoRA.
 
         Raises:
             AggregationError: It does not say them, or they cannot be.
@@ -214,7 +214,7 @@ class LoraFedAvg(FedAvg):
     def _address(
         self, messages: Iterable[Message], arrays: ArrayRecord
     ) -> dict[int, Mapping[str, Tensor]]:
-        """Put each receiver's own adapter into its message; returns them by slot.
+        """Put each receiver's own adapter into its message; return them by slot.
 
         A client without a spec of its own gets ``arrays`` as they are. Clients of equal specs
         share their tensors.
@@ -238,7 +238,7 @@ class LoraFedAvg(FedAvg):
         return sent
 
     def _add_residuals(self, messages: Sequence[Message]) -> None:
-        """What a method has the clients hold beside the adapter, or keep to themselves."""
+        """Add what a method has the clients hold beside the adapter, or keep to themselves."""
         add_base_change(messages, self.aggregator, self._spec_of)
         private = self.aggregator.private()
         for message in messages if private else ():
@@ -267,7 +267,7 @@ class LoraFedAvg(FedAvg):
         if most is not None and value > most:
             raise AggregationError(
                 f"client {slot} reports {key} = {value:g}, but its steps, batch size and sequence "
-                f"length allow at most {most:g} in a round. It must not be trusted, or its train.* "
+                f"length allow at most {most:g} in a round. Either its report is wrong, or its train.* "
                 "settings differ from the run's."
             )
         return float(value)

@@ -1,7 +1,7 @@
-"""What is checked on either side of a strategy of Flower's, which takes its replies on trust.
+"""Checks before and after a strategy of Flower's, which takes its replies on trust.
 
 Flower's averaging broadcasts other shapes, believes any weight, and may leave fp32; its clipping
-divides by the length of an update. This package's own aggregation looks for itself.
+divides by the length of an update. This package's own aggregation checks for itself.
 """
 
 import math
@@ -93,9 +93,9 @@ def check_like_sent(
         records = list(reply.content.array_records.values())
         if len(records) != 1 or list(records[0]) != list(sent[slot]):
             raise FederationError(
-                f"{who} returned other weights than it was sent: Flower's strategies and mods need "
-                "the same names in the same order, in one ArrayRecord. Run the same version of the "
-                "app on every machine."
+                f"{who} returned tensors whose names or order differ from those it was sent: "
+                "Flower's strategies and mods need them equal, in one ArrayRecord. Run the same version "
+                "of the app on every machine."
             )
         for name, array in records[0].items():
             expected = sent[slot][name]
@@ -109,7 +109,7 @@ def check_like_sent(
             value = scalars(reply.content).get(key)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise FederationError(
-                    f"{who} returned {key} = {value}; it must be a number of at least 0. Look at "
+                    f"{who} returned {key} = {value}; it must be a number of at least 0. Check "
                     "that client's data."
                 )
         for key, largest in largest_weights.items():
@@ -117,13 +117,13 @@ def check_like_sent(
             if value is not None and most is not None and value > most:
                 raise FederationError(
                     f"{who} reports {key} = {value:g}, but its steps, batch size and sequence length "
-                    f"allow at most {most:g} in a round. It must not be trusted, or its train.* "
-                    "settings differ from the run's."
+                    f"allow at most {most:g} in a round. Either its report is wrong, or its "
+                    "train.* settings differ from the run's."
                 )
 
 
 def sent_arrays(messages: Mapping[int, Message]) -> dict[int, ArrayRecord]:
-    """The adapter in every message, by slot."""
+    """Return the adapter in every message, by slot."""
     return {slot: sent_adapter(message.content) for slot, message in messages.items()}
 
 
@@ -133,7 +133,7 @@ def weighs_uniformly(inner: Strategy) -> bool:
 
 
 def checked_result(inner: Strategy, arrays: ArrayRecord, server_round: int) -> ArrayRecord:
-    """An inner strategy's adapter in fp32, which some of Flower's do not keep.
+    """Return an inner strategy's adapter in fp32, which some of Flower's do not keep.
 
     Raises:
         FederationError: It is not finite.

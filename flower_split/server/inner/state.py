@@ -1,4 +1,4 @@
-"""What Flower's strategies carry from round to round, as named tensors, so that runs can be resumed.
+"""Save and load what Flower's strategies carry from round to round, so that runs can be resumed.
 
 Flower's classes have no ``state_dict``; this module names, for each of them, the attributes that the
 next round depends on. A strategy of the user's own takes part by being
@@ -61,7 +61,7 @@ def chain(strategy: Strategy) -> Iterator[Strategy]:
 
 
 def state_is_known(strategy: Strategy) -> bool:
-    """Whether :func:`state_of` holds everything that the next round depends on."""
+    """Return whether :func:`state_of` holds everything that the next round depends on."""
     if isinstance(strategy, Resumable):
         return True
     if type(strategy) in (*_STATELESS, *_MOMENTS, FedAvgM):
@@ -72,7 +72,7 @@ def state_is_known(strategy: Strategy) -> bool:
 
 
 def state_of(strategy: Strategy) -> dict[str, Tensor]:
-    """What the next round depends on; of an unknown class, what its known ancestors carry."""
+    """Return what the next round depends on; of an unknown class, what its known ancestors carry."""
     if isinstance(strategy, Resumable):
         return strategy.state_dict()
     state: dict[str, Tensor] = {}
@@ -97,7 +97,7 @@ def state_of(strategy: Strategy) -> dict[str, Tensor]:
 
 
 def load_state(strategy: Strategy, state: Mapping[str, Tensor]) -> None:
-    """Go to a state of :func:`state_of`, bit for bit.
+    """Restore a state of :func:`state_of`, bit for bit.
 
     Raises:
         RunDirectoryError: The state is that of another strategy.
@@ -152,14 +152,14 @@ def check_resumable(strategy: Strategy) -> None:
 
 
 def begin_again(strategy: Strategy, server_round: int) -> None:
-    """Forget that a round was configured before: it was lost, nothing of it was aggregated."""
+    """Discard pending privacy events of a lost round."""
     for part in chain(strategy):
         if isinstance(part, FixedClipping):
             part._pending_events.pop(server_round, None)
 
 
 def _take(state: dict[str, Tensor], prefix: str) -> dict[str, np.ndarray]:
-    """The arrays under ``prefix``, in the order of their names; they leave ``state``."""
+    """Pop the arrays under ``prefix`` from ``state``, in the order of their names."""
     names = sorted(name for name in state if name.startswith(prefix))
     return {name.removeprefix(prefix): state.pop(name).numpy().copy() for name in names}
 

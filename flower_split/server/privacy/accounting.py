@@ -1,4 +1,4 @@
-"""What a run's log and report say of its privacy: what it does not cover, and what it has spent.
+"""Account for a run's privacy: what it does not cover, and what it has spent.
 
 No more is claimed than holds: the figure is that of the adapters' noise, composed over everything
 that was sent, by Rényi differential privacy (Mironov, "Rényi Differential Privacy", CSF 2017); and
@@ -45,7 +45,7 @@ ADAPTIVE = (
 def rdp_accountant(
     delta: float, population: int, limit: float | None = None
 ) -> PrivacyAccountant | None:
-    """Flower's Rényi accountant, without amplification by sampling; None: its library is absent.
+    """Return Flower's Rényi accountant, without amplification by sampling; None: its library is absent.
 
     Args:
         delta: At which epsilon is given.
@@ -67,14 +67,14 @@ def rdp_accountant(
 
 @dataclass(frozen=True, slots=True)
 class PrivacyReport:
-    """What the run's report says of privacy."""
+    """Facts and notes of privacy for the run's report."""
 
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
 def privacy_notes(context: InnerContext, inner: Strategy) -> list[str]:
-    """What a reader of the log and the report must know of the run's privacy, before it begins."""
+    """Return what a reader must know of the run's privacy, before it begins."""
     config, privacy = context.config, context.config.privacy
     wrappers = [w for w in chain(inner) if isinstance(w, (*FixedClipping, *AdaptiveClipping))]
     if privacy.mechanism == "none" and not wrappers:
@@ -107,7 +107,7 @@ def privacy_notes(context: InnerContext, inner: Strategy) -> list[str]:
 
 
 def privacy_spent(inner: Strategy, config: RunConfig, releases: int) -> PrivacyReport:
-    """The privacy that the adapters' noise has spent.
+    """Return the privacy that the adapters' noise has spent.
 
     Args:
         inner: The run's inner strategy, wherever in it the wrapper is.
@@ -146,7 +146,7 @@ def privacy_spent(inner: Strategy, config: RunConfig, releases: int) -> PrivacyR
 
 
 def _spent(epsilon: float, delta: float, releases: int) -> dict[str, int | float | str]:
-    """As facts; JSON has no word for infinity."""
+    """Return the figures as facts; JSON has no word for infinity."""
     shown: float | str = epsilon if math.isfinite(epsilon) else "infinite"
     return {
         "privacy epsilon of the adapters' noise": shown,
@@ -157,6 +157,6 @@ def _spent(epsilon: float, delta: float, releases: int) -> dict[str, int | float
 
 
 def _local_deviation(privacy: PrivacyConfig) -> float:
-    """Standard deviation of LocalDpMod's noise on every weight."""
+    """Return the standard deviation of LocalDpMod's noise on every weight."""
     scale = math.sqrt(2 * math.log(1.25 / privacy.delta))
     return privacy.local_sensitivity * scale / privacy.epsilon

@@ -7,7 +7,7 @@ with Adaptive Clipping", NeurIPS 2021). That bound on what one client moves is o
 mean*: every other rule of aggregation is refused. Local: each client clips and adds the noise itself
 (``LocalDpMod``), so that any rule may follow.
 
-What it does not cover, and the report says so: the trunk's server sees smashed data and gradients
+It does not cover, and the report says so: the trunk's server sees smashed data and gradients
 without noise; metrics have none; and where the trunk trains (mode ``joint``), each client's update
 depends on all clients' data through the trunk, so that no epsilon holds for the run.
 """
@@ -46,7 +46,7 @@ _MEANS = ("fedavg", "fedprox")  # whose aggregate is the plain mean of the repli
 
 
 def check_privacy(config: RunConfig) -> None:
-    """Refuse what privacy cannot be combined with; needs no client.
+    """Check that privacy can be combined with the rest of the configuration; needs no client.
 
     Raises:
         ConfigError: With the reason and the remedy.
@@ -93,7 +93,7 @@ def _check_baseline(config: RunConfig) -> None:
 
 
 def with_privacy(context: InnerContext) -> Strategy:
-    """The inner strategy of a run's configuration, inside the wrapper of its mechanism.
+    """Make the inner strategy of a run's configuration, inside the wrapper of its mechanism.
 
     Raises:
         ConfigError: Something in the configuration cannot be combined.
@@ -109,7 +109,7 @@ def with_privacy(context: InnerContext) -> Strategy:
 
 
 def own_inner(context: InnerContext, factory: InnerFactory) -> Strategy:
-    """A user's own inner strategy, checked against ``privacy.*``, which does not wrap it.
+    """Make a user's own inner strategy, checked against ``privacy.*``, which does not wrap it.
 
     Raises:
         ConfigError: It is no strategy, or has not the wrapper that the mechanism needs.
@@ -187,7 +187,7 @@ def _wrapped(inner: Strategy, context: InnerContext) -> Strategy:
 
 
 def _accountant(context: InnerContext) -> PrivacyAccountant | None:
-    """Flower's accountant of this run; None where its library is not installed.
+    """Return Flower's accountant of this run; None where its library is not installed.
 
     Raises:
         ConfigError: The run would spend more than ``privacy.max-epsilon``.
@@ -212,7 +212,7 @@ def _accountant(context: InnerContext) -> PrivacyAccountant | None:
 
 
 def check_wrapped(inner: Strategy) -> None:
-    """Refuse a central wrapper around this package's aggregation, which would drop the noise.
+    """Check that no central wrapper is around this package's aggregation, which would drop the noise.
 
     Raises:
         ConfigError: It is one.
