@@ -30,11 +30,11 @@ from flower_split.server.inner.lora_fedavg import LoraFedAvg
 from flower_split.server.privacy.accounting import privacy_spent
 from flower_split.server.privacy.mechanisms import check_privacy
 from flower_split.server.recorder import Recorder
-from flower_split.server.resuming import open_directory
+from flower_split.server.resuming import open_directory, resume_command, starting_point
 from flower_split.server.rounds import evaluate_clients, run_rounds, with_retries
 from flower_split.server.strategy_factory import RunParts, make_strategy, metric_sinks
 from flower_split.server.trunk_access import Coordinator, TrunkHealth
-from flower_split.server.trunk_connection import connect_trunk
+from flower_split.server.trunk_connection import check_free, connect_trunk
 from flower_split.server.trunk_rounds import TrunkRounds
 from flower_split.server.trunk_strategy import TrunkStrategy
 
@@ -60,8 +60,11 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
     done = resumed.entry.server_round if resumed else 0
     recorder = Recorder(directory, config)
     recorder.forget_after(done)
+    start = starting_point(directory, resumed.entry if resumed else None)
     nodes = wait_for_nodes(grid, config)
     with connect_trunk(config, checkpoints.directory) as trunk:
+        if config.trunk.address:  # somebody else's, who may be at work for another run
+            check_free(trunk, start, config.round_retries)
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
         recorder.names = {slot: item.name for slot, item in facts.items()}
@@ -77,28 +80,13 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
             recorder=recorder,
             checkpoints=checkpoints,
             resumed=resumed,
+            start=start,
         )
         strategy, arrays = make_strategy(parts, inner)
-        if not recorder.has_round(done):  # nor if the run was lost while it evaluated this round
-            label = f"round {done}" if done else "before round 1"
-            evaluate_clients(strategy, grid, arrays, done, label, trunk.health)
-            recorder.round_done(RoundOutcome(done, 0.0))
-        arrays = train(parts, strategy, arrays, start_round=done + 1)
-        directory.write_adapter("client", from_arrays(arrays))
-        if isinstance(strategy.inner, LoraFedAvg) and strategy.inner.changes_base:
-            directory.write_adapter("base", strategy.inner.base_change())
-        adapter = final_trunk_adapter(
-            strategy.trunk_rounds, trunk.coordinator, config, trunk.health
-        )
-        directory.write_adapter("trunk", adapter)
-    if config.local_only_baseline:
-        run_local_only(grid, federation, recorder)
-    # A round that was tried again has been answered more than once.
-    releases = config.num_server_rounds + strategy.trunk_rounds.attempt
-    spent = privacy_spent(strategy.inner, config, releases)
-    recorder.notes += spent.notes
-    counts = {"clients": len(federation.nodes), "server rounds": config.num_server_rounds}
-    recorder.finish({**counts, **spent.facts})
+        with resume_command(directory.path, strategy.inner):
+            train(parts, strategy, arrays, done)
+    with resume_command(directory.path, strategy.inner):
+        report(parts, strategy)
 
 
 def check_combinations(config: RunConfig) -> None:
@@ -112,30 +100,63 @@ def check_combinations(config: RunConfig) -> None:
     check(config.strategy)
 
 
-def train(
-    parts: RunParts, strategy: TrunkStrategy, arrays: ArrayRecord, *, start_round: int
-) -> ArrayRecord:
-    """Run all rounds that are left, synchronous or asynchronous; return the global adapter."""
-    recorder, health = parts.recorder, parts.trunk.health
-    if not isinstance(strategy.inner, FedBuff):
-        return run_rounds(
+def train(parts: RunParts, strategy: TrunkStrategy, arrays: ArrayRecord, done: int) -> None:
+    """Run the rounds that are left, and write the final adapters.
+
+    Args:
+        parts: The run, connected.
+        strategy: Its strategy.
+        arrays: The global adapter after round ``done``.
+        done: Committed rounds; 0 for a new run.
+
+    Raises:
+        FlowerSplitError: A round failed; the committed ones stay.
+    """
+    grid, recorder, health = parts.grid, parts.recorder, parts.trunk.health
+    if not recorder.has_round(done):  # nor if the run was lost while it evaluated this round
+        label = f"round {done}" if done else "before round 1"
+        evaluate_clients(strategy, grid, arrays, done, label, health)
+        recorder.round_done(RoundOutcome(done, 0.0))
+    inner = strategy.inner
+    if isinstance(inner, FedBuff):
+        at_once, sinks = _at_once(parts.facts), metric_sinks(recorder)
+        rounds = AsynchronousRounds(strategy, inner, grid, at_once=at_once, sinks=sinks)
+        arrays = run_buffers(
+            rounds, arrays, start_round=done + 1, on_round=recorder.round_done, health=health
+        )
+    else:
+        arrays = run_rounds(
             strategy,
-            parts.grid,
+            grid,
             arrays,
-            start_round=start_round,
+            start_round=done + 1,
             on_round=recorder.round_done,
             health=health,
         )
-    rounds = AsynchronousRounds(
-        strategy,
-        strategy.inner,
-        parts.grid,
-        at_once=_at_once(parts.facts),
-        sinks=metric_sinks(recorder),
+    recorder.run.write_adapter("client", from_arrays(arrays))
+    if isinstance(inner, LoraFedAvg) and inner.changes_base:
+        recorder.run.write_adapter("base", inner.base_change())
+    adapter = final_trunk_adapter(
+        strategy.trunk_rounds, parts.trunk.coordinator, parts.config, health
     )
-    return run_buffers(
-        rounds, arrays, start_round=start_round, on_round=recorder.round_done, health=health
-    )
+    recorder.run.write_adapter("trunk", adapter)
+
+
+def report(parts: RunParts, strategy: TrunkStrategy) -> None:
+    """Run the baseline that the report compares with, if one is asked for, and write the report.
+
+    Raises:
+        FederationError: A client failed in the baseline.
+    """
+    config, recorder = parts.config, parts.recorder
+    if config.local_only_baseline:
+        run_local_only(parts.grid, parts.federation, recorder)
+    # A round that was tried again has been answered more than once.
+    releases = config.num_server_rounds + strategy.trunk_rounds.attempt
+    spent = privacy_spent(strategy.inner, config, releases)
+    recorder.notes += spent.notes
+    counts = {"clients": len(parts.federation.nodes), "server rounds": config.num_server_rounds}
+    recorder.finish({**counts, **spent.facts})
 
 
 def _at_once(facts: Mapping[int, ClientFacts]) -> int:
@@ -198,7 +219,8 @@ def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
         try:
             run(grid, parse_run_config(context.run_config), inner)
         except FlowerSplitError as error:
-            logger.error("The run failed: %s", error)
+            notes = getattr(error, "__notes__", [])  # the command that resumes the run
+            logger.error("The run failed: %s", " ".join([str(error), *notes]))
             raise
 
     return made

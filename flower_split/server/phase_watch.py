@@ -63,6 +63,7 @@ class PhaseWatch:
     def _check_failures(self, now: float) -> None:
         failed = self._phase.failures(self._replies)
         if failed and not self._phase.can_succeed(failed):
+            self._phase.mark_failed(failed)
             self._stop(describe(failed, self._phase.federation), now)
 
     def _poll(self, now: float) -> None:
@@ -81,7 +82,9 @@ class PhaseWatch:
             self._mark_lost("the trunk restarted", now)
             return
         if status.phase == "aborted" and not self._ending:
-            self._stop(f"the trunk gave the round up: {status.problem}", now)
+            why = f"the trunk gave the round up: {status.problem}"
+            self._phase.mark_stopped(why)
+            self._stop(why, now)
             return
         line = self._progress(status, now)
         if line != self._shown:
@@ -112,6 +115,5 @@ class PhaseWatch:
     def _stop(self, why: str, now: float) -> None:
         """Abort the trunk's round, so that its clients end at once; their replies are still read."""
         logger.warning("%s cannot succeed any more: %s", self._label, why)
-        self._phase.mark_stopped(why)
         self._trunk_rounds.abort(why)
         self._end = now + _GRACE_SECONDS

@@ -1,7 +1,6 @@
 """Make the run's strategy: the clients' initial adapter, who holds which part of it, the commit point."""
 
 import logging
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,8 +18,8 @@ from flower_split.messages.client_facts import ClientFacts
 from flower_split.parties.client_cuts import check_resumed, cut_notes, cut_specs, overlap_adapter
 from flower_split.parties.client_ranks import OwnLora, rank_specs
 from flower_split.parties.parts import client_parts, model_cuts
-from flower_split.protocol.values import RoundBase, RoundReport
-from flower_split.runs.manifest import CommittedRound, Resumed, RunCheckpoints
+from flower_split.protocol.values import RoundReport
+from flower_split.runs.manifest import Resumed, RunCheckpoints
 from flower_split.runs.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.server.federation.base_values import gather_base_values
 from flower_split.server.federation.nodes import Federation
@@ -51,6 +50,7 @@ class RunParts:
     recorder: Recorder
     checkpoints: RunCheckpoints
     resumed: Resumed | None  # None: a new run
+    start: StartingPoint  # experiment, attempt and base of the first round
 
 
 def make_strategy(
@@ -77,18 +77,17 @@ def make_strategy(
     if isinstance(inner, LoraFedAvg):
         arrays = inner.initial_arrays()
         inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
-    start = StartingPoint(f"{recorder.run.path.name}-{secrets.token_hex(4)}", base=RoundBase(0))
     if resumed is not None:
         check_resumed(resumed.adapter, context.initial)
         check_resumable(inner)
         load_state(inner, resumed.strategy)
-        arrays, start = to_arrays(resumed.adapter), _going_on(resumed.entry)
-    commit = CommitPoint(start.experiment, parts.checkpoints, recorder, inner)
+        arrays = to_arrays(resumed.adapter)
+    commit = CommitPoint(parts.start.experiment, parts.checkpoints, recorder, inner)
     trunk_rounds = TrunkRounds(
         parts.trunk.coordinator,
         parts.trunk.access,
         config,
-        start,
+        parts.start,
         steps_per_round=max(item.planned_steps for item in parts.facts.values()),
         on_commit=commit,
     )
@@ -107,13 +106,6 @@ def make_strategy(
 
 
 _NOTHING = RoundReport(version=0, digest="", slots=(), optimizer_steps=0, compute_seconds=0.0)
-
-
-def _going_on(entry: CommittedRound) -> StartingPoint:
-    """Return where a resumed run begins: after ``entry``, under an attempt that nobody has used."""
-    logger.info("going on after round %d of experiment %s", entry.server_round, entry.experiment)
-    base = RoundBase(entry.server_round, entry.trunk_digest)
-    return StartingPoint(entry.experiment, entry.attempt + 1, base)
 
 
 def metric_sinks(recorder: Recorder) -> MetricSinks:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flower_split.config import RunConfig
-from flower_split.errors import ConfigError, TrunkUnavailable
+from flower_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
 from flower_split.server.trunk_process import TrunkProcess
+from flower_split.server.trunk_rounds import StartingPoint, stand_at_base
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,33 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
         access = TrunkAccess(address=address, root_certificates=pem)
         health = _health_of(process, coordinator, config.join_timeout)
         yield ConnectedTrunk(coordinator, access, status.fingerprint, health)
+
+
+def check_free(trunk: ConnectedTrunk, start: StartingPoint, retries: int) -> None:
+    """Check, before any client is asked, that the trunk takes this run's rounds.
+
+    Args:
+        trunk: The trunk, connected.
+        start: Where the run begins or goes on.
+        retries: How often to ask again where the trunk restarts meanwhile (``round-retries``).
+
+    Raises:
+        TrunkRefused: It is at work on another experiment, or cannot restore the round to go on from.
+        TrunkUnavailable: It does not answer.
+    """
+    server_round = start.base.server_round if start.base is not None else 0
+    for left in range(retries, -1, -1):
+        try:
+            stand_at_base(trunk.coordinator, start, server_round)
+            return
+        except TrunkRefused as error:
+            raise TrunkRefused(
+                error.reason, f"the trunk at {trunk.access.address} does not take this run: {error}"
+            ) from error
+        except TrunkUnavailable:
+            if left == 0:
+                raise
+            trunk.health.ensure_running()
 
 
 def read_token(path: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 
 from flower_split.errors import FederationError, RoundLost
-from flower_split.server.federation.exchange import by_slot, lost_slots
+from flower_split.server.federation.exchange import by_slot, left_slots, lost_slots
 from flower_split.server.federation.nodes import Federation, describe
 
 
@@ -30,7 +30,9 @@ class TrunkPhase:
     quorum: float
     _cause: str = field(default="", init=False)  # why it was ended before its clients were done
     _trunk_lost: bool = field(default=False, init=False)
+    _failed_first: dict[int, str] = field(default_factory=dict, init=False)  # and so ended it
     _lost: set[int] = field(default_factory=set, init=False)  # lost a process or a connection
+    _left: set[int] = field(default_factory=set, init=False)  # whose node or process is gone
 
     @property
     def slots(self) -> list[int]:
@@ -62,6 +64,10 @@ class TrunkPhase:
         """Note why the phase ends early; the first reason stays."""
         self._cause = self._cause or why
 
+    def mark_failed(self, failed: Mapping[int, str]) -> None:
+        """Note whose failures end the phase early: later ones are their consequences."""
+        self._failed_first = self._failed_first or dict(failed)
+
     def mark_lost(self, why: str) -> None:
         """Note that its trunk is gone: whoever has not completed has lost the round."""
         self.mark_stopped(why)
@@ -71,6 +77,7 @@ class TrunkPhase:
         """Sort the final replies into good ones and reasons of failure, both by slot, ascending."""
         arrived, sent = list(replies), list(self.messages.values())
         self._lost = lost_slots(self.federation, sent, arrived)
+        self._left = left_slots(self.federation, sent, arrived)
         return by_slot(self.federation, sent, arrived)
 
     def is_lost(self, problems: Mapping[int, str]) -> bool:
@@ -88,9 +95,27 @@ class TrunkPhase:
             return
         total, required = len(self.messages), self.required
         lower = " Or lower trunk.quorum to go on without them." if required > 1 else ""
-        why = self._cause or describe(problems, self.federation)
+        why = self._why(problems)
         raise (RoundLost if self.is_lost(problems) else FederationError)(
             f"round {self.server_round}: {len(good)} of {total} clients completed, and the quorum "
             f"(trunk.quorum, trunk.quorum-count) needs {required}. Cause: {why.rstrip('.')}. "
-            f"Mend it and start the run again.{lower}"
+            f"Mend it, then resume the run or start it again.{lower}"
+        )
+
+    def _why(self, problems: Mapping[int, str]) -> str:
+        """Return the cause of a failed phase: clients that left first, with their nodes.
+
+        Where one client is gone, the trunk ends the round of all: the others' failures follow from
+        it, and are not the cause even if they were heard of first.
+        """
+        left = {slot: text for slot, text in problems.items() if slot in self._left}
+        if self._cause:
+            named = f"; left the run: {describe(left, self.federation)}" if left else ""
+            return self._cause.rstrip(".") + named
+        others = {s: t for s, t in (self._failed_first or problems).items() if s not in left}
+        if not left or not others:
+            return describe(left or others, self.federation)
+        return (
+            f"left the run: {describe(left, self.federation)}; "
+            f"then failed: {describe(others, self.federation)}"
         )

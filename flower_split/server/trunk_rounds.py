@@ -56,6 +56,38 @@ class StartingPoint:
     base: RoundBase | None = None  # the committed round to begin with; None: whatever the trunk has
 
 
+def stand_at_base(coordinator: Coordinator, start: StartingPoint, server_round: int) -> int:
+    """Have the trunk restore the weights that an experiment begins or goes on with.
+
+    It is an evaluation that nobody joins, begun and ended at once, under an attempt of its own.
+
+    Returns:
+        The epoch of the trunk process that stands there; another one does not.
+
+    Raises:
+        TrunkUnavailable: The trunk does not answer, or restarted meanwhile.
+        TrunkRefused: It is at work on another experiment, or cannot restore the round.
+    """
+    plan = RoundPlan(
+        experiment=start.experiment,
+        server_round=server_round,
+        attempt=start.attempt + 1,
+        participants={0: secrets.token_urlsafe(32)},
+        evaluate=True,
+        base=start.base,
+    )
+    epoch, _ = coordinator.begin_round(plan)
+    try:
+        coordinator.abort_round(
+            start.experiment, server_round, plan.attempt, "it stands at the committed round"
+        )
+    except TrunkRefused as error:  # a new process does not know the round that was just begun
+        raise TrunkUnavailable(
+            f"the trunk restarted while it was brought to round {server_round}: {error}"
+        ) from error
+    return epoch
+
+
 class TrunkRounds:
     """Begin, prepare, commit and abort the rounds of one experiment on one trunk.
 
@@ -288,27 +320,9 @@ class TrunkRounds:
             TrunkRefused: It cannot restore the round.
         """
         if self._base is None:
-            return self._coordinator.status().epoch
-        # An evaluation that nobody joins: beginning it makes the trunk restore its base.
-        plan = RoundPlan(
-            experiment=self._experiment,
-            server_round=server_round,
-            attempt=self._attempt + 1,
-            participants={0: secrets.token_urlsafe(32)},
-            evaluate=True,
-            base=self._base,
-        )
-        epoch, _ = self._coordinator.begin_round(plan)
-        try:
-            self._coordinator.abort_round(
-                self._experiment, server_round, plan.attempt, "it stands at the committed round"
-            )
-        except TrunkRefused as error:  # a new process does not know the round that was just begun
-            raise TrunkUnavailable(
-                f"the trunk restarted while it was brought to round {self._base.server_round}: "
-                f"{error}"
-            ) from error
-        return epoch
+            return self.status().epoch
+        here = StartingPoint(self._experiment, self._attempt, self._base)
+        return stand_at_base(self._coordinator, here, server_round)
 
     def status(self) -> TrunkStatus:
         """Return where the trunk stands.

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from flower_split.config import Scalar, parse_run_config
-from flower_split.errors import FederationError, FlowerSplitError, SplitError
+from flower_split.errors import FederationError, FlowerSplitError, SplitError, TrunkRefused
+from flower_split.protocol.values import RoundPlan
 from flower_split.runs.directory import RunDirectory
 from flower_split.server.app import run
+from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.trunk.serve import RunningTrunk, Serving
 from tests.processes.test_runs import central_step
 from tests.support.local_grid import LocalGrid, TrunkHere
@@ -217,6 +219,29 @@ def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path
     assert "lora.trunk" in text and "r=2" in text and "r=4" in text
 
 
+def test_run_on_a_busy_trunk_is_refused_before_any_client_is_asked(
+    job: Job, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    with closing(TrunkHere.start(parse_run_config(job.config("other")), 0)) as trunk:
+        token.write_text(trunk.token)
+        config = {
+            **job.config("run"),
+            "trunk.address": trunk.address,
+            "trunk.token-file": str(token),
+        }
+        plan = RoundPlan(experiment="theirs", server_round=7, attempt=0, participants={0: "t"})
+        with closing(TrunkCoordinator(trunk.address, trunk.token)) as theirs:
+            theirs.begin_round(plan)
+            grid = LocalGrid(2, config)
+            with pytest.raises(TrunkRefused) as caught:
+                run(grid, parse_run_config(config))
+            assert theirs.status().phase == "joining"  # their round goes on
+    text = str(caught.value)
+    assert trunk.address in text and "round 7" in text and "theirs" in text
+    assert grid.pushed == []
+
+
 def test_run_over_tls_hands_the_certificate_to_the_clients(job: Job, tmp_path: Path) -> None:
     certificate, key = self_signed(tmp_path)
     token = tmp_path / "token"
@@ -239,6 +264,9 @@ def test_run_whose_clients_all_fail_in_training_is_an_error(
         raise FederationError("the disk is full. Make room.")
 
     monkeypatch.setattr("flower_split.client.client.train_round", fail)
-    text = refused(job, FederationError, trunk__step_every="server-round")
-    assert "the disk is full" in text
+    with pytest.raises(FederationError, match="the disk is full") as caught:
+        job.run("run", trunk__step_every="server-round")
+    assert "\n" not in str(caught.value)
+    (command,) = caught.value.__notes__
+    assert command.endswith(f"flower-split run APP --resume {job.root / 'run'}")
     assert not (job.root / "run" / "summary.json").exists()

@@ -22,14 +22,14 @@ _WRAPPING = re.compile(r"^.*Exception ClientAppException occurred\. Message:\s*"
 _DEAD_ACTOR = "The actor died unexpectedly"  # what Ray says, at length, of a killed client
 _CLASS = re.compile(r"^<class '[^']*'>:<'(.*?)'>$", re.DOTALL)
 
-_LOSSES = (
-    TRUNK_LOST,
+_GONE = (  # the node, or the client's process on it
     ErrorCode.UNKNOWN,  # a simulation's actor died
     ErrorCode.MESSAGE_UNAVAILABLE,
     ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
 )
+_LOSSES = (TRUNK_LOST, *_GONE)
 
 Watch = Callable[[Sequence[Message]], bool]
 """Called after every poll with the replies that are new; True ends the wait."""
@@ -99,6 +99,23 @@ def lost_slots(
         if message is not None and not (reply.has_error() and reply.error.code in _LOSSES):
             lost.discard(federation.slot_of(message.metadata.dst_node_id))
     return lost
+
+
+def left_slots(
+    federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
+) -> set[int]:
+    """Return the slots whose node or process is gone, by Flower's word.
+
+    A client that is silent, or that lost its connection to the trunk, may be well.
+    """
+    slots = {m.metadata.message_id: federation.slot_of(m.metadata.dst_node_id) for m in sent}
+    return {
+        slots[reply.metadata.reply_to_message_id]
+        for reply in replies
+        if reply.has_error()
+        and reply.error.code in _GONE
+        and reply.metadata.reply_to_message_id in slots
+    }
 
 
 def by_slot(

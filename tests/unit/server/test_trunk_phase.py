@@ -83,3 +83,24 @@ def test_lost_trunk_makes_every_failure_a_loss_and_the_first_cause_is_told() -> 
     good, problems = phase.sort(answers(phase, s1=OWN))
     with pytest.raises(RoundLost, match="Cause: the trunk gave the round up[.]"):
         phase.check_enough(good, problems)
+
+
+def test_client_that_left_is_named_before_healthy_ones_that_failed_without_it() -> None:
+    phase = make_phase()
+    phase.mark_failed({0: "the round was given up"})  # heard of first, and not the cause
+    good, problems = phase.sort(answers(phase, s0=OWN, s2=NODE_GONE))
+    with pytest.raises(FederationError) as caught:
+        phase.check_enough(good, problems)
+    text = str(caught.value)
+    assert "Cause: left the run: partition 2 (node 700): why; then failed: partition 0" in text
+
+
+def test_client_that_left_is_named_beside_the_trunks_words() -> None:
+    phase = make_phase()
+    phase.mark_stopped("the trunk gave the round up: slot 2 was silent.")
+    good, problems = phase.sort(answers(phase, s0=OWN, s2=NODE_GONE))
+    with pytest.raises(FederationError) as caught:
+        phase.check_enough(good, problems)
+    text = str(caught.value)
+    assert "slot 2 was silent; left the run: partition 2 (node 700): why." in text
+    assert "node 900" not in text
