@@ -55,7 +55,11 @@ def run_local_only(grid: Grid, federation: Federation, recorder: Recorder) -> No
 def _ask(
     grid: Grid, federation: Federation, message_type: str, content: RecordDict, timeout: float
 ) -> Mapping[int, Message]:
-    """The replies of all clients, by slot."""
+    """Send one message to every client; return the replies by slot.
+
+    Raises:
+        FederationError: A client failed.
+    """
     messages = [
         Message(content, federation.nodes[slot], message_type, ttl=timeout + 60.0)
         for slot in federation.slots

@@ -1,4 +1,4 @@
-"""What the ServerApp keeps of a run: metrics by step, client and round, and the final summary."""
+"""Record a run: metrics by step, client and round, and the final summary."""
 
 import io
 import logging
@@ -55,7 +55,7 @@ class Recorder:
         self._totals = {"num_tokens": 0.0, "bytes_sent": 0.0, "bytes_received": 0.0}
 
     def forget_after(self, server_round: int) -> None:
-        """Go on after a committed round: take up its records, drop those of later rounds."""
+        """Load the records up to a committed round, and drop those of later rounds."""
         kept = [
             record
             for record in self.run.metrics()
@@ -77,7 +77,7 @@ class Recorder:
                 self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
 
     def has_round(self, server_round: int) -> bool:
-        """Whether the round's evaluation and its line in the metrics are there."""
+        """Return whether the round's evaluation and its line in the metrics are there."""
         return server_round in self._rounds
 
     def steps(
@@ -87,7 +87,7 @@ class Recorder:
         lists: Mapping[str, Sequence[float]],
         metrics: Mapping[str, float],
     ) -> None:
-        """Per-step lists of one client's round: one line for each step."""
+        """Record one client's round, one line for each step, from its per-step lists."""
         count = max((len(values) for values in lists.values()), default=0)
         for index in range(count):
             values = {name: items[index] for name, items in lists.items() if index < len(items)}
@@ -98,7 +98,7 @@ class Recorder:
         self._round_metrics.setdefault(server_round, []).append(dict(metrics))
 
     def trunk_round(self, server_round: int, attempt: int, report: RoundReport) -> None:
-        """What a round was on the trunk: steps, time, activation memory, and who was left out."""
+        """Record a round on the trunk: steps, time, activation memory, and who was left out."""
         activations = report.activations
         self.run.append(
             "trunk",
@@ -119,7 +119,7 @@ class Recorder:
         )
 
     def aggregation(self, server_round: int, summary: RoundSummary) -> None:
-        """Whose adapters became the next one, and who was excluded why."""
+        """Record whose adapters became the next one, and who was excluded why."""
         self.run.append(
             "aggregation",
             {
@@ -135,12 +135,12 @@ class Recorder:
     def arrivals(
         self, server_round: int, records: Sequence[Mapping[str, int | float | str]]
     ) -> None:
-        """Who came back for an asynchronous round, in this order, and who was dropped why."""
+        """Record who arrived for an asynchronous round, in this order, and who was dropped why."""
         for record in records:
             self.run.append("arrival", {"server_round": server_round, **record})
 
     def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
-        """One client's held-out result after a round; round 0 is before the first."""
+        """Record one client's held-out result after a round; round 0 is before the first."""
         held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]))
         self._held_out.setdefault(server_round, {})[slot] = held_out
         self.run.append(
@@ -154,7 +154,7 @@ class Recorder:
         )
 
     def local_only(self, trained_by: int, evaluated_on: int, result: HeldOut) -> None:
-        """Held-out result of a model that one client trained alone."""
+        """Record the held-out result of a model that one client trained alone."""
         self._local_only.setdefault(evaluated_on, {})[trained_by] = result
         self.run.append(
             "evaluation",
@@ -169,7 +169,7 @@ class Recorder:
         )
 
     def round_done(self, outcome: RoundOutcome) -> None:
-        """A round is over: its line in the log and in the metrics."""
+        """Log and record a finished round."""
         server_round = outcome.server_round
         clients = self._round_metrics.get(server_round, [])
         record: dict[str, float] = {"server_round": server_round, "seconds": outcome.seconds}
@@ -206,7 +206,7 @@ class Recorder:
         self._rounds.add(server_round)
 
     def pooled(self, server_round: int) -> HeldOut | None:
-        """All clients' held-out results of a round together; None where nobody evaluated."""
+        """Return all clients' held-out results of a round together; None where nobody evaluated."""
         results = self._held_out.get(server_round, {})
         if not results:
             return None
@@ -246,7 +246,7 @@ class Recorder:
             logger.info("run directory: %s", self.run.path)
 
     def _lateness(self) -> dict[str, int | float]:
-        """Of an asynchronous run: how late its arrivals were, in versions; empty for any other."""
+        """Return how late an asynchronous run's arrivals were, in versions; empty for any other run."""
         records = self.run.metrics("arrival")
         late = [int(str(record["staleness"])) for record in records if "staleness" in record]
         if not records:
@@ -259,14 +259,14 @@ class Recorder:
         }
 
     def _truncation(self) -> dict[str, float]:
-        """What the server knew beyond the adapter that it wrote, after the last round."""
+        """Return what the server knew beyond the adapter that it wrote, after the last round."""
         records = self.run.metrics("aggregation")
         share = records[-1].get("truncation", 0.0) if records else 0.0
         label = "share of ΔW beyond the adapter's rank, kept by the server only"
         return {label: share} if isinstance(share, float) and share > 0 else {}
 
     def _exclusions(self) -> list[str]:
-        """One note for each client whose adapter was ever left out, with its first reason."""
+        """Return one note for each client whose adapter was ever left out, with its first reason."""
         rounds: dict[str, list[int]] = {}
         reasons: dict[str, str] = {}
         for record in self.run.metrics("aggregation"):
@@ -282,7 +282,7 @@ class Recorder:
         ]
 
     def _by_own(self, slot: int) -> dict[int, HeldOut]:
-        """Of the model that ``slot`` trained alone: its result on every partition's data."""
+        """Return the results of the model that ``slot`` trained alone, on every partition's data."""
         return {
             evaluated_on: results[slot]
             for evaluated_on, results in sorted(self._local_only.items())

@@ -1,4 +1,4 @@
-"""What is looked at in the clients' training replies before the inner strategy sees them."""
+"""Validate training replies before aggregation."""
 
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -34,16 +34,16 @@ def completed(
 
 @runtime_checkable
 class Excluding(Protocol):
-    """What an inner strategy offers that can leave out malformed updates by itself."""
+    """An inner strategy that can leave out malformed updates by itself."""
 
     excludes_invalid: bool
-    """Whether it does; otherwise it refuses them."""
+    """True: it leaves them out; False: it refuses the round."""
     last_summary: RoundSummary
-    """Of the round it aggregated last; ``excluded`` is by slot."""
+    """The summary of the round it aggregated last; ``excluded`` is by slot."""
 
 
 def excluded_by(inner: Strategy) -> dict[int, str]:
-    """Why the inner strategy left out which clients' adapters of the round it has aggregated."""
+    """Return why the inner strategy left out clients' adapters of its last round, by slot."""
     if not isinstance(inner, Excluding):
         return {}
     return {
@@ -57,20 +57,20 @@ def check_values(
 ) -> None:
     """Check that what is aggregated is finite and was trained on something.
 
-    Adapters are not looked at where ``inner`` does so itself and leaves out the malformed ones.
+    Adapters are not checked where ``inner`` does so itself and leaves out the malformed ones.
 
     Raises:
         FederationError: A reply holds NaN or Inf, or no client trained on a label token.
     """
-    looks = isinstance(inner, Excluding) and inner.excludes_invalid
+    checks_itself = isinstance(inner, Excluding) and inner.excludes_invalid
     for slot, reply in replies.items():
-        for record in () if looks else reply.content.array_records.values():
+        for record in () if checks_itself else reply.content.array_records.values():
             for name, array in record.items():
                 if not np.isfinite(array.numpy()).all():
                     raise FederationError(
                         f"round {server_round}: partition {slot} (node {federation.nodes[slot]}) "
                         f"returned NaN or Inf in {name}. Lower train.optimizer.learning-rate, or "
-                        "look at that client's data."
+                        "check that client's data."
                     )
     if all(scalars(reply.content).get(NUM_TOKENS) == 0 for reply in replies.values()):
         raise FederationError(

@@ -1,4 +1,4 @@
-"""What messages carry beside the adapter: the base change, and whose factors stay where.
+"""Extra records in training messages: the base change, and the factors that stay with a client.
 
 FLoRA and FedEx-LoRA put into the clients' base what their adapters do not hold; FedSA-LoRA leaves B
 with each client. Both make a message more than an adapter, so neither goes with mods or with
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def method_notes(method: type[Aggregator]) -> list[str]:
-    """What a reader of the report must know about what a method leaves behind."""
+    """Return what a reader of the report must know about what a method leaves behind."""
     if method.private:
         return [
             f'strategy.aggregator = "{method.name}" is personalised: factor '
@@ -97,7 +97,7 @@ def leave_private(
 
 
 def kept_digest(slot: int, content: RecordDict) -> Mapping[int, str]:
-    """Slot → digest of the factors that a client has kept, from its reply.
+    """Return the digest of the factors that a client has kept, from its reply, by slot.
 
     Raises:
         AggregationError: The client does not say.
