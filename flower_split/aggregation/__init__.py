@@ -8,9 +8,11 @@
     result = aggregator.aggregate(state, [Update("a", sent, returned, weight=12), ...])
     aggregator.delta(result.state)                           # the new global ΔW as factors
 
-One module per method, named after its paper; ``lowrank`` has the linear algebra, ``checks`` the
-refusals. ``modules`` aggregates whole adapters, which is what the strategy uses; ``robust`` names
-the rules that may come before any method.
+Runs in the ServerApp. Begin with ``core/method`` (the interface) and ``methods/product_delta`` (the
+default). ``methods`` has one module per paper, ``registry`` their names and ``description`` what each
+does otherwise than its paper; ``core/lowrank`` has the linear algebra, ``core/checks`` the refusals.
+``adapter_aggregator`` aggregates whole adapters, which is what the strategy uses (``aggregator_state``
+is its checkpoint, ``from_config`` makes it); ``rules`` are what may come before any method.
 """
 
 from flower_split.aggregation.core.factors import AggregationResult, Factors, State, Update

@@ -16,15 +16,16 @@ nobody holds it (or nobody of weight above 0).
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from flower_split.aggregation import aggregator_state
+from flower_split.aggregation.aggregator_state import AggregatorState
 from flower_split.aggregation.core.adapter_layout import (
     BIAS,
     Layout,
-    check_names,
     factors_from,
     factors_into,
     layout_of,
@@ -41,36 +42,18 @@ from flower_split.aggregation.core.client_updates import (
 from flower_split.aggregation.core.factors import Factors, State, Update
 from flower_split.aggregation.core.lowrank import LowRankSum, factors_of, inner_product
 from flower_split.aggregation.core.method import Aggregator
+from flower_split.aggregation.core.plain_tensors import mean_plain_tensors
+from flower_split.aggregation.core.round_summary import RoundSummary
 from flower_split.aggregation.methods.product_family import ProductAggregator
 from flower_split.aggregation.methods.registry import make_aggregator
 from flower_split.errors import AggregationError
 
 __all__ = ["AdapterAggregator", "AdapterSpec", "AdapterUpdate", "RoundSummary"]
 
-SEPARATOR = "::"
 CPU = torch.device("cpu")
 
 SPARE_RANK = 4
 """Server rank in units of the adapter's largest rank, unless ``max_rank`` says otherwise."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoundSummary:
-    """What a round's aggregation did.
-
-    Args:
-        clients: The ids whose updates were used, in the order of summation.
-        excluded: Client id → why its update was left out (policy "exclude" only).
-        seconds: Wall-clock time of the aggregation.
-        unchanged: Modules that no client of the round held, which therefore stay as they were.
-        truncation: As :meth:`AdapterAggregator.truncation` says afterwards.
-    """
-
-    clients: tuple[str | int, ...]
-    excluded: Mapping[str | int, str] = field(default_factory=dict)
-    seconds: float = 0.0
-    unchanged: tuple[str, ...] = ()
-    truncation: float = 0.0
 
 
 class AdapterAggregator:
@@ -137,7 +120,7 @@ class AdapterAggregator:
         scales: Mapping[str, float] | None = None,
         modules: frozenset[str] | None = None,
     ) -> dict[str, Tensor]:
-        """The adapter for one client, sorted by name; equal arguments give equal tensors.
+        """Return the adapter for one client, sorted by name; equal arguments give equal tensors.
 
         Args:
             ranks: As in :class:`AdapterSpec`.
@@ -164,7 +147,7 @@ class AdapterAggregator:
     def aggregate(
         self, updates: Sequence[AdapterUpdate], then: Sequence[Transform] = ()
     ) -> RoundSummary:
-        """One round over all modules; on an error nothing has changed.
+        """Aggregate one round over all modules; on an error nothing has changed.
 
         Args:
             updates: One per client, in any order.
@@ -204,7 +187,7 @@ class AdapterAggregator:
                 self._workers, initializer=torch.set_num_threads, initargs=(threads,)
             ) as pool:
                 results = list(pool.map(one, modules))
-        others = self._mean_others(clients)
+        others = mean_plain_tensors(self._others, clients)
         for module, (state, base) in zip(modules, results, strict=True):
             self._states[module] = state
             if base is not None:
@@ -216,7 +199,7 @@ class AdapterAggregator:
         return RoundSummary(ids, excluded, seconds, unchanged, self.truncation())
 
     def trainable(self) -> list[str]:
-        """Names of the tensors that clients train in the coming round; they freeze the others."""
+        """Return the names of the tensors that clients train in the coming round, and no others."""
         self._ready()
         names = list(self._layout.others)
         for module, state in self._states.items():
@@ -224,7 +207,7 @@ class AdapterAggregator:
         return sorted(names)
 
     def private(self) -> list[str]:
-        """Names of the tensors that stay with each client after the initial adapter.
+        """Return the names of the tensors that stay with each client after the initial adapter.
 
         A client keeps its own values of these from round to round, ignores what ``distribute``
         holds for them, and need not return them.
@@ -234,14 +217,22 @@ class AdapterAggregator:
             name for module in self._states for name in self._names(module, self.method.private)
         )
 
+    def core_columns(self) -> dict[str, Tensor]:
+        """Return module name → the frozen P of B = P R, where clients train R alone in this round.
+
+        Empty unless the method trains a core; see :meth:`Aggregator.core_columns`.
+        """
+        columns = {name: self.method.core_columns(state) for name, state in self._states.items()}
+        return {name: found.to(CPU) for name, found in columns.items() if found is not None}
+
     def deltas(self) -> dict[str, Factors]:
-        """Module name → the global ΔW as factors, without what went into the base."""
+        """Return module name → the global ΔW as factors, without what went into the base."""
         return {module: self.method.delta(state).to(CPU) for module, state in self._states.items()}
 
     def truncation(self) -> float:
-        """What of the global ΔW an adapter of the initial ranks leaves out, as a share of its length.
+        """Return which share of the global ΔW an adapter of the initial ranks leaves out.
 
-        Frobenius, over all modules. The server of a method that recompresses ΔW keeps more than that
+        Frobenius norms, over all modules. The server of a method that recompresses ΔW keeps more than that
         from round to round (``max_rank``); an adapter has its leading components. Others: 0.
         """
         if not self.method.recompresses:
@@ -255,41 +246,19 @@ class AdapterAggregator:
         return (beyond / whole) ** 0.5 if whole > 0 else 0.0
 
     def base_changes(self) -> dict[str, Factors]:
-        """Module name → what clients add to their frozen base weight, over all rounds so far.
+        """Return module name → what clients add to their frozen base weight, over all rounds.
 
         Empty unless the method changes the base. It is kept apart, in fp32, because a base in bf16
         would swallow most of it; it belongs into every exported adapter.
         """
         return {module: base.to(CPU) for module, base in self._base.items()}
 
-    def totals(self) -> dict[str, Factors]:
-        """Module name → everything the run has learnt: the global ΔW and the base's change.
-
-        For an export that stands on the plain base weights; its rank may differ by module.
-        """
-        deltas, totals = self.deltas(), {}
-        for module, base in self.base_changes().items():
-            delta = deltas[module]
-            total = LowRankSum(delta.out_features, delta.in_features)
-            total.add(delta, 1.0)
-            total.add(base, 1.0)
-            totals[module] = factors_of(total.spectrum(), 1.0)
-        return deltas | totals
-
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a checkpoint needs, as named tensors that share no memory."""
+        """Return everything a checkpoint needs, as named tensors that share no memory."""
         self._ready()
-        tensors = {f"other{SEPARATOR}{name}": value for name, value in self._others.items()}
-        for module, state in self._states.items():
-            for key, value in self.method.state_dict(state).items():
-                tensors[SEPARATOR.join(("lora", module, key))] = value
-        for module, base in self._base.items():
-            tensors[SEPARATOR.join(("base", module, "A"))] = base.A
-            tensors[SEPARATOR.join(("base", module, "B"))] = base.B
-        return {
-            name: tensors[name].to(CPU).clone(memory_format=torch.contiguous_format)
-            for name in sorted(tensors)
-        }
+        return aggregator_state.state_dict(
+            self.method, AggregatorState(self._states, self._others, self._base)
+        )
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -> None:
         """Continue from :meth:`state_dict`, bit for bit.
@@ -302,25 +271,9 @@ class AdapterAggregator:
             AggregationError: The checkpoint lacks something.
         """
         self._adopt(adapter)
-        groups: dict[tuple[str, str], dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            kind, _, rest = name.partition(SEPARATOR)
-            owner, _, key = rest.partition(SEPARATOR)
-            groups.setdefault((kind, owner), {})[key] = value
-        self._base = {}
-        for module in self._layout.modules:
-            with named(module):
-                stored_state = groups.get(("lora", module), {})
-                state = self.method.load_state_dict(
-                    {key: value.to(self._device) for key, value in stored_state.items()}
-                )
-            self._states[module] = state
-            if ("base", module) in groups:
-                base = groups["base", module]
-                self._base[module] = Factors(base["A"], base["B"]).to(self._device)
-        stored = {owner: group[""] for (kind, owner), group in groups.items() if kind == "other"}
-        check_names(stored, self._layout.others, "the checkpoint")
-        self._others = {name: stored[name].clone() for name in self._layout.others}
+        state = aggregator_state.load_state_dict(self.method, tensors, self._layout, self._device)
+        self._states, self._others = dict(state.modules), dict(state.others)
+        self._base = dict(state.base)
 
     # ---- below: one step each of the above
 
@@ -373,23 +326,8 @@ class AdapterAggregator:
             returned=update.returned.to(self._device),
         )
 
-    def _mean_others(self, clients: Sequence[ClientUpdate]) -> dict[str, Tensor]:
-        """The weighted mean of every tensor that is no LoRA factor, summed in fp64."""
-        means: dict[str, Tensor] = {}
-        for name in self._layout.others:
-            holders = [client for client in clients if name in client.others]
-            if not any(client.weight > 0 for client in holders):
-                means[name] = self._others[name]
-                continue
-            shares = shares_of([(client.client_id, client.weight) for client in holders])
-            total = torch.zeros(self._layout.shapes[name], dtype=torch.float64)
-            for client, share in zip(holders, shares, strict=True):
-                total += share * client.others[name][1]
-            means[name] = total.to(self._others[name].dtype)
-        return means
-
     def _grown_base(self, module: str, residual: Factors) -> Factors:
-        """The base change with one round's residual added, recompressed without loss."""
+        """Return the base change with one round's residual added, recompressed without loss."""
         total = LowRankSum(residual.out_features, residual.in_features)
         if module in self._base:
             total.add(self._base[module], 1.0)
@@ -398,5 +336,5 @@ class AdapterAggregator:
 
 
 def _weight_of(module: str, clients: Sequence[ClientUpdate]) -> float:
-    """The largest weight among the clients that hold a module; 0: nobody does."""
+    """Return the largest weight among the clients that hold a module; 0: nobody does."""
     return max((client.weight for client in clients if module in client.modules), default=0.0)

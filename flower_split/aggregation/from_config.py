@@ -13,9 +13,11 @@ from types import NoneType
 from torch import Tensor
 
 from flower_split.aggregation.adapter_aggregator import AdapterAggregator
+from flower_split.aggregation.core.adapter_layout import EMBEDDING
 from flower_split.aggregation.core.client_updates import AdapterSpec
 from flower_split.aggregation.core.method import Aggregator
 from flower_split.aggregation.core.server_optimizer import ADAPTIVE
+from flower_split.aggregation.methods.florist import FLoRIST
 from flower_split.aggregation.methods.product_family import ProductAggregator
 from flower_split.aggregation.methods.registry import AGGREGATORS, METHODS, make_aggregator
 from flower_split.aggregation.rules.dora import has_magnitudes
@@ -40,7 +42,7 @@ Option = int | float | str | None
 
 
 def adapter_aggregator(config: StrategyConfig, scales: Mapping[str, float]) -> AdapterAggregator:
-    """The aggregator of a run config.
+    """Return the aggregator of a run config.
 
     Args:
         config: The run's strategy.
@@ -84,6 +86,11 @@ def check_strategy(config: StrategyConfig) -> Aggregator:
             "strategy.server-optimizer = %s with strategy.server-learning-rate = 1 moves every entry "
             "of ΔW by about 1 in a round; a LoRA's ΔW needs steps of 0.001 to 0.01",
             config.server_optimizer,
+        )
+    if isinstance(method, FLoRIST) and method.tau == 1:
+        logger.warning(
+            "strategy.aggregator = florist at tau = 1 keeps all singular values, as flexlora does; its "
+            "paper uses 0.80 to 0.99, such as strategy.options = tau=0.9"
         )
     return method
 
@@ -129,28 +136,38 @@ def check_clients(
             '"product-delta", or give all the same.'
         )
     for rule in parse_rules(config.rules):
-        if rule.entry_by_entry:
-            others = [slot for slot, spec in specs.items() if spec.ranks or spec.scales]
-            if others:
-                raise AggregationError(
-                    f"strategy.rules has {rule.name}, which compares factors entry by entry, so "
-                    f"all clients must have one rank and scale; partitions {named(others)} have "
-                    "their own. Use multi-krum or norm-clipping, which compare ΔW."
-                )
-        if rule.whole_adapters:
-            partial = [slot for slot, spec in specs.items() if spec.modules is not None]
-            if partial:
-                raise AggregationError(
-                    f"strategy.rules has {rule.name}, which compares whole adapters; partitions "
-                    f"{named(partial)} hold only some of its modules (other cut layers). Use "
-                    "norm-clipping, trimmed-mean or median."
-                )
-        if num_participants < rule.clients_needed:
+        _check_rule_on(rule, specs, num_participants, named)
+
+
+def _check_rule_on(
+    rule: Rule,
+    specs: Mapping[int, AdapterSpec],
+    num_participants: int,
+    named: Callable[[Iterable[int]], str],
+) -> None:
+    """Refuse a rule that cannot work on these clients; see :func:`check_clients`."""
+    if rule.entry_by_entry:
+        others = [slot for slot, spec in specs.items() if spec.ranks or spec.scales]
+        if others:
             raise AggregationError(
-                f"strategy.rules has {rule}, which needs at least {rule.clients_needed} clients in a "
-                f"round; {num_participants} take part. Raise num-clients or fraction-train, or lower "
-                "the rule's number."
+                f"strategy.rules has {rule.name}, which compares factors entry by entry, so "
+                f"all clients must have one rank and scale; partitions {named(others)} have "
+                "their own. Use multi-krum or norm-clipping, which compare ΔW."
             )
+    if rule.whole_adapters:
+        partial = [slot for slot, spec in specs.items() if spec.modules is not None]
+        if partial:
+            raise AggregationError(
+                f"strategy.rules has {rule.name}, which compares whole adapters; partitions "
+                f"{named(partial)} hold only some of its modules (other cut layers). Use "
+                "norm-clipping, trimmed-mean or median."
+            )
+    if num_participants < rule.clients_needed:
+        raise AggregationError(
+            f"strategy.rules has {rule}, which needs at least {rule.clients_needed} clients in a "
+            f"round; {num_participants} take part. Raise num-clients or fraction-train, or lower "
+            "the rule's number."
+        )
 
 
 def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None:
@@ -158,7 +175,8 @@ def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None
 
     Raises:
         AggregationError: It has DoRA, and the method would put something into the base, or keep
-            factors private, to which a magnitude then does not fit.
+            factors private, to which a magnitude then does not fit; or it has LoRA on embeddings,
+            and the method trains a core.
     """
     method = AGGREGATORS.get(config.aggregator)
     if has_magnitudes(adapter) and (method.changes_base or method.private):
@@ -168,10 +186,17 @@ def check_adapter(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> None
             "(lora.*.use-dora) would be those of other weights. Use "
             '"product-delta", or set lora.*.use-dora = false.'
         )
+    embeddings = sorted(name for name in adapter if name.endswith(EMBEDDING))
+    if method.trains_core and embeddings:
+        raise AggregationError(
+            f'strategy.aggregator = "{method.name}" trains a core between the factors of linear layers; '
+            f"{embeddings[0]} belongs to an embedding. Leave embeddings out of lora.*.target-modules, "
+            'or use "product-delta".'
+        )
 
 
 def fits_dora(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> bool:
-    """Whether the mean of clients with DoRA is made exact: the method's result is the mean of ΔW."""
+    """Return whether the mean of clients with DoRA is made exact: the method's result is the mean of ΔW."""
     return (
         config.name in ("lora-fedavg", "fedbuff")
         and config.dora == "exact"
@@ -184,7 +209,7 @@ def fits_dora(config: StrategyConfig, adapter: Mapping[str, Tensor]) -> bool:
 
 
 def _options(config: StrategyConfig) -> dict[str, Option]:
-    """The method's options: its own of ``strategy.options``, and the server's step."""
+    """Return the method's options: its own of ``strategy.options``, and the server's step."""
     options = parse_options(config.aggregator, config.options)
     if config.server_learning_rate != 1:
         options["learning_rate"] = config.server_learning_rate
@@ -211,7 +236,7 @@ def _options(config: StrategyConfig) -> dict[str, Option]:
 
 
 def parse_options(name: str, text: str) -> dict[str, Option]:
-    """A method's own options of ``"name=value, name=value"``, in the types of its fields.
+    """Return a method's own options of ``"name=value, name=value"``, in the types of its fields.
 
     Args:
         name: The method.
@@ -242,7 +267,7 @@ def parse_options(name: str, text: str) -> dict[str, Option]:
 
 
 def _value(label: str, text: str, hint: object) -> Option:
-    """``text`` in the type of a field."""
+    """Return ``text`` in the type of a field."""
     kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not NoneType]
     for kind in kinds:
         if kind in (int, float, str):
@@ -289,6 +314,6 @@ def _names(trait: str) -> str:
 
 
 def _ranks_of(spec: AdapterSpec) -> str:
-    """The ranks of a client's modules, ascending, each once."""
+    """Return the ranks of a client's modules, ascending, each once."""
     ranks = spec.ranks.values() if isinstance(spec.ranks, Mapping) else [spec.ranks]
     return " and ".join(str(rank) for rank in sorted({rank for rank in ranks if rank is not None}))

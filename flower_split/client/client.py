@@ -27,6 +27,7 @@ from flower_split.lora import (
     set_trainable,
 )
 from flower_split.lora.base_change import set_base_change
+from flower_split.lora.core_training import trained_cores
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.messages.orders import EvaluateOrder, TrainOrder, TrunkOrder
 from flower_split.parties.client_ranks import OwnLora
@@ -163,7 +164,8 @@ class Client:
         Args:
             adapter: Full weights of the client's LoRA.
             order: How to reach the trunk, what trains, and on which pass over the data.
-            base_change: What the method adds to the frozen base weights.
+            base_change: What the method adds to the frozen base weights; and the frozen factors of
+                the cores that train instead of B.
 
         Raises:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
@@ -171,7 +173,7 @@ class Client:
         self._load(adapter, base_change)
         set_trainable(self.model, order.trainable)
         place = self.place(order.trunk.server_round)
-        with self._trunk(order.trunk) as trunk:
+        with trained_cores(self.model, base_change), self._trunk(order.trunk) as trunk:
             trunk.open(place.num_steps)
             return train_round(
                 self.model,

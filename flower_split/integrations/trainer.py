@@ -110,7 +110,7 @@ class _Connection(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """The number of optimizer steps is known now."""
+        """Open the round: the number of optimizer steps is known now."""
         self._num_steps = state.max_steps - state.global_step
         self._window, self._index = -1, 0
         trunk = _remote(self._slot)
@@ -180,7 +180,7 @@ class LocalTrunkOptimizer(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """The number of optimizer steps is known now."""
+        """Open the round: the number of optimizer steps is known now."""
         self._rate = LearningRate(self._config, state.max_steps)
 
     def on_pre_optimizer_step(
@@ -190,7 +190,7 @@ class LocalTrunkOptimizer(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        """The trainer steps its model now: step the trunk."""
+        """Step the trunk, as the trainer steps its model now."""
         if self._config.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self._parameters, self._config.max_grad_norm)
         self._rate.apply(self._optimizer, self._step)
@@ -200,7 +200,7 @@ class LocalTrunkOptimizer(TrainerCallback):
 
 
 def _num_label_tokens(inputs: Mapping[str, Any]) -> int:
-    """What a micro-batch counts: its label tokens after the causal shift; at least 1.
+    """Return what a micro-batch counts: its label tokens after the causal shift; at least 1.
 
     A micro-batch without any still takes part: its gradient is zero. Without labels ``[batch, seq]``
     it counts one per row.

@@ -23,6 +23,7 @@ from flower_split.aggregation.core.adapter_layout import factors_from, factors_i
 from flower_split.aggregation.core.factors import Factors
 from flower_split.aggregation.core.lowrank import LowRankSum, factors_of
 from flower_split.errors import SplitError
+from flower_split.lora.core_training import CORE_COLUMNS
 
 A_SUFFIX, B_SUFFIX = ".base_A", ".base_B"
 
@@ -107,11 +108,13 @@ def set_base_change(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     Args:
         model: A model with LoRA attached.
-        state: As :func:`base_change_state` returns it.
+        state: As :func:`base_change_state` returns it; columns for the training of cores, which
+            travel with it, are left alone.
 
     Raises:
         SplitError: A module is not there, has no LoRA, or has another shape.
     """
+    state = {name: value for name, value in state.items() if not name.endswith(CORE_COLUMNS)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     terms: list[tuple[nn.Module, _Term]] = []
     for module, change in base_change_factors(state).items():

@@ -13,12 +13,8 @@ from flower_split.split.checking.self_check import (
     check_splittable,
     settle_cache,
 )
-from flower_split.split.client_side.model import (
-    IdentityTrunk,
-    client_replacements,
-    set_trunk,
-    wire_client,
-)
+from flower_split.split.client_side.model import client_replacements, set_trunk, wire_client
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.probe import probe_batches, quiet, same_bits, trace
 from flower_split.split.structure.stack import LayerStack, find_stack
@@ -90,7 +86,7 @@ def split_model(model: PreTrainedModel, cuts: CutLayers) -> tuple[PreTrainedMode
 
 
 def _constants(model: PreTrainedModel) -> frozenset[str]:
-    """The embeddings that the class of ``model`` never trains, whatever is frozen in ``model``."""
+    """Return the embeddings that the class of ``model`` never trains, whatever is frozen in ``model``."""
     try:
         with torch.device("meta"):
             return constant_embeddings(type(model)(model.config))
@@ -120,7 +116,7 @@ def _compare(
 
 
 def copy_with(root: PreTrainedModel, replacements: dict[str, nn.Module]) -> PreTrainedModel:
-    """A deep copy of ``root`` with some modules replaced; those are never copied.
+    """Return a deep copy of ``root`` with some modules replaced; those are never copied.
 
     The replacements take the training mode of ``root``, and so does a trunk that is put in them.
     """

@@ -3,7 +3,8 @@
 All methods start from the same adapter, see the same batches and take the same number of steps, in
 three federations: equal ranks, mixed ranks, and a quarter of the clients per round. The model is
 the unsplit one, which the split one equals; LoRA is on the bottom and the top, as clients hold it.
-Prints a table; writes it, every round's loss and a plot to ``--out``.
+Prints a table, with what each method does otherwise than its paper; writes it, every round's loss and
+a plot to ``--out``.
 """
 
 import argparse
@@ -18,17 +19,23 @@ from lab import Lab, Outcome, Setting, run
 from transformers.utils import logging as transformers_logging
 
 from flower_split.aggregation import METHODS
+from flower_split.aggregation.methods.description import describe
 
 Results = dict[tuple[str, str], Outcome]
 
 
+def _as_in_its_paper(method: str) -> str:
+    """Return a method with the options that its paper uses where the defaults differ."""
+    return "florist:tau=0.9" if method == "florist" else method
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=[*METHODS, "product-delta:rank-weighting=holders"],
+        default=[*map(_as_in_its_paper, METHODS), "product-delta:rank-weighting=holders"],
         metavar="METHOD",
         help="names, or name:options such as product-delta:rank-weighting=holders",
     )
@@ -47,7 +54,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace) -> list[Setting]:
-    """The three federations."""
+    """Return the three federations."""
     equal = (arguments.rank,) * arguments.clients
     steps = [max(1, arguments.rank // 4), max(1, arguments.rank // 2), arguments.rank]
     mixed = tuple(steps[index % 3] for index in range(arguments.clients))
@@ -59,9 +66,9 @@ def settings_of(arguments: argparse.Namespace) -> list[Setting]:
 
 
 def table(results: Results, methods: Sequence[str], settings: Sequence[Setting]) -> str:
-    """The results as a Markdown table: perplexity, megabytes per client and round, seconds."""
+    """Return the results as a Markdown table: perplexity, megabytes per client and round, seconds."""
     head = ["method", *(f"perplexity, {one.name}" for one in settings)]
-    head += ["kB up", "kB down", "server s"]
+    head += ["kB up", "kB down", "server s", "merged update", "differs from the paper"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     first = settings[0].name
     for method in methods:
@@ -74,7 +81,8 @@ def table(results: Results, methods: Sequence[str], settings: Sequence[Setting])
         cells += [
             f"{amount / shares / 1e3:.0f}" for amount in (outcome.bytes_up, outcome.bytes_down)
         ]
-        cells.append(f"{outcome.seconds:.2f}")
+        about = describe(METHODS[method.partition(":")[0]])
+        cells += [f"{outcome.seconds:.2f}", about.exactness, about.deviation or "–"]
         lines.append("| " + " | ".join(cells) + " |")
     start = math.exp(results[methods[0], first].losses[0])
     lines.append("")
@@ -86,7 +94,7 @@ def table(results: Results, methods: Sequence[str], settings: Sequence[Setting])
 
 
 def write_losses(results: Mapping[tuple[str, str], Outcome], path: Path) -> None:
-    """Every round's loss as CSV."""
+    """Write every round's loss as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["method", "setting", "round", "loss"])

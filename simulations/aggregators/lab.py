@@ -16,7 +16,14 @@ from flower_split.aggregation.from_config import parse_options
 from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, ModelConfig, RunConfig, TrainConfig
 from flower_split.data import ClientData, batches, eval_batches, load_client_data, load_tokenizer
-from flower_split.lora import adapter_state, attach_lora, load_adapter_state, lora_scales
+from flower_split.lora import (
+    adapter_state,
+    attach_lora,
+    load_adapter_state,
+    lora_scales,
+    set_trainable,
+)
+from flower_split.lora.core_training import core_columns_state, trained_cores
 from flower_split.split import CutLayers
 from flower_split.training.round import evaluate
 
@@ -71,6 +78,7 @@ class Client:
         self.private: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
         self.base_bytes = 0
+        self.has_core = False  # whether it was sent the frozen factors of a core
 
 
 class Lab:
@@ -106,7 +114,7 @@ class Lab:
             self.adapters[rank] = adapter_state(model)
 
     def clients(self, setting: Setting) -> list[Client]:
-        """Fresh clients; every run sees the same batches."""
+        """Return fresh clients; every run sees the same batches."""
         return [
             Client(
                 rank,
@@ -121,7 +129,7 @@ class Lab:
         ]
 
     def scales(self, rank: int) -> dict[str, float]:
-        """Module name → scale of a client of that rank: alpha / r."""
+        """Return module name → scale of a client of that rank: alpha / r."""
         return lora_scales(self.models[rank])
 
     def load(self, rank: int, adapter: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
@@ -135,20 +143,21 @@ class Lab:
                 if module in base:
                     weight.add_(base[module])
 
-    def train(self, client: Client, trainable: Sequence[str]) -> dict[str, Tensor]:
-        """Some steps of AdamW on a client's data from what is loaded; returns the adapter."""
-        model, names, chosen = self.models[client.rank], set(trainable), []
+    def train(
+        self, client: Client, trainable: Sequence[str], columns: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Take some steps of AdamW on a client's data from what is loaded; return the adapter."""
+        model = self.models[client.rank]
         model.train()
-        for name, parameter in model.named_parameters():
-            if ".lora_" in name:
-                parameter.requires_grad_(name.replace(".default", "") in names)
-                chosen += [parameter] if parameter.requires_grad else []
-        optimizer = torch.optim.AdamW(chosen, lr=self.arguments.learning_rate, foreach=False)
-        for _ in range(self.arguments.local_steps):
-            optimizer.zero_grad()
-            model(**next(client.stream)).loss.backward()
-            torch.nn.utils.clip_grad_norm_(chosen, 1.0, foreach=False)
-            optimizer.step()
+        set_trainable(model, trainable)
+        with trained_cores(model, columns):
+            chosen = [one for one in model.parameters() if one.requires_grad]
+            optimizer = torch.optim.AdamW(chosen, lr=self.arguments.learning_rate, foreach=False)
+            for _ in range(self.arguments.local_steps):
+                optimizer.zero_grad()
+                model(**next(client.stream)).loss.backward()
+                torch.nn.utils.clip_grad_norm_(chosen, 1.0, foreach=False)
+                optimizer.step()
         return adapter_state(model)
 
     def held_out_loss(self, rank: int, index: int) -> tuple[float, int]:
@@ -159,12 +168,12 @@ class Lab:
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Bytes of all tensors."""
+    """Return bytes of all tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def base_weights(aggregator: AdapterAggregator) -> dict[str, Tensor]:
-    """What has gone into every base weight, as a client adds it."""
+    """Return what has gone into every base weight, as a client adds it."""
     return {
         name: factors.scale * (factors.B @ factors.A)
         for name, factors in aggregator.base_changes().items()
@@ -174,7 +183,7 @@ def base_weights(aggregator: AdapterAggregator) -> dict[str, Tensor]:
 def bytes_sent(
     aggregator: AdapterAggregator, client: Client, sent: Mapping[str, Tensor], private: set[str]
 ) -> int:
-    """Bytes down to a client: tensors that differ from its last ones, and a changed base."""
+    """Return bytes down to a client: tensors that differ from its last ones, and a changed base."""
     fresh = {
         name: value
         for name, value in sent.items()
@@ -194,7 +203,7 @@ def bytes_sent(
 
 
 def run(lab: Lab, method: str, setting: Setting) -> Outcome:
-    """One method, by name or as ``name:options``, in one federation."""
+    """Run one method, by name or as ``name:options``, in one federation."""
     name, _, options = method.partition(":")
     arguments, top = lab.arguments, max(setting.ranks)
     clients = lab.clients(setting)
@@ -204,21 +213,23 @@ def run(lab: Lab, method: str, setting: Setting) -> Outcome:
     private = set(aggregator.private())
     sampler, outcome = random.Random(arguments.seed), Outcome()
     outcome.losses.append(overall_loss(lab, aggregator, clients, top))
-    for server_round in range(arguments.rounds):
+    for _ in range(arguments.rounds):
         number = max(1, round(setting.fraction * len(clients)))
         trainable, base, updates = aggregator.trainable(), base_weights(aggregator), []
+        columns = core_columns_state(aggregator.core_columns())
         for index in sorted(sampler.sample(range(len(clients)), number)):
             client, scales = clients[index], lab.scales(clients[index].rank)
             sent = aggregator.distribute(client.rank, scales)
             down = bytes_sent(aggregator, client, sent, private)
             client.last = sent
             lab.load(client.rank, {**sent, **client.private}, base)
-            trained = lab.train(client, trainable)
+            trained = lab.train(client, trainable, columns)
             client.private = {name: trained[name] for name in private}
             shown = {name: trained[name] for name in trainable if name not in private}
             up = num_bytes(shown)
-            if name == "fed-sb" and server_round > 0:  # its core is all that need travel
-                up = down = 4 * client.rank**2 * len(scales)
+            if columns:  # the core is all that need travel, once its frozen factors are there
+                up = 4 * client.rank**2 * len(scales)
+                down, client.has_core = (up if client.has_core else down + up), True
             outcome.bytes_up += up
             outcome.bytes_down += down
             weight = sum(len(example.input_ids) for example in lab.data[index].train)

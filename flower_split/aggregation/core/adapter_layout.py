@@ -35,7 +35,7 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 
     def held(self, modules: frozenset[str] | None, who: str) -> "Layout":
-        """The part of the layout that a client with these modules holds; None: all of it.
+        """Return the part of the layout that a client with these modules holds; None: all of it.
 
         What else belongs to a module (its bias, the bias of B, a magnitude) goes with it; tensors
         that belong to no module are everybody's.
@@ -96,7 +96,7 @@ def layout_of(adapter: Mapping[str, Tensor]) -> Layout:
 def factors_from(
     adapter: Mapping[str, Tensor], module: str, suffixes: tuple[str, str], scale: float
 ) -> Factors:
-    """The factors of one module of an adapter.
+    """Return the factors of one module of an adapter.
 
     Raises:
         AggregationError: A tensor is not of the dimensions that its layer has.

@@ -32,7 +32,7 @@ class Share:
 
 
 def _finite(value: object) -> float | None:
-    """``value`` as a float if it is one finite real number, else None."""
+    """Return ``value`` as a float if it is one finite real number, else None."""
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -92,7 +92,7 @@ def check_factors(factors: Factors, who: str) -> None:
 
 
 def check_weight(client_id: str | int, weight: object) -> float:
-    """The weight as a float; any real number is taken, and a tensor of one element.
+    """Return the weight as a float; any real number is taken, and a tensor of one element.
 
     Raises:
         AggregationError: It is not a finite number of at least 0.
@@ -107,13 +107,13 @@ def check_weight(client_id: str | int, weight: object) -> float:
 
 
 def client_order(client_id: str | int) -> tuple[str, int, str]:
-    """The key by which clients are ordered before any sum: numbers by value, then names."""
+    """Return the key by which clients are ordered before any sum: numbers by value, then names."""
     number = client_id if isinstance(client_id, int) else 0
     return type(client_id).__name__, number, str(client_id)
 
 
 def shares_of(weights: dict[str | int, float] | Sequence[tuple[str | int, float]]) -> list[float]:
-    """Each weight's share of the sum, in the order given.
+    """Return each weight's share of the sum, in the order given.
 
     Raises:
         AggregationError: A weight is invalid, or all are 0.
@@ -165,7 +165,7 @@ def check_updates(state: State, updates: Sequence[Update]) -> list[Share]:
 
 
 def common_rank(method: str, state: State, clients: Sequence[Share]) -> int:
-    """The one rank of all clients and the state, for methods that average factors.
+    """Return the one rank of all clients and the state, for methods that average factors.
 
     Raises:
         AggregationError: A client has another rank.
@@ -181,7 +181,7 @@ def common_rank(method: str, state: State, clients: Sequence[Share]) -> int:
 
 
 def common_scale(method: str, clients: Sequence[Share]) -> float:
-    """The one scale of all clients, for methods whose result depends on the factorisation.
+    """Return the one scale of all clients, for methods whose result depends on the factorisation.
 
     Raises:
         AggregationError: Two clients have different scales.

@@ -100,7 +100,7 @@ class Admission:
     def admit(
         self, updates: Sequence[AdapterUpdate], *, exclude: bool
     ) -> tuple[list[ClientUpdate], dict[str | int, str]]:
-        """The well-formed updates in order of client, and why the others are not.
+        """Return the well-formed updates in order of client, and why the others are not.
 
         Args:
             updates: One per client, in any order.
@@ -129,7 +129,7 @@ class Admission:
         return clients, excluded
 
     def checked(self, client: AdapterUpdate) -> ClientUpdate:
-        """One update, module by module.
+        """Return one update, module by module.
 
         Raises:
             AggregationError: It is malformed by itself; client and module are named.
@@ -196,7 +196,7 @@ class Admission:
         return pair[0], pair[1]
 
     def _bias_ratio(self, client: AdapterUpdate, name: str) -> float:
-        """A bias of B is multiplied by the scale in the forward, so it is averaged at one scale."""
+        """Return what a bias of B is multiplied with, so that it is averaged at one scale."""
         module = name.removesuffix(BIAS)
         if client.scales is None or not name.endswith(BIAS) or module not in self.scales:
             return 1.0

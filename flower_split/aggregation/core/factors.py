@@ -40,22 +40,22 @@ class Factors:
                 object.__setattr__(self, name, tensor)
 
     def to(self, device: torch.device) -> "Factors":
-        """The same factors on a device; no copy if they are there."""
+        """Return the same factors on a device; no copy if they are there."""
         return Factors(self.A.to(device), self.B.to(device), self.scale)
 
     @property
     def rank(self) -> int:
-        """The number of rows of A."""
+        """Return the number of rows of A."""
         return int(self.A.shape[0])
 
     @property
     def out_features(self) -> int:
-        """The number of rows of ΔW."""
+        """Return the number of rows of ΔW."""
         return int(self.B.shape[0])
 
     @property
     def in_features(self) -> int:
-        """The number of columns of ΔW."""
+        """Return the number of columns of ΔW."""
         return int(self.A.shape[1])
 
 
@@ -97,12 +97,12 @@ class State:
 
     @property
     def out_features(self) -> int:
-        """The number of rows of ΔW."""
+        """Return the number of rows of ΔW."""
         return self.factors.out_features
 
     @property
     def in_features(self) -> int:
-        """The number of columns of ΔW."""
+        """Return the number of columns of ΔW."""
         return int(self.basis.shape[1])
 
 

@@ -29,7 +29,7 @@ class Spectrum:
     Vh: Tensor
 
     def top(self, rank: int) -> "Spectrum":
-        """The leading ``rank`` components."""
+        """Return the leading ``rank`` components."""
         return Spectrum(self.U[:, :rank], self.S[:rank], self.Vh[:rank])
 
 
@@ -39,13 +39,13 @@ def _qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _upper(matrix: Tensor) -> Tensor:
-    """The triangular factor of a QR, without its orthogonal one."""
+    """Return the triangular factor of a QR, without its orthogonal one."""
     _, upper = torch.linalg.qr(matrix, mode="r")
     return cast(Tensor, upper)
 
 
 def svd_of_product(p: Tensor, q: Tensor, max_rank: int | None = None) -> Spectrum:
-    """The SVD of P @ Q by QR of both sides and SVD of the core.
+    """Return the SVD of P @ Q by QR of both sides and SVD of the core.
 
     Args:
         p: [out, R], fp64.
@@ -134,7 +134,7 @@ class LowRankSum:
         self._left, self._right, self._rank = [p], [q], int(q.shape[0])
 
     def product(self) -> tuple[Tensor, Tensor]:
-        """The sum as P [out, R], Q [R, in] in fp64; R is 0 for an empty sum."""
+        """Return the sum as P [out, R], Q [R, in] in fp64; R is 0 for an empty sum."""
         if not self._left:
             out, into = self._shape
             return (
@@ -144,7 +144,7 @@ class LowRankSum:
         return torch.cat(self._left, dim=1), torch.cat(self._right, dim=0)
 
     def spectrum(self, max_rank: int | None = None) -> Spectrum:
-        """The SVD of the sum, at most ``max_rank`` components."""
+        """Return the SVD of the sum, at most ``max_rank`` components."""
         p, q = self.product()
         if q.shape[0] == 0:
             return Spectrum(p, torch.zeros(0, dtype=torch.float64, device=p.device), q)
@@ -152,13 +152,13 @@ class LowRankSum:
 
 
 def row_length(basis: Tensor) -> float:
-    """The root mean square length of the rows of a LoRA A: about 1/√3 as PEFT initialises it."""
+    """Return the root mean square length of the rows of a LoRA A: about 1/√3 as PEFT initialises it."""
     length = float(basis.double().square().sum(dim=1).mean().sqrt())
     return length if length > 0 else 1.0
 
 
 def factors_of(spectrum: Spectrum, length: float) -> Factors:
-    """The SVD as factors of scale 1, largest component first.
+    """Return the SVD as factors of scale 1, largest component first.
 
     The rows of A get ``length`` and B the rest: a client's next steps then move ΔW as far as from
     a fresh LoRA, whatever the size of ΔW is by now.
@@ -167,14 +167,14 @@ def factors_of(spectrum: Spectrum, length: float) -> Factors:
 
 
 def inner_product(left: Factors, right: Factors) -> float:
-    """⟨ΔW, ΔW'⟩ in the Frobenius sense, from [r, r'] matrices only."""
+    """Return ⟨ΔW, ΔW'⟩ in the Frobenius sense, from [r, r'] matrices only."""
     by_b = left.B.double().T @ right.B.double()
     by_a = left.A.double() @ right.A.double().T
     return float((by_b * by_a).sum()) * left.scale * right.scale
 
 
 def same_factors(left: Factors, right: Factors) -> bool:
-    """Whether both are the same tensors, bit for bit, at the same scale."""
+    """Return whether both are the same tensors, bit for bit, at the same scale."""
     return left is right or (
         left.scale == right.scale
         and left.A.shape == right.A.shape

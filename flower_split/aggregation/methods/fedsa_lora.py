@@ -45,6 +45,6 @@ class FedSALoRA(Aggregator):
     def distribute(
         self, state: State, rank: int | None = None, scale: float | None = None
     ) -> Factors:
-        """The mean A with the initial B, for a client that has no B of its own yet."""
+        """Return the mean A with the initial B, for a client that has no B of its own yet."""
         own = replace(state, factors=Factors(state.factors.A, state.extra["B"], state.scale))
         return distribute_factors(self, own, rank, scale)

@@ -43,7 +43,7 @@ class FLoRIST(FlexLoRA):
             raise AggregationError(f"florist's tau must be in (0, 1]; it is {self.tau!r}.")
 
     def kept(self, spectrum: Spectrum) -> Spectrum:
-        """The fewest leading components with a share ``tau`` of the energy."""
+        """Return the fewest leading components with a share ``tau`` of the energy."""
         if self.tau == 1 or spectrum.S.numel() == 0:
             return spectrum
         energy = spectrum.S.square().cumsum(0)

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def mean_of(clients: Sequence[Share], pick: Callable[[Factors], Tensor]) -> Tensor:
-    """The weighted mean of one fp64 tensor over clients, summed in their order.
+    """Return the weighted mean of one fp64 tensor over clients, summed in their order.
 
     Args:
         clients: The round's clients.
@@ -26,17 +26,17 @@ def mean_of(clients: Sequence[Share], pick: Callable[[Factors], Tensor]) -> Tens
 
 
 def mean_a(clients: Sequence[Share]) -> Tensor:
-    """Σ w A, [r, in], fp64."""
+    """Return Σ w A, [r, in], fp64."""
     return mean_of(clients, lambda factors: factors.A)
 
 
 def mean_b(clients: Sequence[Share], scale: float) -> Tensor:
-    """Σ w B with every client's B written at one scale, [out, r], fp64."""
+    """Return Σ w B with every client's B written at one scale, [out, r], fp64."""
     return mean_of(clients, lambda factors: factors.B.double() * (factors.scale / scale))
 
 
 def held_shares(clients: Sequence[Share], rank: int) -> Tensor:
-    """[rank], fp64: the sum of the shares of the clients that have each component of a ΔW."""
+    """Return [rank], fp64: the sum of the shares of the clients that have each component of a ΔW."""
     held = torch.zeros(rank, dtype=torch.float64)
     for client in clients:
         held[: client.returned.rank] += client.share
@@ -44,7 +44,7 @@ def held_shares(clients: Sequence[Share], rank: int) -> Tensor:
 
 
 def step_towards(old: Tensor, mean: Tensor, learning_rate: float) -> Tensor:
-    """Old + η (mean − old), fp32; the mean itself at η = 1."""
+    """Return old + η (mean − old), fp32; the mean itself at η = 1."""
     if learning_rate == 1:
         return mean.float()
     return (old.double() + learning_rate * (mean - old.double())).float()

@@ -12,7 +12,7 @@ from flower_split.errors import AggregationError
 
 
 def ordered_init(factors: Factors, max_rank: int | None) -> State:
-    """The initial state with the global factors largest component first.
+    """Return the initial state with the global factors largest component first.
 
     Args:
         factors: The initial factors, already checked.
@@ -59,22 +59,22 @@ class ProductAggregator(Aggregator):
             )
 
     def optimizer(self) -> ServerOptimizer:
-        """The server optimizer that the options describe."""
+        """Return the server optimizer that the options describe."""
         return ServerOptimizer(
             name=self.server_optimizer, beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon
         )
 
     def init(self, factors: Factors) -> State:
-        """The initial state; see :class:`Aggregator`."""
+        """Return the initial state; see :class:`Aggregator`."""
         check_factors(factors, f"{self.name}: init got factors")
         return ordered_init(factors, self.max_rank)
 
     def kept(self, spectrum: Spectrum) -> Spectrum:
-        """Which components become the global ΔW: all of those given."""
+        """Return which components become the global ΔW: all of those given."""
         return spectrum
 
     def new_sum(self, state: State) -> LowRankSum:
-        """An empty sum of the module's shape."""
+        """Return an empty sum of the module's shape."""
         return LowRankSum(
             state.out_features,
             state.in_features,
@@ -83,12 +83,12 @@ class ProductAggregator(Aggregator):
         )
 
     def at(self, state: State, total: LowRankSum) -> State:
-        """The state with ``total`` as its ΔW."""
+        """Return the state with ``total`` as its ΔW."""
         spectrum = self.kept(total.spectrum(self.max_rank))
         return replace(state, factors=factors_of(spectrum, row_length(state.basis)))
 
     def moved(self, state: State, change: LowRankSum) -> State:
-        """The state after the server's step along the mean change of ΔW."""
+        """Return the state after the server's step along the mean change of ΔW."""
         left, right, moments = self.optimizer().step(change, state.extra, self.max_rank)
         total = self.new_sum(state)
         total.add_product(left, right, self.learning_rate)

@@ -38,7 +38,7 @@ def _check_same_start(rule: str, clients: Sequence[ClientUpdate]) -> None:
 def _coordinate_wise(
     name: str, clients: Sequence[ClientUpdate], centre: Callable[[Tensor], Tensor]
 ) -> list[ClientUpdate]:
-    """One client whose every returned entry is the centre of the entries of those who hold it.
+    """Return one client whose every returned entry is the centre of the entries of those who hold it.
 
     Args:
         name: The new client's id.

@@ -58,7 +58,7 @@ class DoraMean:
     norms: Mapping[str | int, Norms] = field(default_factory=dict)
 
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-        """The clients with other returned factors and magnitudes."""
+        """Return the clients with other returned factors and magnitudes."""
         layout = layout_of(self.initial)
         modules = {c: dict(client.modules) for c, client in enumerate(clients)}
         others = {c: dict(client.others) for c, client in enumerate(clients)}
@@ -91,7 +91,7 @@ class DoraMean:
 def norms_from(
     client_id: str | int, raw: Mapping[str, bytes], adapter: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a client says of its norms, checked.
+    """Check what a client says of its norms.
 
     Args:
         client_id: The client, for errors.
@@ -140,7 +140,7 @@ def _fit(
     start: tuple[Tensor, Tensor],
     first: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The factor of every client's rows, [clients, out], and the common magnitude, [out]."""
+    """Return the factor of every client's rows, [clients, out], and the common magnitude, [out]."""
     share = torch.tensor(shares, dtype=torch.float64)[:, None]
     weight = share * torch.stack([m / n for m, n in zip(magnitudes, norms, strict=True)])
     total = weight.sum(0)
@@ -159,12 +159,12 @@ def _fit(
 
 
 def _square(terms: Sequence[tuple[tuple[Tensor, Tensor], Tensor]]) -> Tensor:
-    """The squared norm of every row of ``Σ c ⊙ (P @ Q)``, for terms ``((P, Q), c)``."""
+    """Return the squared norm of every row of ``Σ c ⊙ (P @ Q)``, for terms ``((P, Q), c)``."""
     left = torch.cat([rows[0] * weight[:, None] for rows, weight in terms], dim=1)
     right = torch.cat([rows[1] for rows, _ in terms], dim=0)
     return ((left @ (right @ right.T)) * left).sum(1)
 
 
 def has_magnitudes(adapter: Mapping[str, Tensor]) -> bool:
-    """Whether an adapter has DoRA somewhere."""
+    """Return whether an adapter has DoRA somewhere."""
     return any(name.endswith(MAGNITUDE) for name in adapter)

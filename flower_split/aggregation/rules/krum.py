@@ -20,7 +20,7 @@ from flower_split.errors import AggregationError
 
 
 def _changes(client: ClientUpdate) -> dict[str, Factors]:
-    """What a client changed in each ΔW, as one product of twice the rank."""
+    """Return what a client changed in each ΔW, as one product of twice the rank."""
     changes = {}
     for name, update in client.modules.items():
         sent, back = update.received, update.returned
@@ -32,7 +32,7 @@ def _changes(client: ClientUpdate) -> dict[str, Factors]:
 
 
 def squared_distances(clients: Sequence[ClientUpdate]) -> Tensor:
-    """‖change_i − change_j‖² over all modules and other tensors, [clients, clients] in fp64."""
+    """Return ‖change_i − change_j‖² over all modules and other tensors, [clients, clients] in fp64."""
     changes = [_changes(client) for client in clients]
     gram = torch.zeros(len(clients), len(clients), dtype=torch.float64)
     for i, one in enumerate(changes):

@@ -23,7 +23,7 @@ def _between(received: Tensor, returned: Tensor, share: float) -> Tensor:
 
 
 def _change_terms(update: Update) -> tuple[float, float, float]:
-    """‖L‖², ⟨L, M⟩ and ‖M‖² of the change γL + γ²M at share γ of the factors' change."""
+    """Return ‖L‖², ⟨L, M⟩ and ‖M‖² of the change γL + γ²M at share γ of the factors' change."""
     sent, back, scale = update.received, update.returned, update.returned.scale
     moved_a, moved_b = back.A.double() - sent.A.double(), back.B.double() - sent.B.double()
     linear = (

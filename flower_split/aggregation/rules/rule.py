@@ -1,4 +1,4 @@
-"""What a robust rule is, and the rules that only change weights.
+"""The interface of a robust rule, and the rules that only change weights.
 
 A rule maps the clients of a round to other clients, so rules compose and work before any
 aggregation method. Each sees a client's whole adapter, because a client is judged as a whole.
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from flower_split.aggregation.core.client_updates import ClientUpdate
-from flower_split.aggregation.core.factors import Update
 from flower_split.errors import AggregationError
 
 
@@ -43,7 +42,7 @@ class Rule(ABC):
 
     @abstractmethod
     def __call__(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-        """The clients to aggregate instead.
+        """Return the clients to aggregate instead.
 
         Args:
             clients: Checked updates in order of client; never modified.
@@ -51,11 +50,6 @@ class Rule(ABC):
         Raises:
             AggregationError: The rule cannot work on these clients; the reason is given.
         """
-
-    def on_module(self, updates: Sequence[Update]) -> list[Update]:
-        """The rule on the updates of a single module."""
-        clients = [ClientUpdate(one.client_id, one.weight, {"": one}) for one in updates]
-        return [client.modules[""] for client in self(clients)]
 
 
 def _weighted(client: ClientUpdate, weight: float) -> ClientUpdate:

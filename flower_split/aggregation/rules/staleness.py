@@ -42,7 +42,7 @@ class Staleness:
         at_least("strategy.staleness-exponent", self.exponent, 0)
 
     def __call__(self, versions: int) -> float:
-        """The weight of an arrival that is ``versions`` steps behind, in (0, 1]; 1 for none.
+        """Return the weight of an arrival that is ``versions`` steps behind, in (0, 1]; 1 for none.
 
         Raises:
             ValueError: ``versions`` is negative: an arrival cannot come from the future.
@@ -99,7 +99,7 @@ def _weighted(
     factor: float,
     others: Mapping[str, tuple[Tensor, Tensor]],
 ) -> ClientUpdate:
-    """``client`` under another id, with its weight times ``factor``."""
+    """Return ``client`` under another id, with its weight times ``factor``."""
     weight = client.weight * factor
 
     def renamed(update: Update) -> Update:

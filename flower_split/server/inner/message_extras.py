@@ -1,8 +1,8 @@
 """Extra records in training messages: the base change, and the factors that stay with a client.
 
-FLoRA and FedEx-LoRA put into the clients' base what their adapters do not hold; FedSA-LoRA leaves B
-with each client. Both make a message more than an adapter, so neither goes with mods or with
-Flower's own strategies.
+FLoRA and FedEx-LoRA put into the clients' base what their adapters do not hold; Fed-SB's clients need
+the frozen factor of the core that they train; FedSA-LoRA leaves B with each client. All make a message
+more than an adapter, so none goes with mods or with Flower's own strategies.
 """
 
 import logging
@@ -14,6 +14,7 @@ from flower_split.aggregation.adapter_aggregator import AdapterAggregator, Adapt
 from flower_split.aggregation.core.method import Aggregator
 from flower_split.errors import AggregationError, FederationError
 from flower_split.lora.base_change import base_change_state
+from flower_split.lora.core_training import core_columns_state
 from flower_split.messages.arrays import to_arrays
 from flower_split.messages.orders import PhaseOrder, PrivateOrder
 from flower_split.messages.replies import private_digest
@@ -23,22 +24,28 @@ logger = logging.getLogger(__name__)
 
 
 def method_notes(method: type[Aggregator]) -> list[str]:
-    """Return what a reader of the report must know about what a method leaves behind."""
+    """Return what a reader of the report must know about a method and what it leaves behind."""
+    notes = []
+    if method.deviation:
+        notes.append(
+            f'strategy.aggregator = "{method.name}" differs from its paper (arXiv {method.paper}): '
+            f"{method.deviation}."
+        )
     if method.private:
-        return [
+        notes.append(
             f'strategy.aggregator = "{method.name}" is personalised: factor '
             f"{' and '.join(sorted(method.private))} of every module stays in each client's own "
             "directory, and there is no global model. adapters/client.safetensors has the shared "
             "factors with the initial ones; flower-split export RUN --client PARTITION gives one "
             "client's model."
-        ]
+        )
     if method.changes_base:
-        return [
+        notes.append(
             f'strategy.aggregator = "{method.name}" puts part of what is learnt beside the clients\' '
             "base weights: adapters/client.safetensors means something only together with "
             "adapters/base.safetensors. flower-split export puts both into one adapter."
-        ]
-    return []
+        )
+    return notes
 
 
 def add_base_change(
@@ -46,27 +53,31 @@ def add_base_change(
     aggregator: AdapterAggregator,
     spec_of: Callable[[Message], AdapterSpec],
 ) -> None:
-    """Put the base change into every message, as far as its receiver holds the modules.
+    """Put base change and frozen columns into every message, for the modules its receiver holds.
 
     All of it every time: a client may be a new process, or one that missed rounds.
 
     Args:
         messages: Their contents are replaced, never changed: Flower's messages share theirs.
-        aggregator: Whose base change it is; where it has none, nothing is added.
+        aggregator: Whose they are; where it has none, nothing is added.
         spec_of: What a message's receiver holds.
     """
-    changes = aggregator.base_changes()
-    if not changes:
+    changes, columns = aggregator.base_changes(), aggregator.core_columns()
+    if not changes and not columns:
         return
     records: dict[frozenset[str] | None, ArrayRecord] = {}
     for message in messages:
         held = spec_of(message).modules
         if held not in records:
-            names = changes.keys() if held is None else changes.keys() & held
-            records[held] = to_arrays(base_change_state({name: changes[name] for name in names}))
+            state = base_change_state(
+                {name: one for name, one in changes.items() if held is None or name in held}
+            ) | core_columns_state(
+                {name: one for name, one in columns.items() if held is None or name in held}
+            )
+            records[held] = to_arrays(state)
         message.content = PhaseOrder(base_change=records[held]).write(message.content)
     size = max((record.count_bytes() for record in records.values()), default=0)
-    logger.info("every message carries the base change, %.1f MB", size / 1e6)
+    logger.info("every message carries %.1f MB beside the adapter", size / 1e6)
 
 
 def leave_private(

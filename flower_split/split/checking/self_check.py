@@ -5,6 +5,7 @@ chain of hidden states, and when what it hands to them beside the hidden states 
 padding mask and the position ids alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from flower_split.errors import SplitError
 from flower_split.split.client_side.model import trunk_slot
 from flower_split.split.client_side.rehearsal import Rehearsal
+from flower_split.split.client_side.trunk_slot import TrunkSlot
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import forbid_cache
 from flower_split.split.structure.layer_arguments import nested_tensors
@@ -190,22 +192,7 @@ def check_client(
             return
         finally:
             slot.learned = None
-    different = set().union(*(found.different for found in compared))
-    carried = {
-        place
-        for place in different
-        if all(place in found.shared for found in compared)
-        and same_bits(compared[-1].shared[place], other.shared[place])
-    }
-    if not known_form and different - carried:
-        place = min(different - carried)
-        raise SplitError(
-            f"{name} hands layer {cuts.first}, or one after it, a tensor (argument {place}) that "
-            "depends on more than the padding mask and the position ids, which is all that a "
-            "trunk receives beside the hidden states. This family cannot be split there."
-        )
-    slot.carried = tuple(sorted(carried))
-    slot.ignored = frozenset(different - carried)
+    _settle(slot, compared, other, None if known_form else (name, cuts.first))
 
 
 @dataclass(slots=True)
@@ -214,6 +201,41 @@ class _Compared:
 
     different: set[str]  # places
     shared: dict[str, Tensor]  # floating point, and the same in all of the trunk's layers
+
+
+def _settle(
+    slot: TrunkSlot,
+    compared: Sequence[_Compared],
+    other: _Compared,
+    strict: tuple[str, int] | None,
+) -> None:
+    """Decide which of the arguments that differ the trunk is sent, and which it has no need of.
+
+    Args:
+        slot: Where the decision is noted.
+        compared: One per probe batch.
+        other: Of the last batch with other content: what differs then depends on the tokens.
+        strict: The model's class and its first trunk layer, if what cannot be sent is an error.
+
+    Raises:
+        SplitError: The trunk would need something that depends on the tokens.
+    """
+    different: set[str] = set().union(*(found.different for found in compared))
+    carried = {
+        place
+        for place in different
+        if all(place in found.shared for found in compared)
+        and same_bits(compared[-1].shared[place], other.shared[place])
+    }
+    if strict is not None and different - carried:
+        place = min(different - carried)
+        raise SplitError(
+            f"{strict[0]} hands layer {strict[1]}, or one after it, a tensor (argument {place}) that "
+            "depends on more than the padding mask and the position ids, which is all that a "
+            "trunk receives beside the hidden states. This family cannot be split there."
+        )
+    slot.carried = tuple(sorted(carried))
+    slot.ignored = frozenset(different - carried)
 
 
 def _compare_arguments(

@@ -91,7 +91,7 @@ class Rehearsal:
         use_cache: bool | None,
         host_arguments: Mapping[str, object] | None = None,
     ) -> Rehearsed:
-        """What the trunk's layers would be given beside the hidden states.
+        """Return what the trunk's layers would be given beside the hidden states.
 
         Args:
             smashed: Of the shape, dtype and device that counts; its values do not.

@@ -46,7 +46,7 @@ class Expected:
     agreed: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def same(self, one: Tensor, other: Tensor) -> bool:
-        """Whether the two are equal bit for bit."""
+        """Return whether the two are equal bit for bit."""
         pair = id(one), id(other)
         if pair not in self.agreed:
             if not same_bits(one.detach(), other):
@@ -131,7 +131,7 @@ def forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> N
 
 
 def mask_for_trunk(call: ModelCall) -> Mask:
-    """The mask that the trunk is given in a call of the module that owns the layers.
+    """Return the mask that the trunk is given in a call of the module that owns the layers.
 
     A model may hand that module a mask that it made; then the padding mask it was given itself
     counts, as long as it made the other from that alone.
@@ -158,7 +158,7 @@ def mask_for_trunk(call: ModelCall) -> Mask:
 
 
 def padding_mask(call: ModelCall) -> Tensor | None:
-    """The padding mask of a call, or of the nearest one around it that has one."""
+    """Return the padding mask of a call, or of the nearest one around it that has one."""
     around: ModelCall | None = call
     while around is not None:
         mask = around.attention_mask

@@ -42,7 +42,7 @@ _SMALL_FILES = ("config.json", "generation_config.json")
 def load_model_config(
     name_or_path: str, *, revision: str | None = None, attn_implementation: str | None = None
 ) -> PreTrainedConfig:
-    """The configuration of a checkpoint.
+    """Return the configuration of a checkpoint.
 
     Raises:
         SplitError: There is none at ``name_or_path``.
@@ -203,7 +203,7 @@ class Source:
 
     @contextlib.contextmanager
     def _owned_shards(self, owned: set[str]) -> Iterator[Path | str]:
-        """A directory with the shards that hold owned tensors, or the checkpoint itself."""
+        """Return a directory with the shards that hold owned tensors, or the checkpoint itself."""
         index_path = fetch(self.name_or_path, INDEX_FILE, self.revision)
         if index_path is None:
             yield self.name_or_path
@@ -235,7 +235,7 @@ class Source:
 
 
 def fetch(name_or_path: str, filename: str, revision: str | None) -> Path | None:
-    """The local path of one file of a checkpoint, downloaded if need be; None if it has none."""
+    """Return the local path of one file of a checkpoint, downloaded if need be; None if it has none."""
     if Path(name_or_path).is_dir():
         path = Path(name_or_path) / filename
         return path if path.is_file() else None
@@ -249,7 +249,7 @@ def fetch(name_or_path: str, filename: str, revision: str | None) -> Path | None
 
 
 def _may_be_owned(key: str, owned: set[str], stack: LayerStack) -> bool:
-    """Whether the checkpoint's tensor ``key`` may belong to a part with ``owned`` names.
+    """Return whether the checkpoint's tensor ``key`` may belong to a part with ``owned`` names.
 
     Checkpoints may lack the base model's prefix, or fuse and rename tensors within a layer; so a
     layer's tensors are told by the list's name and the layer's index, and the others by name.

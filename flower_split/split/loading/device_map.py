@@ -20,7 +20,7 @@ DeviceMap = str | Mapping[str, int | str | torch.device]
 def resolve_device_map(
     device_map: DeviceMap, skeleton: PreTrainedModel, stack: LayerStack, cuts: CutLayers
 ) -> str | dict[str, torch.device]:
-    """What ``from_pretrained`` takes so that the trunk's layers go where ``device_map`` says.
+    """Return what ``from_pretrained`` takes so that the trunk's layers go where ``device_map`` says.
 
     Args:
         device_map: One of transformers' names, or module name -> device. Names are those of the
@@ -104,7 +104,7 @@ def _device(name: str, place: int | str | torch.device) -> torch.device:
 
 
 def _place_of(layer: str, asked: Mapping[str, torch.device]) -> torch.device:
-    """The device of the longest name that is the layer's or one around it."""
+    """Return the device of the longest name that is the layer's or one around it."""
     around = [name for name in asked if name in ("", layer) or layer.startswith(name + ".")]
     if not around:
         raise SplitError(
@@ -117,7 +117,7 @@ def _place_of(layer: str, asked: Mapping[str, torch.device]) -> torch.device:
 def _complete(
     skeleton: PreTrainedModel, layers: Mapping[str, torch.device]
 ) -> dict[str, torch.device]:
-    """The places of the layers, and the first layer's for every module beside them."""
+    """Return the places of the layers, and the first layer's for every module beside them."""
     first = next(iter(layers.values()))
     places: dict[str, torch.device] = {}
 

@@ -15,7 +15,7 @@ Carve = Callable[[PreTrainedModel], None]  # takes out, in place, what another p
 def holed(
     model_class: type[PreTrainedModel], carve: Carve, whole_modules: frozenset[str]
 ) -> type[PreTrainedModel]:
-    """A subclass whose constructor leaves out what another party owns.
+    """Return a subclass whose constructor leaves out what another party owns.
 
     Args:
         model_class: The family's class.

@@ -13,12 +13,8 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from flower_split.errors import SplitError
 from flower_split.split.checking.self_check import check_client, settle_cache
-from flower_split.split.client_side.model import (
-    IdentityTrunk,
-    client_replacements,
-    trunk_slot,
-    wire_client,
-)
+from flower_split.split.client_side.model import client_replacements, trunk_slot, wire_client
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.loading.checkpoint import Source
 from flower_split.split.loading.device_map import DeviceMap
 from flower_split.split.structure.cuts import CutLayers
@@ -183,7 +179,7 @@ def empty_model(
     attn_implementation: str | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """A model on the meta device: names and shapes, no weights; it cannot be called.
+    """Return a model on the meta device: names and shapes, no weights; it cannot be called.
 
     Args:
         name_or_path: Local directory or hub id; only its configuration is read.

@@ -29,7 +29,7 @@ class CutLayers:
             )
 
     def __str__(self) -> str:
-        """``first:second``, as :meth:`parse` reads it."""
+        """Return ``first:second``, as :meth:`parse` reads it."""
         return f"{self.first}:{self.second}"
 
     @classmethod
@@ -47,7 +47,7 @@ class CutLayers:
         return cls(int(match[1]), int(match[2]))
 
     def holds(self, cuts: "CutLayers") -> bool:
-        """Whether a trunk with these cut layers holds all layers between ``cuts``."""
+        """Return whether a trunk with these cut layers holds all layers between ``cuts``."""
         return self.first <= cuts.first and cuts.second <= self.second
 
     def check(self, num_layers: int, model_name: str) -> None:
@@ -64,7 +64,7 @@ class CutLayers:
             )
 
     def part_of(self, layer: int) -> str:
-        """The part that owns layer ``layer``: ``"bottom"``, ``"trunk"`` or ``"top"``."""
+        """Return the part that owns layer ``layer``: ``"bottom"``, ``"trunk"`` or ``"top"``."""
         if layer < self.first:
             return "bottom"
         return "trunk" if layer < self.second else "top"

@@ -26,7 +26,7 @@ def forbid_cache(host: nn.Module) -> None:
 
 
 def embedding_width(model: PreTrainedModel | nn.Module) -> int:
-    """The width of a model's input embeddings.
+    """Return the width of a model's input embeddings.
 
     Raises:
         SplitError: Its configuration names none: its layers have widths of their own.
@@ -52,7 +52,7 @@ def host_inputs(
     position_ids: Tensor | None,
     use_cache: bool | None,
 ) -> dict[str, object]:
-    """The arguments of the call that lets the model's own forward prepare its layers' inputs.
+    """Return the arguments of the call that lets the model's own forward prepare its layers' inputs.
 
     Args:
         host: The module whose forward runs the layers.
@@ -92,7 +92,7 @@ def host_inputs(
 
 @functools.lru_cache(maxsize=64)
 def argument_names(forward: Callable[..., object]) -> frozenset[str]:
-    """The names of a forward's own arguments."""
+    """Return the names of a forward's own arguments."""
     return frozenset(inspect.signature(forward).parameters)
 
 

@@ -43,13 +43,13 @@ class CacheStep:
 
 
 def keeps_only_keys_and_values(config: PreTrainedConfig) -> bool:
-    """Whether a model's layers keep keys and values between calls, and nothing else."""
+    """Return whether a model's layers keep keys and values between calls, and nothing else."""
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     return all(type(layer) in _KNOWN_LAYERS for layer in layers)
 
 
 def find_cache(args: tuple[object, ...], kwargs: dict[str, object]) -> Cache | None:
-    """The cache among the arguments of a layer's call."""
+    """Return the cache among the arguments of a layer's call."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Cache):
             return value
@@ -83,7 +83,7 @@ def _layer(cache: Cache, index: int) -> DynamicLayer | None:
 
 
 def _rows_since(layer: DynamicLayer, batch: int) -> Tensor | None:
-    """Which row of the call before each row goes on from; ``None``: all are where they were."""
+    """Return which row of the call before each row goes on from; ``None``: all are where they were."""
     assert layer.keys is not None
     rows = layer.keys[:, 0, -1, 0].round().to("cpu", torch.int64)
     return None if torch.equal(rows, torch.arange(batch)) else rows
@@ -103,7 +103,7 @@ class CacheBook:
         trunk: object,
         release: Callable[[int], None],
     ) -> CacheStep | None:
-        """The call that is about to be made with ``cache``; ``None``: the trunk keeps nothing of it.
+        """Return the call that is about to be made with ``cache``; ``None``: the trunk keeps nothing of it.
 
         Args:
             cache: The client's.
@@ -158,7 +158,7 @@ class TrunkCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors held."""
+        """Return bytes of all tensors held."""
         total = 0 if self._mask is None else self._mask.nbytes
         for layer in self._layers():
             for tensor in (layer.keys, layer.values):
@@ -198,7 +198,7 @@ class TrunkCache:
                 self._mask = self._mask[rows.to(self._mask.device)]
 
     def extend_mask(self, mask: Tensor | None, batch: int, seq: int) -> Tensor | None:
-        """The whole padding mask ``[batch, past + seq]``; ``mask`` is that of the new positions."""
+        """Return the whole padding mask ``[batch, past + seq]``; ``mask`` is that of the new positions."""
         if mask is None and self._mask is None:
             return None
         if mask is None:
@@ -209,7 +209,7 @@ class TrunkCache:
         return self._mask
 
     def advance(self, hidden_states: Tensor, own: range) -> None:
-        """The positions of ``hidden_states`` were added; enter them for layers not in ``own``."""
+        """Enter the added positions of ``hidden_states`` for the layers not in ``own``."""
         self.length += hidden_states.shape[1]
         for index in range(len(self.cache.layers)):
             if index not in own:

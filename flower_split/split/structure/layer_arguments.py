@@ -14,7 +14,7 @@ Arguments = tuple[tuple[object, ...], dict[str, object]]
 
 
 def tensors_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[str, Tensor]:
-    """The tensors among the arguments of a layer's call, without the hidden states, by place."""
+    """Return the tensors among the arguments of a layer's call, without the hidden states, by place."""
     named: dict[str, object] = {str(index): value for index, value in enumerate(args)}
     named.pop("0", None)
     named.update((name, value) for name, value in kwargs.items() if name != "hidden_states")
@@ -22,7 +22,7 @@ def tensors_of(args: tuple[object, ...], kwargs: Mapping[str, object]) -> dict[s
 
 
 def nested_tensors(value: object) -> list[Tensor]:
-    """The tensors in nested tuples, lists and dicts."""
+    """Return the tensors in nested tuples, lists and dicts."""
     return [tensor for _, tensor in _tensors(value, "")]
 
 
@@ -40,7 +40,7 @@ def _tensors(value: object, place: str) -> Iterator[tuple[str, Tensor]]:
 def with_tensors(
     args: tuple[object, ...], kwargs: dict[str, object], tensors: Mapping[str, Tensor]
 ) -> Arguments:
-    """The arguments of a layer's call with tensors put at their places; nothing is changed in place.
+    """Return the arguments of a layer's call with tensors put at their places; nothing is changed in place.
 
     Args:
         args: Positional.
@@ -70,7 +70,7 @@ def _put(value: object, place: str, tensor: Tensor) -> object:
 
 
 def by_place(values: Mapping[str, object]) -> dict[str, Tensor]:
-    """The tensors in named values and, nested, in tuples, lists and dicts, by place."""
+    """Return the tensors in named values and, nested, in tuples, lists and dicts, by place."""
     return dict(_tensors(dict(values), ""))
 
 

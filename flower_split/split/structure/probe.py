@@ -62,7 +62,7 @@ def probe_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
 
 
 def with_other_content(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch with other tokens, or other images, and everything else as in ``batch``."""
+    """Return a batch with other tokens, or other images, and everything else as in ``batch``."""
     if "input_ids" in batch:
         return {**batch, "input_ids": batch["input_ids"].flip(0, 1)}
     return {**batch, "pixel_values": batch["pixel_values"].flip(0) * 0.5}
@@ -94,7 +94,7 @@ def quiet(*modules: nn.Module) -> Iterator[None]:
 
 
 def _plain_state(module: nn.Module) -> dict[str, object]:
-    """The values that a forward may change: a capacity for so many tokens, the last positions.
+    """Return the values that a forward may change: a capacity for so many tokens, the last positions.
 
     Of stand-ins, whose own fields are no part of the model, the mode alone. What a forward with
     autograd noted is not kept: nothing that is part of a graph can be copied.
@@ -184,7 +184,7 @@ def recording(layers: nn.ModuleList, calls: list[LayerCall]) -> Iterator[None]:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit for bit (NaN equals NaN)."""
+    """Return whether two tensors are equal bit for bit (NaN equals NaN)."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     if not one.is_floating_point():

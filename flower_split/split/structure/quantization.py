@@ -51,7 +51,7 @@ def resolve_quantization(
     dtype: torch.dtype | None,
     device_map: object = None,
 ) -> QuantizationConfigMixin | None:
-    """The quantisation that a checkpoint is loaded with, checked as far as it can be without weights.
+    """Return the quantisation that a checkpoint is loaded with, checked as far as it can be by now.
 
     Args:
         name_or_path: Of the checkpoint, for errors.
@@ -99,7 +99,7 @@ def resolve_quantization(
 
 
 def quantization_of(config: PreTrainedConfig) -> object:
-    """What the configuration of a checkpoint says of its quantisation; None: it is not quantised."""
+    """Return what the configuration of a checkpoint says of its quantisation; None: it is not quantised."""
     of_text: object = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     return getattr(config, "quantization_config", None) or of_text
 
@@ -193,7 +193,7 @@ def keep_trainable(model: nn.Module) -> None:
 
 
 def float_dtype(module: nn.Module) -> torch.dtype:
-    """The dtype that a part computes in: of its base weights; of a quantised part, the declared one.
+    """Return the dtype that a part computes in: of its base weights; of a quantised part, the declared one.
 
     LoRA in fp32 beside a bf16 base does not decide it, nor do the scales of quantised weights.
     """
@@ -209,7 +209,7 @@ def float_dtype(module: nn.Module) -> torch.dtype:
 
 
 def method_of(quantization: object) -> str:
-    """The name of a quantisation, for people."""
+    """Return the name of a quantisation, for people."""
     if isinstance(quantization, str):
         return quantization
     if isinstance(quantization, dict):
@@ -221,7 +221,7 @@ def method_of(quantization: object) -> str:
 def _of_checkpoint(
     name_or_path: str, own: object, quantization: Quantization | None
 ) -> QuantizationConfigMixin:
-    """The quantisation of a checkpoint that is quantised already."""
+    """Return the quantisation of a checkpoint that is quantised already."""
     config: Any = AutoQuantizationConfig.from_dict(own) if isinstance(own, dict) else own
     if quantization == DEQUANTIZE:
         if not hasattr(config, DEQUANTIZE):
@@ -242,7 +242,7 @@ def _of_checkpoint(
 
 
 def _asked_for(quantization: Quantization, dtype: object) -> QuantizationConfigMixin:
-    """The quantisation that a name, a JSON object or an object of transformers means."""
+    """Return the quantisation that a name, a JSON object or an object of transformers means."""
     if isinstance(quantization, QuantizationConfigMixin):
         return copy.deepcopy(quantization)  # what stays as it is will be entered into it
     if quantization in PRESETS:
@@ -270,7 +270,7 @@ def _leave_out(quantization: QuantizationConfigMixin, skeleton: PreTrainedModel)
 
 
 def _is_quantised(linear: nn.Module) -> bool:
-    """Whether a linear layer's weight is another kind of thing than numbers of 16 bits or more."""
+    """Return whether a linear layer's weight is another kind of thing than numbers of 16 bits or more."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     plain = type(weight.data) is Tensor and type(weight) in (Tensor, nn.Parameter)

@@ -19,17 +19,17 @@ class LayerStack:
     num_layers: int
 
     def layers(self, root: nn.Module) -> nn.ModuleList:
-        """The list of layers inside ``root``."""
+        """Return the list of layers inside ``root``."""
         layers = root.get_submodule(self.path)
         assert isinstance(layers, nn.ModuleList)
         return layers
 
     def layer_path(self, index: int) -> str:
-        """The dotted name of layer ``index``."""
+        """Return the dotted name of layer ``index``."""
         return f"{self.path}.{index}"
 
     def index_of(self, name: str) -> int | None:
-        """The layer that the module or parameter ``name`` lies in; None outside the stack."""
+        """Return the layer that the module or parameter ``name`` lies in; None outside the stack."""
         if not name.startswith(self.path + "."):
             return None
         return int(name[len(self.path) + 1 :].split(".", 1)[0])
@@ -74,7 +74,7 @@ def find_stack(root: nn.Module) -> LayerStack:
 
 
 def _outermost_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The module lists that lie in no other one, with their dotted names."""
+    """Return the module lists that lie in no other one, with their dotted names."""
     for name, child in module.named_children():
         child_path = f"{path}.{name}" if path else name
         if isinstance(child, nn.ModuleList) and len(child) > 0:
@@ -84,7 +84,7 @@ def _outermost_lists(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Mod
 
 
 def _host_path(root: nn.Module, path: str) -> str:
-    """The nearest module around ``path`` that is a PreTrainedModel; the root if there is none."""
+    """Return the nearest module around ``path`` that is a PreTrainedModel; the root if there is none."""
     parts = path.split(".")[:-1]
     while parts:
         if isinstance(root.get_submodule(".".join(parts)), PreTrainedModel):

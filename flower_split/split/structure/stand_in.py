@@ -61,7 +61,7 @@ class LayerOutput:
     def wrap(
         self, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
     ) -> object:
-        """``hidden_states`` in the family's form; other entries are handed on, or None.
+        """Return ``hidden_states`` in the family's form; other entries are handed on, or None.
 
         Args:
             hidden_states: To be returned.
@@ -76,7 +76,7 @@ class LayerOutput:
 
 
 def hidden_states_of(output: object) -> Tensor:
-    """The hidden states in a layer's output.
+    """Return the hidden states in a layer's output.
 
     Raises:
         SplitError: The output is neither a tensor nor a tuple that begins with one.
@@ -91,14 +91,14 @@ def hidden_states_of(output: object) -> Tensor:
 
 
 def take_hidden_states(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
-    """The hidden states among the arguments of a layer's call: the first, or by name."""
+    """Return the hidden states among the arguments of a layer's call: the first, or by name."""
     return hidden_states_of(args[0] if args else kwargs.get("hidden_states"))
 
 
 def put_hidden_states(
     args: tuple[object, ...], kwargs: dict[str, object], hidden_states: Tensor
 ) -> tuple[tuple[object, ...], dict[str, object]]:
-    """The arguments of a layer's call with the hidden states replaced."""
+    """Return the arguments of a layer's call with the hidden states replaced."""
     if args:
         return (hidden_states, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": hidden_states}
@@ -147,7 +147,7 @@ class StandIn(nn.Module):
 
 
 def _attributes(module: nn.Module, *, weights: bool = False) -> SimpleNamespace:
-    """The plain attributes of a module and, nested, of its submodules: no tensors, no modules.
+    """Return the plain attributes of a module and, nested, of its submodules: no tensors, no modules.
 
     With ``weights`` there are also the parameters, on the meta device.
     """
@@ -165,7 +165,7 @@ def _attributes(module: nn.Module, *, weights: bool = False) -> SimpleNamespace:
 
 
 def _collected(module: nn.Module, weights: bool) -> object:
-    """As :func:`_attributes`; a dict or list of modules stays one, for its keys and its length."""
+    """Copy as :func:`_attributes` does; a dict or list of modules stays one, with its keys or length."""
     if isinstance(module, nn.ModuleDict):
         return {name: _collected(child, weights) for name, child in module.items()}
     if isinstance(module, nn.ModuleList):

@@ -33,7 +33,7 @@ class TrunkInputs:
     host_arguments: Mapping[str, Tensor] = field(default_factory=dict)
 
     def named(self) -> dict[str, Tensor]:
-        """The tensors by name."""
+        """Return the tensors by name."""
         tensors: dict[str, Tensor] = {}
         if isinstance(self.attention_mask, Mapping):
             for kind, mask in self.attention_mask.items():
@@ -49,7 +49,7 @@ class TrunkInputs:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "TrunkInputs":
-        """The arguments that :meth:`named` gave these tensors for, on ``device``; others are left."""
+        """Return the arguments that :meth:`named` gave these tensors for, on ``device``."""
         masks: dict[str, Tensor | None] = {}
         arguments: dict[str, dict[str, Tensor]] = {_LAYER: {}, _HOST: {}}
         for name, tensor in tensors.items():
@@ -68,7 +68,7 @@ class TrunkInputs:
 
 
 def fits(name: str, tensor: Tensor, batch: int, seq: int) -> bool:
-    """Whether a tensor of that name may come with hidden states ``[batch, seq, ...]``."""
+    """Return whether a tensor of that name may come with hidden states ``[batch, seq, ...]``."""
     shape = tuple(tensor.shape)
     whole = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (seq, seq)
     head, _, rest = name.partition("/")

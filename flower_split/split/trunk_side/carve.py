@@ -54,7 +54,7 @@ def drop_outer_weights(root: nn.Module, stack: LayerStack) -> None:
 
 
 def constant_embeddings(fresh: nn.Module) -> frozenset[str]:
-    """The embeddings that a family never trains, such as tables of sinusoids, by name.
+    """Return the embeddings that a family never trains, such as tables of sinusoids, by name.
 
     The layers may be given what is looked up in them, so the trunk keeps them.
 
@@ -75,7 +75,7 @@ def trunk_replacements(
     output: LayerOutput,
     constants: frozenset[str],
 ) -> dict[str, nn.Module]:
-    """What to put where, so that ``root`` keeps the trunk's weights alone.
+    """Return what to put where, so that ``root`` keeps the trunk's weights alone.
 
     Layers outside the trunk become stand-ins; modules outside the stack that have parameters, and
     dropout (which would draw random numbers for nothing), become absent.

@@ -79,7 +79,7 @@ def give_arguments(
 
 
 def random_state_of(device: torch.device) -> list[Tensor]:
-    """The state of torch's generators that a computation on ``device`` draws from."""
+    """Return the state of torch's generators that a computation on ``device`` draws from."""
     states = [torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))

@@ -99,7 +99,7 @@ class TrunkModel(nn.Module):
             layer.register_forward_pre_hook(give_arguments, with_kwargs=True)
 
     def span(self, cuts: CutLayers) -> "TrunkModel":
-        """The trunk for clients with other cut layers: some of these layers, the same weights.
+        """Return the trunk for clients with other cut layers: some of these layers, the same weights.
 
         What trains one trains the other. A client that holds some of this trunk's layers itself
         trains those for itself; the trunk trains them on the other clients' data alone.
@@ -138,11 +138,11 @@ class TrunkModel(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """The width of the hidden states as they cross the cut layer."""
+        """Return the width of the hidden states as they cross the cut layer."""
         return math.prod(self._position_shape)
 
     def _probe(self, output: LayerOutput) -> Tensor:
-        """What reaches the first trunk layer; finds the form of the stand-ins' outputs."""
+        """Return what reaches the first trunk layer; find the form of the stand-ins' outputs."""
         host = self._host[0]
         device, dtype = next(self.parameters()).device, float_dtype(self)
         width = self._width

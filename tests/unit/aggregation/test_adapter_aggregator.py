@@ -175,9 +175,6 @@ def test_base_changes_add_up_over_rounds(name):
             mean = sum(dense_of(one.returned)[module] * one.weight / 6 for one in updates)
             total[module] = total[module] + mean - before[module]
         aggregator.aggregate(updates)
-    for module, everything in aggregator.totals().items():
-        found = everything.scale * everything.B.double() @ everything.A.double()
-        assert relative(found, total[module]) < 1e-6
     for module, delta in aggregator.deltas().items():
         base = aggregator.base_changes()[module]
         found = delta.scale * delta.B.double() @ delta.A.double()

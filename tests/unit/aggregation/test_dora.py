@@ -77,8 +77,8 @@ def one_round(
         aggregator.aggregate(updates, then=[dora] if exact else [])
     mean = sum(w * layer.effective(s) for w, s in zip(weights, returned, strict=True))
     mean = mean / sum(weights)  # type: ignore[operator]
-    total = aggregator.totals()["m"]
-    delta = SCALE * 0 + total.scale * total.B.double() @ total.A.double()
+    total = aggregator.deltas()["m"]
+    delta = total.scale * total.B.double() @ total.A.double()
     direction = layer.weight + (delta.T if layer.embedding else delta)
     magnitude = aggregator.distribute()["m.lora_magnitude_vector"].double()
     found = (magnitude / direction.norm(dim=1))[:, None] * direction

@@ -8,7 +8,7 @@ import transformers
 
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, split_model
-from flower_split.split.client_side.model import IdentityTrunk
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_models import loss_and_gradients, padded_batch
 from tests.unit.split.coverage import (

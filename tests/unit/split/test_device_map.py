@@ -15,7 +15,7 @@ from flower_split.config import LoraPartConfig, OptimizerConfig, parse_run_confi
 from flower_split.errors import ConfigError, SplitError
 from flower_split.lora import attach_lora
 from flower_split.split import CutLayers, TrunkModel, load_client_model, load_trunk_model
-from flower_split.split.client_side.model import IdentityTrunk
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.loading import checkpoint as source_module
 from flower_split.split.loading.device_map import check_placed, resolve_device_map
 from flower_split.split.structure.stack import find_stack

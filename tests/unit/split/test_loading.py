@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
-from flower_split.split.client_side.model import IdentityTrunk
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.loading import checkpoint as source_module
 from tests.support.tiny_models import (
     FAMILIES,
@@ -253,7 +253,7 @@ import sys, torch
 torch.set_num_threads(1)
 import transformers.models.llama.modeling_llama
 from flower_split.split import CutLayers, load_client_model
-from flower_split.split.client_side.model import IdentityTrunk
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from transformers import AutoModelForCausalLM
 
 def memory(key):

@@ -35,7 +35,7 @@ from flower_split.split import (
     load_whole_model,
     split_model,
 )
-from flower_split.split.client_side.model import IdentityTrunk
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.loading import checkpoint as source_module
 from flower_split.trunk.build import make_engine
 from tests.support.checkpoints import set_quantization, write_fp8, write_mxfp4

@@ -26,7 +26,7 @@ from flower_split.split import (
     set_trunk,
     split_model,
 )
-from flower_split.split.client_side.model import IdentityTrunk
+from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from tests.support.task_batches import image_text_to_text
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_models import assert_same_bits, padded_batch, tiny_model
