@@ -6,6 +6,7 @@ import torch
 
 from flower_split.aggregation import METHODS, Factors, Update, make_aggregator
 from flower_split.aggregation.methods.description import method_table
+from flower_split.errors import AggregationError
 from tests.support import paper_formulas as paper
 from tests.support.dense_reference import IN, OUT, dense, generator, initial, play
 
@@ -230,3 +231,17 @@ def test_table_of_methods_has_a_line_of_every_method_with_its_deviation():
         (line,) = [line for line in lines if line.startswith(f"| `{name}` |")]
         assert line.count("|") == 5
         assert (method.deviation or "–") in line
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("hetlora", "gamma", 0.0),
+        ("hetlora", "gamma", 1.1),
+        ("lora-fair", "penalty", -0.1),
+        ("lora-fair", "penalty", float("nan")),
+    ],
+)
+def test_options_of_a_paper_out_of_their_range_are_refused(name, option, value):
+    with pytest.raises(AggregationError, match=f"{name}'s {option} must be"):
+        make_aggregator(name, **{option: value})
