@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from flower_split.errors import FlowerSplitError
+
 MARK = "flower-split  "
 """Begins every line, so that they can be told from Flower's and Ray's in one stream."""
 
@@ -30,6 +32,25 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         handler.setFormatter(MarkedLines())
         logger.addHandler(handler)
         logger.propagate = False
+
+
+class OwnErrorsAsParagraphs(logging.Filter):
+    """Take the traceback off records of this package's errors: their text says what to do."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, FlowerSplitError):
+            record.msg, record.args = f"{record.getMessage()}: {error}", ()
+            record.exc_info, record.exc_text = None, None
+        return True
+
+
+def shorten_flowers_errors() -> None:
+    """Have Flower log an error of this package as one paragraph; calling it again changes nothing."""
+    logger = logging.getLogger("flwr")
+    if not any(isinstance(item, OwnErrorsAsParagraphs) for item in logger.filters):
+        logger.addFilter(OwnErrorsAsParagraphs())
 
 
 def quiet_libraries() -> None:

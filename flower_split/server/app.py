@@ -16,14 +16,20 @@ from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import FlowerSplitError, TrunkUnavailable
 from flower_split.messages.arrays import from_arrays
 from flower_split.messages.client_facts import ClientFacts
+from flower_split.runs.beforehand import check_files
 from flower_split.runs.manifest import FOLDER, RunCheckpoints
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
-from flower_split.runtime.logs import log_to_stderr, quiet_libraries
+from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_flowers_errors
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
 from flower_split.server.federation.data_notes import data_notes
-from flower_split.server.federation.handshake import describe_clients, shake_hands, wait_for_nodes
+from flower_split.server.federation.handshake import (
+    describe_clients,
+    is_simulation,
+    shake_hands,
+    wait_for_nodes,
+)
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.flower_strategies import InnerFactory, check_flower
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -54,6 +60,7 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
     """
     if inner is None:
         check_combinations(config)
+    check_files(config, simulated=is_simulation(grid))
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
     resumed = checkpoints.latest(previous=config.resume_previous) if config.resume else None
@@ -214,6 +221,7 @@ def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
     @made.main()
     def main(grid: Grid, context: Context) -> None:
         log_to_stderr()
+        shorten_flowers_errors()
         quiet_libraries()
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
         try:

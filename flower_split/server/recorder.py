@@ -72,7 +72,7 @@ class Recorder:
                     value = record.get(name)
                     self._totals[name] += value if isinstance(value, (int, float)) else 0.0
             elif record["kind"] == "evaluation" and isinstance(number, int):
-                loss, tokens = float(str(record[LOSS_SUM])), int(str(record[NUM_TOKENS]))
+                loss, tokens = float(str(record["loss_sum"])), int(str(record["num_tokens"]))
                 slot = int(str(record["partition_id"]))
                 self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
 
@@ -159,11 +159,13 @@ class Recorder:
         self.run.append(
             "evaluation",
             {
+                "phase": "baseline",
+                "server_round": self.config.num_server_rounds,
                 "local_only": True,
                 "trained_by": trained_by,
                 "partition_id": evaluated_on,
-                LOSS_SUM: result.loss_sum,
-                NUM_TOKENS: result.num_tokens,
+                "loss_sum": result.loss_sum,
+                "num_tokens": result.num_tokens,
                 "perplexity": result.perplexity,
             },
         )

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from flwr.serverapp.strategy import Strategy
 
-from flower_split.config import RunConfig, resolved_run_config
-from flower_split.errors import RunDirectoryError
+from flower_split.config import RunConfig
 from flower_split.protocol.values import RoundBase
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import CommittedRound
@@ -18,21 +17,6 @@ from flower_split.server.inner.state import state_is_known
 from flower_split.server.trunk_rounds import StartingPoint
 
 logger = logging.getLogger(__name__)
-
-_MAY_DIFFER = (  # keys that a resumed run may change: none of them changes what is computed
-    "resume",
-    "run-dir",
-    "join-timeout",
-    "round-timeout",
-    "round-retries",
-    "train.client-dir",
-    "trunk.address",
-    "trunk.token-file",
-    "trunk.root-certificates",
-    "trunk.join-timeout",
-    "trunk.window-timeout",
-    "trunk.call-timeout",
-)
 
 
 def open_directory(config: RunConfig) -> RunDirectory:
@@ -45,18 +29,7 @@ def open_directory(config: RunConfig) -> RunDirectory:
         directory = RunDirectory.create(config)
         logger.info("run directory: %s", directory.path)
         return directory
-    directory = RunDirectory.open(config.resume)
-    mine, its = resolved_run_config(config), resolved_run_config(directory.config)
-    differing = [
-        f"{key} = {mine[key]!r}, was {its[key]!r}"
-        for key in mine
-        if mine[key] != its[key] and not key.startswith(_MAY_DIFFER)
-    ]
-    if differing:
-        raise RunDirectoryError(
-            f"the run in {directory.path} began with another configuration: {'; '.join(differing)}. "
-            "Resume it with its own, which is in its config.json, or begin a new run."
-        )
+    directory = RunDirectory.resume(config)
     logger.info("going on with the run directory %s", directory.path)
     return directory
 

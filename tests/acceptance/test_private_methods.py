@@ -273,7 +273,7 @@ def test_export_of_one_client_is_the_model_that_this_client_evaluated(
 ) -> None:
     run = calm.directory
     reported = {
-        int(str(record["partition_id"])): float(str(record["loss-sum"]))
+        int(str(record["partition_id"])): float(str(record["loss_sum"]))
         for record in run.metrics("evaluation")
         if record["server_round"] == ROUNDS
     }

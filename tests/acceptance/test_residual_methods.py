@@ -137,7 +137,7 @@ def test_exported_adapter_has_the_held_out_loss_that_the_clients_reported(
     base = AutoModelForCausalLM.from_pretrained(str(job.model))
     tokenizer = load_tokenizer(done.config.model)
     reported = {
-        int(str(record["partition_id"])): float(str(record["loss-sum"]))
+        int(str(record["partition_id"])): float(str(record["loss_sum"]))
         for record in done.metrics("evaluation")
         if record["server_round"] == ROUNDS
     }
