@@ -1,4 +1,4 @@
-"""What a run's clients ended with: one adapter for all, or one client's own.
+"""Read the adapter that a run's clients ended with: one for all, or one client's own.
 
 Where the method keeps factors private (FedSA-LoRA), there is no global model: the run directory has
 the shared factors, each client's directory has its own. Together they are that client's model.
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from flower_split.aggregation import METHODS
-from flower_split.errors import ConfigError, RunDirectoryError
+from flower_split.aggregation import AGGREGATORS, Aggregator
+from flower_split.errors import AggregationError, ConfigError, RunDirectoryError
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import FOLDER as CHECKPOINTS
 from flower_split.runs.manifest import RunCheckpoints
@@ -20,14 +20,14 @@ from flower_split.runs.private_factors import PrivateFolder, digests_of
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OneClient:
-    """Whose own model is meant."""
+    """One client, whose own model is meant."""
 
     partition_id: int
     client_dir: Path | None = None  # its directory; None: train.client-dir, or the run directory's
 
 
 def one_client(partition_id: int | None, client_dir: Path | None) -> OneClient | None:
-    """What the command line's ``--client`` and ``--client-dir`` mean together.
+    """Return the client that the command line's ``--client`` and ``--client-dir`` name together.
 
     Raises:
         ConfigError: There is a directory without a client.
@@ -41,8 +41,23 @@ def one_client(partition_id: int | None, client_dir: Path | None) -> OneClient |
     return OneClient(partition_id=partition_id, client_dir=client_dir)
 
 
+def run_method(run: RunDirectory) -> type[Aggregator]:
+    """Return the aggregation method of a run.
+
+    Raises:
+        RunDirectoryError: This version does not know it.
+    """
+    try:
+        return AGGREGATORS.get(run.config.strategy.aggregator)
+    except AggregationError as error:
+        raise RunDirectoryError(
+            f"{run.path / 'config.json'}: {error} Or read the run with the version in its "
+            "versions.json."
+        ) from error
+
+
 def read_client_adapter(run: RunDirectory, client: OneClient | None = None) -> dict[str, Tensor]:
-    """The final adapter of bottom and top, by tensor name.
+    """Return the final adapter of bottom and top, by tensor name.
 
     Args:
         run: A finished run's directory.
@@ -53,7 +68,7 @@ def read_client_adapter(run: RunDirectory, client: OneClient | None = None) -> d
             is named, or what that client keeps cannot be read; or it keeps none and one is named.
     """
     state = run.read_adapter("client")
-    method = METHODS[run.config.strategy.aggregator]
+    method = run_method(run)
     if not method.private:
         if client is not None:
             raise RunDirectoryError(
@@ -80,7 +95,7 @@ def read_client_adapter(run: RunDirectory, client: OneClient | None = None) -> d
     unknown = sorted(own.keys() - state.keys())
     if unknown:
         raise RunDirectoryError(
-            f"what partition {client.partition_id} keeps has {unknown[0]}, which is not in the run's "
+            f"the file of partition {client.partition_id} has {unknown[0]}, which is not in the run's "
             "adapter. Name the directory of this run's client with --client-dir."
         )
     return state | own

@@ -1,4 +1,4 @@
-"""Adapters of the model that a client with cut layers of its own computes, for export."""
+"""Compute the adapters of a client with cut layers of its own, for export."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ from flower_split.split.structure.stack import LayerStack
 def clients_own(
     state: Mapping[str, Tensor], trunk: Mapping[str, Tensor], stack: LayerStack, cuts: CutLayers
 ) -> dict[str, Tensor]:
-    """Those of the clients' tensors that a model with ``cuts`` has of them and not of the trunk.
+    """Return those of the clients' tensors that a model with ``cuts`` has of them and not of the trunk.
 
     Args:
         state: The clients' global adapter, or its base change.
@@ -32,7 +32,7 @@ def with_cuts(
     cuts: CutLayers,
     run: CutLayers,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The adapters of the model that a client with ``cuts`` computes.
+    """Return the adapters of the model that a client with ``cuts`` computes.
 
     Args:
         state: The clients' global adapter.
@@ -68,5 +68,5 @@ def with_cuts(
 
 
 def _middle(trunk: Mapping[str, Tensor], stack: LayerStack, cuts: CutLayers) -> set[int | None]:
-    """The layers between ``cuts`` that the trunk's adapter has."""
+    """Return the layers between ``cuts`` that the trunk's adapter has."""
     return {stack.index_of(name) for name in trunk} & set(range(cuts.first, cuts.second))

@@ -1,4 +1,4 @@
-"""Export: one standard PEFT adapter from the adapters of the three parts.
+"""Export one standard PEFT adapter from the adapters of the three parts.
 
 Names are the unsplit model's, so the parts' tensors are simply put together. Where parts differ in
 rank or alpha, PEFT's ``rank_pattern`` and ``alpha_pattern`` say so; rsLoRA is written as the plain
@@ -7,25 +7,28 @@ whose modules then have ranks of their own. What trained whole, a trunk in full 
 goes into the adapter as PEFT's ``modules_to_save``.
 """
 
+import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Literal, cast
 
 from peft import LoraConfig, TaskType
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flower_split.aggregation import METHODS
 from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
 from flower_split.lora.base_change import with_base_change
+from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import model_cuts
-from flower_split.results.client_adapter import OneClient, read_client_adapter
+from flower_split.results.client_adapter import OneClient, read_client_adapter, run_method
 from flower_split.results.client_view import clients_own, with_cuts
 from flower_split.results.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
 from flower_split.runs.directory import RunDirectory
@@ -38,7 +41,12 @@ _A_WEIGHT = (".lora_A.weight", ".lora_embedding_A")
 
 
 def export_adapter(
-    run_dir: Path, out: Path, cuts: CutLayers | None = None, client: OneClient | None = None
+    run_dir: Path,
+    out: Path,
+    cuts: CutLayers | None = None,
+    client: OneClient | None = None,
+    *,
+    base: str = "",
 ) -> Path:
     """Merge a run's bottom, trunk and top adapters into one PEFT adapter directory.
 
@@ -52,6 +60,7 @@ def export_adapter(
             trunk's layers outside of them. None: the trunk's copies of all its layers.
         client: Whose own model to export, where the method keeps factors private; None: there is
             one for all.
+        base: How the adapter names its base model; empty: see :func:`portable_base`.
 
     Returns:
         ``out``.
@@ -87,6 +96,7 @@ def export_adapter(
         path = resolve_model_path(config.model.name)
         state |= neutral_magnitudes(config, path, state, scales)
     peft_config = _peft_config(config, state, scales, model, form)
+    peft_config.base_model_name_or_path = base or portable_base(config)
     out.mkdir(parents=True, exist_ok=True)
     peft_config.save_pretrained(str(out))
     save_file(
@@ -97,18 +107,50 @@ def export_adapter(
     return out
 
 
+def portable_base(config: RunConfig) -> str:
+    """Return a name of the run's base model that means the same on every machine.
+
+    A hub id stays as it is (the adapter has its revision beside it). A model that is files, of a
+    local directory or of this package, is ``NAME@sha256:DIGEST``: the directory's name and the digest
+    of its weights that all parties of the run agreed on (:mod:`flower_split.parties.fingerprint`).
+
+    Raises:
+        SplitError: The local model cannot be read.
+    """
+    path = Path(resolve_model_path(config.model.name)).expanduser()
+    if not path.is_dir():
+        return config.model.name
+    return f"{path.resolve().name}@sha256:{fingerprint(config)['weights']}"
+
+
+def describe_export(out: Path) -> str:
+    """Return what an exported adapter directory holds, for people."""
+    config = json.loads((out / "adapter_config.json").read_bytes())
+    path = out / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    number = sum(math.prod(shape) for shape in shapes)
+    whole = config.get("modules_to_save") or []
+    beside = f", {len(whole)} modules whole" if whole else ""
+    base = config["base_model_name_or_path"]
+    return (
+        f"wrote {out}: {path.name} ({len(shapes)} tensors, {number:,} parameters, "
+        f"{path.stat().st_size:,} bytes{beside}) and adapter_config.json (rank {config['r']}).\n"
+        f"Base model: {base}. Load it with: PeftModel.from_pretrained(base_model, {str(out)!r})"
+    )
+
+
 def read_base_change(run: RunDirectory) -> dict[str, Tensor]:
-    """What a run's method put beside the clients' base weights; empty where it puts nothing.
+    """Return what a run's method put beside the clients' base weights; empty where it puts nothing.
 
     Raises:
         RunDirectoryError: The file is missing (the run did not finish) or damaged.
     """
-    changes = METHODS[run.config.strategy.aggregator].changes_base
-    return run.read_adapter("base") if changes else {}
+    return run.read_adapter("base") if run_method(run).changes_base else {}
 
 
 def _trunk_state(run: RunDirectory) -> dict[str, Tensor]:
-    """The trunk's tensors; none where the mode trains no trunk and none were kept."""
+    """Return the trunk's tensors; none where the mode trains no trunk and none were kept."""
     if run.config.mode != "joint" and not (run.path / "adapters/trunk.safetensors").exists():
         return {}
     return run.read_adapter("trunk")
@@ -124,7 +166,7 @@ def _check_in_layers(trunk: dict[str, Tensor], stack: LayerStack) -> None:
 
 
 def _modules(state: dict[str, Tensor]) -> dict[str, int]:
-    """The modules with LoRA of an adapter, and their ranks."""
+    """Return the modules with LoRA of an adapter, with their ranks."""
     ranks: dict[str, int] = {}
     for name, tensor in state.items():
         module = next((name[: -len(end)] for end in _A_WEIGHT if name.endswith(end)), None)
@@ -136,7 +178,7 @@ def _modules(state: dict[str, Tensor]) -> dict[str, int]:
 def _scales(
     config: RunConfig, state: dict[str, Tensor], model: PreTrainedModel
 ) -> dict[str, float]:
-    """The ΔW scales of an adapter's modules, by the part that each lies in."""
+    """Return the ΔW scales of an adapter's modules, by the part that each lies in."""
     cuts = CutLayers(config.model.first_cut, config.model.second_cut)
     settings = {"bottom": config.lora.bottom, "trunk": config.lora.trunk, "top": config.lora.top}
     stack, embeddings = find_stack(model), embedding_names(model)
@@ -153,7 +195,7 @@ def _peft_config(
     model: PreTrainedModel,
     form: PeftForm,
 ) -> LoraConfig:
-    """The PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
+    """Return the PEFT configuration of the adapter in ``state``; ``model`` is the whole base model."""
     shapes = {module: (rank, scales[module] * rank) for module, rank in _modules(state).items()}
     if not state:
         raise RunDirectoryError(
@@ -172,7 +214,6 @@ def _peft_config(
         bias=cast(Literal["none", "all", "lora_only"], form.bias),
         modules_to_save=form.whole_modules or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in shapes),
-        base_model_name_or_path=resolve_model_path(config.model.name),
         revision=config.model.revision or None,
         task_type=TaskType.CAUSAL_LM,
         inference_mode=True,
@@ -185,5 +226,5 @@ def _scale(part: LoraPartConfig, module: str) -> float:
 
 
 def _number(alpha: float) -> int:
-    """``alpha`` as PEFT takes it: an int where it is one; PEFT computes with any number."""
+    """Return ``alpha`` as PEFT takes it: an int where it is one; PEFT computes with any number."""
     return int(alpha) if alpha == int(alpha) else alpha  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""What of an adapter PEFT needs to be told beside LoRA factors: whole modules, biases, magnitudes.
+"""Whole modules, biases and magnitudes: the parts of an adapter beside its LoRA factors.
 
 PEFT has one setting for a whole adapter where the parts of a split model have one each. So a module
 with LoRA beside others with DoRA gets the magnitudes with which DoRA changes nothing, and a bias is
@@ -28,7 +28,7 @@ from flower_split.split.structure.stack import find_stack
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftForm:
-    """What is not in the LoRA factors."""
+    """PEFT settings that do not follow from the LoRA factors."""
 
     whole_modules: list[str] = field(default_factory=list)  # PEFT's modules_to_save, by full name
     bias: str = "none"  # PEFT's bias
@@ -36,7 +36,7 @@ class PeftForm:
 
 
 def peft_form(config: RunConfig, state: Mapping[str, Tensor], model: PreTrainedModel) -> PeftForm:
-    """The form of the adapter in ``state``.
+    """Return the form of the adapter in ``state``.
 
     Args:
         config: The run's configuration.
@@ -71,7 +71,7 @@ def peft_form(config: RunConfig, state: Mapping[str, Tensor], model: PreTrainedM
 def tied_copies(
     state: Mapping[str, Tensor], form: PeftForm, model: PreTrainedModel
 ) -> dict[str, Tensor]:
-    """The tensors of whole modules whose weight is in ``state`` under the name that it is tied to.
+    """Return the tensors of whole modules whose weight is in ``state`` under the name that it is tied to.
 
     Args:
         state: Tensors of all parts, by name.
@@ -96,7 +96,7 @@ def neutral_magnitudes(
     state: Mapping[str, Tensor],
     scales: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """Magnitudes for modules without DoRA, with which it computes what LoRA computes: ‖W + ΔW‖.
+    """Compute magnitudes for modules without DoRA, with which it computes what LoRA computes: ‖W + ΔW‖.
 
     The base weights are read.
 

@@ -1,19 +1,22 @@
 """The exported adapter: plain PEFT on the plain base model computes what the split model does."""
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from flower_split.config import LoraConfigs, LoraPartConfig, ModelConfig, RunConfig, TrunkConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
-from flower_split.results.export import export_adapter
+from flower_split.results.export import describe_export, export_adapter, portable_base
 from flower_split.runs.directory import RunDirectory
 from flower_split.split import CutLayers, load_client_model, load_trunk_model
 from tests.support.tiny_models import padded_batch, tiny_model
@@ -156,3 +159,43 @@ def test_export_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     export_adapter(tmp_path / "run", out)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_export_names_a_local_base_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
+    config, _ = _run(tmp_path, "llama", SAME)
+    out = export_adapter(tmp_path / "run", tmp_path / "out")
+    named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+    moved = tmp_path / "elsewhere" / Path(config.model.name).name
+    shutil.copytree(config.model.name, moved)
+    name, _, digest = named.partition("@sha256:")
+    assert name == moved.name and re.fullmatch("[0-9a-f]{64}", digest)
+    assert portable_base(replace(config, model=replace(config.model, name=str(moved)))) == named
+    (moved / "model.safetensors").write_bytes(b"other" + (moved / "model.safetensors").read_bytes())
+    assert portable_base(replace(config, model=replace(config.model, name=str(moved)))) != named
+
+
+def test_export_keeps_a_hub_id_and_a_name_that_is_given(tmp_path: Path) -> None:
+    assert portable_base(RunConfig(model=ModelConfig(name="org/model"))) == "org/model"
+    _run(tmp_path, "llama", SAME)
+    out = export_adapter(tmp_path / "run", tmp_path / "out", base="org/other")
+    content = json.loads((out / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == "org/other"
+
+
+def test_export_is_described_with_its_counts(tmp_path: Path) -> None:
+    _run(tmp_path, "llama", SAME)
+    out = export_adapter(tmp_path / "run", tmp_path / "out")
+    state = load_file(out / "adapter_model.safetensors")
+    text = describe_export(out)
+    assert f"wrote {out}: adapter_model.safetensors ({len(state)} tensors" in text
+    assert f"{sum(tensor.numel() for tensor in state.values()):,} parameters" in text
+    assert "@sha256:" in text and "PeftModel.from_pretrained" in text
+
+
+def test_export_of_a_run_with_an_unknown_aggregator_gives_a_sentence(tmp_path: Path) -> None:
+    _run(tmp_path, "llama", SAME)
+    path = tmp_path / "run" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "strategy.aggregator": "fedlt"}))
+    with pytest.raises(RunDirectoryError, match=r"config.json: .*'fedlt'.*[Dd]id you mean 'fedit'"):
+        export_adapter(tmp_path / "run", tmp_path / "out")
