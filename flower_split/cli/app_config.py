@@ -1,57 +1,98 @@
 """An app's directory: its name and its run config, with the command line's overrides."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import click
-from flwr.common.config import flatten_dict, parse_config_args
-
-from flower_split.config import RunConfig, Scalar, parse_run_config
+from flower_split.cli.overrides import flatten, parse_overrides
+from flower_split.config import (
+    RunConfig,
+    Scalar,
+    parse_run_config,
+    resolved_run_config,
+    run_config_keys,
+)
 from flower_split.errors import ConfigError
 
+_OWN_SERVER_APP = "flower_split.server.app:app"
 
-def load_app_config(app: Path, overrides: Sequence[str] | None) -> RunConfig:
-    """The run config that ``flwr run APP --run-config …`` would use, checked.
 
-    Args:
-        app: The app's directory.
-        overrides: Values of ``--run-config``: ``key=value`` pairs, or paths of TOML files.
+@dataclass(frozen=True, slots=True)
+class App:
+    """What an app's pyproject.toml says of it."""
+
+    project: Path  # the file
+    values: Mapping[str, Scalar]  # [tool.flwr.app.config], flat
+    server_app: str  # the component, module:attribute
+
+    @property
+    def has_own_server_app(self) -> bool:
+        """Return whether the ServerApp is the app's own, with a strategy that no key may name."""
+        return self.server_app != _OWN_SERVER_APP
+
+    def config(self, overrides: Mapping[str, Scalar]) -> RunConfig:
+        """Return the run config that ``flwr run APP --run-config …`` would use, checked.
+
+        Raises:
+            ConfigError: A key or value is wrong, or the app lacks a key that is overridden.
+        """
+        self.check_keys(overrides)
+        return parse_run_config({**self.values, **overrides})
+
+    def check_keys(self, overrides: Mapping[str, Scalar]) -> None:
+        """Check that Flower can override these keys: it takes only those that the app has.
+
+        Raises:
+            ConfigError: It cannot; an unknown key is told with its nearest name.
+        """
+        for key, value in overrides.items():
+            if key not in self.values:
+                parse_run_config({key: value})
+                raise ConfigError(
+                    f"{key!r} is a key of this package, but Flower overrides only keys that the app "
+                    f"has. Add it to [tool.flwr.app.config] in {self.project}."
+                )
+
+    def overrides_for(self, config: RunConfig) -> dict[str, Scalar]:
+        """Return the overrides with which this app runs with ``config``.
+
+        Raises:
+            ConfigError: The app lacks a key whose value is not the default.
+        """
+        mine = {**run_config_keys(), **self.values}
+        wanted = resolved_run_config(config)
+        overrides = {key: value for key, value in wanted.items() if mine[key] != value}
+        self.check_keys(overrides)
+        return overrides
+
+
+def load_app(path: Path) -> App:
+    """Read the app in the directory ``path``.
+
+    Raises:
+        ConfigError: There is none, or its pyproject.toml is wrong.
+    """
+    project = path.expanduser() / "pyproject.toml"
+    table = _app_table(path, project)
+    section = table.get("config", {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{project}: [tool.flwr.app.config] must be a table of keys.")
+    components = table.get("components")
+    named = components.get("serverapp") if isinstance(components, dict) else None
+    return App(project, flatten(section), str(named))
+
+
+def load_app_config(path: Path, overrides: Sequence[str] | None) -> RunConfig:
+    """Return the checked run config of the app in ``path`` with ``--run-config`` values.
 
     Raises:
         ConfigError: There is no app, or a key or value is wrong.
     """
-    path, table = _app_table(app)
-    section = table.get("config", {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path}: [tool.flwr.app.config] must be a table of keys.")
-    config = flatten_dict(section)
-    given = parse_overrides(overrides)
-    for key in given:
-        if key not in config:
-            parse_run_config({key: given[key]})  # an unknown key is told with its nearest name
-            raise ConfigError(
-                f"{key!r} is a key of this package, but Flower overrides only keys that the app "
-                f"has. Add it to [tool.flwr.app.config] in {path}."
-            )
-    return parse_run_config({**config, **given})
+    return load_app(path).config(parse_overrides(overrides))
 
 
-def has_own_server_app(app: Path) -> bool:
-    """Whether the app's ServerApp is its own, which may bring a strategy that no key names.
-
-    Raises:
-        ConfigError: There is no app.
-    """
-    _, table = _app_table(app)
-    components = table.get("components")
-    named = components.get("serverapp") if isinstance(components, dict) else None
-    return named != "flower_split.server.app:app"
-
-
-def _app_table(app: Path) -> tuple[Path, dict[str, object]]:
-    """The app's pyproject.toml and its [tool.flwr.app]."""
-    path = app.expanduser() / "pyproject.toml"
+def _app_table(app: Path, path: Path) -> dict[str, object]:
     try:
         project = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -64,29 +105,4 @@ def _app_table(app: Path) -> tuple[Path, dict[str, object]]:
     table = project.get("tool", {}).get("flwr", {}).get("app")
     if not isinstance(table, dict):
         raise ConfigError(f"{path} has no [tool.flwr.app] section: it is no Flower app.")
-    return path, table
-
-
-def parse_overrides(values: Sequence[str] | None) -> dict[str, Scalar]:
-    """The values of ``--run-config`` as flat keys; a later one wins, key by key.
-
-    Flower itself would let a second value replace a whole group of the first (with
-    ``data.source=…`` and then ``data.path=…``, the first would be lost), so each is read alone.
-
-    Args:
-        values: ``key=value`` pairs, or paths of TOML files.
-
-    Raises:
-        ConfigError: A value cannot be read.
-    """
-    merged: dict[str, Scalar] = {}
-    for value in values or []:
-        try:
-            merged |= parse_config_args([value])
-        except (OSError, ValueError, click.ClickException) as error:
-            raise ConfigError(
-                f"--run-config must hold KEY=VALUE pairs in TOML, separated by spaces, or name a "
-                f"TOML file: {error} "
-                "Example: --run-config 'num-server-rounds=5 mode=\"frozen\"'."
-            ) from error
-    return merged
+    return table

@@ -1,7 +1,6 @@
-"""Paths of a run config, as they are meant where the command is given.
+"""Resolve run-config paths against the caller's working directory.
 
-Flower's local SuperLink keeps the directory of its first caller, so a relative path in a run config
-means some other directory as soon as the SuperLink was started elsewhere.
+The ServerApp and the clients run where Flower puts them, so a relative path would mean another one.
 """
 
 import json
@@ -25,29 +24,31 @@ _FILES_OR_NAMES = ("model.name", "data.dataset")  # a path only where there is o
 _PACKAGED = "quickstart"
 
 
-def path_overrides(config: RunConfig, here: Path) -> dict[str, str]:
-    """Run-config keys whose relative paths must be made absolute, and the new run's directory.
+def absolute_paths(config: RunConfig, here: Path) -> dict[str, Scalar]:
+    """Return the flat run config with every relative path made absolute.
 
     Args:
         config: The run's configuration.
         here: The directory that relative paths are meant from.
     """
     values = resolved_run_config(config)
-    overrides: dict[str, str] = {}
     for key in (*_FILES, *_FILES_OR_NAMES):
         value = str(values[key])
         path = Path(value).expanduser()
         named = key in _FILES_OR_NAMES and (value == _PACKAGED or not (here / path).exists())
-        if value and not named and str(here / path) != value:
-            overrides[key] = str(here / path)
-    if not config.run_dir and not config.resume:
-        name = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + secrets.token_hex(3)
-        overrides["run-dir"] = str(here / "runs" / name)
-    return overrides
+        if value and not named:
+            values[key] = str(here / path)
+    return values
+
+
+def new_run_directory(here: Path) -> Path:
+    """Return a directory for a new run that names none: ``runs/<UTC time>-<id>``."""
+    name = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + "-" + secrets.token_hex(3)
+    return here / "runs" / name
 
 
 def as_run_config(overrides: Mapping[str, Scalar]) -> str:
-    """A value for ``--run-config``: all overrides in one, as Flower reads them.
+    """Return one value for ``--run-config`` with all overrides, as Flower reads them.
 
     Raises:
         ConfigError: A text holds both kinds of quotes, which Flower cannot read.

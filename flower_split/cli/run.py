@@ -1,161 +1,136 @@
-"""``flower-split run``: ``flwr run`` with checks beforehand and a true outcome afterwards."""
+"""``flower-split run``: ``flwr run`` with checks beforehand and a true outcome afterwards.
 
-import json
-import logging
-import subprocess
-import sys
-from collections.abc import Sequence
+First what takes no second: command line, configuration, directories, files. Then what needs torch.
+Only then a SuperLink is started, or asked.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flwr.cli.constant import (
-    LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE,
-    LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE_IN_MEMORY,
-)
-from flwr.cli.flower_config import read_superlink_connection
-
-from flower_split.cli.app_config import has_own_server_app, load_app_config, parse_overrides
-from flower_split.cli.paths import as_run_config, path_overrides
-from flower_split.cli.preflight import (
-    check_aggregation,
-    check_clients,
-    check_model,
-    check_trunk,
-    simulation_settings,
-)
-from flower_split.errors import FederationError
-from flower_split.runtime.logs import MARK
-
-logger = logging.getLogger(__name__)
-
-_LOCAL = (LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE, LOCAL_SUPERLINK_ADDRESS_MAGIC_VALUE_IN_MEMORY)
-_ASK_SECONDS = 120.0  # of one flwr command that does not follow a run
+from flower_split.cli.app_config import App, load_app
+from flower_split.cli.connections import Connection, find_connection
+from flower_split.cli.exit_codes import STILL_AT_WORK
+from flower_split.cli.flwr import Flwr
+from flower_split.cli.follow import FollowedRun, follow
+from flower_split.cli.interrupts import Interrupts
+from flower_split.cli.overrides import parse_overrides
+from flower_split.cli.paths import absolute_paths, as_run_config, new_run_directory
+from flower_split.cli.superlink import LocalSuperLink
+from flower_split.config import RunConfig, Scalar, parse_run_config
+from flower_split.runs.beforehand import check_directory, check_files
+from flower_split.runs.files import read_config
+from flower_split.runs.resuming import resumed_config
 
 
-def run_app(
-    app: Path,
-    *,
-    superlink: str | None,
-    run_config: Sequence[str] | None,
-    federation_config: str | None,
-    stream: bool,
-    resume: Path | None = None,
-) -> int:
-    """Check, submit, follow, and tell the outcome.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunCommand:
+    """What the command line asks for."""
 
-    Args:
-        app: The app's directory.
-        superlink: Name of a SuperLink connection; None: Flower's default, a local simulation.
-        run_config: Values of ``--run-config``.
-        federation_config: ``--federation-config``; None: what the job needs.
-        stream: Show every line of the log.
-        resume: The directory of a run to go on with; None: a new run.
+    app: Path  # the app's directory
+    superlink: str | None = None  # name of a SuperLink connection; None: Flower's default
+    run_config: Sequence[str] | None = None  # values of --run-config
+    federation_config: str | None = None  # None: what the job needs
+    stream: bool = False  # show every line of the log
+    resume: Path | None = None  # the directory of a run to go on with; None: a new run
 
-    Returns:
-        0 if the run completed, 1 otherwise.
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """A run that is ready to be submitted."""
+
+    app: App
+    command: RunCommand
+    connection: Connection
+    config: RunConfig
+    overrides: Mapping[str, Scalar]  # of the app's configuration
+
+    @property
+    def directory(self) -> Path:
+        """Return the run's directory, as the command and a local ServerApp see it."""
+        return Path(self.config.resume or self.config.run_dir)
+
+
+def run_app(command: RunCommand) -> int:
+    """Check, submit, follow, and return the exit code; see :mod:`flower_split.cli.exit_codes`.
 
     Raises:
         FlowerSplitError: A check failed, or Flower did not take the run.
     """
-    overrides = parse_overrides(run_config)
-    if resume is not None:
-        overrides["resume"] = str(resume.expanduser().absolute())
-    config = load_app_config(app, [as_run_config(overrides)])
-    check_aggregation(config)
-    adapter, scales = check_model(config)
-    check_trunk(config)
-    where = [superlink] if superlink else []
-    command = ["run", str(app), *where, "--format", "json"]
-    if _is_local(superlink):
-        settings = simulation_settings(config, federation_config)
-        if not (has_own_server_app(app) or config.model.cuts_by_partition):
-            check_clients(config, adapter, scales, settings)
-        command += ["--federation-config", settings]
-        overrides |= path_overrides(config, Path.cwd())
-    elif federation_config:
-        command += ["--federation-config", federation_config]
-    if overrides:
-        command += ["--run-config", as_run_config(overrides)]
-    run_id = str(_ask(command, "start the run")["run-id"])
+    job = prepare(command, Path.cwd())
+    options = _checked_options(job)
+    with Interrupts() as interrupts:
+        if job.connection.is_local:
+            return _run_locally(job, options, interrupts)
+        flwr = Flwr(connection=job.connection.name)
+        print(f"SuperLink: {job.connection.name or 'default'} at {job.connection.address}")
+        run_id = flwr.start_run(str(command.app), options)
+        print(f"run {run_id}", flush=True)
+        return follow(FollowedRun(run_id=run_id, flwr=flwr), interrupts, stream=command.stream)
+
+
+def prepare(command: RunCommand, here: Path) -> Job:
+    """Do every check that needs neither torch nor Flower, and resolve the configuration.
+
+    Args:
+        command: What is asked for.
+        here: The directory that relative paths are meant from.
+
+    Raises:
+        FlowerSplitError: Something is wrong; nothing was started.
+    """
+    app, connection = load_app(command.app), find_connection(command.superlink)
+    given = parse_overrides(command.run_config)
+    if command.resume is not None:
+        given["resume"] = str(command.resume)
+    config = app.config(given)
+    if config.resume:
+        directory = (here / Path(config.resume).expanduser()).resolve()
+        given["resume"] = str(directory)
+        config = resumed_config(read_config(directory), given)
+    elif connection.is_local and not config.run_dir:
+        config = replace(config, run_dir=str(new_run_directory(here)))
+    if connection.is_local:
+        config = parse_run_config(absolute_paths(config, here))
+        check_directory(config)
+    check_files(config, simulated=connection.is_local)
+    overrides = app.overrides_for(config)
+    return Job(app=app, command=command, connection=connection, config=config, overrides=overrides)
+
+
+def _checked_options(job: Job) -> list[str]:
+    """Do the checks that need torch, and return the options of ``flwr run``."""
+    from flower_split.cli import preflight
+
+    config, given = job.config, job.command.federation_config
+    preflight.check_aggregation(config)
+    adapter, scales = preflight.check_model(config)
+    preflight.check_trunk(config)
+    options: list[str] = []
+    if job.connection.is_local:
+        given = preflight.simulation_settings(config, given)
+        if not (job.app.has_own_server_app or config.model.cuts_by_partition):
+            preflight.check_clients(config, adapter, scales, given)
+    if given:
+        options += ["--federation-config", given]
+    if job.overrides:
+        options += ["--run-config", as_run_config(job.overrides)]
+    return options
+
+
+def _run_locally(job: Job, options: Sequence[str], interrupts: Interrupts) -> int:
+    """Run under a SuperLink of the run's own, which ends with it."""
+    link = LocalSuperLink.start(job.directory, given_up=lambda: interrupts.count > 0)
+    goes_on = False
     try:
-        _follow(run_id, where, stream)
-    except KeyboardInterrupt:
-        stop = " ".join(["flwr", "stop", run_id, *where])
-        print(f"flower-split: run {run_id} goes on; end it with: {stop}", file=sys.stderr)
-        return 1
-    return _outcome(run_id, where)
-
-
-def _is_local(superlink: str | None) -> bool:
-    try:
-        return read_superlink_connection(superlink).address in _LOCAL
-    except SystemExit as error:  # how Flower's CLI reports: it has printed why
-        raise FederationError(
-            f"Flower's config.toml has no SuperLink connection {superlink!r}. Add a section "
-            f"[superlink.{superlink}] with its address, or leave the name out."
-        ) from error
-
-
-def _flwr(*arguments: str) -> list[str]:
-    """The command line of the ``flwr`` that belongs to this interpreter."""
-    return [sys.executable, "-c", "from flwr.cli.app import app; app()", *arguments]
-
-
-def _ask(arguments: Sequence[str], what: str) -> dict[str, object]:
-    """Run a flwr command that answers in JSON."""
-    done = subprocess.run(
-        _flwr(*arguments),
-        capture_output=True,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        timeout=_ASK_SECONDS,
-        check=False,
-    )
-    start = done.stdout.find("{")
-    try:
-        answer = json.loads(done.stdout[start:]) if start >= 0 else {}
-    except ValueError:
-        answer = {}
-    if not isinstance(answer, dict) or not answer.get("success"):
-        text = str(answer.get("error-message") or done.stderr or done.stdout)
-        raise FederationError(
-            f"Flower could not {what}: {' '.join(text.split()) or 'it gave no reason'}"
-        )
-    return answer
-
-
-def _follow(run_id: str, where: Sequence[str], stream: bool) -> None:
-    """Show the run's log until the run ends: every line, or this package's only."""
-    print(f"run {run_id}", flush=True)
-    with subprocess.Popen(
-        _flwr("log", run_id, *where, "--stream"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if stream:
-                print(line, end="", flush=True)
-            elif line.startswith(MARK):
-                print(line.removeprefix(MARK), end="", flush=True)
-            elif line.strip() == MARK.strip():
-                print(flush=True)
-
-
-def _outcome(run_id: str, where: Sequence[str]) -> int:
-    answer = _ask(["ls", *where, "--run-id", run_id, "--format", "json"], "tell the run's status")
-    runs = answer["runs"]
-    assert isinstance(runs, list)
-    status, details = str(runs[0]["status"]), str(runs[0].get("status-details", ""))
-    if status == "finished:completed":
-        return 0
-    text = " ".join(details.split()) or "Flower gave no details; see the log"
-    if "flower_split" in text and ("import" in text.lower() or "No module" in text):
-        text += (
-            " The local SuperLink keeps the Python environment that first started it; end that "
-            "process (flower-superlink) if it is another one than this, and run again."
-        )
-    print(f"flower-split: run {run_id} is {status}. {text}", file=sys.stderr)
-    return 1
+        print(f"SuperLink: its own, {link.describe()}", flush=True)
+        run_id = link.flwr.start_run(str(job.command.app), options)
+        link.note_run(run_id)
+        print(f"run {run_id} in {job.directory}", flush=True)
+        run = FollowedRun(run_id=run_id, flwr=link.flwr, superlink=link, directory=job.directory)
+        code = follow(run, interrupts, stream=job.command.stream)
+        goes_on = code in STILL_AT_WORK
+        return code
+    finally:
+        if not goes_on:
+            link.end()

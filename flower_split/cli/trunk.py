@@ -6,6 +6,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from flower_split.cli.app_config import load_app_config
@@ -17,16 +18,20 @@ from flower_split.trunk.serve import RunningTrunk, Serving
 logger = logging.getLogger(__name__)
 
 
-def serve_trunk(
-    app: Path,
-    *,
-    listen: str,
-    token_file: Path,
-    tls_certificate: str,
-    tls_key: str,
-    checkpoints: str,
-    run_config: Sequence[str] | None,
-) -> int:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkCommand:
+    """What the command line asks for."""
+
+    app: Path  # the app's directory
+    listen: str  # host:port; port 0: any free one
+    token_file: Path  # made if it is missing
+    tls_certificate: str = ""  # PEM file; required off loopback
+    tls_key: str = ""  # PEM file
+    checkpoints: str = ""  # directory; empty: none are kept
+    run_config: Sequence[str] | None = None  # values of --run-config
+
+
+def serve_trunk(command: TrunkCommand) -> int:
     """Serve until SIGINT or SIGTERM.
 
     Raises:
@@ -36,26 +41,26 @@ def serve_trunk(
     log_to_stderr()
     quiet_libraries()
     failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
-    config = load_app_config(app, run_config)
+    config = load_app_config(command.app, command.run_config)
     serving = Serving(
-        listen=listen,
-        token=token_from(token_file),
-        tls_certificate=tls_certificate,
-        tls_key=tls_key,
-        checkpoints=checkpoints,
+        listen=command.listen,
+        token=token_from(command.token_file),
+        tls_certificate=command.tls_certificate,
+        tls_key=command.tls_key,
+        checkpoints=command.checkpoints,
     )
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
     with RunningTrunk(config, serving) as running:
-        host = listen.rpartition(":")[0]
+        host = command.listen.rpartition(":")[0]
         # On standard output, for scripts that asked for port 0.
         print(f"trunk serves on {host}:{running.port}", flush=True)
         logger.info(
             'use it with: trunk.address="%s:%d" trunk.token-file="%s"',
             host,
             running.port,
-            token_file.expanduser().absolute(),
+            command.token_file.expanduser().absolute(),
         )
         ended.wait()
         logger.info("ending")
@@ -63,7 +68,7 @@ def serve_trunk(
 
 
 def token_from(path: Path) -> str:
-    """The coordinator's token; a missing file is made with a fresh one, readable by its owner only.
+    """Return the coordinator's token; a missing file is made with a fresh one, readable by its owner only.
 
     Raises:
         ConfigError: The file cannot be read or made.

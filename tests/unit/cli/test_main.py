@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flower_split.cli.app_config import has_own_server_app, load_app_config
+from flower_split.cli.app_config import load_app, load_app_config
 from flower_split.cli.main import main
 from flower_split.cli.preflight import simulation_settings
 from flower_split.cli.trunk import token_from
@@ -83,7 +83,7 @@ def test_run_of_a_simulation_that_its_clients_cannot_have_is_refused_before_it_s
     words: str,
 ) -> None:
     started: list[object] = []
-    monkeypatch.setattr("flower_split.cli.run._ask", lambda *command: started.append(command))
+    monkeypatch.setattr("flower_split.cli.run.LocalSuperLink.start", started.append)
     app = app_with(tmp_path, model)
     assert main(["run", str(app), "-c", given]) > 0
     assert words in message_of(capsys) and not started
@@ -93,12 +93,12 @@ def test_app_with_a_server_app_of_its_own_may_have_a_strategy_that_no_key_names(
     tmp_path: Path, model: Path
 ) -> None:
     app = app_with(tmp_path, model)
-    assert not has_own_server_app(app)
+    assert not load_app(app).has_own_server_app
     project = app / "pyproject.toml"
     text = project.read_text(encoding="utf-8")
     assert "flower_split.server.app:app" in text
     project.write_text(text.replace("flower_split.server.app:app", "mine:app"), encoding="utf-8")
-    assert has_own_server_app(app)
+    assert load_app(app).has_own_server_app
 
 
 def test_run_with_a_value_out_of_range_exits_with_2(

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from flower_split.cli.app_config import parse_overrides
-from flower_split.cli.paths import as_run_config, path_overrides
-from flower_split.config import parse_run_config
+from flower_split.cli.overrides import parse_overrides
+from flower_split.cli.paths import absolute_paths, as_run_config
+from flower_split.cli.run import RunCommand, prepare
+from flower_split.config import parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError
 
 
-def test_path_overrides_make_relative_paths_absolute(tmp_path: Path) -> None:
+def test_absolute_paths_change_relative_paths_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "my-model").mkdir()
     config = parse_run_config(
         {
@@ -21,24 +22,20 @@ def test_path_overrides_make_relative_paths_absolute(tmp_path: Path) -> None:
             "run-dir": "out",
         }
     )
-    assert path_overrides(config, tmp_path) == {
+    before, after = resolved_run_config(config), absolute_paths(config, tmp_path)
+    assert {key: value for key, value in after.items() if value != before[key]} == {
         "model.name": str(tmp_path / "my-model"),
         "data.path": str(tmp_path / "data/{partition_id}.jsonl"),
         "run-dir": str(tmp_path / "out"),
     }
+    assert after["trunk.token-file"] == "/etc/token"
 
 
-def test_path_overrides_leave_names_alone_and_choose_the_run_directory_here(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quickstart", "some-org/some-model"])
+def test_absolute_paths_leave_names_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "quickstart").mkdir()  # not the packaged model of that name
-    for name in ("quickstart", "some-org/some-model"):
-        overrides = path_overrides(parse_run_config({"model.name": name}), tmp_path)
-        assert list(overrides) == ["run-dir"]
-        assert Path(overrides["run-dir"]).parent == tmp_path / "runs"
-
-
-def test_path_overrides_of_a_resumed_run_choose_no_directory(tmp_path: Path) -> None:
-    config = parse_run_config({"resume": "runs/x"})
-    assert path_overrides(config, tmp_path) == {"resume": str(tmp_path / "runs/x")}
+    config = parse_run_config({"model.name": name})
+    assert absolute_paths(config, tmp_path) == resolved_run_config(config)
 
 
 def test_as_run_config_is_read_back_by_flower() -> None:
@@ -71,35 +68,17 @@ def test_parse_overrides_of_several_values_keeps_all_keys_of_a_group(tmp_path: P
     }
 
 
-def test_run_hands_flower_every_override_and_the_absolute_paths_in_one_value(
+def test_prepare_gives_flower_every_override_and_the_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    from flwr.common.config import parse_config_args
-
-    from flower_split.cli import run
-
-    submitted: list[list[str]] = []
-
-    def ask(arguments: list[str], what: str) -> dict[str, object]:
-        submitted.append(list(arguments))
-        return {"run-id": "1"}
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run, "_ask", ask)
-    monkeypatch.setattr(run, "_is_local", lambda superlink: True)
-    monkeypatch.setattr(run, "_follow", lambda *arguments: None)
-    monkeypatch.setattr(run, "_outcome", lambda *arguments: 0)
-    run.run_app(
-        request.config.rootpath / "simulations" / "quickstart",
-        superlink=None,
-        run_config=['data.source="jsonl"', 'data.path="mine.jsonl" seed=4'],
-        federation_config=None,
-        stream=False,
-    )
-    (command,) = submitted
-    values = [command[i + 1] for i, word in enumerate(command) if word == "--run-config"]
-    given = parse_config_args(values)
-    assert len(values) == 1
-    assert given.pop("run-dir").startswith(str(tmp_path / "runs"))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    (tmp_path / "mine.jsonl").touch()
+    app = request.config.rootpath / "simulations" / "quickstart"
+    values = ['data.source="jsonl"', 'data.path="mine.jsonl" seed=4']
+    job = prepare(RunCommand(app=app, run_config=values), tmp_path)
+    given = dict(job.overrides)
+    run_directory = given.pop("run-dir")
+    assert Path(str(run_directory)).parent == tmp_path / "runs"
+    assert str(job.directory) == run_directory
     path = str(tmp_path / "mine.jsonl")
     assert given == {"data.source": "jsonl", "data.path": path, "seed": 4}
