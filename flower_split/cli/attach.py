@@ -68,7 +68,13 @@ def _attach_locally(directory: Path, command: AttachCommand, interrupts: Interru
             "the run again."
         )
     print(f"SuperLink: its own, {link.describe()}", flush=True)
-    run = FollowedRun(run_id=link.state.run_id, flwr=link.flwr, superlink=link, directory=directory)
+    run = FollowedRun(
+        run_id=link.state.run_id,
+        flwr=link.flwr,
+        superlink=link,
+        directory=directory,
+        log=link.run_log,
+    )
     goes_on = True  # until its end is known: it was not this command that started it
     try:
         code = _follow_or_stop(run, command, interrupts)

@@ -4,6 +4,8 @@ A log stream may end while the run goes on (SQLite answers "database is locked" 
 terminal status ends this. Ctrl-C and SIGTERM stop the run; a second Ctrl-C leaves it running.
 """
 
+import contextlib
+import os
 import queue
 import sys
 import time
@@ -50,6 +52,7 @@ class FollowedRun:
     flwr: Flwr
     superlink: Ended | None = None  # None: somebody else's
     directory: Path | None = None  # where it is on this machine; None: not known
+    log: Path | None = None  # where every line of the run's log is kept
     patience: Patience = field(default_factory=Patience)
 
     @property
@@ -105,7 +108,9 @@ def stop(run: FollowedRun, interrupts: Interrupts) -> int:
 def _show_log(run: FollowedRun, interrupts: Interrupts, stream: bool) -> bool:
     """Show the log until it ends; return False where a signal came first."""
     last = time.monotonic()
-    with run.flwr.log(run.run_id) as lines:
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(run.flwr.log(run.run_id))
+        kept = stack.enter_context(open(run.log or os.devnull, "w", encoding="utf-8"))
         while not interrupts.count:
             try:
                 line = lines.get(timeout=_LINE_SECONDS)
@@ -118,6 +123,8 @@ def _show_log(run: FollowedRun, interrupts: Interrupts, stream: bool) -> bool:
             if line is None:
                 return True
             last = time.monotonic()
+            kept.write(line)
+            kept.flush()
             _show(line, stream)
     return False
 
@@ -220,6 +227,8 @@ def _tell(run: FollowedRun, status: RunStatus) -> int:
     text = " ".join(status.details.split()) or "Flower gave no details; see the log"
     if "flower_split" in text and ("import" in text.lower() or "No module" in text):
         text += " Install flower-split in the Python environment of the SuperLink."
+    if run.log is not None:
+        text += f" Its whole log is {run.log}."
     _say(f"run {run.run_id} is {status.status}. {text}")
     return STOPPED if status.status == "finished:stopped" else FAILED
 

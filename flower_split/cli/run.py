@@ -127,7 +127,9 @@ def _run_locally(job: Job, options: Sequence[str], interrupts: Interrupts) -> in
         run_id = link.flwr.start_run(str(job.command.app), options)
         link.note_run(run_id)
         print(f"run {run_id} in {job.directory}", flush=True)
-        run = FollowedRun(run_id=run_id, flwr=link.flwr, superlink=link, directory=job.directory)
+        run = FollowedRun(
+            run_id=run_id, flwr=link.flwr, superlink=link, directory=job.directory, log=link.run_log
+        )
         code = follow(run, interrupts, stream=job.command.stream)
         goes_on = code in STILL_AT_WORK
         return code

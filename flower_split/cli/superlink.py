@@ -140,6 +140,11 @@ class LocalSuperLink:
         return self.folder / "superlink.log"
 
     @property
+    def run_log(self) -> Path:
+        """Return the file for the log of the run itself."""
+        return self.folder / "run.log"
+
+    @property
     def alive(self) -> bool:
         """Return whether its process runs."""
         if self._process is not None:

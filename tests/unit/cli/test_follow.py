@@ -199,3 +199,15 @@ def test_a_run_that_ended_before_it_was_stopped_has_its_own_outcome() -> None:
             raise FederationError("run 5 has ended")
 
     assert stop(run_of(Late()), Pressed()) == COMPLETED
+
+
+def test_the_whole_log_is_kept_and_named_when_the_run_failed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failed = RunStatus(status="finished:failed", details="why")
+    flwr = FakeFlwr(answers=[failed], lines=["of Flower\n", "flower-split  ours\n", None])
+    run = FollowedRun(run_id="5", flwr=flwr, log=tmp_path / "run.log", patience=NO_PATIENCE)
+    assert follow(run, Pressed(), stream=False) == FAILED
+    assert (tmp_path / "run.log").read_text() == "of Flower\nflower-split  ours\n"
+    shown = capsys.readouterr()
+    assert shown.out == "ours\n" and f"Its whole log is {tmp_path / 'run.log'}" in shown.err
