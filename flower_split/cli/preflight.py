@@ -30,7 +30,7 @@ def check_aggregation(config: RunConfig) -> None:
 
     Raises:
         AggregationError: It does not; the reason is given.
-        ConfigError: A strategy of Flower's does not know a key or an option.
+        ConfigError: A strategy of Flower's does not know an option.
     """
     from flower_split.aggregation.from_config import check_strategy
     from flower_split.server.inner.flower_strategies import check_flower
@@ -90,9 +90,8 @@ def check_clients(
     from flower_split.assets import resolve_model_path
     from flower_split.parties.client_ranks import own_lora, rank_specs
     from flower_split.server.inner.flower_strategies import InnerContext
-    from flower_split.server.privacy.mechanisms import check_privacy, with_privacy
+    from flower_split.server.privacy.mechanisms import with_privacy
 
-    check_privacy(config)
     count = int(_number(dict(_PAIR.findall(settings)), "num-supernodes", 2))
     own = {slot: own_lora(config, slot) for slot in range(count)}
     context = InnerContext(

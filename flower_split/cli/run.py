@@ -18,6 +18,7 @@ from flower_split.cli.overrides import parse_overrides
 from flower_split.cli.paths import absolute_paths, as_run_config, new_run_directory
 from flower_split.cli.superlink import LocalSuperLink
 from flower_split.config import RunConfig, Scalar, parse_run_config
+from flower_split.config.combinations import check_named_strategy
 from flower_split.runs.beforehand import check_directory, check_files
 from flower_split.runs.files import read_config
 from flower_split.runs.resuming import resumed_config
@@ -93,6 +94,8 @@ def prepare(command: RunCommand, here: Path) -> Job:
     if connection.is_local:
         config = parse_run_config(absolute_paths(config, here))
         check_directory(config)
+    if not app.has_own_server_app:
+        check_named_strategy(config)
     check_files(config, simulated=connection.is_local)
     overrides = app.overrides_for(config)
     return Job(app=app, command=command, connection=connection, config=config, overrides=overrides)

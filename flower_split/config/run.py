@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flower_split.config.asynchronous import check_asynchronous
+from flower_split.config.combinations import check_combinations
 from flower_split.config.data import DataConfig
 from flower_split.config.lora import LoraConfigs
 from flower_split.config.model import ModelConfig
@@ -11,7 +11,6 @@ from flower_split.config.strategy import StrategyConfig
 from flower_split.config.train import TrainConfig
 from flower_split.config.trunk import TrunkConfig
 from flower_split.config.validation import above, at_least, one_of, share
-from flower_split.errors import ConfigError
 
 MODES = ("joint", "frozen", "forward-only")
 
@@ -63,42 +62,13 @@ class RunConfig:
     """Differential privacy."""
 
     def __post_init__(self) -> None:
-        """Check choices, ranges, and rules that span sections."""
+        """Check choices and ranges, and that the settings can go together."""
         one_of("mode", self.mode, MODES)
         at_least("num-server-rounds", self.num_server_rounds, 1)
         at_least("num-clients", self.num_clients, 1)
         at_least("round-retries", self.round_retries, 0)
-        if self.resume_previous and not self.resume:
-            raise ConfigError("resume-previous needs resume: the run directory to go on with.")
         share("fraction-train", self.fraction_train)
         share("fraction-evaluate", self.fraction_evaluate, zero=True)
         above("join-timeout", self.join_timeout, 0)
         above("round-timeout", self.round_timeout, 0)
-        check_asynchronous(
-            self.strategy,
-            self.trunk,
-            self.privacy,
-            mode=self.mode,
-            fraction_train=self.fraction_train,
-        )
-        if self.train.auxiliary_head and self.mode != "forward-only":
-            raise ConfigError(
-                "train.auxiliary-head trains the bottom where no gradient arrives, in mode "
-                f'"forward-only"; the mode is {self.mode!r}.'
-            )
-        if self.mode == "joint" and self.trunk.train == "lora" and not self.lora.trunk.adapts:
-            raise ConfigError(
-                'mode "joint" trains the trunk, but lora.trunk.r is 0 and trunk.train is "lora", so '
-                'nothing of it would. Set lora.trunk.r, or trunk.train = "full", or mode = "frozen".'
-            )
-        if not self.lora.top.adapts and not self.lora.bottom.adapts:
-            raise ConfigError(
-                "lora.bottom.r and lora.top.r are both 0: a client would have nothing to train."
-            )
-        if self.train.auxiliary_head and (
-            self.lora.top.train == "full" or self.lora.top.modules_to_save
-        ):
-            raise ConfigError(
-                "train.auxiliary-head decodes the bottom's output with the frozen output embedding, "
-                "which may not train then. Use LoRA on the top alone, or no auxiliary head."
-            )
+        check_combinations(self)

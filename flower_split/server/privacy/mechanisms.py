@@ -24,6 +24,7 @@ from flwr.serverapp.strategy import (
 from flwr.supercore.privacy_accounting import GaussianPrivacyEvent, PrivacyAccountant
 
 from flower_split.config import RunConfig
+from flower_split.config.combinations import check_named_strategy
 from flower_split.errors import ConfigError
 from flower_split.server.inner.flower_strategies import (
     InnerContext,
@@ -42,54 +43,15 @@ _WRAPPERS: Mapping[str, type[Strategy]] = {
     "client-fixed": DifferentialPrivacyClientSideFixedClipping,
     "client-adaptive": DifferentialPrivacyClientSideAdaptiveClipping,
 }
-_MEANS = ("fedavg", "fedprox")  # whose aggregate is the plain mean of the replies
 
 
 def check_privacy(config: RunConfig) -> None:
-    """Check that privacy can be combined with the rest of the configuration; needs no client.
+    """Check that the strategy and the privacy that a run config names go together.
 
     Raises:
-        ConfigError: With the reason and the remedy.
+        ConfigError: They do not; all problems are named.
     """
-    privacy, strategy = config.privacy, config.strategy
-    what = f'privacy.mechanism = "{privacy.mechanism}"'
-    if privacy.mechanism != "none":
-        _check_baseline(config)
-    if not privacy.central:
-        return
-    if strategy.name == "lora-fedavg":
-        raise ConfigError(
-            f"{what} adds noise to the aggregate that clients receive, but strategy.name = "
-            '"lora-fedavg" goes on from its own ΔW, without that noise. Use strategy.name = "fedavg" '
-            'with strategy.aggregator = "ffa-lora" (best: noise on B alone) or "fedit", or '
-            'privacy.mechanism = "local".'
-        )
-    if strategy.name not in _MEANS:
-        raise ConfigError(
-            f"{what} scales its noise to what one client can move a plain mean; strategy.name = "
-            f'"{strategy.name}" moves by more, or adds its step before the noise. Use strategy.name = '
-            '"fedavg" or "fedprox", or privacy.mechanism = "local".'
-        )
-    if strategy.weighting != "uniform":
-        raise ConfigError(
-            f'{what} needs clients of equal weight; with strategy.weighting = "{strategy.weighting}" '
-            "one of much data moves the mean by more than the noise hides. Set strategy.weighting = "
-            '"uniform".'
-        )
-    if config.resume_previous and privacy.noise_multiplier > 0:
-        raise ConfigError(
-            "resume-previous would train a round again that clients have seen already, and spend its "
-            f"privacy twice without counting it ({what}). Resume from the latest round, or begin anew."
-        )
-
-
-def _check_baseline(config: RunConfig) -> None:
-    if config.local_only_baseline:
-        raise ConfigError(
-            f'privacy.mechanism = "{config.privacy.mechanism}" cannot be combined with '
-            "local-only-baseline: its adapters go from client to client without clipping or noise. "
-            "Set local-only-baseline = false."
-        )
+    check_named_strategy(config)
 
 
 def with_privacy(context: InnerContext) -> Strategy:
@@ -127,8 +89,6 @@ def own_inner(context: InnerContext, factory: InnerFactory) -> Strategy:
             f"inner strategy is {' around '.join(type(p).__name__ for p in chain(inner))}. Wrap it, or "
             'set privacy.mechanism = "none".'
         )
-    if privacy.mechanism != "none":
-        _check_baseline(context.config)
     return inner
 
 

@@ -1,0 +1,94 @@
+"""Settings that cannot go together; every row is broken once by hand, and all problems are told."""
+
+import pytest
+
+from flower_split.config import Scalar, parse_run_config
+from flower_split.config.combinations import (
+    ALWAYS,
+    NAMED_STRATEGY,
+    check_named_strategy,
+    combinations_table,
+)
+from flower_split.errors import ConfigError
+
+FEDBUFF: dict[str, Scalar] = {"strategy.name": "fedbuff", "trunk.step-every": "server-round"}
+CENTRAL: dict[str, Scalar] = {
+    "privacy.mechanism": "server-fixed",
+    "strategy.name": "fedavg",
+    "strategy.weighting": "uniform",
+}
+BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
+    ({"resume-previous": True}, r"resume-previous = true with resume = \"\": there is no run dir"),
+    ({"train.auxiliary-head": True}, r'train.auxiliary-head = true with mode = "joint"'),
+    ({"lora.trunk.r": 0}, r"nothing of it would train. Set lora.trunk.r"),
+    ({"lora.bottom.r": 0, "lora.top.r": 0}, "a client would have nothing to train"),
+    (
+        {"train.auxiliary-head": True, "mode": "forward-only", "lora.top.modules-to-save": "x"},
+        "frozen output embedding",
+    ),
+    ({"privacy.mechanism": "local", "local-only-baseline": True}, "without clipping or noise"),
+    ({"strategy.concurrency": 3}, 'strategy.name = "lora-fedavg" with strategy.concurrency = 3'),
+    (FEDBUFF | {"trunk.step-every": "local-step"}, 'trunk.step-every = "local-step"'),
+    (FEDBUFF | {"strategy.aggregator": "fedit"}, "back to old versions"),
+    (FEDBUFF | {"fraction-train": 0.5}, "fraction-train = 0.5: its clients are not sampled"),
+    (FEDBUFF | {"privacy.mechanism": "local"}, "every client takes part once"),
+    (FEDBUFF | {"strategy.rules": "uniform, krum=1"}, "one client of all"),
+]
+BROKEN_NAMED: list[tuple[dict[str, Scalar], str]] = [
+    ({"strategy.name": "fedavg", "strategy.max-rank": 4}, "strategy.max-rank = 4: the key is of"),
+    ({"strategy.name": "fedavg", "strategy.aggregator": "flora"}, "would not be used"),
+    (CENTRAL | {"strategy.name": "lora-fedavg"}, "without that noise"),
+    (CENTRAL | {"strategy.name": "fedadam"}, "plain mean"),
+    (CENTRAL | {"strategy.weighting": "tokens"}, "equal weight"),
+    (CENTRAL | {"resume": "run", "resume-previous": True}, "spent twice"),
+]
+
+
+@pytest.mark.parametrize(("settings", "words"), BROKEN_ALWAYS)
+def test_settings_that_never_go_together_are_refused(
+    settings: dict[str, Scalar], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_run_config(settings)
+
+
+@pytest.mark.parametrize(("settings", "words"), BROKEN_NAMED)
+def test_settings_that_the_named_strategy_cannot_have_are_refused(
+    settings: dict[str, Scalar], words: str
+) -> None:
+    config = parse_run_config(settings)
+    with pytest.raises(ConfigError, match=words):
+        check_named_strategy(config)
+
+
+def test_every_row_is_broken_by_a_case_of_this_file() -> None:
+    assert (len(BROKEN_ALWAYS), len(BROKEN_NAMED)) == (len(ALWAYS), len(NAMED_STRATEGY))
+
+
+@pytest.mark.parametrize("settings", [{}, FEDBUFF, CENTRAL, {"strategy.name": "fedadam"}])
+def test_settings_that_go_together_pass(settings: dict[str, Scalar]) -> None:
+    check_named_strategy(parse_run_config(settings))
+
+
+def test_all_problems_are_told_at_once() -> None:
+    settings = FEDBUFF | {
+        "fraction-train": 0.5,
+        "strategy.aggregator": "fedit",
+        "resume-previous": True,
+    }
+    with pytest.raises(ConfigError) as refusal:
+        parse_run_config(settings)
+    message = str(refusal.value)
+    assert message.startswith("the run config has 3 problems: (1) ")
+    assert "resume-previous" in message and "fraction-train" in message and "fedit" in message
+
+
+def test_the_table_has_a_row_for_each_combination() -> None:
+    head, rule, *rows = combinations_table().splitlines()
+    assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
+    assert len(rows) == 18
+    assert all(row.count("|") == 4 for row in rows)
+    assert (
+        "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "
+        "strategy.concurrency, and leave fraction-train at 1.0 |"
+    ) in rows
