@@ -1,0 +1,11 @@
+"""Conformance checks that the author of a plug-in runs in their own tests.
+
+Runs on: The machine of whoever writes a plug-in; no process of a run imports this package.
+Read first: ``aggregators.py``, then the extension point's own base class.
+"""
+
+from flower_split.testing.aggregators import check_aggregator
+from flower_split.testing.failures import ConformanceError
+from flower_split.testing.rules import check_rule
+
+__all__ = ["ConformanceError", "check_aggregator", "check_rule"]
