@@ -1,7 +1,134 @@
 """Federated split fine-tuning of transformers on Flower.
 
-The package root imports nothing heavy; import what you need from its modules, for example
-``from flower_split.split import CutLayers, split_model``.
+The names in ``__all__`` are the public API; everything else may change. They are imported when they
+are first used, so that ``import flower_split`` loads neither torch nor Flower.
+
+Cut a model in memory, and run it through its trunk:
+
+>>> import torch
+>>> from transformers import AutoModelForCausalLM
+>>> from flower_split import CutLayers, split_model
+>>> from flower_split.assets import resolve_model_path
+>>> path, cuts = resolve_model_path("quickstart"), CutLayers(2, 6)
+>>> model = AutoModelForCausalLM.from_pretrained(path)
+>>> client, trunk = split_model(model, cuts)
+>>> tokens = torch.tensor([[5, 6, 7]])
+>>> torch.equal(client(tokens).logits, model(tokens).logits)
+True
+
+Load each party's part alone, and give both LoRA under PEFT's names:
+
+>>> from flower_split import attach_lora, load_client_model, load_trunk_model
+>>> from flower_split.config import LoraPartConfig
+>>> trunk = load_trunk_model(path, cuts)
+>>> client = load_client_model(path, cuts, trunk)
+>>> attach_lora(trunk, cuts, {"trunk": LoraPartConfig(r=4)}, seed=0)
+>>> attach_lora(client, cuts, {"bottom": LoraPartConfig(r=4), "top": LoraPartConfig(r=4)}, seed=0)
+>>> sorted({p.shape[0] for n, p in trunk.named_parameters() if "lora_A" in n})
+[4]
+
+Compare what the parties of a run must agree on:
+
+>>> from flower_split import fingerprint
+>>> from flower_split.config import parse_run_config
+>>> fingerprint(parse_run_config({"model.second-cut": 5}))["cut-layers"]
+'2:5'
+
+Aggregate without Flower:
+
+>>> from flower_split import make_aggregator
+>>> make_aggregator("florist", tau=0.9).name
+'florist'
+
+Make a Flower app; its ``pyproject.toml`` names the two objects:
+
+>>> from flower_split import make_client_app, make_server_app
+>>> client_app, server_app = make_client_app(), make_server_app()
+>>> type(client_app).__name__, type(server_app).__name__
+('ClientApp', 'ServerApp')
+
+Use a trunk that runs elsewhere, without Flower; here none does:
+
+>>> from contextlib import closing
+>>> from flower_split import FlowerSplitError, TrunkCoordinator
+>>> with closing(TrunkCoordinator("127.0.0.1:9", "token", timeout=0.2)) as coordinator:
+...     try:
+...         coordinator.status()
+...     except FlowerSplitError as error:
+...         print(type(error).__name__)
+TrunkUnavailable
+
+``RemoteTrunk`` is such a trunk as a module of a client, ``connect_trainer`` trains through it with
+transformers' ``Trainer``, and ``export_adapter`` makes one PEFT adapter of a finished run.
 """
 
+import importlib
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flower_split.aggregation import make_aggregator
+    from flower_split.client.app import make_client_app
+    from flower_split.client.remote_trunk import RemoteTrunk
+    from flower_split.errors import FlowerSplitError
+    from flower_split.integrations.trainer import connect_trainer
+    from flower_split.lora import attach_lora
+    from flower_split.parties.fingerprint import fingerprint
+    from flower_split.results.export import export_adapter
+    from flower_split.server.app import make_server_app
+    from flower_split.server.coordinator import TrunkCoordinator
+    from flower_split.split import CutLayers, load_client_model, load_trunk_model, split_model
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "CutLayers",
+    "FlowerSplitError",
+    "RemoteTrunk",
+    "TrunkCoordinator",
+    "attach_lora",
+    "connect_trainer",
+    "export_adapter",
+    "fingerprint",
+    "load_client_model",
+    "load_trunk_model",
+    "make_aggregator",
+    "make_client_app",
+    "make_server_app",
+    "split_model",
+]
+
+_MODULES = MappingProxyType(
+    {
+        "CutLayers": "split",
+        "FlowerSplitError": "errors",
+        "RemoteTrunk": "client.remote_trunk",
+        "TrunkCoordinator": "server.coordinator",
+        "attach_lora": "lora",
+        "connect_trainer": "integrations.trainer",
+        "export_adapter": "results.export",
+        "fingerprint": "parties.fingerprint",
+        "load_client_model": "split",
+        "load_trunk_model": "split",
+        "make_aggregator": "aggregation",
+        "make_client_app": "client.app",
+        "make_server_app": "server.app",
+        "split_model": "split",
+    }
+)
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used (PEP 562).
+
+    Raises:
+        AttributeError: There is no such public name.
+    """
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names beside the module's own."""
+    return sorted({*globals(), *__all__})
