@@ -10,7 +10,9 @@ from torch import Tensor
 from flower_split.client.client import SAME_AS_RUN, Client
 from flower_split.lora import adapter_state, load_adapter_state, lora_scales
 from flower_split.parties.client_ranks import widened
-from flower_split.training.round import EvalResult, evaluate, train_round
+from flower_split.training.loss import evaluate
+from flower_split.training.measures import EvalResult
+from flower_split.training.round import train_round
 
 
 def train_alone(client: Client) -> dict[str, Tensor]:
@@ -22,8 +24,8 @@ def train_alone(client: Client) -> dict[str, Tensor]:
     model, initial = client.kept.whole_model(client.own)
     load_adapter_state(model, initial)
     for server_round in range(1, client.config.num_server_rounds + 1):
-        place, batches = client.place(server_round), client.batches(server_round)
-        train_round(model, batches, client.config, place, None)
+        position, batches = client.position(server_round), client.batches(server_round)
+        train_round(model, batches, client.config, position, None)
     state = adapter_state(model)
     if client.own == SAME_AS_RUN:
         return state

@@ -1,6 +1,6 @@
 """One client's work in a round: its part of the model, its data, and the trunk in the middle.
 
-Next: ``flower_split/training/round.py``: round, optimizer step, micro-batch.
+A round's steps are those of ``flower_split/training/round.py``.
 """
 
 import contextlib
@@ -33,13 +33,9 @@ from flower_split.messages.orders import EvaluateOrder, TrainOrder, TrunkOrder
 from flower_split.parties.client_ranks import OwnLora
 from flower_split.parties.parts import client_cuts, client_parts
 from flower_split.split import CutLayers, set_trunk
-from flower_split.training.round import (
-    EvalResult,
-    RoundPlace,
-    TrainResult,
-    evaluate,
-    train_round,
-)
+from flower_split.training.loss import evaluate
+from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
+from flower_split.training.round import train_round
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +168,14 @@ class Client:
         """
         self._load(adapter, base_change)
         set_trainable(self.model, order.trainable)
-        place = self.place(order.trunk.server_round)
+        position = self.position(order.trunk.server_round)
         with trained_cores(self.model, base_change), self._trunk(order.trunk) as trunk:
-            trunk.open(place.num_steps)
+            trunk.open(position.num_steps)
             return train_round(
                 self.model,
                 self.batches(order.data_pass or order.trunk.server_round),
                 self.config,
-                place,
+                position,
                 trunk,
                 proximal_mu=order.proximal_mu or self.config.train.proximal_mu,
             )
@@ -205,9 +201,9 @@ class Client:
             trunk.open(0, evaluate=True)
             return evaluate(self.model, self.eval_batches(), self.device)
 
-    def place(self, server_round: int) -> RoundPlace:
+    def position(self, server_round: int) -> RoundPosition:
         """Return where a round stands in the run, for this client."""
-        return RoundPlace(
+        return RoundPosition(
             server_round=server_round,
             num_server_rounds=self.config.num_server_rounds,
             num_steps=planned_steps(self.config, len(self.data.train)),

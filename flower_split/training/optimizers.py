@@ -18,7 +18,7 @@ from flower_split.errors import ConfigError
 def make_optimizer(
     parameters: Iterable[nn.Parameter], config: OptimizerConfig
 ) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` names, over ``parameters`` in the order given."""
+    """Make the optimizer that ``config`` names, over ``parameters`` in the order given."""
     rate, decay = config.learning_rate, config.weight_decay
     if config.name == "sgd":
         return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
@@ -61,7 +61,7 @@ class LearningRate:
         self._factor = schedule.lr_lambdas[0]
 
     def __call__(self, step: int) -> float:
-        """The rate for optimizer step ``step``, counted from 0 over the whole run."""
+        """Return the rate for optimizer step ``step``, counted from 0 over the whole run."""
         return float(self._peak * self._factor(step))
 
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -25,7 +25,7 @@ from flower_split.lora import (
 )
 from flower_split.lora.core_training import core_columns_state, trained_cores
 from flower_split.split import CutLayers
-from flower_split.training.round import evaluate
+from flower_split.training.loss import evaluate
 
 ALPHA = 16.0
 CUTS = CutLayers(2, 6)

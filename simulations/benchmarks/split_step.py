@@ -39,7 +39,9 @@ from flower_split.protocol.values import RoundPlan
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.trunk_process import TrunkProcess
 from flower_split.split import load_client_model, load_whole_model
-from flower_split.training.round import Batch, RoundPlace, StepMetrics, train_round
+from flower_split.training.loss import Batch
+from flower_split.training.measures import RoundPosition, StepMetrics
+from flower_split.training.round import train_round
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,11 @@ def batches(preset: Preset, rows: int, count: int, seed: int) -> list[Batch]:
     return result
 
 
-def place(args: argparse.Namespace, slot: int) -> RoundPlace:
+def place(args: argparse.Namespace, slot: int) -> RoundPosition:
     """One round of the steps asked for."""
-    return RoundPlace(server_round=1, num_server_rounds=1, num_steps=args.steps, partition_id=slot)
+    return RoundPosition(
+        server_round=1, num_server_rounds=1, num_steps=args.steps, partition_id=slot
+    )
 
 
 def seconds_of(steps: Sequence[StepMetrics]) -> list[float]:

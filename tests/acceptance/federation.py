@@ -34,7 +34,9 @@ from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, RoundReport
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers, load_client_model, set_trunk
-from flower_split.training.round import Batch, RoundPlace, TrainResult, train_round
+from flower_split.training.loss import Batch
+from flower_split.training.measures import RoundPosition, TrainResult
+from flower_split.training.round import train_round
 from flower_split.trunk.build import make_engine
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.server import TrunkServer
@@ -211,13 +213,13 @@ class Federation:
             load_adapter_state(model, {name: start[name] for name in adapter_state(model)})
             trunk = self.remote(slot)
             set_trunk(model, trunk)
-            place = RoundPlace(
+            position = RoundPosition(
                 server_round=1, num_server_rounds=1, num_steps=num_steps, partition_id=slot
             )
             try:
                 trunk.open(num_steps)
                 started.release()
-                result = train_round(model, iter(batches[slot]), self.config, place, trunk)
+                result = train_round(model, iter(batches[slot]), self.config, position, trunk)
             finally:
                 trunk.close()
             return adapter_state(model), result

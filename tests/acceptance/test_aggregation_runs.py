@@ -17,7 +17,8 @@ from flower_split.errors import AggregationError, FederationError, FlowerSplitEr
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import FOLDER, RunCheckpoints
 from flower_split.server.app import run
-from flower_split.training.round import TrainResult, train_round
+from flower_split.training.measures import TrainResult
+from flower_split.training.round import train_round
 from tests.acceptance.test_mixed_ranks import (
     Job,
     Watched,

@@ -17,7 +17,9 @@ from flower_split.parties.fingerprint import fingerprint
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, Dispatch, RoundPlan
 from flower_split.split import CutLayers, set_trunk
-from flower_split.training.round import Batch, RoundPlace, train_round
+from flower_split.training.loss import Batch
+from flower_split.training.measures import RoundPosition
+from flower_split.training.round import train_round
 from tests.acceptance.federation import (
     SGD,
     Federation,
@@ -96,10 +98,10 @@ def work(
     load_adapter_state(model, own)
     trunk = remote(fed, number, slot)
     set_trunk(model, trunk)
-    place = RoundPlace(server_round=1, num_server_rounds=9, num_steps=1, partition_id=slot)
+    position = RoundPosition(server_round=1, num_server_rounds=9, num_steps=1, partition_id=slot)
     try:
         trunk.open(1)
-        train_round(model, iter([batch]), fed.config, place, trunk)
+        train_round(model, iter([batch]), fed.config, position, trunk)
     finally:
         trunk.close()
     return adapter_state(model)

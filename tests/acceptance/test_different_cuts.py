@@ -13,7 +13,7 @@ from flower_split.config import RunConfig
 from flower_split.lora import adapter_state
 from flower_split.parties.client_cuts import overlap_adapter
 from flower_split.split import CutLayers
-from flower_split.training.round import Batch
+from flower_split.training.loss import Batch
 from tests.acceptance.federation import (
     SGD,
     Whole,

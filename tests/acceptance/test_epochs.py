@@ -11,7 +11,8 @@ from flower_split.client.client import epoch_micro_batches, planned_steps
 from flower_split.data import Example, batches
 from flower_split.lora import adapter_state, load_adapter_state
 from flower_split.split import set_trunk
-from flower_split.training.round import RoundPlace, train_round
+from flower_split.training.measures import RoundPosition
+from flower_split.training.round import train_round
 from tests.acceptance.federation import SGD, Whole, federation, make_config, write_checkpoint
 
 COUNT, SIZE, ACCUMULATION, EPOCHS = 9, 2, 4, 2
@@ -49,7 +50,7 @@ def micro_batches():
 
 
 def place(config):
-    return RoundPlace(
+    return RoundPosition(
         server_round=1,
         num_server_rounds=1,
         num_steps=planned_steps(config, COUNT),

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from flower_split.lora import adapter_state
-from flower_split.training.round import Batch, RoundPlace, train_round
+from flower_split.training.loss import Batch
+from flower_split.training.measures import RoundPosition
+from flower_split.training.round import train_round
 from tests.acceptance.federation import (
     SGD,
     Whole,
@@ -63,8 +65,8 @@ def test_train_round_with_mu_follows_the_gradient_of_the_proximal_term(
     ]
     expected = reference(whole, start, joined)
     whole.load(start)
-    place = RoundPlace(server_round=1, num_server_rounds=1, num_steps=STEPS, partition_id=0)
-    train_round(whole.model, iter(halves), config, place, None, proximal_mu=MU)
+    position = RoundPosition(server_round=1, num_server_rounds=1, num_steps=STEPS, partition_id=0)
+    train_round(whole.model, iter(halves), config, position, None, proximal_mu=MU)
     found = adapter_state(whole.model)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

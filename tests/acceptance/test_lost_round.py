@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM
 from flower_split.config import parse_run_config
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
 from flower_split.parties.parts import all_parts, model_cuts
-from flower_split.training.round import RoundPlace, train_round
+from flower_split.training.measures import RoundPosition
+from flower_split.training.round import train_round
 from tests.support.tiny_app import make_data, make_model, tiny_config
 
-PLACE = RoundPlace(server_round=1, num_server_rounds=1, num_steps=2, partition_id=0)
+PLACE = RoundPosition(server_round=1, num_server_rounds=1, num_steps=2, partition_id=0)
 
 
 def batches() -> Iterator[dict[str, Tensor]]:

@@ -17,7 +17,8 @@ from flower_split.messages.arrays import from_arrays
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import FOLDER, RunCheckpoints
 from flower_split.server.app import run
-from flower_split.training.round import TrainResult, train_round
+from flower_split.training.measures import TrainResult
+from flower_split.training.round import train_round
 from tests.support.flower_home import Flower
 from tests.support.local_grid import LocalGrid, TrunkHere
 from tests.support.tiny_app import make_app, make_data, make_model, tiny_config

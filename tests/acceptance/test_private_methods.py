@@ -26,7 +26,8 @@ from flower_split.results.generation import open_generator
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import FOLDER, RunCheckpoints
 from flower_split.runs.private_factors import PrivateFolder, digests_of
-from flower_split.training.round import evaluate, train_round
+from flower_split.training.loss import evaluate
+from flower_split.training.round import train_round
 from tests.support.local_grid import TrunkHere
 from tests.support.recording import CLIENTS, ROUNDS, Job, Outcome, State, arrays, fail_commit
 from tests.support.tiny_app import make_data, make_model
@@ -107,8 +108,8 @@ def by_hand(
         for slot in slots:
             client = Client(RunCache(config), slot, CLIENTS)
             load_adapter_state(model, shared | own[slot])
-            place = client.place(server_round)
-            result = train_round(model, client.batches(server_round), config, place, None)
+            position = client.position(server_round)
+            result = train_round(model, client.batches(server_round), config, position, None)
             state = adapter_state(model)
             own[slot] = {name: state[name] for name in own[slot]}
             sums = {n: total + result.num_tokens * state[n].double() for n, total in sums.items()}

@@ -12,7 +12,7 @@ from flower_split.data import eval_batches, load_client_data, load_tokenizer
 from flower_split.errors import RoundLost, RunDirectoryError
 from flower_split.results.export import export_adapter
 from flower_split.results.generation import open_generator
-from flower_split.training.round import evaluate
+from flower_split.training.loss import evaluate
 from tests.support.local_grid import TrunkHere
 from tests.support.recording import (
     CLIENTS,
