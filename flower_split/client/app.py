@@ -121,6 +121,8 @@ class Handlers:
             loss_sum=result.loss_sum,
             num_tokens=result.num_tokens,
             num_examples=result.num_examples,
+            bytes_sent=result.bytes_sent,
+            bytes_received=result.bytes_received,
         ).write()
 
     def train_local_only(self, message: Message, context: Context) -> RecordDict:

@@ -9,6 +9,7 @@ import itertools
 import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 import torch
@@ -199,7 +200,9 @@ class Client:
         self._load(adapter, base_change)
         with self._trunk(order.trunk) as trunk:
             trunk.open(0, evaluate=True)
-            return evaluate(self.model, self.eval_batches(), self.device)
+            result = evaluate(self.model, self.eval_batches(), self.device)
+            wire = trunk.take_stats()
+        return replace(result, bytes_sent=wire.bytes_sent, bytes_received=wire.bytes_received)
 
     def position(self, server_round: int) -> RoundPosition:
         """Return where a round stands in the run, for this client."""

@@ -38,6 +38,8 @@ class WireStats:
         trunk_compute_seconds: As the trunk reports it.
         trunk_queue_seconds: Waiting at the trunk: for its processor, and for the other clients.
         calls: Forwards and backwards.
+        gradient_bytes_sent: Of ``bytes_sent``, in backwards.
+        gradient_bytes_received: Of ``bytes_received``, in backwards.
     """
 
     bytes_sent: int = 0
@@ -46,6 +48,8 @@ class WireStats:
     trunk_compute_seconds: float = 0.0
     trunk_queue_seconds: float = 0.0
     calls: int = 0
+    gradient_bytes_sent: int = 0
+    gradient_bytes_received: int = 0
 
 
 class TrunkSession:
@@ -189,7 +193,8 @@ class TrunkSession:
 
         with self.waiting():
             tensor, reply, received_bytes = self.channel.stream(method, message, read)
-        self._count(message.num_bytes, received_bytes, time.monotonic() - started, reply)
+        seconds = time.monotonic() - started
+        self._count(method, message.num_bytes, received_bytes, seconds, reply)
         return tensor, reply.version
 
     @property
@@ -215,7 +220,10 @@ class TrunkSession:
         with self._lock:
             self._answered = {window: self._answered.get(window, set()) | {index}}
 
-    def _count(self, sent: int, received: int, seconds: float, reply: pb.ReplyHeader) -> None:
+    def _count(
+        self, method: str, sent: int, received: int, seconds: float, reply: pb.ReplyHeader
+    ) -> None:
+        backward = method == "Backward"
         elsewhere = reply.compute_seconds + reply.queue_seconds
         with self._lock:
             total = self._stats
@@ -227,4 +235,6 @@ class TrunkSession:
                 trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
                 trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
                 calls=total.calls + 1,
+                gradient_bytes_sent=total.gradient_bytes_sent + sent * backward,
+                gradient_bytes_received=total.gradient_bytes_received + received * backward,
             )

@@ -95,6 +95,8 @@ class EvaluateReply:
     loss_sum: float  # nats
     num_tokens: int  # label tokens
     num_examples: int
+    bytes_sent: int = 0  # to the trunk
+    bytes_received: int = 0  # from the trunk
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -103,6 +105,8 @@ class EvaluateReply:
             keys.EVAL_LOSS: self.loss_sum / self.num_tokens,
             keys.NUM_TOKENS: self.num_tokens,
             keys.NUM_EXAMPLES: self.num_examples,
+            keys.BYTES_SENT: self.bytes_sent,
+            keys.BYTES_RECEIVED: self.bytes_received,
         }
         return RecordDict({keys.METRICS: MetricRecord(dict(metrics)), keys.REPLY: stamped({})})
 
@@ -116,6 +120,8 @@ class EvaluateReply:
             loss_sum=metrics.number(keys.LOSS_SUM),
             num_tokens=metrics.count(keys.NUM_TOKENS),
             num_examples=metrics.count(keys.NUM_EXAMPLES),
+            bytes_sent=metrics.count(keys.BYTES_SENT, 0),
+            bytes_received=metrics.count(keys.BYTES_RECEIVED, 0),
         )
 
 

@@ -21,6 +21,7 @@ appended line by line by the one process that owns the run.
 import platform
 import secrets
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -41,8 +42,8 @@ from flower_split.runs.files import (
     read_json,
     write_json,
 )
+from flower_split.runs.metrics import BYTE_KINDS, append_metric, read_metrics, write_metrics
 from flower_split.runs.metrics import FILE as METRICS
-from flower_split.runs.metrics import append_metric, read_metrics, write_metrics
 from flower_split.runs.resuming import check_may_change
 from flower_split.runs.summary import SummaryRow, markdown_table, summary_cells
 from flower_split.runtime.atomic_files import write_atomically
@@ -180,6 +181,7 @@ class RunDirectory:
                 "clients": clients[:-1],
                 "overall": clients[-1] if clients else None,
                 "facts": finite(facts),
+                "bytes": bytes_by_client(self.metrics("bytes")),
                 "notes": list(notes),
             },
         )
@@ -202,6 +204,9 @@ class RunDirectory:
         if facts:
             lines = [["what", "value"], *([label, _show(value)] for label, value in facts.items())]
             parts += ["## The run", markdown_table(lines)]
+        counted = bytes_by_client(self.metrics("bytes"))
+        if counted:
+            parts += ["## Bytes sent and received, by client", _bytes_table(counted)]
         rounds = self.metrics("round")
         columns = [name for name in _ROUND_COLUMNS if any(name in record for record in rounds)]
         if columns:
@@ -220,6 +225,28 @@ class RunDirectory:
                 f"an adapter's part must be one of {', '.join(ADAPTER_PARTS)}; it is {part!r}."
             )
         return self.path / "adapters" / f"{part}.safetensors"
+
+
+def bytes_by_client(records: Sequence[Mapping[str, Json]]) -> dict[str, dict[str, int]]:
+    """Sum the records of kind "bytes": partition, or "all", -> kind and direction -> bytes."""
+    totals: dict[str, Counter[str]] = {}
+    for record in records:
+        for whose in (str(record["partition_id"]), "all"):
+            counts = totals.setdefault(whose, Counter())
+            for name in BYTE_KINDS:
+                value = record.get(name)
+                if isinstance(value, int):
+                    counts[name] += value
+    ordered = sorted(totals, key=lambda whose: (whose == "all", whose.zfill(9)))
+    return {whose: dict(totals[whose]) for whose in ordered}
+
+
+def _bytes_table(counted: Mapping[str, Mapping[str, int]]) -> str:
+    """Return a table with a row for each kind and direction, and a column for each client."""
+    kinds = [name for name in BYTE_KINDS if any(name in c for c in counted.values())]
+    header = ["bytes", *counted]
+    rows = [[name, *(f"{c.get(name, 0):,}" for c in counted.values())] for name in kinds]
+    return markdown_table([header, *rows])
 
 
 def software_versions() -> dict[str, str]:

@@ -156,6 +156,9 @@ SCHEMA: Mapping[str, Kind] = {
 }
 """Kind of line -> its fields."""
 
+BYTE_KINDS = tuple(name for name in SCHEMA["bytes"].fields if name.endswith(("_up", "_down")))
+"""The counts of a line of kind "bytes", in the order of tables."""
+
 
 def append_metric(path: Path, kind: str, record: Mapping[str, Json]) -> None:
     """Append one record to the file ``path`` and flush; fill in phase, round and time.

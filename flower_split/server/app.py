@@ -39,6 +39,7 @@ from flower_split.server.recorder import Recorder
 from flower_split.server.resuming import open_directory, resume_command, starting_point
 from flower_split.server.rounds import evaluate_clients, run_rounds, with_retries
 from flower_split.server.strategy_factory import RunParts, make_strategy, metric_sinks
+from flower_split.server.traffic import MeteredGrid
 from flower_split.server.trunk_access import Coordinator, TrunkHealth
 from flower_split.server.trunk_connection import check_free, connect_trunk
 from flower_split.server.trunk_rounds import TrunkRounds
@@ -74,10 +75,11 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
             check_free(trunk, start, config.round_retries)
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
-        recorder.names = {slot: item.name for slot, item in facts.items()}
+        recorder.clients(facts)
         for note in data_notes(federation, facts):
             logger.warning("%s", note)
             recorder.notes.append(note)
+        grid = MeteredGrid(grid, recorder.traffic, federation.nodes)
         parts = RunParts(
             grid=grid,
             config=config,

@@ -100,10 +100,12 @@ class PhaseWatch:
             return f"{self._label} clients are joining"
         rate = status.num_tokens / max(now - self._start, 1e-9)
         steps = self._trunk_rounds.steps_per_round
-        return (
-            f"{self._label} step {min(status.window, steps)}/{steps} "
-            f"{rate:.0f} tokens/s {megabytes:.1f} MB"
-        )
+        # The trunk's windows count its optimizer steps: none while it is frozen, one at the end of a
+        # round with a window per round. The tokens that it has seen move in every mode.
+        done = f"step {min(status.window, steps)}/{steps}"
+        if status.window == 0 and status.num_tokens:
+            done = f"{status.num_tokens:.0f} label tokens done"
+        return f"{self._label} {done} {rate:.0f} tokens/s {megabytes:.1f} MB"
 
     def _mark_lost(self, why: str, now: float) -> None:
         """End the phase whose trunk is gone: whoever has not answered has lost the round."""

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from flower_split.aggregation.adapter_aggregator import RoundSummary
 from flower_split.config import RunConfig
+from flower_split.messages.client_facts import ClientFacts
 from flower_split.messages.replies import (
     BYTES_RECEIVED,
     BYTES_SENT,
@@ -20,8 +21,10 @@ from flower_split.messages.replies import (
 )
 from flower_split.protocol.values import RoundReport
 from flower_split.runs.directory import RunDirectory
+from flower_split.runs.files import Json
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runs.summary import ClientOutcome, HeldOut, print_summary, summarize
+from flower_split.server.traffic import Traffic, trunk_calls
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class Recorder:
         if config.mode == "forward-only" and not config.train.auxiliary_head:
             self.notes.append(BOTTOM_DOES_NOT_TRAIN)
             logger.warning("%s", BOTTOM_DOES_NOT_TRAIN)
+        self.traffic = Traffic()  # since the last round's lines
         self._start = time.monotonic()
         self._held_out: dict[int, dict[int, HeldOut]] = {}  # round -> slot
         self._local_only: dict[int, dict[int, HeldOut]] = {}  # trained by -> evaluated on
@@ -76,6 +80,22 @@ class Recorder:
                 slot = int(str(record["partition_id"]))
                 self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
 
+    def clients(self, facts: Mapping[int, ClientFacts]) -> None:
+        """Record what every client says of its data, by slot, before it trains."""
+        self.names = {slot: item.name for slot, item in facts.items()}
+        for slot, item in sorted(facts.items()):
+            self.run.append(
+                "data",
+                {
+                    "server_round": max(self._rounds, default=0),
+                    "partition_id": slot,
+                    "name": item.name,
+                    "num_examples": item.num_examples,
+                    "num_eval_examples": item.num_eval_examples,
+                    "planned_steps": item.planned_steps,
+                },
+            )
+
     def has_round(self, server_round: int) -> bool:
         """Return whether the round's evaluation and its line in the metrics are there."""
         return server_round in self._rounds
@@ -96,6 +116,9 @@ class Recorder:
                 {"server_round": server_round, "partition_id": slot, "step": index, **values},
             )
         self._round_metrics.setdefault(server_round, []).append(dict(metrics))
+        activations, gradients = trunk_calls(lists)
+        self.traffic.add(slot, "activations", up=activations[0], down=activations[1])
+        self.traffic.add(slot, "gradients", up=gradients[0], down=gradients[1])
 
     def trunk_round(self, server_round: int, attempt: int, report: RoundReport) -> None:
         """Record a round on the trunk: steps, time, activation memory, and who was left out."""
@@ -143,6 +166,8 @@ class Recorder:
         """Record one client's held-out result after a round; round 0 is before the first."""
         held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]))
         self._held_out.setdefault(server_round, {})[slot] = held_out
+        sent, received = metrics.get(BYTES_SENT, 0), metrics.get(BYTES_RECEIVED, 0)
+        self.traffic.add(slot, "evaluation", up=sent, down=received)
         self.run.append(
             "evaluation",
             {
@@ -174,7 +199,7 @@ class Recorder:
         """Log and record a finished round."""
         server_round = outcome.server_round
         clients = self._round_metrics.get(server_round, [])
-        record: dict[str, float] = {"server_round": server_round, "seconds": outcome.seconds}
+        record: dict[str, Json] = {"server_round": server_round, "seconds": outcome.seconds}
         last = self.config.num_server_rounds
         parts = [f"round {server_round}/{last} done" if server_round else "before round 1"]
         tokens = sum(item.get(NUM_TOKENS, 0) for item in clients)
@@ -196,16 +221,25 @@ class Recorder:
         if held_out is not None:
             record[EVAL_LOSS] = held_out.loss_sum / max(held_out.num_tokens, 1)
             record["perplexity"] = held_out.perplexity
-            parts.append(f"held-out perplexity {held_out.perplexity:.2f}")
+            evaluated = sorted(self._held_out[server_round])
+            record["evaluated"] = evaluated
+            missing = len(self.names) > len(evaluated)
+            whose = f" (of partitions {', '.join(map(str, evaluated))} only)" if missing else ""
+            parts.append(f"held-out perplexity {held_out.perplexity:.2f}{whose}")
         if tokens:
             rate = tokens / max(outcome.seconds, 1e-9)
-            megabytes = (record["bytes_sent"] + record["bytes_received"]) / 1e6
-            parts += [f"{rate:.0f} tokens/s", f"{megabytes:.1f} MB on the wire"]
+            megabytes = (sent + received) / 1e6
+            parts += [f"{rate:.0f} tokens/s", f"{megabytes:.1f} MB to and from the trunk"]
         if server_round:
             parts.append(f"{outcome.seconds:.1f} s")
         logger.info("%s", "  ".join(parts))
         self.run.append("round", record)
+        self._append_traffic(server_round)
         self._rounds.add(server_round)
+
+    def _append_traffic(self, server_round: int) -> None:
+        for slot, counts in self.traffic.take().items():
+            self.run.append("bytes", {"server_round": server_round, "partition_id": slot, **counts})
 
     def pooled(self, server_round: int) -> HeldOut | None:
         """Return all clients' held-out results of a round together; None where nobody evaluated."""
@@ -231,11 +265,8 @@ class Recorder:
         ]
         rows = summarize(outcomes) if outcomes else []
         seconds = time.monotonic() - self._start
-        totals = {
-            "label tokens trained": int(self._totals["num_tokens"]),
-            "bytes sent by clients": int(self._totals["bytes_sent"]),
-            "bytes received by clients": int(self._totals["bytes_received"]),
-        }
+        self._append_traffic(self.config.num_server_rounds)  # of the baseline
+        totals = {"label tokens trained": int(self._totals["num_tokens"])}
         kept = {**self._truncation(), **self._lateness()}
         all_facts = {"seconds": round(seconds, 1), **totals, **kept, **facts}
         notes = [*self.notes, *self._exclusions()]

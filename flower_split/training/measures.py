@@ -57,6 +57,8 @@ class StepMetrics:
     wire_seconds: float  # the rest of the calls
     bytes_sent: int
     bytes_received: int
+    gradient_bytes_sent: int = 0  # of bytes_sent, in backwards
+    gradient_bytes_received: int = 0  # of bytes_received, in backwards
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,3 +101,5 @@ class EvalResult:
     loss_sum: float  # nats
     num_tokens: int
     num_examples: int
+    bytes_sent: int = 0  # to a trunk that is elsewhere
+    bytes_received: int = 0  # from it

@@ -211,6 +211,8 @@ class _StepTrainer:
             wire_seconds=wire.wire_seconds,
             bytes_sent=wire.bytes_sent,
             bytes_received=wire.bytes_received,
+            gradient_bytes_sent=wire.gradient_bytes_sent,
+            gradient_bytes_received=wire.gradient_bytes_received,
         )
 
 

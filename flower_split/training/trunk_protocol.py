@@ -31,6 +31,14 @@ class CallStats(Protocol):
     def bytes_received(self) -> int:
         """Bytes from the trunk."""
 
+    @property
+    def gradient_bytes_sent(self) -> int:
+        """Bytes to the trunk in backwards, of ``bytes_sent``."""
+
+    @property
+    def gradient_bytes_received(self) -> int:
+        """Bytes from the trunk in backwards, of ``bytes_received``."""
+
 
 class MicroBatchTrunk(Protocol):
     """A remote trunk as the training loop sees it; ``flower_split.client.remote_trunk`` has one.
