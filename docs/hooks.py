@@ -14,6 +14,8 @@ if typing.TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
+from flower_split.config.combinations import combinations_table
+
 from flower_split.cli.main import make_parser
 from flower_split.config.reference import config_reference
 
@@ -29,6 +31,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
     pages = {
         "reference/command.md": command_page(),
         "reference/configuration.md": configuration_page(),
+        "reference/combinations.md": combinations_page(),
         "reference/protocol.md": protocol_page(PROTO.read_text(encoding="utf-8")),
     }
     for path, content in pages.items():
@@ -111,6 +114,20 @@ quick-start's app sets some of its own.
 def configuration_page() -> str:
     """Return every run-config key with type, default and meaning, a table per section."""
     return CONFIGURATION + config_reference()
+
+
+COMBINATIONS = """# Combinations
+
+What a run config may not combine, printed from `flower_split/config/combinations.py`. The command and
+the ServerApp check all of it before a run begins, and one message names every problem that there is,
+with the values that were given.
+
+"""
+
+
+def combinations_page() -> str:
+    """Return what may not be combined, with the reason and the remedy."""
+    return COMBINATIONS + combinations_table()
 
 
 def protocol_page(proto: str) -> str:

@@ -15,6 +15,7 @@ from flower_split.config import run_config_keys
 from tests.support.documentation import PAGES, ROOT, in_site
 
 PRINTED = {
+    "reference/combinations.md",
     "reference/command.md",
     "reference/configuration.md",
     "reference/protocol.md",
@@ -38,6 +39,14 @@ def test_configuration_page_has_every_key_once_with_default_and_meaning(hooks: M
     )
     assert [row[0] for row in rows] == list(dict.fromkeys(row[0] for row in rows))
     assert {row[0] for row in rows} == set(run_config_keys())
+
+
+def test_combinations_page_has_condition_reason_and_remedy_of_each(hooks: ModuleType) -> None:
+    rows = re.findall(
+        r"^\| (?!settings|-)(.+) \| (.+) \| (.+) \|$", hooks.combinations_page(), re.M
+    )
+    assert len(rows) >= 10
+    assert all(all(cell.strip() for cell in row) for row in rows)
 
 
 def test_command_page_has_every_option(hooks: ModuleType) -> None:
