@@ -14,9 +14,8 @@ if typing.TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-from flower_split.config.combinations import combinations_table
-
 from flower_split.cli.main import make_parser
+from flower_split.config.combinations import combinations_table
 from flower_split.config.reference import config_reference
 
 ROOT = Path(__file__).parents[1]

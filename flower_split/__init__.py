@@ -66,6 +66,8 @@ import importlib
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from flower_split.runtime.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from flower_split.aggregation import make_aggregator
     from flower_split.client.app import make_client_app
@@ -78,8 +80,6 @@ if TYPE_CHECKING:
     from flower_split.server.app import make_server_app
     from flower_split.server.coordinator import TrunkCoordinator
     from flower_split.split import CutLayers, load_client_model, load_trunk_model, split_model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CutLayers",

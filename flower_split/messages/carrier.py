@@ -10,9 +10,9 @@ from typing import Never
 
 from flwr.app import ConfigRecord, RecordDict
 
-from flower_split import __version__
 from flower_split.errors import FederationError
 from flower_split.messages import keys
+from flower_split.runtime.version import __version__
 
 Value = (
     int
