@@ -1,17 +1,31 @@
 """The local-only baseline's client half: the whole model in this process, and no trunk.
 
-The figures answer what one client could learn from its own data alone.
+The figures answer what one client could learn from its own data alone, with the run's configuration:
+the parts that the run trains, each with its own optimizer (``train.optimizer`` for bottom and top,
+``trunk.optimizer`` for the trunk), the same batches and the same number of steps. Nothing is averaged,
+so both optimizers go on from the first step to the last.
 """
 
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from flower_split.client.client import SAME_AS_RUN, Client
-from flower_split.lora import adapter_state, load_adapter_state, lora_scales
+from flower_split.lora import (
+    adapter_state,
+    embedding_names,
+    load_adapter_state,
+    lora_scales,
+    part_of,
+    stack_of,
+)
+from flower_split.lora.state import adapter_parameters
 from flower_split.parties.client_ranks import widened
+from flower_split.parties.parts import model_cuts
 from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult
+from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
 
 
@@ -23,9 +37,10 @@ def train_alone(client: Client) -> dict[str, Tensor]:
     """
     model, initial = client.kept.whole_model(client.own)
     load_adapter_state(model, initial)
+    optimizers = _optimizers(client, model)
     for server_round in range(1, client.config.num_server_rounds + 1):
         position, batches = client.position(server_round), client.batches(server_round)
-        train_round(model, batches, client.config, position, None)
+        train_round(model, batches, client.config, position, None, optimizers=optimizers)
     state = adapter_state(model)
     if client.own == SAME_AS_RUN:
         return state
@@ -38,3 +53,19 @@ def evaluate_alone(client: Client, adapter: Mapping[str, Tensor]) -> EvalResult:
     model, _ = client.kept.whole_model(SAME_AS_RUN)
     load_adapter_state(model, adapter)
     return evaluate(model, client.eval_batches(), client.device)
+
+
+def _optimizers(client: Client, model: PreTrainedModel) -> list[PartOptimizer]:
+    """Return one optimizer for bottom and top, and one for the trunk where it trains."""
+    config, stack, cuts = client.config, stack_of(model), model_cuts(client.config)
+    embeddings = frozenset(name.removesuffix(".base_layer") for name in embedding_names(model))
+    of_trunk: list[nn.Parameter] = []
+    of_client: list[nn.Parameter] = []
+    for name, parameter in adapter_parameters(model):
+        if parameter.requires_grad:
+            module = name.split(".lora_", 1)[0] if ".lora_" in name else name.rpartition(".")[0]
+            part = part_of(module, stack, cuts, embeddings)
+            (of_trunk if part == "trunk" else of_client).append(parameter)
+    total = client.position(1).total_steps
+    pairs = ((of_client, config.train.optimizer), (of_trunk, config.trunk.optimizer))
+    return [PartOptimizer(owned, settings, total) for owned, settings in pairs if owned]

@@ -21,7 +21,7 @@ from flower_split.errors import TrunkError
 from flower_split.lora import adapter_state, attach_lora
 from flower_split.parties.client_ranks import OwnLora, at_own_rank
 from flower_split.parties.fingerprint import fingerprint
-from flower_split.parties.parts import client_parts, held_parts, model_cuts, trunk_parts
+from flower_split.parties.parts import held_parts, model_cuts, trained_parts
 from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, load_client_model, load_whole_model
 
@@ -167,7 +167,8 @@ class RunCache:
                 device=self.device,
                 quantization=config.quantization or None,
             )
-            parts = self._at_own_rank(client_parts(self.config), own) | trunk_parts(self.config)
+            parts = trained_parts(self.config)
+            parts |= self._at_own_rank({n: p for n, p in parts.items() if n != "trunk"}, own)
             attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
             models.whole_initial = adapter_state(model)
             models.whole = model

@@ -143,6 +143,20 @@ ALWAYS = (
         ),
     ),
     Combination(
+        condition="`local-only-baseline` with `trunk.train = full` or `train.auxiliary-head`",
+        reason="a client alone trains the run's LoRA in one process, so that it would be no baseline",
+        remedy="Set local-only-baseline = false",
+        keys=_when(
+            "local-only-baseline",
+            "trunk.train",
+            "train.auxiliary-head",
+            holds=lambda c: (
+                c.local_only_baseline
+                and (c.train.auxiliary_head or (c.mode == "joint" and c.trunk.train == "full"))
+            ),
+        ),
+    ),
+    Combination(
         condition="mode `joint` with `trunk.train = lora` and nothing that trains in `lora.trunk`",
         reason='mode "joint" trains the trunk, and nothing of it would train',
         remedy='Set lora.trunk.r, or trunk.train = "full", or mode = "frozen"',

@@ -118,8 +118,21 @@ def trunk_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
 
 
 def all_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
-    """LoRA of the whole model, for a client that trains alone."""
+    """LoRA of the whole model in one process."""
     return client_parts(config) | trunk_parts(config)
+
+
+def trained_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
+    """Return the LoRA of the parts that the run trains: what a client trains alone, too.
+
+    The trunk trains in mode ``joint`` only; in ``forward-only`` no gradient reaches the bottom.
+    """
+    parts = all_parts(config)
+    if config.mode != "joint":
+        parts.pop("trunk", None)
+    if config.mode == "forward-only":
+        parts.pop("bottom", None)
+    return parts
 
 
 def _that_train(parts: dict[str, LoraPartConfig]) -> dict[str, LoraPartConfig]:

@@ -4,7 +4,7 @@ A schedule is a function of the optimizer step within the whole run, not an obje
 client that makes a new optimizer every round and a trunk that resumes both just ask for the rate.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -68,3 +68,33 @@ class LearningRate:
         """Set the rate of every parameter group for optimizer step ``step``."""
         for group in optimizer.param_groups:
             group["lr"] = self(step)
+
+
+class PartOptimizer:
+    """The optimizer of one part of a model: learning rate, clipping and step, in this order.
+
+    Args:
+        parameters: Of the part; they all require grad.
+        config: Optimizer, schedule and clipping.
+        total_steps: Optimizer steps of the whole run, over all server rounds.
+    """
+
+    def __init__(
+        self, parameters: Sequence[nn.Parameter], config: OptimizerConfig, total_steps: int
+    ) -> None:
+        self.parameters = list(parameters)
+        self._max_grad_norm = config.max_grad_norm
+        self._optimizer = make_optimizer(self.parameters, config)
+        self._rate = LearningRate(config, total_steps)
+
+    def forget_gradients(self) -> None:
+        """Drop gradients that a round which was lost may have left behind."""
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def step(self, step: int) -> None:
+        """Take optimizer step ``step``, counted from 0 over the whole run, with ``.grad`` as it is."""
+        if self._max_grad_norm > 0:
+            nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
+        self._rate.apply(self._optimizer, step)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)

@@ -25,7 +25,7 @@ from flower_split.training.auxiliary_head import AuxiliaryHead
 from flower_split.training.compute_turns import ComputeTurns
 from flower_split.training.loss import Batch, causal_lm_loss, count_label_tokens
 from flower_split.training.measures import RoundPosition, StepMetrics, TrainResult
-from flower_split.training.optimizers import LearningRate, make_optimizer
+from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.trunk_protocol import MicroBatchTrunk
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,7 @@ def train_round(
     position: RoundPosition,
     trunk: MicroBatchTrunk | None,
     proximal_mu: float = 0.0,
+    optimizers: Sequence[PartOptimizer] = (),
 ) -> TrainResult:
     """Train the parameters of ``model`` that require grad for one round.
 
@@ -51,6 +52,8 @@ def train_round(
             μ/2 ‖w − w₀‖², where w₀ are the weights that the round began with. The losses that are
             reported are without it. (Li et al., "Federated Optimization in Heterogeneous Networks",
             MLSys 2020.)
+        optimizers: What steps with the gradients, kept over several rounds; none: a new optimizer of
+            ``train.optimizer`` over all parameters, as a client has for each of its rounds.
 
     Raises:
         TrunkError: The trunk refused, aborted the round, or did not answer in time.
@@ -58,9 +61,11 @@ def train_round(
     """
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(parameters, config.train.optimizer)
-    optimizer.zero_grad(set_to_none=True)  # a round that was lost may have left some behind
-    rate = LearningRate(config.train.optimizer, position.total_steps)
+    optimizers = optimizers or [
+        PartOptimizer(parameters, config.train.optimizer, position.total_steps)
+    ]
+    for optimizer in optimizers:
+        optimizer.forget_gradients()
     steps, num_examples, accumulate = [], 0, config.train.gradient_accumulation_steps
     with pinned_pool(min(config.train.micro_batches_in_flight, accumulate), "micro-batch") as pool:
         trainer = _StepTrainer(model, parameters, config, position, trunk, pool)
@@ -68,8 +73,7 @@ def train_round(
         for step in range(position.num_steps):
             count = position.micro_batches_in(step, accumulate)
             micro_batches = [next(batches) for _ in range(count)]
-            rate.apply(optimizer, position.first_step + step)
-            steps.append(trainer.step(step, micro_batches, optimizer))
+            steps.append(trainer.step(step, micro_batches, optimizers))
             num_examples += sum(len(batch["input_ids"]) for batch in micro_batches)
             logger.debug(
                 "partition=%d round=%d step=%d loss=%.4f",
@@ -126,7 +130,7 @@ class _StepTrainer:
             trunk.take_stats()
 
     def step(
-        self, step: int, micro_batches: Sequence[Batch], optimizer: torch.optim.Optimizer
+        self, step: int, micro_batches: Sequence[Batch], optimizers: Sequence[PartOptimizer]
     ) -> StepMetrics:
         """Take one optimizer step over ``micro_batches``."""
         started = time.perf_counter()
@@ -135,10 +139,8 @@ class _StepTrainer:
         self.num_micro_batches += len(micro_batches)
         if self.proximity is not None:
             self.proximity.add_gradient()
-        if self.config.train.optimizer.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self.config.train.optimizer.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step(self.position.first_step + step)
         seconds = time.perf_counter() - started
         return self._metrics(step, loss, sum(tokens), seconds)
 
