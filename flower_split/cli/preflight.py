@@ -113,9 +113,13 @@ def check_trunk(config: RunConfig) -> None:
     """Check that a trunk with an address answers to the token; one without is started later.
 
     Raises:
+        ConfigError: The codec of ``trunk.wire-dtype`` is not installed here.
         TrunkUnavailable: It does not answer.
         TrunkRefused: The token is not its own.
     """
+    from flower_split.wire.codecs import make_codec
+
+    make_codec(config.trunk.wire_dtype)
     if not config.trunk.address:
         return
     from flower_split.server.coordinator import TrunkCoordinator

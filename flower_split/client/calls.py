@@ -80,8 +80,9 @@ class Exchange:
         output, self._version = self._session.call(
             "Forward",
             pb.Header(forward=header),
-            {"hidden_states": smashed, **self._extras},
-            ("trunk_output", smashed),
+            ("hidden_states", smashed),
+            self._extras,
+            "trunk_output",
             self._allocate,
         )
         self._extras = {}
@@ -113,8 +114,9 @@ class Exchange:
         smashed_grad, _ = self._session.call(
             "Backward",
             pb.Header(backward=header),
-            {"trunk_output_grad": trunk_output_grad},
-            ("smashed_grad", trunk_output_grad),
+            ("trunk_output_grad", trunk_output_grad),
+            {},
+            "smashed_grad",
             self._allocate,
         )
         self._session.note_answered(micro_batch.window, micro_batch.index)

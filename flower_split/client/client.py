@@ -37,6 +37,7 @@ from flower_split.split import CutLayers, set_trunk
 from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
 from flower_split.training.round import train_round
+from flower_split.wire.codecs import make_codec
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,11 @@ class Client:
 
         Args:
             concurrency: How many clients its simulation runs at once; 0: not a simulation.
+
+        Raises:
+            ConfigError: The codec of the run's activations is not installed here.
         """
+        make_codec(self.config.trunk.wire_dtype)
         return ClientFacts(
             partition_id=self.partition_id,
             num_partitions=self.num_partitions,
@@ -250,7 +255,6 @@ class Client:
                 fingerprint=self.kept.fingerprint,
                 mode=self.config.mode,
                 call_timeout=self.config.trunk.call_timeout,
-                wire_dtype=self.config.trunk.wire_dtype,
                 root_certificates=order.root_certificates,
                 cuts=self.cuts,
             )

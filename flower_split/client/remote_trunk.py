@@ -19,7 +19,7 @@ from flower_split.client.autograd import call_trunk
 from flower_split.client.calls import Caching, Exchange
 from flower_split.client.micro_batch import CurrentMicroBatch, MicroBatch
 from flower_split.client.trunk_session import TrunkSession, WireStats
-from flower_split.errors import ConfigError, TrunkError
+from flower_split.errors import TrunkError
 from flower_split.protocol.values import ForwardMode, SessionGrant
 from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
@@ -28,8 +28,6 @@ from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs, check_constant
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.staging import allocator, to_host
-
-_WIRE_DTYPES = {"native": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class RemoteTrunk(nn.Module, Closing):
@@ -42,11 +40,10 @@ class RemoteTrunk(nn.Module, Closing):
     Args:
         address: ``host:port``.
         token: This client's, for this round.
-        fingerprint: Of the model and configuration; the trunk must hold the same.
+        fingerprint: Of the model and configuration; the trunk must hold the same. Its field
+            ``codec`` says how activations and gradients travel; without it, as they are.
         mode: ``joint``, ``frozen`` or ``forward-only``.
         call_timeout: Seconds per call, retries and the wait for other clients included.
-        wire_dtype: ``native`` sends activations and gradients as they are; ``float32`` and
-            ``bfloat16`` convert them for the journey.
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
         cuts: Where this client's model is cut, within the trunk's own span; None: where the
             fingerprint says, which must then be the trunk's span.
@@ -60,8 +57,8 @@ class RemoteTrunk(nn.Module, Closing):
             given it among its inputs (its gradient is ``None``).
 
     Raises:
-        ConfigError: Plain text to another machine, a PEM file that cannot be read, or an unknown
-            ``wire_dtype``.
+        ConfigError: Plain text to another machine, a PEM file that cannot be read, or a codec
+            that is not installed here.
     """
 
     def __init__(
@@ -72,15 +69,10 @@ class RemoteTrunk(nn.Module, Closing):
         fingerprint: Mapping[str, str],
         mode: str,
         call_timeout: float,
-        wire_dtype: str = "native",
         root_certificates: str = "",
         cuts: CutLayers | None = None,
     ) -> None:
         super().__init__()
-        if wire_dtype not in _WIRE_DTYPES:
-            raise ConfigError(
-                f"trunk.wire-dtype must be one of {', '.join(_WIRE_DTYPES)}; it is {wire_dtype!r}."
-            )
         self.always = torch.empty(0, requires_grad=True)
         self._session = TrunkSession(
             TrunkChannel(
@@ -91,7 +83,6 @@ class RemoteTrunk(nn.Module, Closing):
             call_timeout,
         )
         self._mode = mode
-        self._wire_dtype = _WIRE_DTYPES[wire_dtype]
         self._current = CurrentMicroBatch()
         self._released: deque[int] = deque()  # key-value caches that the trunk may forget
 
@@ -213,7 +204,7 @@ class RemoteTrunk(nn.Module, Closing):
         )
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts: autograd converts the gradients back.
-            smashed = hidden_states.to(self._wire_dtype or hidden_states.dtype)
+            smashed = hidden_states.to(self._session.codec.dtype or hidden_states.dtype)
             return call_trunk(smashed, self.always, exchange).to(hidden_states.dtype)
 
     def release_cache(self, cache_id: int) -> None:

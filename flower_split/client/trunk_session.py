@@ -14,11 +14,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from flower_split.errors import CodecError, TrunkError
+from flower_split.parties.fingerprint import CODEC
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cuts_to_proto, grant_from_proto
 from flower_split.protocol.values import SessionGrant
 from flower_split.split import CutLayers
 from flower_split.wire.buffers import Allocate
+from flower_split.wire.codecs import NATIVE, TensorForm, make_codec
+from flower_split.wire.codecs.coding import encode, receive
 from flower_split.wire.frames import Incoming, Outgoing
 from flower_split.wire.transport import Transport
 
@@ -57,13 +60,17 @@ class TrunkSession:
 
     Args:
         channel: The connections, with this client's token of the round.
-        fingerprint: Of the model and configuration.
+        fingerprint: Of the model and configuration; names the codec.
         cuts: Where the client's model is cut; None: where the fingerprint says.
         call_timeout: Seconds per call, retries and the wait for other clients included.
 
     Attributes:
         waiting: Entered around every call.
         evaluate: Whether the session only evaluates.
+        codec: How activations and gradients travel.
+
+    Raises:
+        ConfigError: There is no such codec.
     """
 
     def __init__(
@@ -78,6 +85,7 @@ class TrunkSession:
         self.channel = channel
         self.grant: SessionGrant | None = None
         self.max_tensor_bytes = 0
+        self.codec = make_codec(fingerprint.get(CODEC, NATIVE))
         self._fingerprint = dict(fingerprint)
         self._cuts = cuts
         self._call_timeout = call_timeout
@@ -147,8 +155,9 @@ class TrunkSession:
         self,
         method: str,
         header: pb.Header,
-        tensors: Mapping[str, Tensor],
-        result: tuple[str, Tensor],
+        sent: tuple[str, Tensor],
+        extras: Mapping[str, Tensor],
+        result: str,
         allocate: Allocate,
     ) -> tuple[Tensor, int]:
         """Make one Forward or Backward.
@@ -156,8 +165,9 @@ class TrunkSession:
         Args:
             method: Which.
             header: Of the call.
-            tensors: To send.
-            result: The name of the tensor that comes back, and one of the shape and dtype it has.
+            sent: The name of the tensor that passes through the codec, and itself.
+            extras: What goes with it, as it is.
+            result: The name of the tensor that comes back, in the form of what is sent.
             allocate: Where it is received.
 
         Returns:
@@ -169,7 +179,8 @@ class TrunkSession:
             TrunkRefused: The trunk answered no.
             RoundAborted: The round was given up.
         """
-        name, like = result
+        like = TensorForm.of(sent[1])
+        tensors = {**encode(self.codec, *sent), **extras}
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self.max_tensor_bytes:
             raise CodecError(
@@ -181,15 +192,10 @@ class TrunkSession:
 
         def read(frames: Iterator[bytes]) -> tuple[Tensor, pb.ReplyHeader, int]:
             incoming = Incoming(frames)
-            received = incoming.receive(like.nbytes, allocate=allocate)
-            tensor = received.tensors.get(name)
-            if tensor is None or tensor.shape != like.shape or tensor.dtype != like.dtype:
-                raise CodecError(
-                    f"the trunk must answer {method} with {name!r} of {like.dtype} "
-                    f"{list(like.shape)}; it sent "
-                    f"{ {n: (str(t.dtype), list(t.shape)) for n, t in received.tensors.items()} }."
-                )
-            return tensor, incoming.header.reply, received.num_bytes
+            received = receive(
+                incoming, self.codec, result, self.max_tensor_bytes, allocate=allocate, like=like
+            )
+            return received.tensors[result], incoming.header.reply, received.num_bytes
 
         with self.waiting():
             tensor, reply, received_bytes = self.channel.stream(method, message, read)

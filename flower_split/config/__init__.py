@@ -17,7 +17,7 @@ from flower_split.config.privacy import MECHANISMS, PrivacyConfig
 from flower_split.config.run import MODES, RunConfig
 from flower_split.config.strategy import STRATEGIES, StrategyConfig
 from flower_split.config.train import OPTIMIZERS, OptimizerConfig, TrainConfig
-from flower_split.config.trunk import DEVICE_MAPS, STEP_EVERY, WIRE_DTYPES, TrunkConfig
+from flower_split.config.trunk import DEVICE_MAPS, STEP_EVERY, TrunkConfig
 
 __all__ = [
     "DEVICE_MAPS",
@@ -28,7 +28,6 @@ __all__ = [
     "OPTIMIZERS",
     "STEP_EVERY",
     "STRATEGIES",
-    "WIRE_DTYPES",
     "DataConfig",
     "LoraConfigs",
     "LoraPartConfig",

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 
 from flower_split.config.train import OptimizerConfig
-from flower_split.config.validation import above, at_least, kebab, one_of, share
+from flower_split.config.validation import above, at_least, kebab, one_of, plug_in_name, share
 from flower_split.errors import ConfigError
 
 STEP_EVERY = ("local-step", "server-round", "contribution")
-WIRE_DTYPES = ("native", "float32", "bfloat16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 
 
@@ -70,7 +69,7 @@ class TrunkConfig:
         """Check choices and ranges."""
         one_of("trunk.train", self.train, ("lora", "full"))
         one_of("trunk.step-every", self.step_every, STEP_EVERY)
-        one_of("trunk.wire-dtype", self.wire_dtype, WIRE_DTYPES)
+        plug_in_name("trunk.wire-dtype", self.wire_dtype)
         if self.device_map:
             one_of("trunk.device-map", self.device_map, DEVICE_MAPS)
             if self.device != "auto":

@@ -1,14 +1,26 @@
 """Rules that values keep, with the errors that say so."""
 
+import re
 from collections.abc import Mapping
 
 from flower_split.errors import ConfigError
+
+_PLUG_IN_NAME = re.compile(r"[\w.-]+(:[A-Za-z_][\w.]*)?")
 
 
 def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     """Refuse a value that is not among ``allowed``."""
     if value not in allowed:
         raise ConfigError(f"{key} must be one of {', '.join(allowed)}; it is {value!r}.")
+
+
+def plug_in_name(key: str, value: str) -> None:
+    """Refuse what can be no name of a plug-in; whether there is one is for its registry to say."""
+    if not _PLUG_IN_NAME.fullmatch(value):
+        raise ConfigError(
+            f'{key} must be a name of letters, digits, "-", "_" and ".", or an import path '
+            f'"module:object"; it is {value!r}.'
+        )
 
 
 def at_least(key: str, value: float, minimum: float) -> None:

@@ -19,6 +19,8 @@ from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetc
 PROTOCOL_VERSION = "1"
 CUT_LAYERS = "cut-layers"
 """The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
+CODEC = "codec"
+"""The field that names the codec of activations and gradients between a client and the trunk."""
 _HASHED_WHOLE = 64 << 20  # bytes
 _BLOCK = 1 << 20  # bytes
 _NUM_BLOCKS = 64
@@ -34,7 +36,7 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
     Returns:
         Field name -> short readable value or hex digest: ``protocol``, ``mode``, ``model``
         (configuration), ``weights``, ``cut-layers``, ``dtype``, ``attention``, ``quantization``,
-        ``trunk.train`` and ``lora.bottom``, ``lora.trunk``, ``lora.top``.
+        ``trunk.train``, ``codec`` and ``lora.bottom``, ``lora.trunk``, ``lora.top``.
 
     Raises:
         SplitError: The model's configuration or weights cannot be read.
@@ -50,6 +52,7 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
         "attention": config.model.attn_implementation or "default",
         "quantization": _quantization_text(config.model.quantization),
         "trunk.train": config.trunk.train,
+        CODEC: config.trunk.wire_dtype,
         "lora.bottom": _lora_text(config.lora.bottom),
         "lora.trunk": _lora_text(config.lora.trunk),
         "lora.top": _lora_text(config.lora.top),

@@ -275,7 +275,6 @@ def _remote(
                 fingerprint=fingerprint(config),
                 mode=config.mode,
                 call_timeout=config.trunk.call_timeout,
-                wire_dtype=config.trunk.wire_dtype,
                 root_certificates=server.root_certificates,
                 cuts=cuts,
             ) as trunk:

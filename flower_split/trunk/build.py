@@ -16,6 +16,7 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.wire.codecs import make_codec
 
 _GIB = 2**30
 
@@ -31,8 +32,9 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
 
     Raises:
         SplitError: The model cannot be loaded or cut.
-        ConfigError: The device is not there, or quantised weights would have to train.
+        ConfigError: The device or the codec is not there, or quantised weights would have to train.
     """
+    make_codec(config.trunk.wire_dtype)  # before minutes of loading
     torch.set_num_threads(config.trunk.num_threads)
     cuts = CutLayers(config.model.first_cut, config.model.second_cut)
     trunk = load_trunk_model(

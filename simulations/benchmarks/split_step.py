@@ -164,7 +164,6 @@ def run_client(
         fingerprint=fingerprint(config),
         mode="joint",
         call_timeout=120.0,
-        wire_dtype=config.trunk.wire_dtype,
     )
     model = load_client_model(
         str(path),

@@ -15,6 +15,7 @@ import torch
 from google.protobuf.message import Message
 
 from flower_split.errors import CodecError
+from flower_split.parties.fingerprint import CODEC
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     cache_from_proto,
@@ -35,6 +36,8 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.session_tokens import SessionTokens
 from flower_split.wire.buffers import Allocate, pinned, pooled
+from flower_split.wire.codecs import NATIVE, make_codec
+from flower_split.wire.codecs.coding import encode, receive
 from flower_split.wire.frames import Incoming, Outgoing, Received
 from flower_split.wire.staging import to_host
 
@@ -46,6 +49,9 @@ class ClientCalls:
         engine: What computes.
         permits: Of the calls that may wait for others.
         max_tensor_bytes: Limit on the tensors of one call.
+
+    Raises:
+        ConfigError: The codec that the engine's fingerprint names is not installed here.
     """
 
     def __init__(self, engine: TrunkEngine, permits: WaitingPermits, max_tensor_bytes: int) -> None:
@@ -53,6 +59,7 @@ class ClientCalls:
         self._permits = permits
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
+        self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
@@ -98,7 +105,7 @@ class ClientCalls:
             self._tokens.check(context, header.session, header.trunk_epoch, self._engine.epoch)
             mode = _mode_of(header)
             recorded = header.HasField("cache") or mode is not ForwardMode.EVALUATE
-            received = self._receive(incoming, digest=recorded)
+            received = self._receive(incoming, "hidden_states", digest=recorded)
             result = self._engine.forward(_forward_call(header, mode, received, deadline))
             reply = self._reply("trunk_output", result, header.session, received)
         yield from reply.frames()
@@ -110,16 +117,23 @@ class ClientCalls:
             header = incoming.header.backward
             expect(incoming, "backward")
             self._tokens.check(context, header.session, header.trunk_epoch, self._engine.epoch)
-            received = self._receive(incoming, digest=True)
+            received = self._receive(incoming, "trunk_output_grad", digest=True)
             result = self._engine.backward(_backward_call(header, received, deadline))
             reply = self._reply("smashed_grad", result, header.session, received)
         yield from reply.frames()
 
-    def _receive(self, incoming: Incoming, *, digest: bool) -> Received:
+    def _receive(self, incoming: Incoming, name: str, *, digest: bool) -> Received:
         allocate: Allocate = (
             pinned if torch.cuda.is_initialized() else pooled  # type: ignore[no-untyped-call]
         )
-        return incoming.receive(self._max_tensor_bytes, allocate=allocate, digest=digest)
+        return receive(
+            incoming,
+            self._codec,
+            name,
+            self._max_tensor_bytes,
+            allocate=allocate,
+            digest=digest,
+        )
 
     def _reply(self, name: str, result: CallResult, session: str, received: Received) -> Outgoing:
         header = pb.ReplyHeader(
@@ -127,7 +141,8 @@ class ClientCalls:
             compute_seconds=result.compute_seconds,
             queue_seconds=result.queue_seconds,
         )
-        reply = Outgoing(pb.Header(reply=header), {name: to_host(result.tensor)})
+        tensors = encode(self._codec, name, to_host(result.tensor))
+        reply = Outgoing(pb.Header(reply=header), tensors)
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
         return reply
 

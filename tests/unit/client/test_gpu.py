@@ -9,6 +9,7 @@ import torch
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.wire.staging import to_device, to_host
 from tests.support.loopback import (
+    FINGERPRINT,
     HIDDEN,
     FakeEngine,
     TinyTrunk,
@@ -91,7 +92,9 @@ def test_gpu_backwards_of_several_micro_batches_are_at_the_trunk_at_once() -> No
 
 def test_gpu_activations_survive_streams_and_reused_pinned_memory() -> None:
     """Large tensors, made by slow kernels on streams of their own, from several threads."""
-    with served(FakeEngine()) as port, remote(port, wire_dtype="bfloat16") as trunk:
+    engine = FakeEngine()
+    engine.fingerprint = {**FINGERPRINT, "codec": "bfloat16"}
+    with served(engine) as port, remote(port, fingerprint=engine.fingerprint) as trunk:
         trunk.open(1)
         in_threads(4, lambda index: _exchange_many(trunk, index))
 

@@ -13,6 +13,7 @@ from flower_split.errors import RefusalReason, TrunkError, TrunkRefused
 from flower_split.protocol.values import ForwardMode
 from flower_split.trunk.engine.engine import TrunkEngine
 from tests.support.loopback import (
+    FINGERPRINT,
     HIDDEN,
     FakeEngine,
     TinyTrunk,
@@ -258,7 +259,8 @@ def test_remote_calls_carry_key_version_counts_and_content() -> None:
 
 def test_remote_bfloat16_on_the_wire_converts_there_and_back() -> None:
     engine = FakeEngine()
-    with served(engine) as port, remote(port, wire_dtype="bfloat16") as trunk:
+    engine.fingerprint = {**FINGERPRINT, "codec": "bfloat16"}
+    with served(engine) as port, remote(port, fingerprint=engine.fingerprint) as trunk:
         trunk.open(1)
         hidden = torch.full((1, 2, HIDDEN), 1.00390625, requires_grad=True)  # 1 + 2^-8: a tie
         with trunk.micro_batch(0, 0, num_tokens=1, loss_denominator=1.0, last=True):

@@ -60,9 +60,11 @@ def test_fingerprint_names_every_setting_that_differs(checkpoint: Path) -> None:
     config = _config(checkpoint)
     lora = replace(config.lora, top=LoraPartConfig(r=3))
     model = replace(config.model, second_cut=4, dtype="bfloat16", attn_implementation="eager")
-    other = replace(config, mode="frozen", lora=lora, model=model)
+    trunk = replace(config.trunk, wire_dtype="bfloat16")
+    other = replace(config, mode="frozen", lora=lora, model=model, trunk=trunk)
     assert differing_fields(fingerprint(config), fingerprint(other)) == [
         "attention",
+        "codec",
         "cut-layers",
         "dtype",
         "lora.top",
