@@ -1,4 +1,8 @@
-"""Files that come with the package: the quick-start's base model."""
+"""Files that come with the package: the quick-start's base model.
+
+Runs on: Every party.
+Read first: ``resolve_model_path`` below: from ``model.name`` to a place that transformers takes.
+"""
 
 from pathlib import Path
 
@@ -8,7 +12,7 @@ QUICKSTART = "quickstart"
 
 
 def resolve_model_path(name: str) -> str:
-    """The model's location as transformers takes it.
+    """Return the model's location as transformers takes it.
 
     Args:
         name: ``model.name`` of the run config. "quickstart" is the model in this package (a local

@@ -52,20 +52,17 @@ def check_model(config: RunConfig) -> "tuple[dict[str, Tensor], dict[str, float]
         ConfigError: The LoRA settings do not fit it, it is an encoder, or the tokenizer or
             train.sequence-length are too large for it; or data.source is not what can be read.
     """
-    from flower_split.assets import resolve_model_path
     from flower_split.data import check_data
     from flower_split.lora import initial_client_adapter
     from flower_split.parties.parts import client_parts, model_cuts
+    from flower_split.split.loading.model_source import ModelSource
 
     check_data(config)
     return initial_client_adapter(
-        resolve_model_path(config.model.name),
+        ModelSource.of(config.model),
         model_cuts(config),
         client_parts(config),
         seed=config.seed,
-        dtype=config.model.dtype,
-        revision=config.model.revision or None,
-        attn_implementation=config.model.attn_implementation or None,
     )
 
 
@@ -87,7 +84,6 @@ def check_clients(
         ConfigError: Privacy or a strategy of Flower's cannot.
     """
     from flower_split.aggregation import from_config
-    from flower_split.assets import resolve_model_path
     from flower_split.parties.client_ranks import own_lora, rank_specs
     from flower_split.server.inner.flower_strategies import InnerContext
     from flower_split.server.privacy.mechanisms import with_privacy
@@ -100,7 +96,7 @@ def check_clients(
         initial=adapter,
         scales=scales,
         slot_of=int,
-        specs=rank_specs(config, own, scales, resolve_model_path(config.model.name)),
+        specs=rank_specs(config, own, scales),
     )
     if config.strategy.aggregates_lora:
         from_config.check_clients(config.strategy, context.specs, context.num_sampled)

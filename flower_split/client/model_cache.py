@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, RunConfig, Scalar, parse_run_config
 from flower_split.data import ClientData, load_client_data, load_tokenizer
 from flower_split.errors import TrunkError
@@ -24,6 +23,7 @@ from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import held_parts, model_cuts, trained_parts
 from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, load_client_model, load_whole_model
+from flower_split.split.loading.model_source import ModelSource
 
 
 class NoTrunk(nn.Module):
@@ -114,16 +114,11 @@ class RunCache:
         """
         models = self._models.setdefault(own, _Models())
         if cuts not in models.parts:
-            config = self.config.model
             model = load_client_model(
-                resolve_model_path(config.name),
+                ModelSource.of(self.config.model),
                 cuts,
                 NoTrunk(),
-                dtype=config.dtype,
-                attn_implementation=config.attn_implementation or None,
-                revision=config.revision or None,
                 device=self.device,
-                quantization=config.quantization or None,
             )
             attach_lora(
                 model,
@@ -158,14 +153,9 @@ class RunCache:
         """
         models = self._models.setdefault(own, _Models())
         if models.whole is None:
-            config = self.config.model
             model = load_whole_model(
-                resolve_model_path(config.name),
-                dtype=config.dtype,
-                attn_implementation=config.attn_implementation or None,
-                revision=config.revision or None,
+                ModelSource.of(self.config.model),
                 device=self.device,
-                quantization=config.quantization or None,
             )
             parts = trained_parts(self.config)
             parts |= self._at_own_rank({n: p for n, p in parts.items() if n != "trunk"}, own)

@@ -2,6 +2,9 @@
 
 A field ``trunk.optimizer.learning_rate`` is the run-config key ``trunk.optimizer.learning-rate``.
 Every rule that a value must keep is checked on construction; nothing below reads the environment.
+
+Runs on: Every party.
+Read first: ``run.py``: the whole configuration, a section in each field.
 """
 
 from flower_split.config.data import DataConfig

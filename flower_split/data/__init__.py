@@ -1,9 +1,12 @@
 """A client's private data: from documents to token batches; nothing here leaves the client.
 
-``load_client_data`` reads the source (``source``, ``sources``), takes this client's share of it
-(``partitions``), reads each record by its format (``formats``, ``messages``), holds some documents
-out (``held_out``), and makes examples (``examples``, ``rendering``); ``batches`` makes training steps
-of them. What is left out on the way is counted (``tally``).
+Runs on: Clients; the ServerApp and the command only check settings with it.
+Read first: ``client_data.py``: ``load_client_data``.
+
+It reads the source (``source``, ``sources``), takes this client's share of it (``partitions``), reads
+each record by its format (``formats``, ``messages``), holds some documents out (``held_out``), and
+makes examples (``examples``, ``rendering``); ``batches`` makes training steps of them. What is left
+out on the way is counted (``tally``).
 """
 
 from flower_split.data.batches import batches, eval_batches

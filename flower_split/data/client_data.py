@@ -8,7 +8,6 @@ from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from flower_split.assets import resolve_model_path
 from flower_split.config import DataConfig, ModelConfig, RunConfig
 from flower_split.data.documents import Document, Record
 from flower_split.data.examples import Example, make_examples
@@ -22,6 +21,7 @@ from flower_split.data.source_registry import DATA_SOURCES
 from flower_split.data.sources.tables import column_of
 from flower_split.data.tally import DataCounts, Tally
 from flower_split.errors import ConfigError, DataError
+from flower_split.split.loading.model_source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +43,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: There is no tokenizer at ``model.name``, or nothing to pad with.
     """
-    path = resolve_model_path(config.name)
+    source = ModelSource.of(config)
     try:
         tokenizer = cast(
             PreTrainedTokenizerBase,
-            AutoTokenizer.from_pretrained(path, revision=config.revision or None),
+            AutoTokenizer.from_pretrained(source.name_or_path, revision=source.revision),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from flower_split.assets import resolve_model_path
 from flower_split.config import ModelConfig, RunConfig
 from flower_split.errors import ConfigError
+from flower_split.split.loading.model_source import ModelSource
 
 # Families that number positions from the padding token's id on, so that they have fewer of them.
 _AFTER_PADDING = (
@@ -65,10 +65,9 @@ def check_model_limits(config: RunConfig, tokenizer: PreTrainedTokenizerBase | N
 
 
 def _text_config(config: ModelConfig) -> PreTrainedConfig | None:
+    source = ModelSource.of(config)
     try:
-        whole = AutoConfig.from_pretrained(
-            resolve_model_path(config.name), revision=config.revision or None
-        )
+        whole = AutoConfig.from_pretrained(source.name_or_path, revision=source.revision)
     except (OSError, ValueError):
         return None
     made: PreTrainedConfig = whole.get_text_config(decoder=True)

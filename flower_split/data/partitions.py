@@ -8,6 +8,7 @@ from flower_split.data.tally import Tally
 from flower_split.errors import DataError
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from flwr_datasets.partitioner import Partitioner
 
 BY_COLUMN = ("dirichlet", "grouped-natural-id", "natural-id", "shard")
@@ -49,11 +50,7 @@ def partition_rows(
             over so many clients, or would leave rows without a client.
     """
     name = config.partitioner
-    if name not in (NONE, *BY_COLUMN, *BY_SIZE):
-        raise DataError(
-            f"data.partitioner must be one of {', '.join(sorted((NONE, *BY_COLUMN, *BY_SIZE)))}; "
-            f"it is {name!r}."
-        )
+    _check_known(name)
     if name == NONE or num_partitions == 1:
         return list(range(num_rows))
     if num_rows < num_partitions:
@@ -61,18 +58,10 @@ def partition_rows(
             f"every client needs at least one example; {num_rows} examples are to be divided over "
             f"{num_partitions} clients. Use more data or fewer clients."
         )
-    columns: dict[str, list[object]] = {"row": list(range(num_rows))}
-    if name in BY_COLUMN:
-        if not config.partition_by:
-            raise DataError(
-                f'data.partition-by must name the column that partitioner "{name}" divides by.'
-            )
-        columns["key"] = list(column(config.partition_by))
-    from datasets import Dataset  # heavy, and only needed here
-
+    keys = _keys(column, config) if name in BY_COLUMN else []
     try:
-        partitioner = _partitioner(config, columns.get("key", []), num_rows, num_partitions, seed)
-        partitioner.dataset = Dataset.from_dict(columns).shuffle(seed=seed)
+        partitioner = _partitioner(config, keys, num_rows, num_partitions, seed)
+        partitioner.dataset = _shuffled_rows(num_rows, keys, seed)
         available = partitioner.num_partitions
         rows: list[int] = []
         if partition_id < available:
@@ -82,30 +71,72 @@ def partition_rows(
             f'partitioner "{name}" cannot divide {num_rows} examples over {num_partitions} '
             f"clients: {error} Choose another data.partitioner, or other settings of it."
         ) from error
-    if partition_id < available:
-        if available > num_partitions:
-            taken = {partitioner.partition_id_to_natural_id[i] for i in range(num_partitions)}
-            left_out = sum(key not in taken for key in columns["key"])
-            if config.on_unassigned == "refuse":
-                raise _left_out(config, left_out, num_rows, available, num_partitions)
-            (tally or Tally()).add("unassigned_records", left_out)
-        return rows
+    if partition_id >= available:
+        raise DataError(
+            f'partitioner "{name}" by {config.partition_by!r} makes {available} partitions, too few '
+            f"for {num_partitions} clients. Use at most {available} clients, or another partitioner."
+        )
+    if available > num_partitions:
+        left_out = _unassigned(partitioner, keys, config, num_partitions)
+        (tally or Tally()).add("unassigned_records", left_out)
+    return rows
+
+
+def _check_known(name: str) -> None:
+    """Check that there is a partitioner of this name.
+
+    Raises:
+        DataError: There is none.
+    """
+    if name not in (NONE, *BY_COLUMN, *BY_SIZE):
+        raise DataError(
+            f"data.partitioner must be one of {', '.join(sorted((NONE, *BY_COLUMN, *BY_SIZE)))}; "
+            f"it is {name!r}."
+        )
+
+
+def _keys(column: Callable[[str], Sequence[object]], config: DataConfig) -> list[object]:
+    """Return the values that the rows are divided by.
+
+    Raises:
+        DataError: The configuration names no column.
+    """
+    if not config.partition_by:
+        raise DataError(
+            f'data.partition-by must name the column that partitioner "{config.partitioner}" divides '
+            "by; it is empty. Name one of the data's columns, or use another partitioner."
+        )
+    return list(column(config.partition_by))
+
+
+def _shuffled_rows(num_rows: int, keys: Sequence[object], seed: int) -> "Dataset":
+    """Return the row numbers as a data set, with their keys where there are any."""
+    from datasets import Dataset  # heavy, and only needed here
+
+    columns: dict[str, list[object]] = {"row": list(range(num_rows))}
+    if keys:
+        columns["key"] = list(keys)
+    return Dataset.from_dict(columns).shuffle(seed=seed)
+
+
+def _unassigned(
+    partitioner: "Partitioner", keys: Sequence[object], config: DataConfig, num_partitions: int
+) -> int:
+    """Count the rows that no client gets, where there are more keys than clients.
+
+    Raises:
+        DataError: ``data.on-unassigned`` refuses them.
+    """
+    taken = {partitioner.partition_id_to_natural_id[i] for i in range(num_partitions)}
+    left_out = sum(key not in taken for key in keys)
+    if config.on_unassigned != "refuse":
+        return left_out
     raise DataError(
-        f'partitioner "{name}" by {config.partition_by!r} makes {available} partitions, too few '
-        f"for {num_partitions} clients. Use at most {available} clients, or another partitioner."
-    )
-
-
-def _left_out(
-    config: DataConfig, left_out: int, num_rows: int, available: int, num_partitions: int
-) -> DataError:
-    """Return the error for rows that no client would get."""
-    return DataError(
         f'partitioner "{config.partitioner}" gives each client one value of '
-        f"{config.partition_by!r}; there are {available} values and {num_partitions} clients, so "
-        f"{left_out} of {num_rows} records would be in no client's share. Use data.partitioner = "
-        '"grouped-natural-id", which covers all of them; or use as many clients as values; or set '
-        'data.on-unassigned = "skip".'
+        f"{config.partition_by!r}; there are {partitioner.num_partitions} values and "
+        f"{num_partitions} clients, so {left_out} of {len(keys)} records would be in no client's "
+        'share. Use data.partitioner = "grouped-natural-id", which covers all of them; or use as '
+        'many clients as values; or set data.on-unassigned = "skip".'
     )
 
 

@@ -1,8 +1,11 @@
 """What trains of the three parts of a model: LoRA through PEFT, and whole weights beside it.
 
-``places`` says which module belongs to which part, ``attach`` puts the adapter in, ``plain`` is the
-weights that train whole, ``initial`` is the values that training begins with, ``state`` reads and
-writes the adapter under the names that PEFT saves it by.
+``model_parts`` says which module belongs to which part, ``attach`` puts the adapter in,
+``whole_weights`` is the weights that train whole, ``initial_values`` is what training begins with,
+``state`` reads and writes the adapter under the names that PEFT saves it by.
+
+Runs on: Clients and the trunk; the ServerApp makes the clients' initial adapter with it.
+Read first: ``attach.py``: ``attach_lora``.
 """
 
 from flower_split.lora.attach import attach_lora

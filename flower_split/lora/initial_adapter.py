@@ -12,6 +12,7 @@ from flower_split.lora.initial_values import Inits, initial_value, is_base_value
 from flower_split.lora.model_parts import some, stack_of
 from flower_split.lora.state import adapter_parameters, lora_scales
 from flower_split.split import CutLayers
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import empty_model
 
 FetchBaseValues = Callable[[Mapping[str, torch.Size]], Mapping[str, Tensor]]
@@ -19,26 +20,22 @@ FetchBaseValues = Callable[[Mapping[str, torch.Size]], Mapping[str, Tensor]]
 
 
 def initial_client_adapter(
-    name_or_path: str,
+    source: ModelSource | str,
     cuts: CutLayers,
     parts: Mapping[str, LoraPartConfig],
     *,
     seed: int,
-    dtype: torch.dtype | str | None = None,
-    revision: str | None = None,
-    attn_implementation: str | None = None,
     fetch: FetchBaseValues | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """A client's adapter as it begins, without reading base weights.
+    """Return a client's adapter as it begins, without reading base weights.
 
     Args:
-        name_or_path: Local directory or hub id; only its configuration is read.
+        source: The base model, or its local directory or hub id; only its configuration is read. Its
+            dtype changes nothing, for an adapter is fp32; its attention implementation may decide
+            which modules there are.
         cuts: The cut layers.
         parts: As for :func:`attach_lora`; a client's parts are ``bottom`` and ``top``.
         seed: As for :func:`attach_lora`.
-        dtype: Of the base model; an adapter is fp32 whatever it is, so this changes nothing.
-        revision: Hub revision.
-        attn_implementation: As for loading; it may decide which modules there are.
         fetch: Called once if there are base values; None: they are left out.
 
     Returns:
@@ -48,9 +45,7 @@ def initial_client_adapter(
         SplitError: The cuts do not fit the model, or ``fetch`` gave tensors of other names or shapes.
         ConfigError: As for :func:`attach_lora`.
     """
-    model = empty_model(
-        name_or_path, cuts, revision=revision, attn_implementation=attn_implementation
-    )
+    model = empty_model(source, cuts)
     attach_lora(model, cuts, parts, seed=seed)
     init_of = Inits(model, stack_of(model), cuts, parts)
     shapes = {name: parameter.shape for name, parameter in adapter_parameters(model)}

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from flower_split.aggregation.core.adapter_layout import layout_of
 from flower_split.aggregation.core.client_updates import AdapterSpec
-from flower_split.assets import resolve_model_path
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError
 from flower_split.lora import attach_lora
@@ -21,6 +20,7 @@ from flower_split.lora.initial_values import Inits, initial_value
 from flower_split.lora.state import adapter_parameters, lora_scales
 from flower_split.parties.parts import held_modules, model_cuts, overlap_layers, trunk_parts
 from flower_split.split import CutLayers
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import empty_model
 from flower_split.split.structure.stack import LayerStack, find_stack
 
@@ -45,11 +45,7 @@ def overlap_adapter(
     layers = {index for own in cuts for index in overlap_layers(run, own)}
     if not layers or config.mode != "joint":
         return {}, {}
-    model = empty_model(
-        resolve_model_path(config.model.name),
-        revision=config.model.revision or None,
-        attn_implementation=config.model.attn_implementation or None,
-    )
+    model = empty_model(ModelSource.of(config.model))
     attach_lora(model, run, parts, seed=config.seed)
     stack = find_stack(model)
     init_of = Inits(model, stack, run, parts)
@@ -146,6 +142,4 @@ def cut_notes(config: RunConfig, cuts: Mapping[int, CutLayers]) -> list[str]:
 
 
 def _stack(config: RunConfig) -> LayerStack:
-    return find_stack(
-        empty_model(resolve_model_path(config.model.name), revision=config.model.revision or None)
-    )
+    return find_stack(empty_model(ModelSource.of(config.model)))

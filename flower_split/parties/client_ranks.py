@@ -30,6 +30,7 @@ from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import ConfigError
 from flower_split.lora import embedding_names, part_of
 from flower_split.parties.parts import all_parts, model_cuts
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import empty_model
 from flower_split.split.structure.stack import find_stack
 
@@ -131,7 +132,7 @@ def _text(values: Mapping[str, float]) -> str:
 
 
 def rank_specs(
-    config: RunConfig, own: Mapping[int, OwnLora], modules: Iterable[str], name_or_path: str
+    config: RunConfig, own: Mapping[int, OwnLora], modules: Iterable[str]
 ) -> dict[int, AdapterSpec]:
     """Ranks and scales of every client whose LoRA differs from the run's, by slot.
 
@@ -139,11 +140,10 @@ def rank_specs(
         config: The run's configuration.
         own: Slot to what the client has of its own.
         modules: Names of the modules with LoRA in the global adapter.
-        name_or_path: The base model; only its configuration is read.
     """
     if all(item == OwnLora() for item in own.values()):
         return {}
-    model = empty_model(name_or_path, revision=config.model.revision or None)
+    model = empty_model(ModelSource.of(config.model))
     stack, embeddings = find_stack(model), embedding_names(model)
     part_by_module = {
         module: part_of(module, stack, model_cuts(config), embeddings) for module in modules

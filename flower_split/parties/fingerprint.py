@@ -11,10 +11,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import SplitError
 from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetch
+from flower_split.split.loading.model_source import ModelSource
 
 PROTOCOL_VERSION = "1"
 CUT_LAYERS = "cut-layers"
@@ -41,15 +41,15 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
     Raises:
         SplitError: The model's configuration or weights cannot be read.
     """
-    name, revision = resolve_model_path(config.model.name), config.model.revision or None
+    source = ModelSource.of(config.model)
     return {
         "protocol": PROTOCOL_VERSION,
         "mode": config.mode,
-        "model": _model_config_digest(name, revision),
-        "weights": _weights_identity(name, revision),
+        "model": _model_config_digest(source),
+        "weights": _weights_identity(source),
         CUT_LAYERS: f"{config.model.first_cut}:{config.model.second_cut}",
         "dtype": config.model.dtype,
-        "attention": config.model.attn_implementation or "default",
+        "attention": source.attn_implementation or "default",
         "quantization": _quantization_text(config.model.quantization),
         "trunk.train": config.trunk.train,
         CODEC: config.trunk.wire_dtype,
@@ -106,23 +106,24 @@ def _quantization_text(text: str) -> str:
     return text or "none"
 
 
-def _model_config_digest(name: str, revision: str | None) -> str:
-    path = fetch(name, "config.json", revision)
+def _model_config_digest(source: ModelSource) -> str:
+    path = fetch(source.name_or_path, "config.json", source.revision)
     if path is None:
         raise SplitError(
-            f"{name!r} has no config.json. Give a directory that holds one, or the id of a model "
-            "on the hub."
+            f"{source.name_or_path!r} has no config.json. Give a directory that holds one, or the id "
+            "of a model on the hub."
         )
     content = json.loads(path.read_text())
     kept = {key: value for key, value in content.items() if key not in _IGNORED_KEYS}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _weights_identity(name: str, revision: str | None) -> str:
+def _weights_identity(source: ModelSource) -> str:
+    name = source.name_or_path
     if not Path(name).is_dir():
-        path = fetch(name, "config.json", revision)
+        path = fetch(name, "config.json", source.revision)
         # The hub's cache keeps a checkpoint's files under snapshots/<commit>/.
-        commit = path.parent.name if path is not None else revision or ""
+        commit = path.parent.name if path is not None else source.revision or ""
         return f"{name}@{commit}"
     directory = Path(name)
     index = directory / INDEX_FILE

@@ -10,6 +10,7 @@ goes into the adapter as PEFT's ``modules_to_save``.
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -21,7 +22,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flower_split.assets import resolve_model_path
 from flower_split.config import LoraPartConfig, RunConfig
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
@@ -33,6 +33,7 @@ from flower_split.results.client_view import clients_own, with_cuts
 from flower_split.results.peft_form import PeftForm, neutral_magnitudes, peft_form, tied_copies
 from flower_split.runs.directory import RunDirectory
 from flower_split.split import CutLayers
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import empty_model
 from flower_split.split.structure.stack import LayerStack, find_stack
 
@@ -72,29 +73,15 @@ def export_adapter(
     """
     run = RunDirectory.open(run_dir)
     config, out = run.config, Path(out)
-    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    if out.is_dir() and any(item.name not in names for item in out.iterdir()):
-        raise RunDirectoryError(
-            f"the export goes to an empty directory; {out} holds other files. Name another one."
-        )
-    state, change = read_client_adapter(run, client), read_base_change(run)
-    trunk = _trunk_state(run)
-    model = empty_model(
-        resolve_model_path(config.model.name), revision=config.model.revision or None
-    )
-    stack, span = find_stack(model), model_cuts(config)
-    if config.trunk.train == "full":
-        _check_in_layers(trunk, stack)
-    change = clients_own(change, trunk, stack, cuts or span)
-    state, trunk = with_cuts(state, trunk, stack, cuts or span, span)
-    state, scales = with_base_change(state, _scales(config, state, model), change)
-    state |= trunk
-    scales |= _scales(config, trunk, model)
+    _check_free(out)
+    # The default attention: the run's own may need what this machine lacks, and no weight depends on it.
+    source = replace(ModelSource.of(config.model), attn_implementation=None)
+    model = empty_model(source)
+    state, scales = _merged(run, model, cuts or model_cuts(config), client)
     form = peft_form(config, state, model)
     state |= tied_copies(state, form, model)
     if form.use_dora:
-        path = resolve_model_path(config.model.name)
-        state |= neutral_magnitudes(config, path, state, scales)
+        state |= neutral_magnitudes(source, state, scales)
     peft_config = _peft_config(config, state, scales, model, form)
     peft_config.base_model_name_or_path = base or portable_base(config)
     out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +94,45 @@ def export_adapter(
     return out
 
 
+def _check_free(out: Path) -> None:
+    """Check that an export may be written to ``out``: nothing is there but an earlier export.
+
+    Raises:
+        RunDirectoryError: Other files are.
+    """
+    names = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    if out.is_dir() and any(item.name not in names for item in out.iterdir()):
+        raise RunDirectoryError(
+            f"the export goes to an empty directory; {out} holds other files. Name another one."
+        )
+
+
+def _merged(
+    run: RunDirectory, model: PreTrainedModel, cuts: CutLayers, client: OneClient | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Return a run's adapter over all three parts, as a client with ``cuts`` computed it.
+
+    Args:
+        run: The finished run.
+        model: The whole base model; on the meta device will do.
+        cuts: Where the client's model is cut.
+        client: Whose own model, where the method keeps factors private.
+
+    Returns:
+        Tensors by name, and the ΔW scale of every module with LoRA.
+    """
+    config = run.config
+    state, change = read_client_adapter(run, client), read_base_change(run)
+    trunk = _trunk_state(run)
+    stack = find_stack(model)
+    if config.trunk.train == "full":
+        _check_in_layers(trunk, stack)
+    change = clients_own(change, trunk, stack, cuts)
+    state, trunk = with_cuts(state, trunk, stack, cuts, model_cuts(config))
+    state, scales = with_base_change(state, _scales(config, state, model), change)
+    return state | trunk, scales | _scales(config, trunk, model)
+
+
 def portable_base(config: RunConfig) -> str:
     """Return a name of the run's base model that means the same on every machine.
 
@@ -117,7 +143,7 @@ def portable_base(config: RunConfig) -> str:
     Raises:
         SplitError: The local model cannot be read.
     """
-    path = Path(resolve_model_path(config.model.name)).expanduser()
+    path = Path(ModelSource.of(config.model).name_or_path).expanduser()
     if not path.is_dir():
         return config.model.name
     return f"{path.resolve().name}@sha256:{fingerprint(config)['weights']}"
@@ -214,7 +240,7 @@ def _peft_config(
         bias=cast(Literal["none", "all", "lora_only"], form.bias),
         modules_to_save=form.whole_modules or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in shapes),
-        revision=config.model.revision or None,
+        revision=ModelSource.of(config.model).revision,
         task_type=TaskType.CAUSAL_LM,
         inference_mode=True,
     )

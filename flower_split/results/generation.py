@@ -22,7 +22,6 @@ from transformers import (
     TextStreamer,
 )
 
-from flower_split.assets import resolve_model_path
 from flower_split.client.model_cache import NoTrunk
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
@@ -41,6 +40,7 @@ from flower_split.runs.directory import RunDirectory
 from flower_split.runtime.devices import resolve_device
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
+from flower_split.split.loading.model_source import ModelSource
 
 Message = dict[str, str]  # "role" and "content"
 
@@ -186,14 +186,10 @@ def open_generator(
     span = model_cuts(config)
     cuts = cuts or span
     model = load_client_model(
-        resolve_model_path(config.model.name),
+        ModelSource.of(config.model),
         cuts,
         NoTrunk(),
-        dtype=config.model.dtype,
-        attn_implementation=config.model.attn_implementation or None,
-        revision=config.model.revision or None,
         device=resolve_device(config.train.device, "train.device"),
-        quantization=config.model.quantization or None,
     )
     attach_lora(model, span, held_parts(config, cuts), seed=config.seed, incomplete=("trunk",))
     trained = run.read_adapter("trunk") if config.mode == "joint" else {}
@@ -216,13 +212,9 @@ def _local(
 ) -> Iterator[nn.Module]:
     """The run's trunk between ``cuts``, in this process."""
     trunk = load_trunk_model(
-        resolve_model_path(config.model.name),
+        ModelSource.of(config.model),
         cuts,
-        dtype=config.model.dtype,
-        attn_implementation=config.model.attn_implementation or None,
-        revision=config.model.revision or None,
         device=resolve_device(config.train.device, "train.device"),
-        quantization=config.model.quantization or None,
     )
     if config.mode == "joint" and config.trunk.train == "full":
         own = dict(trunk.named_parameters())

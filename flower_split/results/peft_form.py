@@ -22,6 +22,7 @@ from flower_split.errors import RunDirectoryError
 from flower_split.lora.attach import plans_of
 from flower_split.lora.model_parts import lies_in
 from flower_split.parties.parts import all_parts, client_parts, model_cuts
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import load_whole_model
 from flower_split.split.structure.stack import find_stack
 
@@ -91,30 +92,21 @@ def tied_copies(
 
 
 def neutral_magnitudes(
-    config: RunConfig,
-    path: str,
-    state: Mapping[str, Tensor],
-    scales: Mapping[str, float],
+    source: ModelSource, state: Mapping[str, Tensor], scales: Mapping[str, float]
 ) -> dict[str, Tensor]:
     """Compute magnitudes for modules without DoRA, with which it computes what LoRA computes: ‖W + ΔW‖.
 
     The base weights are read.
 
     Args:
-        config: The run's configuration.
-        path: Where the base model is.
+        source: The base model.
         state: Tensors of all parts, by name.
         scales: ΔW scale of every module with LoRA.
     """
     modules = [module for module in scales if module + MAGNITUDE not in state]
     if not modules:
         return {}
-    base = load_whole_model(
-        path,
-        dtype=config.model.dtype,
-        revision=config.model.revision or None,
-        quantization=config.model.quantization or None,
-    )
+    base = load_whole_model(source)
     magnitudes: dict[str, Tensor] = {}
     for module in modules:
         layer = base.get_submodule(module)

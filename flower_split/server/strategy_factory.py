@@ -10,7 +10,6 @@ from flwr.serverapp.strategy import Strategy
 
 from flower_split.aggregation.core.client_updates import AdapterSpec
 from flower_split.aggregation.from_config import check_clients
-from flower_split.assets import resolve_model_path
 from flower_split.config import RunConfig
 from flower_split.lora import initial_client_adapter
 from flower_split.messages.arrays import from_arrays, to_arrays
@@ -34,6 +33,7 @@ from flower_split.server.trunk_connection import ConnectedTrunk
 from flower_split.server.trunk_rounds import StartingPoint, TrunkRounds
 from flower_split.server.trunk_strategy import TrunkStrategy
 from flower_split.split import CutLayers
+from flower_split.split.loading.model_source import ModelSource
 
 logger = logging.getLogger(__name__)
 
@@ -174,13 +174,10 @@ def inner_context(
         ConfigError: Ranks or cut layers do not fit the model.
     """
     state, scales = initial_client_adapter(
-        resolve_model_path(config.model.name),
+        ModelSource.of(config.model),
         model_cuts(config),
         client_parts(config),
         seed=config.seed,
-        dtype=config.model.dtype,
-        revision=config.model.revision or None,
-        attn_implementation=config.model.attn_implementation or None,
         fetch=lambda shapes: gather_base_values(
             grid, federation, facts, shapes, timeout=config.round_timeout
         ),
@@ -241,7 +238,7 @@ def client_specs(
     own = {
         slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
     }
-    specs = rank_specs(config, own, scales, resolve_model_path(config.model.name))
+    specs = rank_specs(config, own, scales)
     if specs:
         logger.info(
             "clients with a LoRA rank or scale of their own, by partition: %s",

@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 
 from flower_split.aggregation.rules.parse import parse_rules
-from flower_split.assets import resolve_model_path
 from flower_split.config import RunConfig, TrunkConfig
 from flower_split.errors import AggregationError, ConfigError
 from flower_split.lora import attach_lora
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, load_trunk_model
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
@@ -38,13 +38,9 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
     torch.set_num_threads(config.trunk.num_threads)
     cuts = CutLayers(config.model.first_cut, config.model.second_cut)
     trunk = load_trunk_model(
-        resolve_model_path(config.model.name),
+        ModelSource.of(config.model),
         cuts,
-        dtype=config.model.dtype,
-        attn_implementation=config.model.attn_implementation or None,
-        revision=config.model.revision or None,
         device=_device(config.trunk),
-        quantization=config.model.quantization or None,
         device_map=config.trunk.device_map or None,
     )
     trains_fully = config.mode == "joint" and config.trunk.train == "full"

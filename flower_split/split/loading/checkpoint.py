@@ -22,10 +22,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from flower_split.errors import SplitError
 from flower_split.split.checking.self_check import check_splittable
 from flower_split.split.loading.device_map import DeviceMap, check_placed, resolve_device_map
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.partial_class import Carve, holed, quiet_loading
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.quantization import (
-    Quantization,
     check_quantised,
     keep_trainable,
     quantization_of,
@@ -39,45 +39,42 @@ WEIGHTS_FILE = "model.safetensors"
 _SMALL_FILES = ("config.json", "generation_config.json")
 
 
-def load_model_config(
-    name_or_path: str, *, revision: str | None = None, attn_implementation: str | None = None
-) -> PreTrainedConfig:
+def load_model_config(source: ModelSource) -> PreTrainedConfig:
     """Return the configuration of a checkpoint.
 
     Raises:
-        SplitError: There is none at ``name_or_path``.
+        SplitError: There is none.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            name_or_path, revision=revision or "main"
+            source.name_or_path, revision=source.revision or "main"
         )
     except (OSError, ValueError, KeyError) as error:
         raise SplitError(
-            f"no model configuration could be read from {name_or_path!r}: {_one_line(error)} "
+            f"no model configuration could be read from {source.name_or_path!r}: {_one_line(error)} "
             "Give a directory that holds config.json, or the id of a model on the hub."
         ) from error
-    if attn_implementation:
-        config._attn_implementation = attn_implementation
+    if source.attn_implementation:
+        config._attn_implementation = source.attn_implementation
     return config
 
 
-class Source:
+class Checkpoint:
     """A checkpoint whose configuration is read and whose cut layers are checked."""
 
     def __init__(
         self,
-        name_or_path: str,
+        source: ModelSource,
         config: PreTrainedConfig,
         model_class: type[PreTrainedModel],
-        dtype: torch.dtype | None,
-        revision: str | None,
         new_head: bool,
     ) -> None:
-        self.name_or_path = name_or_path
+        self.name_or_path = source.name_or_path
         self.config = config
         self.model_class = model_class
-        self.dtype = dtype
-        self.revision = revision
+        self.dtype = _torch_dtype(source.dtype)
+        self.revision = source.revision
+        self.asked_quantization = source.quantization
         self.new_head = new_head  # whether the head may be missing from the checkpoint
         self.quantization: QuantizationConfigMixin | None = None  # what it was loaded with
         try:
@@ -85,7 +82,7 @@ class Source:
                 self.skeleton = model_class(config)
         except (ImportError, ValueError) as error:
             raise SplitError(
-                f"{model_class.__name__} of {name_or_path!r} cannot be made here: "
+                f"{model_class.__name__} of {self.name_or_path!r} cannot be made here: "
                 f"{_one_line(error)} Install what it needs, or set model.attn-implementation to "
                 '"sdpa" or "eager".'
             ) from error
@@ -94,40 +91,34 @@ class Source:
     @classmethod
     def open(
         cls,
-        name_or_path: str,
+        source: ModelSource,
         cuts: CutLayers | None,
-        dtype: torch.dtype | str | None,
-        attn_implementation: str | None,
-        revision: str | None,
         auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
-    ) -> "Source":
+    ) -> "Checkpoint":
         """Read the configuration and make the model without weights.
 
         Raises:
             SplitError: It is no such model, or ``cuts`` do not fit it.
         """
-        config = load_model_config(
-            name_or_path, revision=revision, attn_implementation=attn_implementation
-        )
+        config = load_model_config(source)
         mapping: Any = auto_class._model_mapping
         found = mapping.get(type(config), None)
         model_class = found[0] if isinstance(found, tuple) else found
         if model_class is None:
             raise SplitError(
-                f"{name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} "
+                f"{source.name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} "
                 "does not load. Use a model of the kind that is asked for."
             )
         new_head = auto_class is not AutoModelForCausalLM
-        source = cls(name_or_path, config, model_class, _torch_dtype(dtype), revision, new_head)
+        checkpoint = cls(source, config, model_class, new_head)
         if cuts is not None:
-            check_splittable(source.skeleton, source.stack, cuts)
-        return source
+            check_splittable(checkpoint.skeleton, checkpoint.stack, cuts)
+        return checkpoint
 
     def load(
         self,
         carve: Carve,
         device: torch.device | str | None,
-        quantization: Quantization | None,
         device_map: DeviceMap | None = None,
         cuts: CutLayers | None = None,
     ) -> PreTrainedModel:
@@ -138,7 +129,12 @@ class Source:
             type(layer).__name__ for layer in self.stack.layers(self.skeleton)
         )
         self.quantization = resolve_quantization(
-            self.name_or_path, self.config, self.skeleton, quantization, self.dtype, places
+            self.name_or_path,
+            self.config,
+            self.skeleton,
+            self.asked_quantization,
+            self.dtype,
+            places,
         )
         asked = self.quantization
         if quantization_of(self.config) is not None and self.quantization is not None:

@@ -15,8 +15,9 @@ from flower_split.errors import SplitError
 from flower_split.split.checking.self_check import check_client, settle_cache
 from flower_split.split.client_side.model import client_replacements, trunk_slot, wire_client
 from flower_split.split.client_side.trunk_slot import IdentityTrunk
-from flower_split.split.loading.checkpoint import Source
+from flower_split.split.loading.checkpoint import Checkpoint
 from flower_split.split.loading.device_map import DeviceMap
+from flower_split.split.loading.model_source import ModelSource, as_source
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.probe import probe_batches, quiet
 from flower_split.split.structure.quantization import (
@@ -29,7 +30,7 @@ from flower_split.split.trunk_side.model import TrunkModel
 
 
 def load_client_model(
-    name_or_path: str,
+    name_or_path: str | ModelSource,
     cuts: CutLayers,
     trunk: nn.Module,
     *,
@@ -46,7 +47,9 @@ def load_client_model(
     family's layers can be stood in for (the trunk itself is not called).
 
     Args:
-        name_or_path: Local directory or hub id of a causal language model in safetensors.
+        name_or_path: Local directory or hub id of a causal language model in safetensors; or a
+            :class:`~flower_split.split.loading.model_source.ModelSource`, which says ``dtype``,
+            ``attn_implementation``, ``revision`` and ``quantization`` itself.
         cuts: The cut layers.
         trunk: Any module called as ``trunk(hidden_states, attention_mask=None,
             position_ids=None) -> hidden_states``; ``set_trunk`` replaces it later.
@@ -64,29 +67,36 @@ def load_client_model(
 
     Raises:
         SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
-            missing from the checkpoint, a family that cannot be split, or a quantisation that
-            cannot be had or cannot be trained.
+            missing from the checkpoint, a family that cannot be split, a quantisation that
+            cannot be had or cannot be trained, or a setting beside a source.
     """
     output = LayerOutput()
-    source = Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
-    constants = constant_embeddings(source.skeleton)
+    source = as_source(
+        name_or_path,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        quantization=quantization,
+    )
+    checkpoint = Checkpoint.open(source, cuts, auto_class)
+    constants = constant_embeddings(checkpoint.skeleton)
 
     def carve(root: PreTrainedModel) -> None:
         replace_in_place(
-            root, client_replacements(root, source.stack, cuts, output, IdentityTrunk())
+            root, client_replacements(root, checkpoint.stack, cuts, output, IdentityTrunk())
         )
 
-    client = source.load(carve, device, quantization)
-    wire_client(client, source.stack)
-    check_client(client, source.stack, cuts, output, constants)
-    settle_cache(client, source.stack)
-    _check_client_trains(client, source)
+    client = checkpoint.load(carve, device)
+    wire_client(client, checkpoint.stack)
+    check_client(client, checkpoint.stack, cuts, output, constants)
+    settle_cache(client, checkpoint.stack)
+    _check_client_trains(client, checkpoint)
     trunk_slot(client).replace(trunk)
     return client
 
 
 def load_trunk_model(
-    name_or_path: str,
+    name_or_path: str | ModelSource,
     cuts: CutLayers,
     *,
     dtype: torch.dtype | str | None = None,
@@ -100,7 +110,9 @@ def load_trunk_model(
     """Load the trunk of a checkpoint; only the trunk layers' tensors are read.
 
     Args:
-        name_or_path: Local directory or hub id of a causal language model in safetensors.
+        name_or_path: Local directory or hub id of a causal language model in safetensors; or a
+            :class:`~flower_split.split.loading.model_source.ModelSource`, which says ``dtype``,
+            ``attn_implementation``, ``revision`` and ``quantization`` itself.
         cuts: The cut layers.
         dtype: Of the weights; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
@@ -124,25 +136,32 @@ def load_trunk_model(
             f"device_map places the trunk's layers, so device must be left out; it is {device!r}."
         )
     output = LayerOutput()
-    source = Source.open(name_or_path, cuts, dtype, attn_implementation, revision, auto_class)
-    constants = constant_embeddings(source.skeleton)
+    source = as_source(
+        name_or_path,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        quantization=quantization,
+    )
+    checkpoint = Checkpoint.open(source, cuts, auto_class)
+    constants = constant_embeddings(checkpoint.skeleton)
 
     def carve(root: PreTrainedModel) -> None:
-        carve_trunk(root, source.stack, cuts, output, constants)
+        carve_trunk(root, checkpoint.stack, cuts, output, constants)
 
-    root = source.load(carve, device, quantization, device_map, cuts)
-    trunk = TrunkModel(root, source.stack, cuts, output).eval()
-    if source.quantization is not None:
+    root = checkpoint.load(carve, device, device_map, cuts)
+    trunk = TrunkModel(root, checkpoint.stack, cuts, output).eval()
+    if checkpoint.quantization is not None:
         weight = next(trunk.parameters())
         shape = (1, 3, trunk.hidden_size)
         leaf = torch.linspace(-1, 1, 3 * trunk.hidden_size, dtype=float_dtype(trunk)).view(shape)
         leaf = leaf.to(weight.device).requires_grad_()
-        source.check_trains(trunk, leaf, trunk)
+        checkpoint.check_trains(trunk, leaf, trunk)
     return trunk
 
 
 def load_whole_model(
-    name_or_path: str,
+    name_or_path: str | ModelSource,
     *,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
@@ -154,7 +173,7 @@ def load_whole_model(
     """Load the unsplit model, as the parts are loaded: for a comparison with them.
 
     Args:
-        name_or_path: Local directory or hub id of a checkpoint in safetensors.
+        name_or_path: Local directory or hub id of a checkpoint in safetensors, or a source.
         dtype: Of the weights; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
@@ -168,40 +187,39 @@ def load_whole_model(
     Raises:
         SplitError: As for :func:`load_client_model`.
     """
-    source = Source.open(name_or_path, None, dtype, attn_implementation, revision, auto_class)
-    return source.load(lambda root: None, device, quantization)
+    source = as_source(
+        name_or_path,
+        revision=revision,
+        attn_implementation=attn_implementation,
+        dtype=dtype,
+        quantization=quantization,
+    )
+    return Checkpoint.open(source, None, auto_class).load(lambda root: None, device)
 
 
-def empty_model(
-    name_or_path: str,
-    cuts: CutLayers | None = None,
-    *,
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-) -> PreTrainedModel:
+def empty_model(name_or_path: str | ModelSource, cuts: CutLayers | None = None) -> PreTrainedModel:
     """Return a model on the meta device: names and shapes, no weights; it cannot be called.
 
     Args:
-        name_or_path: Local directory or hub id; only its configuration is read.
+        name_or_path: Local directory or hub id, or a source; only its configuration is read.
         cuts: The cut layers, for a client's model; None: the whole model.
-        attn_implementation: transformers' name; None: the model's default.
-        revision: Hub revision; None: the default branch.
 
     Raises:
         SplitError: Not a causal language model, or cuts that do not fit.
     """
-    source = Source.open(name_or_path, cuts, None, attn_implementation, revision)
-    model = source.skeleton
+    checkpoint = Checkpoint.open(as_source(name_or_path), cuts)
+    model = checkpoint.skeleton
     if cuts is not None:
         replace_in_place(
-            model, client_replacements(model, source.stack, cuts, LayerOutput(), IdentityTrunk())
+            model,
+            client_replacements(model, checkpoint.stack, cuts, LayerOutput(), IdentityTrunk()),
         )
     return model
 
 
-def _check_client_trains(client: PreTrainedModel, source: Source) -> None:
+def _check_client_trains(client: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Check that gradients flow from a quantised client's output to its embeddings."""
-    if source.quantization is None:
+    if checkpoint.quantization is None:
         return
     embeddings = client.get_input_embeddings()
     assert isinstance(embeddings, nn.Module)
@@ -220,4 +238,4 @@ def _check_client_trains(client: PreTrainedModel, source: Source) -> None:
             put.remove()
         return output
 
-    source.check_trains(client, found[0].detach().requires_grad_(), run)
+    checkpoint.check_trains(client, found[0].detach().requires_grad_(), run)

@@ -153,7 +153,7 @@ def test_specs_are_what_the_clients_attach(tmp_path: Path) -> None:
     whole = tiny_model("llama")
     attach_lora(whole, CUTS, parts, seed=0)
     own = {0: OwnLora(rank=3), 1: OwnLora(), 2: OwnLora(rank=8), 3: OwnLora(alpha=2.0)}
-    specs = rank_specs(config, own, lora_scales(whole), str(tmp_path))
+    specs = rank_specs(config, own, lora_scales(whole))
     assert sorted(specs) == [0, 3]  # rank 8 is no other than the run's
     for slot, spec in specs.items():
         mine = tiny_model("llama")

@@ -12,10 +12,18 @@ import torch
 import transformers.modeling_utils
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from flower_split.config import ModelConfig
 from flower_split.errors import SplitError
-from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
+from flower_split.split import (
+    CutLayers,
+    load_client_model,
+    load_trunk_model,
+    load_whole_model,
+    set_trunk,
+)
 from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.loading import checkpoint as source_module
+from flower_split.split.loading.model_source import ModelSource
 from tests.support.tiny_models import (
     FAMILIES,
     assert_same_bits,
@@ -136,6 +144,27 @@ def test_loading_dtype_and_attention_are_taken(tmp_path: Path) -> None:
         assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
         assert part.config._attn_implementation == "eager"
     assert torch.isfinite(client(**padded_batch()).loss)
+
+
+def test_model_source_is_loaded_as_the_run_config_says(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    source = ModelSource.of(
+        ModelConfig(name=str(tmp_path), dtype="bfloat16", attn_implementation="eager")
+    )
+    assert source == ModelSource(
+        name_or_path=str(tmp_path), dtype="bfloat16", attn_implementation="eager"
+    )
+    trunk = load_trunk_model(source, CUTS)
+    client = load_client_model(source, CUTS, trunk)
+    for part in (client, trunk, load_whole_model(source)):
+        assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
+        assert part.config._attn_implementation == "eager"
+
+
+def test_setting_beside_a_model_source_is_refused() -> None:
+    source = ModelSource(name_or_path="someone/tiny", dtype="bfloat16")
+    with pytest.raises(SplitError, match=r"'someone/tiny'.*\{'dtype': 'float32'\}"):
+        load_trunk_model(source, CUTS, dtype="float32")
 
 
 def _hub(directory: Path, fetched: list[str]) -> Callable[..., Path | None]:
