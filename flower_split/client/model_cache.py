@@ -35,7 +35,7 @@ class NoTrunk(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Raise: the trunk is not connected.
+        """Refuse the call: the trunk is not connected.
 
         Raises:
             TrunkError: Always.

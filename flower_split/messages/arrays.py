@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def to_arrays(state: Mapping[str, Tensor]) -> ArrayRecord:
-    """``state`` as Flower's record, sorted by name, in fp32."""
+    """Return ``state`` as Flower's record, sorted by name, in fp32."""
     return ArrayRecord(
         {name: Array(state[name].detach().float().cpu().numpy()) for name in sorted(state)}
     )
 
 
 def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """The tensors of a record, sorted by name; they own their memory."""
+    """Return the tensors of a record, sorted by name; they own their memory."""
     return {name: torch.tensor(arrays[name].numpy()) for name in sorted(arrays)}

@@ -78,7 +78,7 @@ class Fields:
 
     @classmethod
     def find(cls, content: RecordDict, what: str) -> "Fields | None":
-        """As :meth:`of`; None where ``content`` holds nothing of this package's.
+        """Find the record as :meth:`of` does; return None where ``content`` holds none of ours.
 
         Raises:
             FederationError: It was written by a version with another format.

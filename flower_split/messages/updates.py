@@ -1,4 +1,4 @@
-"""Updates as clients report them: ``returned − sent`` of full adapters, over all weights."""
+"""Clients' updates: ``returned − sent`` of full adapters, over all weights."""
 
 import math
 
@@ -7,7 +7,7 @@ from flwr.app import Array, ArrayRecord, Message
 
 
 def update_norm(sent: ArrayRecord, returned: ArrayRecord) -> float:
-    """The L2 norm of ``returned − sent`` over all weights, in fp64."""
+    """Return the L2 norm of ``returned − sent`` over all weights, in fp64."""
     squares = (
         float(np.square(returned[n].numpy().astype(np.float64) - sent[n].numpy()).sum())
         for n in sent
@@ -26,7 +26,7 @@ def move_zero_update(reply: Message, sent: ArrayRecord) -> None:
             continue
         name = max(record, key=lambda n: float(np.abs(record[n].numpy()).max(initial=0.0)))
         values = record[name].numpy().copy()
-        place = np.unravel_index(np.abs(values).argmax(), values.shape)
-        step = np.spacing(np.abs(values[place]), dtype=values.dtype)
-        values[place] += max(step, values.dtype.type(1e-12))
+        index = np.unravel_index(np.abs(values).argmax(), values.shape)
+        step = np.spacing(np.abs(values[index]), dtype=values.dtype)
+        values[index] += max(step, values.dtype.type(1e-12))
         record[name] = Array(values)
