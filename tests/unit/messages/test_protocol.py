@@ -97,7 +97,7 @@ WRAPPERS: dict[str, Callable[[Strategy], Strategy]] = {
     "none": lambda inner: inner,
     "server-fixed": lambda s: DifferentialPrivacyServerSideFixedClipping(s, 0.1, 1.0, 2),
     "server-adaptive": lambda s: DifferentialPrivacyServerSideAdaptiveClipping(s, 0.1, 2),
-    "client-fixed": lambda s: DifferentialPrivacyClientSideFixedClipping(s, 0.1, 1.0, 2),
+    "client-fixed": lambda s: DifferentialPrivacyClientSideFixedClipping(s, 0.1, 0.1, 2),
     "client-adaptive": lambda s: DifferentialPrivacyClientSideAdaptiveClipping(s, 0.1, 2),
 }
 
