@@ -79,10 +79,11 @@ class _Case:
             self.subject,
             "distribute the same factors each time it is asked in one state",
         )
+        before = _copies(again)  # now: what is shared with the state changes in a moment
         sent.A.add_(1)
         sent.B.add_(1)
         require(
-            _same(_copies(again), _copies(self.method.distribute(state))),
+            _same(before, _copies(self.method.distribute(state))),
             self.subject,
             "distribute copies: a client that trains them must not change the state",
         )

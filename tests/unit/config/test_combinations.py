@@ -20,6 +20,7 @@ CENTRAL: dict[str, Scalar] = {
 BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     ({"resume-previous": True}, r"resume-previous = true with resume = \"\": there is no run dir"),
     ({"train.auxiliary-head": True}, r'train.auxiliary-head = true with mode = "joint"'),
+    ({"local-only-baseline": True, "trunk.train": "full"}, "it would be no baseline"),
     ({"lora.trunk.r": 0}, r"nothing of it would train. Set lora.trunk.r"),
     ({"lora.bottom.r": 0, "lora.top.r": 0}, "a client would have nothing to train"),
     (
@@ -86,7 +87,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 18
+    assert len(rows) == 19
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "
