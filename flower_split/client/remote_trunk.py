@@ -15,9 +15,13 @@ from contextlib import AbstractContextManager, suppress
 import torch
 from torch import Tensor, nn
 
-from flower_split.client.autograd import call_trunk
-from flower_split.client.calls import Caching, Exchange
-from flower_split.client.micro_batch import CurrentMicroBatch, MicroBatch
+from flower_split.client.calls import (
+    Caching,
+    CurrentMicroBatch,
+    Exchange,
+    MicroBatch,
+    call_trunk,
+)
 from flower_split.client.trunk_session import TrunkSession, WireStats
 from flower_split.errors import TrunkError
 from flower_split.protocol.values import ForwardMode, SessionGrant
@@ -25,7 +29,7 @@ from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.split.structure.trunk_inputs import TrunkInputs, check_constant
+from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.staging import allocator, to_host
 
@@ -181,13 +185,13 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkRefused: The trunk answered no; the reason is typed.
             RoundAborted: The round was given up.
         """
-        check_constant({**(layer_arguments or {}), **(host_arguments or {})})
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 4:
-            attention_mask = _padding_mask(attention_mask)
         given = TrunkInputs(
             attention_mask, position_ids, layer_arguments or {}, host_arguments or {}
         )
         extras = {name: to_host(tensor) for name, tensor in given.named().items()}
+        allocate = allocator(hidden_states.device)
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 4:
+            extras["attention_mask"] = _padding_mask(extras["attention_mask"])
         if position_ids is not None:
             extras["position_ids"] = extras["position_ids"].to(torch.int64)
         if cache is not None and cache.rows is not None:
@@ -199,9 +203,7 @@ class RemoteTrunk(nn.Module, Closing):
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
             micro_batch = self._current.take()
         caching = Caching(use_cache, cache, self._take_released() if cache else [])
-        exchange = Exchange(
-            self._session, mode, micro_batch, extras, allocator(hidden_states.device), caching
-        )
+        exchange = Exchange(self._session, mode, micro_batch, extras, allocate, caching)
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts: autograd converts the gradients back.
             smashed = hidden_states.to(self._session.codec.dtype or hidden_states.dtype)
@@ -230,13 +232,12 @@ class RemoteTrunk(nn.Module, Closing):
         return self._session.take_stats()
 
 
-def _padding_mask(attention_mask: Tensor) -> Tensor:
-    """Return the mask as booleans on the CPU, which travel as bits.
+def _padding_mask(mask: Tensor) -> Tensor:
+    """Return a mask on the CPU as booleans, which travel as bits.
 
     Raises:
         TrunkError: It is not a mask of zeros and ones, [batch, seq].
     """
-    mask = to_host(attention_mask)
     as_bool = mask.to(torch.bool)
     if mask.ndim != 2 or not bool((as_bool.to(mask.dtype) == mask).all()):
         raise TrunkError(

@@ -19,10 +19,10 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cuts_to_proto, grant_from_proto
 from flower_split.protocol.values import SessionGrant
 from flower_split.split import CutLayers
-from flower_split.wire.buffers import Allocate
 from flower_split.wire.codecs import NATIVE, TensorForm, make_codec
 from flower_split.wire.codecs.coding import encode, receive
 from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.staging import Allocate
 from flower_split.wire.transport import Transport
 
 logger = logging.getLogger(__name__)

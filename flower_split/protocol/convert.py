@@ -13,7 +13,6 @@ from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     ActivationReport,
     Arrival,
-    ContributionKey,
     Dispatch,
     RoundBase,
     RoundPlan,
@@ -31,17 +30,6 @@ _STEP_EVERY = {
     StepEvery.CONTRIBUTION: pb.CONTRIBUTION,
     StepEvery.BUFFER: pb.BUFFER,
 }
-
-
-def key_from_proto(key: pb.ContributionKey) -> ContributionKey:
-    """A contribution's name."""
-    return ContributionKey(
-        experiment=key.experiment,
-        server_round=key.server_round,
-        attempt=key.attempt,
-        window=key.window,
-        micro_batch=key.micro_batch,
-    )
 
 
 def cache_to_proto(step: CacheStep) -> pb.CacheUse:

@@ -1,8 +1,8 @@
 """Splitting: the same model with another party's layers left out, at their original indices.
 
 Runs on clients and on the trunk machine. Begin with ``structure/stack`` (where the layers are) and
-``client_side/model`` (what replaces them: ``trunk_slot`` calls the trunk, ``pass_through`` stands for
-the rest), then ``trunk_side/model``; ``loading`` reads one party's weights, ``checking`` compares.
+``client_side/model`` (what replaces them: in ``trunk_slot`` the layer that calls the trunk, and those
+that pass by), then ``trunk_side/model``; ``loading`` reads one party's weights, ``checking`` compares.
 """
 
 from flower_split.split.client_side.model import set_trunk

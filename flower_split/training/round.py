@@ -171,6 +171,7 @@ class _StepTrainer:
         if self.config.trunk.step_every == "server-round":
             window, micro_batch = 0, self.num_micro_batches + index
             last = last and step == self.position.num_steps - 1
+        seed = micro_batch_seed(self.config.seed, self.position, step, index)
         named = (
             self.trunk.micro_batch(
                 window, micro_batch, num_tokens=tokens[index], loss_denominator=total, last=last
@@ -178,7 +179,6 @@ class _StepTrainer:
             if self.trunk is not None
             else nullcontext()
         )
-        seed = micro_batch_seed(self.config.seed, self.position, step, index)
         with self.turns.computing(seed), named:
             loss = causal_lm_loss(self.model, batch, total, self.device)
             objective = loss if self.auxiliary is None else loss + self.auxiliary.loss(batch, total)

@@ -107,7 +107,7 @@ def encode_tensor(name: str, tensor: Tensor) -> Encoded:
 
 
 def check_specs(specs: Iterable[pb.TensorSpec], max_bytes: int) -> list[Layout]:
-    """Check the descriptions of one message; nothing is allocated.
+    """Check the descriptions of one message and return their layouts; nothing is allocated.
 
     Args:
         specs: In payload order.
@@ -138,7 +138,7 @@ def check_specs(specs: Iterable[pb.TensorSpec], max_bytes: int) -> list[Layout]:
 
 
 def _check_spec(spec: pb.TensorSpec) -> tuple[Layout, int]:
-    """The layout and its decoded size in bytes."""
+    """Return the layout and its decoded size in bytes."""
     name, shape = spec.name, tuple(spec.shape)
     if not 0 < len(name) <= MAX_NAME:
         raise CodecError(
@@ -172,7 +172,7 @@ def _check_spec(spec: pb.TensorSpec) -> tuple[Layout, int]:
 
 
 def decode_tensor(layout: Layout, payload: Tensor) -> Tensor:
-    """The tensor of a received payload.
+    """Return the tensor of a received payload.
 
     Args:
         layout: Its checked description.

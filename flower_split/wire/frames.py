@@ -15,8 +15,8 @@ from torch import Tensor
 
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.buffers import Allocate, pooled
 from flower_split.wire.codec import check_specs, decode_tensor, encode_tensor
+from flower_split.wire.staging import Allocate, pooled
 
 FRAME_BYTES = 1 << 20  # 256 KiB to 2 MiB are equally fast; larger delays the calls beside it
 MAX_HEADER_BYTES = 6 << 20  # a header is one gRPC message, whose limit is 8 MiB
@@ -35,7 +35,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: memoryview, start: int) -> tuple[int, int] | None:
-    """Value and the index after it; ``None`` if there is no varint below 2^35."""
+    """Return the value and the index after it; ``None`` if there is no varint below 2^35."""
     value = 0
     for index in range(start, min(start + 5, len(data))):
         value |= (data[index] & 0x7F) << 7 * (index - start)
@@ -51,6 +51,9 @@ class Outgoing:
         header: The call's header; its ``tensors`` are filled in here.
         tensors: Dense CPU tensors by name, in payload order. They must not change until sent.
 
+    Attributes:
+        num_bytes: Of all frames.
+
     Raises:
         CodecError: A tensor has no place on the wire, or the header is too large.
     """
@@ -64,20 +67,16 @@ class Outgoing:
                 f"the header of a message may have {MAX_HEADER_BYTES} bytes; this one, describing "
                 f"{len(encoded)} tensors, has {len(serialized)}."
             )
-        self._header = _HEADER_TAG + _varint(len(serialized)) + serialized
+        header_bytes = _HEADER_TAG + _varint(len(serialized)) + serialized
         self._parts = [item.data for item in encoded if item.data.nbytes]
-        self._payload_bytes = sum(part.nbytes for part in self._parts)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all frames."""
-        return sum(len(prefix) + size for prefix, size in self._plan())
+        self._plan = _planned(header_bytes, sum(part.nbytes for part in self._parts))
+        self.num_bytes = sum(len(prefix) + size for prefix, size in self._plan)
 
     def frames(self) -> Iterator[bytes]:
-        """The frames, each made when it is asked for."""
+        """Yield the frames, each made when it is asked for."""
         parts = iter(self._parts)
         part, used = memoryview(b""), 0
-        for prefix, size in self._plan():
+        for prefix, size in self._plan:
             pieces: list[bytes | memoryview] = [prefix]
             while size:
                 if used == part.nbytes:
@@ -88,20 +87,22 @@ class Outgoing:
                 size -= piece.nbytes
             yield b"".join(pieces)
 
-    def _plan(self) -> Iterator[tuple[bytes, int]]:
-        """For every frame, the bytes before its payload and the payload's size."""
-        overhead = 1 + 5  # the tag and the longest length
-        size = min(self._payload_bytes, max(0, FRAME_BYTES - len(self._header) - overhead))
-        yield self._header + (_PAYLOAD_TAG + _varint(size) if size else b""), size
-        left = self._payload_bytes - size
-        while left:
-            size = min(left, FRAME_BYTES - overhead)
-            yield _PAYLOAD_TAG + _varint(size), size
-            left -= size
+
+def _planned(header: bytes, payload_bytes: int) -> list[tuple[bytes, int]]:
+    """Return, for every frame, the bytes before its payload and the payload's size."""
+    overhead = 1 + 5  # the tag and the longest length
+    size = min(payload_bytes, max(0, FRAME_BYTES - len(header) - overhead))
+    plan = [(header + (_PAYLOAD_TAG + _varint(size) if size else b""), size)]
+    left = payload_bytes - size
+    while left:
+        size = min(left, FRAME_BYTES - overhead)
+        plan.append((_PAYLOAD_TAG + _varint(size), size))
+        left -= size
+    return plan
 
 
 def _parse(frame: bytes) -> tuple[pb.Header | None, memoryview]:
-    """The header, if the frame has one, and the payload, without copying it."""
+    """Return the header, if the frame has one, and the payload, without copying it."""
     data = memoryview(frame)
     header, at = None, 0
     if data[:1] == _HEADER_TAG:
@@ -174,6 +175,16 @@ class Incoming:
         self.header = header
         self._num_bytes = len(first)
 
+    def expect(self, call: str) -> None:
+        """Check that the header is of ``call``.
+
+        Raises:
+            CodecError: It is not.
+        """
+        found = self.header.WhichOneof("call")
+        if found != call:
+            raise CodecError(f"the header of this call must be of {call!r}; it is of {found!r}.")
+
     def receive(
         self, max_bytes: int, *, allocate: Allocate = pooled, digest: bool = False
     ) -> Received:
@@ -195,7 +206,7 @@ class Incoming:
                 sha.update(repr((layout.name, str(layout.dtype), layout.shape)).encode())
         chunks = self._chunks(wanted)
         chunk = memoryview(b"")
-        tensors: dict[str, Tensor] = {}
+        payloads: list[Tensor] = []
         for layout in layouts:
             payload = allocate(layout.num_bytes)
             target, filled = payload.numpy().data, 0
@@ -208,12 +219,16 @@ class Incoming:
                 target[filled : filled + size] = chunk[:size]
                 chunk = chunk[size:]
                 filled += size
-            tensors[layout.name] = decode_tensor(layout, payload)
+            payloads.append(payload)
         next(chunks, None)  # runs to the end of the stream, where surplus is found
+        tensors = {
+            layout.name: decode_tensor(layout, payload)
+            for layout, payload in zip(layouts, payloads, strict=True)
+        }
         return Received(tensors, sha.digest() if sha else b"", self._num_bytes)
 
     def _chunks(self, wanted: int) -> Iterator[memoryview]:
-        """The payloads, checked against what is announced; ends only with the stream."""
+        """Yield the payloads, checked against what is announced; end only with the stream."""
         arrived = self._first_payload.nbytes
         _check_surplus(arrived, wanted)
         if arrived:

@@ -20,7 +20,9 @@ from types import CodeType, FrameType
 
 import flower_split
 from flower_split.split import TrunkModel, set_trunk
-from flower_split.training.round import Batch, RoundPlace, train_round
+from flower_split.training.loss import Batch
+from flower_split.training.measures import RoundPosition
+from flower_split.training.round import train_round
 from tests.acceptance.federation import federation, make_batch, make_config, write_checkpoint
 
 ROOT = str(Path(flower_split.__file__).parent) + "/"
@@ -67,7 +69,7 @@ class StepProfile:
     def table(self) -> str:
         """Return the counts as lines."""
         lines = [f"{count:6d} {name}" for name, count in self.calls.most_common()]
-        lines += [f"{count:6d} {a} -> {b}" for (a, b), count in self.changes.most_common(20)]
+        lines += [f"{count:6d} {a} -> {b}" for (a, b), count in self.changes.most_common()]
         lines += ["handler to the trunk's forward:", *(f"       {f}" for f in self.forward_frames)]
         lines.append(
             f"{len(self.calls)} files, {self.calls.total()} calls, {self.num_changes} changes of "
@@ -111,11 +113,11 @@ def profile_step() -> StepProfile:
                 with fed.remote(0) as trunk:
                     set_trunk(model, trunk)
                     trunk.open(2)
-                    place = RoundPlace(
+                    position = RoundPosition(
                         server_round=1, num_server_rounds=1, num_steps=2, partition_id=0
                     )
                     sys.setprofile(profile.hook)
-                    train_round(model, batches(), config, place, trunk)
+                    train_round(model, batches(), config, position, trunk)
                     profile.active = False
     finally:
         sys.setprofile(None)

@@ -1,4 +1,4 @@
-"""The running call of a model around the trunk: what its layers are given, and the checks of that.
+"""The running call of a model around the trunk: what the trunk needs of it.
 
 Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
 """
@@ -16,7 +16,7 @@ from transformers.cache_utils import StaticLayer
 from flower_split.errors import SplitError
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import keeps_only_keys_and_values
-from flower_split.split.structure.layer_arguments import nested_tensors, tensors_of
+from flower_split.split.structure.layer_arguments import nested_tensors
 from flower_split.split.structure.probe import same_bits
 
 # Arguments of the model that no layer computes with, or that the trunk is given or builds itself.
@@ -27,6 +27,7 @@ _KNOWN_ARGUMENTS = frozenset(
         "hidden_states",
         "attention_mask",
         "position_ids",
+        "use_cache",
         "cache_position",
         "labels",
         "num_items_in_batch",
@@ -166,35 +167,3 @@ def padding_mask(call: ModelCall) -> Tensor | None:
             return mask
         around = around.outer
     return None
-
-
-def check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, index: int) -> None:
-    """Check that the hidden states that reach a stand-in are those that the trunk returned."""
-    if returned._version == version and (
-        hidden_states is returned or same_bits(hidden_states.detach(), returned.detach())
-    ):
-        return
-    raise SplitError(
-        f"the model changes the hidden states right before layer {index}, between layers of the "
-        "trunk, where the client cannot reach them (as when features of an image are added after "
-        f"the first layers). Choose cut layers with first >= {index}, or call the model without "
-        "what it adds there."
-    )
-
-
-def check_arguments(
-    index: int, args: tuple[object, ...], kwargs: dict[str, object], call: ModelCall
-) -> None:
-    """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
-    rehearsed = call.rehearsed
-    if rehearsed is None:
-        return
-    there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
-    for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
-        one, other = there.get(place), expected.get(place)
-        if one is None or other is None or not rehearsed.same(one, other):
-            raise SplitError(
-                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
-                f"receive, so its layers would compute something else: layer {index} is given another "
-                f"{place}. Call the split model without {next(iter(call.unknown))}."
-            )

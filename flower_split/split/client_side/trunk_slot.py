@@ -1,4 +1,4 @@
-"""The stand-in that calls the trunk, and what a trunk may be.
+"""The stand-ins for the trunk's layers on a client: the first calls the trunk, the others pass by.
 
 Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
 
@@ -19,7 +19,6 @@ from flower_split.split.client_side.rehearsal import Rehearsal
 from flower_split.split.client_side.running_call import (
     Expected,
     ModelCall,
-    check_arguments,
     mask_for_trunk,
     padding_mask,
     running_call,
@@ -32,6 +31,7 @@ from flower_split.split.structure.kv_cache import (
     find_cache,
 )
 from flower_split.split.structure.layer_arguments import by_place, tensors_of
+from flower_split.split.structure.probe import same_bits
 from flower_split.split.structure.stand_in import LayerOutput, StandIn, take_hidden_states
 
 # Arguments that a trunk's forward may have: see TrunkModel.forward.
@@ -133,12 +133,13 @@ class TrunkSlot(StandIn):
         mask = mask_for_trunk(call)
         if call.unknown or self.learned is not None:
             self._rehearse(call, hidden_states, mask)
-            check_arguments(self._index, args, kwargs, call)
+            _check_arguments(self._index, args, kwargs, call)
         given = {
             LAYER_ARGUMENTS: self._carried_arguments(args, kwargs),
             HOST_ARGUMENTS: self._shared_arguments(call),
         }
-        cache = find_cache(args, kwargs)
+        # With autograd no call goes on with a cache, so there is nothing to keep count of.
+        cache = None if torch.is_grad_enabled() else find_cache(args, kwargs)
         step = None if cache is None else self._step(cache, hidden_states)
         if step is None and call.has_past:
             raise SplitError(
@@ -246,10 +247,70 @@ class TrunkSlot(StandIn):
         return {place: there[place] for place in self.carried}
 
     def _step(self, cache: Cache, hidden_states: Tensor) -> CacheStep | None:
-        """Return the call with the trunk's side of ``cache``; None if the trunk is to keep nothing."""
+        """Return the call with the trunk's side of ``cache``; None if the trunk keeps nothing."""
         trunk, step = self.trunk, None
-        if isinstance(trunk, CachingTrunk) and not torch.is_grad_enabled():
+        if isinstance(trunk, CachingTrunk):
             step = self._book.begin(cache, self._index, hidden_states, trunk, trunk.release_cache)
-        if not torch.is_grad_enabled():
-            enter_place_holder(cache, self._index, hidden_states)
+        enter_place_holder(cache, self._index, hidden_states)
         return step
+
+
+class PassThrough(StandIn):
+    """Stands where another of the trunk's layers is; what comes in must be what the trunk returned.
+
+    Args:
+        layer: The layer that it replaces.
+        output: The form of the family's layer outputs.
+        index: The layer's index in the model.
+    """
+
+    def __init__(self, layer: nn.Module, output: LayerOutput, index: int) -> None:
+        super().__init__(layer, output, index)
+        self._index = index
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Return the first argument, in the form of the family's layer outputs.
+
+        Raises:
+            SplitError: The model's forward changes the hidden states between the trunk's layers, or
+                gives this one what the trunk's layer is not given.
+        """
+        call = running_call.get()
+        if call is not None and call.returned is not None:
+            _check_arguments(self._index, args, kwargs, call)
+            if call.shared:  # what the client's forward added, the trunk's has added itself
+                return self._layer_output.wrap(call.returned[0], args, kwargs)
+            _check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
+        return super().forward(*args, **kwargs)
+
+
+def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, index: int) -> None:
+    """Check that the hidden states that reach a stand-in are those that the trunk returned."""
+    if returned._version == version and (
+        hidden_states is returned or same_bits(hidden_states.detach(), returned.detach())
+    ):
+        return
+    raise SplitError(
+        f"the model changes the hidden states right before layer {index}, between layers of the "
+        "trunk, where the client cannot reach them (as when features of an image are added after "
+        f"the first layers). Choose cut layers with first >= {index}, or call the model without "
+        "what it adds there."
+    )
+
+
+def _check_arguments(
+    index: int, args: tuple[object, ...], kwargs: dict[str, object], call: ModelCall
+) -> None:
+    """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
+    rehearsed = call.rehearsed
+    if rehearsed is None:
+        return
+    there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
+    for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
+        one, other = there.get(place), expected.get(place)
+        if one is None or other is None or not rehearsed.same(one, other):
+            raise SplitError(
+                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
+                f"receive, so its layers would compute something else: layer {index} is given another "
+                f"{place}. Call the split model without {next(iter(call.unknown))}."
+            )

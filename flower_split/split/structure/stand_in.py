@@ -95,15 +95,6 @@ def take_hidden_states(args: tuple[object, ...], kwargs: dict[str, object]) -> T
     return hidden_states_of(args[0] if args else kwargs.get("hidden_states"))
 
 
-def put_hidden_states(
-    args: tuple[object, ...], kwargs: dict[str, object], hidden_states: Tensor
-) -> tuple[tuple[object, ...], dict[str, object]]:
-    """Return the arguments of a layer's call with the hidden states replaced."""
-    if args:
-        return (hidden_states, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": hidden_states}
-
-
 class StandIn(nn.Module):
     """Stands where another party's layer is, and passes the hidden states through.
 

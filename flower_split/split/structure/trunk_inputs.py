@@ -33,7 +33,21 @@ class TrunkInputs:
     host_arguments: Mapping[str, Tensor] = field(default_factory=dict)
 
     def named(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
+        """Return the tensors by name.
+
+        Raises:
+            SplitError: A layer's or a host's argument is made by weights that are trained: a network
+                returns no gradient of it.
+        """
+        places = {**self.layer_arguments, **self.host_arguments}
+        trained = [place for place, tensor in places.items() if tensor.requires_grad]
+        if trained:
+            raise SplitError(
+                f"the client trains weights that make a tensor for the trunk's layers (argument "
+                f"{', '.join(trained)}, such as a relative position bias or features of images), and "
+                "a remote trunk returns no gradient of that. Freeze those weights: adapters on the "
+                "layers' linear modules leave them frozen."
+            )
         tensors: dict[str, Tensor] = {}
         if isinstance(self.attention_mask, Mapping):
             for kind, mask in self.attention_mask.items():
@@ -83,19 +97,3 @@ def fits(name: str, tensor: Tensor, batch: int, seq: int) -> bool:
         axes = len(shape) == 2 or (len(shape) == 3 and 0 < shape[0] <= _MAX_AXES)
         return axes and shape[-2] in (1, batch) and shape[-1] == seq
     return False
-
-
-def check_constant(arguments: Mapping[str, Tensor]) -> None:
-    """Check that no gradient of a layer's or a host's argument is asked for, where none comes back.
-
-    Raises:
-        SplitError: One is made by weights that are trained.
-    """
-    trained = [place for place, tensor in arguments.items() if tensor.requires_grad]
-    if trained:
-        raise SplitError(
-            f"the client trains weights that make a tensor for the trunk's layers (argument "
-            f"{', '.join(trained)}, such as a relative position bias or features of images), and a "
-            "remote trunk returns no gradient of that. Freeze those weights: adapters on the layers' "
-            "linear modules leave them frozen."
-        )

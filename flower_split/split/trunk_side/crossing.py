@@ -14,11 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.split.structure.layer_arguments import with_tensors
-from flower_split.split.structure.stand_in import (
-    hidden_states_of,
-    put_hidden_states,
-    take_hidden_states,
-)
+from flower_split.split.structure.stand_in import hidden_states_of, take_hidden_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +61,9 @@ def enter_trunk(
         return None
     if smashed.random_state is not None:
         _restore_random_state(smashed.random_state, smashed.hidden_states.device)
-    return put_hidden_states(args, kwargs, smashed.hidden_states)
+    if args:
+        return (smashed.hidden_states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": smashed.hidden_states}
 
 
 def give_arguments(

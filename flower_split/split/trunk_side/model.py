@@ -221,7 +221,7 @@ class TrunkModel(nn.Module):
                 is no such cache.
         """
         if cache is None:
-            more = from_places(host_arguments or {})
+            more = from_places(host_arguments) if host_arguments else {}
             given = layer_arguments or {}
             return self._run(
                 hidden_states, attention_mask, position_ids, use_cache, None, given, more

@@ -327,8 +327,9 @@ class TrunkCompute:
 
     def _run(self, one: _Pass, hidden: Tensor) -> Tensor:
         train = bool(one.seed_of)
-        self.trunk.train(train)
         given = TrunkInputs.of(one.extras, self.device)
+        seed = _seed(self.seed, one.seed_of)
+        self.trunk.train(train)
         options: dict[str, Any] = {}
         if isinstance(self.trunk, TrunkModel):
             options = {
@@ -340,7 +341,7 @@ class TrunkCompute:
         own = nullcontext() if one.weights is None else self._places.holding(one.weights)
         with own, torch.random.fork_rng(devices=self._cuda):
             if train:
-                torch.manual_seed(_seed(self.seed, one.seed_of))
+                torch.manual_seed(seed)
             output: Tensor = trunk(
                 hidden,
                 attention_mask=given.attention_mask,

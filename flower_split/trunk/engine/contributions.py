@@ -107,9 +107,10 @@ class Contributions:
     def _forward(self, item: Contribution, call: ForwardCall) -> Tensor:
         """Run a forward and keep what its backward needs."""
         current, name = item.round, item.name
-        hidden = call.tensors["hidden_states"]
+        hidden, place = call.tensors["hidden_states"], item.place
         with self._changed:
             current.require_open()
+            seed_of, weights = current.seed_name(name), current.weights
             acknowledged = min(call.acknowledged, name.micro_batch)
             current.ledger.acknowledge(name.slot, name.window, acknowledged)
             current.activations.require_room(
@@ -117,22 +118,22 @@ class Contributions:
             )
         output, activation = self._compute.forward_train(
             call.tensors,
-            seed_of=current.seed_name(name),
+            seed_of=seed_of,
             use_cache=call.use_cache,
             cuts=item.member.cuts,
-            weights=current.weights,
+            weights=weights,
         )
         with self._changed:
-            current.activations.put(item.place, activation)
+            current.activations.put(place, activation)
         return output
 
     def _backward(self, item: Contribution, call: BackwardCall) -> Tensor:
         """Run a backward and add its gradients to the open window, or do neither."""
-        current, name = item.round, item.name
+        current, name, place = item.round, item.name, item.place
         with self._changed:
             current.require_open()
             current.windows.check(name.slot, name.window)
-            activation = current.activations.get(item.place)
+            activation = current.activations.get(place)
         if activation is None:
             raise TrunkRefused(
                 RefusalReason.UNKNOWN_CONTRIBUTION,
@@ -167,7 +168,7 @@ class Contributions:
                     loss_denominator=call.loss_denominator,
                 )
             current.open_contribution = None
-            current.activations.release(item.place)
+            current.activations.release(place)
             current.after_contribution()
             self._changed.notify_all()
         return smashed_grad

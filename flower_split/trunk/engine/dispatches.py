@@ -125,6 +125,9 @@ class Dispatches:
         activations: What is kept between forward and backward, over all dispatches.
         weight_bytes: Budget of the copies of former weights.
         clock: Monotonic seconds.
+
+    Attributes:
+        at_work: Everybody at work or arrived, by number.
     """
 
     def __init__(
@@ -141,28 +144,20 @@ class Dispatches:
         self._compute = compute
         self._trains = trains
         self._clock = clock
-        self._dispatches: dict[int, DispatchRound] = {}  # by number
+        self.at_work: dict[int, DispatchRound] = {}
 
     # ------------------------------------------------------------------ on any thread
 
     def all(self) -> list[DispatchRound]:
         """Return everybody at work or arrived, by slot and number."""
-        return sorted(self._dispatches.values(), key=lambda item: (item.slot, item.number))
-
-    def by_token(self, token: bytes) -> DispatchRound | None:
-        """Return the dispatch whose session token has this hash."""
-        return next((d for d in self._dispatches.values() if token in d.slots_by_token), None)
-
-    def by_session(self, session: str) -> DispatchRound | None:
-        """Return the dispatch whose session this is."""
-        return next((d for d in self._dispatches.values() if session in d.sessions), None)
+        return sorted(self.at_work.values(), key=lambda item: (item.slot, item.number))
 
     def silent(self) -> list[DispatchRound]:
         """Return who has begun, is not done, and made no call for the length of a lease."""
         now = self._clock()
         return [
             dispatch
-            for dispatch in self._dispatches.values()
+            for dispatch in self.at_work.values()
             if dispatch.windows.phase is Phase.OPEN
             and not dispatch.arrived
             and dispatch.last_seen.get(dispatch.slot, now) < now - dispatch.plan.window_seconds
@@ -184,15 +179,15 @@ class Dispatches:
         known = {
             entry.number
             for entry in plan.dispatches
-            if entry.number in self._dispatches
-            and hashed(entry.token) in self._dispatches[entry.number].slots_by_token
+            if entry.number in self.at_work
+            and hashed(entry.token) in self.at_work[entry.number].slots_by_token
         }
         new = [entry for entry in plan.dispatches if entry.number not in known]
-        self._check([self._dispatches[number] for number in known], new)
-        for number in [number for number in self._dispatches if number not in known]:
-            gone = self._dispatches.pop(number)
+        self._check([self.at_work[number] for number in known], new)
+        for number in [number for number in self.at_work if number not in known]:
+            gone = self.at_work.pop(number)
             gone.drop(gone.slot, "the coordinator has recalled it", self._clock())
-        if not self._dispatches:
+        if not self.at_work:
             self.activations.begin(max(1, len(new)))
         self._forget_versions()
         weights = (
@@ -202,7 +197,7 @@ class Dispatches:
         )
         for entry in new:
             self.activations.release_slot(entry.slot)  # forwards that its last dispatch left behind
-            self._dispatches[entry.number] = self._begun(plan, entry, weights)
+            self.at_work[entry.number] = self._begun(plan, entry, weights)
 
     def _check(self, known: Sequence[DispatchRound], new: Sequence[Dispatch]) -> None:
         busy = [dispatch.slot for dispatch in known if self._trains and not dispatch.arrived]
@@ -261,7 +256,7 @@ class Dispatches:
         """
         factors = {arrival.dispatch: arrival.factor for arrival in arrivals}
         for number in factors:
-            dispatch = self._dispatches.get(number)
+            dispatch = self.at_work.get(number)
             if dispatch is None or dispatch.over or (self._trains and not dispatch.arrived):
                 why = "is not at work" if dispatch is None else f"is not done: {dispatch.problem}"
                 raise TrunkRefused(
@@ -276,7 +271,7 @@ class Dispatches:
             if self._trains
         }
         for dispatch in taken:
-            del self._dispatches[dispatch.number]
+            del self.at_work[dispatch.number]
             dispatch.retired = True  # its calls are refused from now on
         self._forget_versions()
         return taken, gradients, {i: factors[dispatch.number] for i, dispatch in enumerate(taken)}
@@ -290,13 +285,13 @@ class Dispatches:
 
     def clear(self, why: str) -> None:
         """Recall everybody: their round is given up, or another experiment begins."""
-        for dispatch in self._dispatches.values():
+        for dispatch in self.at_work.values():
             dispatch.drop(dispatch.slot, why, self._clock())
-        self._dispatches.clear()
+        self.at_work.clear()
         self.activations.clear()
         self.versions.keep_only(set())
 
     def _forget_versions(self) -> None:
         self.versions.keep_only(
-            {d.copies.version for d in self._dispatches.values() if d.copies is not None}
+            {d.copies.version for d in self.at_work.values() if d.copies is not None}
         )

@@ -14,6 +14,7 @@ Next: ``flower_split/trunk/compute/compute.py``.
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -212,7 +213,7 @@ class TrunkEngine:
         with self._changed:
             self._index.wait(
                 current,
-                lambda: current.may_forward(name, call.version, self._clock()),
+                partial(current.may_forward, name, call.version),
                 call.deadline,
                 lambda: current.awaited(call.version),
             )
@@ -245,7 +246,7 @@ class TrunkEngine:
             current, _ = self._index.member(session, epoch)
             self._index.wait(
                 current,
-                lambda: self.compute.version >= version,
+                lambda _: self.compute.version >= version,
                 deadline,
                 lambda: f"version {version} of the trunk's weights",
             )

@@ -65,12 +65,7 @@ class RoundIndex:
             TrunkRefused: There is none (NO_ROUND).
             RoundAborted: It was given up.
         """
-        current = self.round
-        if current is None or current.committed:
-            raise TrunkRefused(
-                RefusalReason.NO_ROUND,
-                "no round is open on the trunk: the coordinator has not begun one, or it is over.",
-            )
+        current = self._begun()
         current.require_open()
         return current
 
@@ -105,14 +100,17 @@ class RoundIndex:
                 RefusalReason.WRONG_EPOCH,
                 "the trunk process has restarted since this session opened; the round begins again.",
             )
-        current: Round = self.dispatches.by_session(session) or self.open_round()
+        current: Round = self._dispatch_of(session) or self._begun()
         current.require_open()
         member = current.sessions.get(session)
         if member is None:
             raise TrunkRefused(
                 RefusalReason.UNKNOWN_SESSION, f"no such session in {current}; open one first."
             )
-        self.touch(current, member.slot)
+        now = self.clock()
+        current.touch(member.slot, now)
+        if self.round is not None:  # a dispatch's call keeps its asynchronous round alive, too
+            self.round.last_activity = now
         return current, member
 
     def touch(self, current: Round, slot: int) -> None:
@@ -129,13 +127,16 @@ class RoundIndex:
             TrunkRefused: There is none (NO_ROUND).
             RoundAborted: It was given up.
         """
-        current: Round = self.dispatches.by_token(hashed(token)) or self.open_round()
+        name = hashed(token)
+        at_work = self.dispatches.at_work.values()
+        dispatch = next((item for item in at_work if name in item.slots_by_token), None)
+        current: Round = dispatch or self._begun()
         current.require_open()
         return current
 
     def of_session(self, session: str) -> Round | None:
         """Return what a session belongs to, open or not; None: nothing that is still there."""
-        current = self.dispatches.by_session(session) or self.round
+        current = self._dispatch_of(session) or self.round
         return current if current is not None and session in current.sessions else None
 
     def is_open(self, session: str) -> bool:
@@ -174,7 +175,7 @@ class RoundIndex:
     def wait(
         self,
         current: Round,
-        reached: Callable[[], bool],
+        reached: Callable[[float], bool],
         deadline: float,
         what: Callable[[], str],
     ) -> None:
@@ -182,7 +183,7 @@ class RoundIndex:
 
         Args:
             current: The call's round.
-            reached: Asked after every change, and once a second.
+            reached: Asked after every change, and once a second; given the time.
             deadline: When to give up.
             what: Says what is waited for.
 
@@ -192,9 +193,27 @@ class RoundIndex:
         """
         while True:
             current.require_open()
-            if reached():
+            now = self.clock()
+            if reached(now):
                 return
-            left = deadline - self.clock()
+            left = deadline - now
             if left <= 0:
                 raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
             self.changed.wait(min(left, 1.0))
+
+    def _begun(self) -> Round:
+        """Return the round begun last, which may have been given up since.
+
+        Raises:
+            TrunkRefused: There is none, or it is committed (NO_ROUND).
+        """
+        if self.round is None or self.round.committed:
+            raise TrunkRefused(
+                RefusalReason.NO_ROUND,
+                "no round is open on the trunk: the coordinator has not begun one, or it is over.",
+            )
+        return self.round
+
+    def _dispatch_of(self, session: str) -> Round | None:
+        at_work = self.dispatches.at_work.values()
+        return next((item for item in at_work if session in item.sessions), None)

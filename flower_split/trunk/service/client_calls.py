@@ -21,25 +21,28 @@ from flower_split.protocol.convert import (
     cache_from_proto,
     cuts_from_proto,
     grant_to_proto,
-    key_from_proto,
 )
-from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall, ForwardMode
+from flower_split.protocol.values import (
+    BackwardCall,
+    CallResult,
+    ContributionKey,
+    ForwardCall,
+    ForwardMode,
+)
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
     WaitingPermits,
     deadline_of,
-    expect,
     token_of,
     unary,
 )
 from flower_split.trunk.service.session_tokens import SessionTokens
-from flower_split.wire.buffers import Allocate, pinned, pooled
 from flower_split.wire.codecs import NATIVE, make_codec
 from flower_split.wire.codecs.coding import encode, receive
 from flower_split.wire.frames import Incoming, Outgoing, Received
-from flower_split.wire.staging import to_host
+from flower_split.wire.staging import Allocate, pinned, pooled, to_host
 
 
 class ClientCalls:
@@ -84,7 +87,9 @@ class ClientCalls:
         return grant_to_proto(grant, self._max_tensor_bytes)
 
     def _wait_version(self, request: pb.WaitVersionRequest, context: Context) -> Message:
-        self._tokens.check(context, request.session, request.trunk_epoch, self._engine.epoch)
+        self._tokens.check(
+            token_of(context), request.session, request.trunk_epoch, self._engine.epoch
+        )
         with self._permits.taken():
             version = self._engine.wait_version(
                 request.session, request.trunk_epoch, request.version, deadline_of(context)
@@ -92,17 +97,19 @@ class ClientCalls:
         return pb.WaitVersionReply(version=version)
 
     def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
-        self._tokens.check(context, request.session, request.trunk_epoch, self._engine.epoch)
+        self._tokens.check(
+            token_of(context), request.session, request.trunk_epoch, self._engine.epoch
+        )
         self._engine.close_session(request.session, request.trunk_epoch)
         return pb.CloseSessionReply()
 
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with Answering(context, "Forward"), self._permits.taken():
-            deadline = deadline_of(context)
+            deadline, token = deadline_of(context), token_of(context)
             incoming = Incoming(requests)
             header = incoming.header.forward
-            expect(incoming, "forward")
-            self._tokens.check(context, header.session, header.trunk_epoch, self._engine.epoch)
+            incoming.expect("forward")
+            self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
             mode = _mode_of(header)
             recorded = header.HasField("cache") or mode is not ForwardMode.EVALUATE
             received = self._receive(incoming, "hidden_states", digest=recorded)
@@ -112,11 +119,11 @@ class ClientCalls:
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with Answering(context, "Backward"):
-            deadline = deadline_of(context)
+            deadline, token = deadline_of(context), token_of(context)
             incoming = Incoming(requests)
             header = incoming.header.backward
-            expect(incoming, "backward")
-            self._tokens.check(context, header.session, header.trunk_epoch, self._engine.epoch)
+            incoming.expect("backward")
+            self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
             received = self._receive(incoming, "trunk_output_grad", digest=True)
             result = self._engine.backward(_backward_call(header, received, deadline))
             reply = self._reply("smashed_grad", result, header.session, received)
@@ -173,7 +180,7 @@ def _forward_call(
     return ForwardCall(
         session=header.session,
         epoch=header.trunk_epoch,
-        key=key_from_proto(header.key) if header.HasField("key") else None,
+        key=_key_of(header.key) if header.HasField("key") else None,
         version=header.version,
         mode=mode,
         tensors=tensors,
@@ -205,7 +212,7 @@ def _backward_call(header: pb.BackwardHeader, received: Received, deadline: floa
     return BackwardCall(
         session=header.session,
         epoch=header.trunk_epoch,
-        key=key_from_proto(header.key),
+        key=_key_of(header.key),
         version=header.version,
         grad=grad,
         num_tokens=header.num_tokens,
@@ -213,4 +220,14 @@ def _backward_call(header: pb.BackwardHeader, received: Received, deadline: floa
         last=header.last,
         digest=hashlib.sha256(received.digest + counts).digest(),
         deadline=deadline,
+    )
+
+
+def _key_of(key: pb.ContributionKey) -> ContributionKey:
+    return ContributionKey(
+        experiment=key.experiment,
+        server_round=key.server_round,
+        attempt=key.attempt,
+        window=key.window,
+        micro_batch=key.micro_batch,
     )

@@ -18,10 +18,10 @@ from flower_split.trunk.service.handlers import (
     Answering,
     Context,
     deadline_of,
-    same_token,
     token_of,
     unary,
 )
+from flower_split.trunk.service.session_tokens import same_token
 from flower_split.wire.frames import Outgoing
 
 

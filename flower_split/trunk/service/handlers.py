@@ -1,6 +1,5 @@
 """Around every call to the trunk: its deadline, its token, permits to wait, and its status."""
 
-import hmac
 import logging
 import secrets
 import threading
@@ -14,7 +13,6 @@ import grpc
 from google.protobuf.message import Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
-from flower_split.wire.frames import Incoming
 from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
 
 logger = logging.getLogger(__name__)
@@ -118,17 +116,6 @@ def unary(
     return grpc.unary_unary_rpc_method_handler(handle)
 
 
-def expect(incoming: Incoming, call: str) -> None:
-    """Check that a stream's header is of ``call``.
-
-    Raises:
-        CodecError: It is not.
-    """
-    found = incoming.header.WhichOneof("call")
-    if found != call:
-        raise CodecError(f"the header of this call must be of {call!r}; it is of {found!r}.")
-
-
 def token_of(context: Context) -> str:
     """Return the bearer token of a call.
 
@@ -142,11 +129,6 @@ def token_of(context: Context) -> str:
         RefusalReason.UNAUTHENTICATED,
         'a call must carry the metadata "authorization: Bearer <token>".',
     )
-
-
-def same_token(given: str, expected: str) -> bool:
-    """Compare in a time that does not depend on where they differ."""
-    return hmac.compare_digest(given.encode(), expected.encode())
 
 
 def deadline_of(context: Context) -> float:

@@ -6,10 +6,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from flower_split.errors import CodecError
-from flower_split.wire.buffers import Allocate, pooled
 from flower_split.wire.codec import check_specs
 from flower_split.wire.codecs.codec import Codec, TensorForm
 from flower_split.wire.frames import Incoming, Received
+from flower_split.wire.staging import Allocate, pooled
 
 _SEPARATOR = "/"
 

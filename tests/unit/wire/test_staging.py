@@ -4,7 +4,7 @@ import gc
 
 import torch
 
-from flower_split.wire.buffers import SMALL, BufferPool
+from flower_split.wire.staging import SMALL, BufferPool
 
 
 def test_pool_buffer_is_reused_after_its_last_view_dies() -> None:
