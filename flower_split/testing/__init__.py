@@ -5,7 +5,17 @@ Read first: ``aggregators.py``, then the extension point's own base class.
 """
 
 from flower_split.testing.aggregators import check_aggregator
+from flower_split.testing.codecs import check_codec
+from flower_split.testing.data_sources import check_data_source
 from flower_split.testing.failures import ConformanceError
 from flower_split.testing.rules import check_rule
+from flower_split.testing.transports import check_transport
 
-__all__ = ["ConformanceError", "check_aggregator", "check_rule"]
+__all__ = [
+    "ConformanceError",
+    "check_aggregator",
+    "check_codec",
+    "check_data_source",
+    "check_rule",
+    "check_transport",
+]

@@ -1,7 +1,9 @@
 """Distributions made for one test: modules and metadata in a folder on ``sys.path``; no installer."""
 
 import importlib
+import shutil
 import sys
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +34,19 @@ def write_distribution(
     (metadata / "entry_points.txt").write_text("\n".join(groups))
     for module, source in (modules or {}).items():
         (site / f"{module}.py").write_text(source)
+
+
+def install(project: Path, site: Path) -> None:
+    """Write what an installer would leave in ``site`` of a project on disk.
+
+    Args:
+        project: A folder with a ``pyproject.toml`` and one package of the distribution's name.
+        site: The folder that stands for site-packages.
+    """
+    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    name = declared["name"]
+    write_distribution(site, name, entry_points=declared["entry-points"])
+    shutil.copytree(project / name, site / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
 @contextmanager
