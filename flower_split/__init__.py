@@ -47,19 +47,82 @@ Make a Flower app; its ``pyproject.toml`` names the two objects:
 >>> type(client_app).__name__, type(server_app).__name__
 ('ClientApp', 'ServerApp')
 
-Use a trunk that runs elsewhere, without Flower; here none does:
+Use a trunk that runs elsewhere, without Flower. Here it runs in this process, which a run never does:
 
->>> from contextlib import closing
->>> from flower_split import FlowerSplitError, TrunkCoordinator
->>> with closing(TrunkCoordinator("127.0.0.1:9", "token", timeout=0.2)) as coordinator:
-...     try:
-...         coordinator.status()
-...     except FlowerSplitError as error:
-...         print(type(error).__name__)
-TrunkUnavailable
+>>> from flower_split import RemoteTrunk, TrunkCoordinator
+>>> from flower_split.protocol.values import RoundPlan
+>>> from flower_split.trunk.serve import RunningTrunk, Serving
+>>> config = parse_run_config({"train.device": "cpu", "trunk.device": "cpu"})
+>>> server = RunningTrunk(config, Serving(token="the coordinator's"))
+>>> address = f"127.0.0.1:{server.port}"
+>>> coordinator = TrunkCoordinator(address, "the coordinator's", timeout=60.0)
+>>> def remote_trunk(server_round: int) -> RemoteTrunk:
+...     plan = RoundPlan(
+...         experiment="e", server_round=server_round, attempt=0, participants={0: "client 0's"}
+...     )
+...     coordinator.begin_round(plan)
+...     mine = {"token": "client 0's", "fingerprint": fingerprint(config), "mode": config.mode}
+...     return RemoteTrunk(address, **mine, call_timeout=60.0)
+>>> trunk = remote_trunk(1)
+>>> _ = trunk.open(planned_steps=1)
+>>> cuts = CutLayers(config.model.first_cut, config.model.second_cut)
+>>> client = load_client_model(path, cuts, trunk)
+>>> attach_lora(client, cuts, {"bottom": config.lora.bottom, "top": config.lora.top}, seed=0)
+>>> with trunk.micro_batch(0, 0, num_tokens=2, loss_denominator=2.0, last=True):
+...     loss = client(tokens, labels=tokens).loss
+>>> loss.backward()  # which steps the trunk: it was the window's only contribution
+>>> coordinator.prepare_round("e", 1, 0).optimizer_steps
+1
+>>> trunk.close()
+>>> _ = coordinator.commit_round("e", 1, 0)
 
-``RemoteTrunk`` is such a trunk as a module of a client, ``connect_trainer`` trains through it with
-transformers' ``Trainer``, and ``export_adapter`` makes one PEFT adapter of a finished run.
+Train the next round with transformers' ``Trainer``:
+
+>>> from tempfile import TemporaryDirectory
+>>> from transformers import PrinterCallback, Trainer, TrainingArguments
+>>> from flower_split import connect_trainer
+>>> from flower_split.split import set_trunk
+>>> trunk = remote_trunk(2)
+>>> set_trunk(client, trunk)
+>>> folder = TemporaryDirectory()
+>>> arguments = TrainingArguments(
+...     folder.name, max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
+... )
+>>> rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 16
+>>> trainer = Trainer(client, arguments, train_dataset=rows)
+>>> trainer.remove_callback(PrinterCallback)
+>>> connect_trainer(trainer)
+>>> trainer.train().global_step
+2
+>>> trunk.close()
+>>> coordinator.prepare_round("e", 2, 0).optimizer_steps
+2
+>>> _ = coordinator.commit_round("e", 2, 0)
+
+Make one PEFT adapter of what a run's directory holds at its end:
+
+>>> from pathlib import Path
+>>> from flower_split import export_adapter
+>>> from flower_split.lora import adapter_state
+>>> from flower_split.runs.directory import RunDirectory
+>>> run = RunDirectory.create(parse_run_config({"run-dir": f"{folder.name}/run"}))
+>>> _ = run.write_adapter("client", adapter_state(client))
+>>> _ = run.write_adapter("trunk", coordinator.get_adapter())
+>>> out = export_adapter(run.path, Path(folder.name) / "adapter")
+>>> sorted(file.name for file in out.iterdir())
+['adapter_config.json', 'adapter_model.safetensors']
+>>> folder.cleanup()
+
+Every error that this package raises on purpose is a ``FlowerSplitError``:
+
+>>> from flower_split import FlowerSplitError
+>>> coordinator.close()
+>>> server.close()
+>>> try:
+...     coordinator.status()
+... except FlowerSplitError as error:
+...     print(type(error).__name__)
+TrunkError
 """
 
 import importlib

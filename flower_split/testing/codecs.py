@@ -68,13 +68,13 @@ def _check_journey(
         subject,
         f"give a tensor back in its form, {TensorForm.of(cast)}; it is {TensorForm.of(back)}",
     )
-    error = (back.double() - original.double()).abs().max().item()
+    worst = (back.double() - original.double()).abs().max().item()
     allowed = tolerance * original.double().abs().max().item()
     require(
-        math.isfinite(error) and error <= allowed,
+        math.isfinite(worst) and worst <= allowed,
         subject,
         f"keep values within {tolerance:g} of the largest magnitude ({allowed:g}); one of "
-        f"{TensorForm.of(original)} is off by {error:g}",
+        f"{TensorForm.of(original)} is off by {worst:g}",
     )
 
 

@@ -1,4 +1,5 @@
 import doctest
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,13 @@ def test_another_name_is_refused() -> None:
 def test_the_examples_run(module: object) -> None:
     failed, tried = doctest.testmod(module)
     assert failed == 0 and tried > 0
+
+
+@pytest.mark.parametrize("name", flower_split.__all__)
+def test_every_public_name_has_an_example(name: str) -> None:
+    examples = doctest.DocTestParser().get_examples(flower_split.__doc__ or "")
+    used = [e.source for e in examples if "import" not in e.source]
+    assert any(re.search(rf"\b{name}\b", source) for source in used)
 
 
 def test_the_root_holds_errors_and_packages_only() -> None:
