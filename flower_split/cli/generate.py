@@ -77,7 +77,7 @@ def _server(arguments: argparse.Namespace) -> TrunkServer | None:
 
 
 def _converse(generator: TextGenerator, sampling: Sampling, chat: bool) -> None:
-    """Prompts from standard input until it ends; a conversation remembers what was said."""
+    """Answer prompts from standard input until it ends; a conversation remembers what was said."""
     said: list[Message] = []
     while True:
         if sys.stdin.isatty():

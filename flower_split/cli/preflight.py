@@ -132,7 +132,7 @@ def check_trunk(config: RunConfig) -> None:
 
 
 def simulation_settings(config: RunConfig, given: str | None) -> str:
-    """The ``--federation-config`` for a local simulation: what was given, checked, or what is needed.
+    """Return the ``--federation-config`` of a local simulation: as given, checked, or as needed.
 
     Raises:
         ConfigError: The federation is too small for the job, or runs too few clients at once.
@@ -166,7 +166,7 @@ def simulation_settings(config: RunConfig, given: str | None) -> str:
 
 
 def default_settings(config: RunConfig) -> str:
-    """The simulation that this job needs on this machine, GPUs shared evenly."""
+    """Return the simulation that this job needs on this machine, GPUs shared evenly."""
     settings = federation_config(config.num_clients)
     if config.train.device.startswith("cuda") or config.train.device == "auto":
         import torch

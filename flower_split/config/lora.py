@@ -110,12 +110,12 @@ class LoraPartConfig:
         return pattern("lora.*.alpha-pattern", self.alpha_pattern)
 
     def setting_of(self, module: str) -> tuple[int, float]:
-        """``(rank, alpha)`` of a module, by its unsplit name."""
+        """Return ``(rank, alpha)`` of a module, by its unsplit name."""
         rank, alpha = longest(self.ranks, module), longest(self.alphas, module)
         return (self.r if rank is None else int(rank), self.alpha if alpha is None else alpha)
 
     def scale_of(self, module: str) -> float:
-        """The scale of ΔW of a module, by its unsplit name."""
+        """Return the scale of ΔW of a module, by its unsplit name."""
         rank, alpha = self.setting_of(module)
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
@@ -191,7 +191,7 @@ Key = TypeVar("Key", int, float)
 
 
 def _ranks(key: str, text: str, kind: Callable[[str], Key]) -> dict[Key, int]:
-    """``"number=rank, number=rank"`` as a mapping."""
+    """Read ``"number=rank, number=rank"`` as a mapping."""
     found: dict[Key, int] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, rank = (part.strip() for part in item.partition("="))

@@ -17,7 +17,7 @@ Section = TypeVar("Section")
 
 
 def _leaves(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
-    """Every key with its type and default, depth first in field order."""
+    """Yield every key with its type and default, depth first in field order."""
     hints = typing.get_type_hints(section)
     for item in fields(section):
         key, hint = prefix + kebab(item.name), hints[item.name]
@@ -28,12 +28,12 @@ def _leaves(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
 
 
 def run_config_keys() -> dict[str, Scalar]:
-    """Every run-config key with its default, as an app's ``[tool.flwr.app.config]`` may hold."""
+    """Return every run-config key with its default, as ``[tool.flwr.app.config]`` may hold."""
     return {key: default for key, _, default in _leaves(RunConfig) if default is not MISSING}
 
 
 def _coerce(key: str, value: Scalar, kind: type) -> Scalar:
-    """``value`` as ``kind``; an int is taken where a float is wanted, nothing else converts."""
+    """Return ``value`` as ``kind``; an int is taken for a float, nothing else converts."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind:
@@ -74,7 +74,7 @@ def parse_run_config(run_config: Mapping[str, Scalar]) -> RunConfig:
 
 
 def resolved_run_config(config: RunConfig) -> dict[str, Scalar]:
-    """``config`` as flat run-config keys: the inverse of :func:`parse_run_config`."""
+    """Return ``config`` as flat run-config keys: the inverse of :func:`parse_run_config`."""
 
     def flatten(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Scalar]]:
         for name, value in tree.items():

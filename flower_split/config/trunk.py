@@ -60,7 +60,7 @@ class TrunkConfig:
     """The trunk's optimizer."""
 
     def quorum_of(self, num_participants: int) -> float:
-        """The share of ``num_participants`` that a window needs, by share or by count."""
+        """Return the share of ``num_participants`` that a window needs, by share or by count."""
         if self.quorum_count:
             return min(1.0, self.quorum_count / num_participants)
         return self.quorum

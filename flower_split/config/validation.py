@@ -42,7 +42,7 @@ def share(key: str, value: float, *, zero: bool = False) -> None:
 
 
 def pattern(key: str, text: str) -> dict[str, float]:
-    """``"name=value, name=value"`` as a mapping."""
+    """Read ``"name=value, name=value"`` as a mapping."""
     values: dict[str, float] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = item.partition("=")
@@ -57,11 +57,11 @@ def pattern(key: str, text: str) -> dict[str, float]:
 
 
 def longest(values: Mapping[str, float], module: str) -> float | None:
-    """The value of the longest name that ``module`` is, or ends with after a dot."""
+    """Return the value of the longest name that ``module`` is, or ends with after a dot."""
     names = [name for name in values if module == name or module.endswith("." + name)]
     return values[max(names, key=len)] if names else None
 
 
 def kebab(name: str) -> str:
-    """A field's name as its key is spelled."""
+    """Return a field's name as its key is spelled."""
     return name.replace("_", "-")

@@ -100,7 +100,7 @@ def attach_lora(
 def plans_of(
     model: nn.Module, cuts: CutLayers, parts: Mapping[str, LoraPartConfig]
 ) -> list["PartPlan"]:
-    """What trains of every part of a model that has no adapter yet."""
+    """Return what trains of every part of a model that has no adapter yet."""
     return [
         PartPlan(model, cuts, part, parts[part])
         for part in PARTS
@@ -135,7 +135,7 @@ class PartPlan:
         self.whole = self._whole()
 
     def whole_modules(self, stack: LayerStack) -> list[str]:
-        """Names of the modules that train whole; of a part in full, its layers and what is beside.
+        """Return the modules that train whole; of a part in full, its layers and what is beside.
 
         Args:
             stack: Where the layers are.
@@ -166,7 +166,7 @@ class PartPlan:
         return own_parameters(inside) + self._biases()
 
     def _biases(self) -> list[Place]:
-        """Biases that train, by PEFT's rules: ``all`` is every parameter with bias in its name."""
+        """Return the biases that train, by PEFT's rules: ``all`` is all with bias in the name."""
         if self.config.bias == "lora_only":
             return [(m, key) for m, key in own_parameters(self.targets.values()) if key == "bias"]
         return [

@@ -29,7 +29,7 @@ A_SUFFIX, B_SUFFIX = ".base_A", ".base_B"
 
 
 def base_change_state(changes: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Changes by module as named tensors, sorted; the scale goes into B.
+    """Return changes by module as named tensors, sorted; the scale goes into B.
 
     Args:
         changes: As ``AdapterAggregator.base_changes`` gives them.
@@ -44,7 +44,7 @@ def base_change_state(changes: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def base_change_factors(state: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """The inverse of :func:`base_change_state`.
+    """Return changes by module from named tensors: invert :func:`base_change_state`.
 
     Raises:
         SplitError: A name is no base change's, half a pair is missing, or shapes do not match.
@@ -68,7 +68,7 @@ def base_change_factors(state: Mapping[str, Tensor]) -> dict[str, Factors]:
 def with_base_change(
     adapter: Mapping[str, Tensor], scales: Mapping[str, float], state: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """An adapter that holds the base change as well, for use on the plain base.
+    """Return an adapter that holds the base change as well, for use on the plain base.
 
     A module's rank becomes that of the sum, at most the two ranks together, and its scale 1.
 
@@ -143,7 +143,7 @@ class _Term:
         self.a, self.b = change.A, change.B
 
     def __call__(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The hook; gradients flow on into the layer's input."""
+        """Add the change to the layer's output; gradients flow on into its input."""
         return (output + self._of(layer, args[0])).to(output.dtype)
 
     def _of(self, layer: nn.Module, x: Tensor) -> Tensor:
@@ -164,7 +164,7 @@ class _EmbeddingTerm(_Term):
 
 
 def _weight_shape(layer: LoraLayer, base: nn.Module) -> tuple[int, int]:
-    """[out, in] of a layer's ΔW as the aggregators write it."""
+    """Return ``[out, in]`` of a layer's ΔW as the aggregators write it."""
     if isinstance(base, nn.Embedding):
         return base.num_embeddings, base.embedding_dim
     if not isinstance(base, (nn.Linear, Conv1D)) and not hasattr(base, "in_features"):

@@ -29,17 +29,17 @@ from flower_split.split.structure.stack import LayerStack
 
 
 def is_base_value(name: str) -> bool:
-    """Whether a tensor of an adapter begins as the base weights say."""
+    """Return whether a tensor of an adapter begins as the base weights say."""
     return ".lora_" not in name or name.endswith(MAGNITUDE)
 
 
 def is_copy(name: str) -> bool:
-    """Whether a base value is a base weight itself, and so equal on every machine, bit for bit."""
+    """Return whether a base value is a base weight itself, so equal bit for bit on every machine."""
     return ".lora_" not in name
 
 
 def has_base_values(parts: Mapping[str, LoraPartConfig]) -> bool:
-    """Whether an adapter of these settings has base values."""
+    """Return whether an adapter of these settings has base values."""
     return any(
         part.train == "full"
         or part.bias != "none"
@@ -50,7 +50,7 @@ def has_base_values(parts: Mapping[str, LoraPartConfig]) -> bool:
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
-    """The base values of a model whose adapter is as it was attached, sorted by name."""
+    """Return the base values of a model whose adapter is as it was attached, sorted by name."""
     return {name: value for name, value in adapter_state(model).items() if is_base_value(name)}
 
 
@@ -67,7 +67,7 @@ def base_digests(model: nn.Module) -> dict[str, str]:
 
 
 def digest_of(tensor: Tensor) -> str:
-    """A digest of a tensor's bytes."""
+    """Return a digest of a tensor's bytes."""
     raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()[:16]
 
@@ -90,14 +90,14 @@ class Inits:
         )
 
     def __call__(self, name: str) -> str:
-        """The ``init`` of the part that owns the weight."""
+        """Return the ``init`` of the part that owns the weight."""
         module = name.split(".lora_", 1)[0]
         part = self._parts.get(part_of(module, self._stack, self._cuts, self._embeddings))
         return part.init if part is not None else "kaiming"
 
 
 def initial_value(seed: int, name: str, shape: torch.Size, init: str) -> Tensor:
-    """The initial value of the LoRA weight ``name``, fp32 on CPU; PEFT's distributions."""
+    """Return the initial value of the LoRA weight ``name``, fp32 on CPU; PEFT's distributions."""
     is_b = name.endswith("lora_B.weight")
     generator = _generator(seed, name)
     if name.endswith((".lora_embedding_A", ".lora_embedding_B")):
@@ -118,7 +118,7 @@ def initial_value(seed: int, name: str, shape: torch.Size, init: str) -> Tensor:
 
 
 def _orthogonal(seed: int, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """A of the odd rows of an orthogonal ``[r, r]`` matrix, B of the even ones, so B @ A is zero."""
+    """Take A from the odd rows of an orthogonal ``[r, r]`` matrix, B from the even: B @ A is zero."""
     module = name.split(".lora_", 1)[0]
     is_a = name.endswith("lora_A.weight")
     rank, features = shape if is_a else (shape[1], shape[0])
@@ -134,7 +134,7 @@ def _generator(seed: int, name: str) -> torch.Generator:
 
 
 def weight_norms(model: nn.Module) -> dict[str, Tensor]:
-    """Module with DoRA -> the norm of every row of W + ΔW as it is now, fp32 on the CPU, sorted.
+    """Return the row norms of W + ΔW of every module with DoRA, fp32 on the CPU, by sorted name.
 
     Of an embedding: of every column.
     """

@@ -11,13 +11,13 @@ PARTS = ("bottom", "trunk", "top")
 
 
 def stack_of(model: nn.Module) -> LayerStack:
-    """Where the layers of an unsplit model, a client model or a trunk are."""
+    """Find the layers of an unsplit model, a client model or a trunk."""
     stack = getattr(model, "stack", None)
     return stack if isinstance(stack, LayerStack) else find_stack(model)
 
 
 def part_of(name: str, stack: LayerStack, cuts: CutLayers, embeddings: frozenset[str]) -> str:
-    """The part that owns module ``name``.
+    """Return the part that owns module ``name``.
 
     Outside the stack of layers, embeddings are the bottom's and everything else is the top's.
     """
@@ -28,27 +28,27 @@ def part_of(name: str, stack: LayerStack, cuts: CutLayers, embeddings: frozenset
 
 
 def embedding_names(model: nn.Module) -> frozenset[str]:
-    """The names of a model's embeddings."""
+    """Return the names of a model's embeddings."""
     return frozenset(n for n, module in model.named_modules() if isinstance(module, nn.Embedding))
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
-    """The module that turns hidden states into logits, if the model has one."""
+    """Return the module that turns hidden states into logits, if the model has one."""
     getter = getattr(model, "get_output_embeddings", None)
     return None if getter is None else getter()
 
 
 def ends_with(name: str, suffixes: Iterable[str]) -> bool:
-    """Whether module ``name`` is one of ``suffixes``, or ends with one after a dot."""
+    """Return whether module ``name`` is one of ``suffixes``, or ends with one after a dot."""
     return any(name == suffix or name.endswith("." + suffix) for suffix in suffixes)
 
 
 def lies_in(name: str, modules: Iterable[str]) -> bool:
-    """Whether ``name`` is one of ``modules`` or within one."""
+    """Return whether ``name`` is one of ``modules`` or within one."""
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def some(names: list[str]) -> str:
-    """The first three names, and how many more there are."""
+    """Return the first three names, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -20,7 +20,7 @@ ADAPTER_NAME = "default"
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything of a model that trains: fp32 CPU copies, sorted by unsplit name."""
+    """Return everything of a model that trains: fp32 CPU copies, sorted by unsplit name."""
     return {
         name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, parameter in sorted(adapter_parameters(model))
@@ -76,23 +76,23 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def lora_scales(model: nn.Module) -> dict[str, float]:
-    """The scale of ΔW of every module with LoRA, by unsplit module name, sorted."""
+    """Return the scale of ΔW of every module with LoRA, by unsplit module name, sorted."""
     return {name: float(layer.scaling[ADAPTER_NAME]) for name, layer in sorted(lora_layers(model))}
 
 
 def adapter_name(name: str) -> str:
-    """The name that PEFT saves a parameter by, from the name that the model has it by."""
+    """Return the name that PEFT saves a parameter by, from the name in the model."""
     name = saved_name(name).replace(f".{ADAPTER_NAME}.", ".").removesuffix(f".{ADAPTER_NAME}")
     return name.removesuffix(".weight") if name.endswith(MAGNITUDE + ".weight") else name
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """Every module with LoRA, by its unsplit name."""
+    """Yield every module with LoRA, by its unsplit name."""
     return ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
 def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The factors of LoRA and the magnitudes of DoRA."""
+    """Yield the factors of LoRA and the magnitudes of DoRA."""
     for module_name, layer in lora_layers(model):
         for name, parameter in cast(nn.Module, layer).named_parameters():
             if name.startswith("lora_") and f".{ADAPTER_NAME}" in name:
@@ -100,6 +100,6 @@ def lora_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Everything that trains, by the name that PEFT saves it by."""
+    """Return everything that trains, by the name that PEFT saves it by."""
     yield from lora_parameters(model)
     yield from base_weights(model)

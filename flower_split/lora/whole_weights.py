@@ -35,7 +35,7 @@ class _Cast(nn.Module):
 
 
 def own_parameters(modules: Iterable[nn.Module]) -> list[Place]:
-    """The parameters that lie directly in ``modules``."""
+    """Return the parameters that lie directly in ``modules``."""
     return [
         (module, key)
         for module in modules
@@ -90,12 +90,12 @@ def _replace(places: list[Place], *, shared_beyond: bool) -> None:
 
 
 def base_weights(model: nn.Module) -> Iterator[tuple[str, BaseWeight]]:
-    """Every :class:`BaseWeight`, by the name that PEFT saves it by."""
+    """Return every :class:`BaseWeight`, by the name that PEFT saves it by."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, BaseWeight):
             yield saved_name(name), parameter
 
 
 def saved_name(name: str) -> str:
-    """The name of a parameter without the cast around it."""
+    """Return the name of a parameter without the cast around it."""
     return _MASTER.sub(r".\1", name)

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 def overlap_adapter(
     config: RunConfig, cuts: Iterable[CutLayers]
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """What the clients' copies of trunk layers begin with, over all clients.
+    """Return what the clients' copies of trunk layers begin with, over all clients.
 
     Args:
         config: The run's configuration.
@@ -64,7 +64,7 @@ def cut_specs(
     adapter: Mapping[str, Tensor],
     specs: Mapping[int, AdapterSpec],
 ) -> dict[int, AdapterSpec]:
-    """``specs`` with the modules that each client holds.
+    """Return ``specs`` with the modules that each client holds.
 
     Args:
         config: The run's configuration.
@@ -114,13 +114,13 @@ def check_resumed(former: Mapping[str, Tensor], adapter: Mapping[str, Tensor]) -
 
 
 def unused_layers(run: CutLayers, cuts: Iterable[CutLayers]) -> list[int]:
-    """The trunk's layers that no client's calls run, ascending."""
+    """Return the trunk's layers that no client's calls run, ascending."""
     used = {index for own in cuts for index in range(own.first, own.second)}
     return [index for index in range(run.first, run.second) if index not in used]
 
 
 def cut_notes(config: RunConfig, cuts: Mapping[int, CutLayers]) -> list[str]:
-    """What a reader of the report must know about the clients' cut layers."""
+    """Return what a reader of the report must know about the clients' cut layers."""
     run = model_cuts(config)
     own = {slot: item for slot, item in sorted(cuts.items()) if item != run}
     if not own:

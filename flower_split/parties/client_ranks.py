@@ -43,7 +43,7 @@ class OwnLora:
     alpha: float = 0.0  # 0: by lora.client-scale
 
     def __str__(self) -> str:
-        """For the log."""
+        """Return the text for the log."""
         parts = [f"rank {self.rank}"] * bool(self.rank) + [f"alpha {self.alpha:g}"] * bool(
             self.alpha
         )
@@ -53,7 +53,7 @@ class OwnLora:
 def own_lora(
     config: RunConfig, partition_id: int, node_config: Mapping[str, object] | None = None
 ) -> OwnLora:
-    """What the run and a node say of one client's rank; see the module.
+    """Return what the run and a node say of one client's rank; see the module.
 
     Raises:
         ConfigError: A value of the node config is no positive number, or the rank is too large.
@@ -72,7 +72,7 @@ def own_lora(
 
 
 def _number(node: Mapping[str, object], key: str, who: str, *, whole: bool = False) -> float:
-    """A positive number of the node config; 0: it is not there."""
+    """Return a positive number of the node config; 0: it is not there."""
     if key not in node:
         return 0.0
     value = node[key]
@@ -88,7 +88,7 @@ def _number(node: Mapping[str, object], key: str, who: str, *, whole: bool = Fal
 def at_own_rank(
     parts: Mapping[str, LoraPartConfig], own: OwnLora, client_scale: str
 ) -> dict[str, LoraPartConfig]:
-    """LoRA settings of the parts as one client trains them.
+    """Return the LoRA settings of the parts as one client trains them.
 
     Args:
         parts: The run's settings.
@@ -118,7 +118,7 @@ def _at_own_rank(part: LoraPartConfig, own: OwnLora, client_scale: str) -> LoraP
 
 
 def _same_scale(part: LoraPartConfig, small: LoraPartConfig, name: str) -> float:
-    """The alpha of a module at its smaller rank, for the scale it has at the run's."""
+    """Return the alpha of a module at its smaller rank, for the scale it has at the run's."""
     rank, alpha = part.setting_of(name)
     return alpha * _shrunk(part, small.setting_of(name)[0], rank)
 
@@ -134,7 +134,7 @@ def _text(values: Mapping[str, float]) -> str:
 def rank_specs(
     config: RunConfig, own: Mapping[int, OwnLora], modules: Iterable[str]
 ) -> dict[int, AdapterSpec]:
-    """Ranks and scales of every client whose LoRA differs from the run's, by slot.
+    """Return ranks and scales of every client whose LoRA differs from the run's, by slot.
 
     Args:
         config: The run's configuration.
@@ -180,7 +180,7 @@ def widened(
     reference: Mapping[str, Tensor],
     reference_scales: Mapping[str, float],
 ) -> dict[str, Tensor]:
-    """The same ΔW in the ranks and scales of another adapter, which are at least as large.
+    """Return the same ΔW in the ranks and scales of another adapter, which are at least as large.
 
     Args:
         state: An adapter, by tensor name.

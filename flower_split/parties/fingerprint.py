@@ -31,7 +31,7 @@ _IGNORED_KEYS = frozenset(
 
 
 def fingerprint(config: RunConfig) -> dict[str, str]:
-    """The fingerprint of a run's model and settings, the same on every party.
+    """Return the fingerprint of a run's model and settings, the same on every party.
 
     Returns:
         Field name -> short readable value or hex digest: ``protocol``, ``mode``, ``model``
@@ -62,7 +62,7 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
 def differing_fields(
     mine: Mapping[str, str], theirs: Mapping[str, str], *, own_cuts: bool = False
 ) -> list[str]:
-    """The names of the fields that differ or that only one side has, sorted.
+    """Return the names of the fields that differ or that only one side has, sorted.
 
     Args:
         mine: One party's.
@@ -93,14 +93,14 @@ def _lora_text(part: LoraPartConfig) -> str:
 
 
 def _beside_lora(part: LoraPartConfig) -> str:
-    """The weights that train whole."""
+    """Return the weights that train whole."""
     text = "" if part.bias == "none" else f" bias={part.bias}"
     saved = ",".join(sorted(part.saved_modules))
     return text + (f" whole={saved}" if saved else "")
 
 
 def _quantization_text(text: str) -> str:
-    """A name as it is; a JSON object with its keys in order."""
+    """Return a name as it is, and a JSON object with its keys in order."""
     if text.lstrip().startswith("{"):
         return json.dumps(json.loads(text), sort_keys=True)
     return text or "none"
@@ -146,7 +146,7 @@ def _weights_identity(source: ModelSource) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _file_digest(path: str, size: int, modified: int) -> bytes:
-    """A digest of a file's content; computed once as long as its size and time stay."""
+    """Return a digest of a file's content, computed once as long as its size and time stay."""
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         if size <= _HASHED_WHOLE:

@@ -20,14 +20,14 @@ from flower_split.split.structure.stack import LayerStack
 
 
 def model_cuts(config: RunConfig) -> CutLayers:
-    """Where the run's model is cut."""
+    """Return where the run's model is cut."""
     return CutLayers(config.model.first_cut, config.model.second_cut)
 
 
 def client_cuts(
     config: RunConfig, partition_id: int, node_config: Mapping[str, object] | None = None
 ) -> CutLayers:
-    """Where one client's model is cut.
+    """Return where one client's model is cut.
 
     Args:
         config: The run's configuration; ``model.cuts-by-partition`` may name the partition.
@@ -77,12 +77,12 @@ def check_overlap(config: RunConfig, who: str) -> None:
 
 
 def overlap_layers(run: CutLayers, cuts: CutLayers) -> list[int]:
-    """The layers that both a client with ``cuts`` and the trunk hold, ascending."""
+    """Return the layers that both a client with ``cuts`` and the trunk hold, ascending."""
     return [*range(run.first, cuts.first), *range(cuts.second, run.second)]
 
 
 def held_parts(config: RunConfig, cuts: CutLayers) -> dict[str, LoraPartConfig]:
-    """LoRA of what a client with ``cuts`` holds, told apart by the run's cut layers.
+    """Return the LoRA of what a client with ``cuts`` holds, told apart by the run's cut layers.
 
     ``trunk`` is there where the client holds trunk layers and the trunk trains.
     """
@@ -95,7 +95,7 @@ def held_parts(config: RunConfig, cuts: CutLayers) -> dict[str, LoraPartConfig]:
 def held_modules(
     modules: Iterable[str], stack: LayerStack, run: CutLayers, cuts: CutLayers
 ) -> frozenset[str]:
-    """Those of ``modules`` that a client with ``cuts`` holds a copy of.
+    """Return those of ``modules`` that a client with ``cuts`` holds a copy of.
 
     Args:
         modules: Names of modules or tensors, by the unsplit model's names.
@@ -108,17 +108,17 @@ def held_modules(
 
 
 def client_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
-    """What trains of the parts that a client holds, LoRA or whole weights."""
+    """Return what trains of the parts that a client holds, LoRA or whole weights."""
     return _that_train({"bottom": config.lora.bottom, "top": config.lora.top})
 
 
 def trunk_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
-    """LoRA of the trunk; empty where the trunk has none."""
+    """Return the LoRA of the trunk; empty where the trunk has none."""
     return _that_train({"trunk": config.lora.trunk})
 
 
 def all_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
-    """LoRA of the whole model in one process."""
+    """Return the LoRA of the whole model in one process."""
     return client_parts(config) | trunk_parts(config)
 
 

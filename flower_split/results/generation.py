@@ -92,7 +92,7 @@ class TextGenerator:
         self.tokenizer = tokenizer
 
     def continue_text(self, prompt: str, sampling: Sampling, *, show: bool = False) -> str:
-        """What follows ``prompt``.
+        """Return what follows ``prompt``.
 
         Args:
             prompt: Raw text.
@@ -107,7 +107,7 @@ class TextGenerator:
         return self._generate(ids, sampling, show)
 
     def answer(self, messages: Sequence[Message], sampling: Sampling, *, show: bool = False) -> str:
-        """The next message of a conversation, by the tokenizer's chat template.
+        """Return the next message of a conversation, by the tokenizer's chat template.
 
         Raises:
             ConfigError: The tokenizer has no chat template.
@@ -125,7 +125,7 @@ class TextGenerator:
         return self._generate(ids, sampling, show)
 
     def _settings(self, sampling: Sampling) -> GenerationConfig:
-        """The model's own settings of generation, with ``sampling``'s in place."""
+        """Return the model's own settings of generation, with ``sampling``'s in place."""
         settings = copy.deepcopy(self.model.generation_config)
         settings.max_new_tokens = sampling.max_new_tokens
         settings.num_beams = sampling.num_beams
@@ -166,7 +166,7 @@ def open_generator(
     cuts: CutLayers | None = None,
     client: OneClient | None = None,
 ) -> Iterator[TextGenerator]:
-    """The model that a run ended with.
+    """Open the model that a run ended with.
 
     Args:
         run_dir: The run's directory, with its final adapters.
@@ -210,7 +210,7 @@ def open_generator(
 def _local(
     config: RunConfig, trained: Mapping[str, Tensor], cuts: CutLayers
 ) -> Iterator[nn.Module]:
-    """The run's trunk between ``cuts``, in this process."""
+    """Load the run's trunk between ``cuts`` into this process."""
     trunk = load_trunk_model(
         ModelSource.of(config.model),
         cuts,
@@ -237,7 +237,7 @@ def _local(
 def _remote(
     config: RunConfig, trained: Mapping[str, Tensor], server: TrunkServer, cuts: CutLayers
 ) -> Iterator[nn.Module]:
-    """The run's trunk on a server, within an evaluation round of its own."""
+    """Reach the run's trunk on a server, within an evaluation round of its own."""
     token = secrets.token_urlsafe(24)
     with contextlib.closing(
         TrunkCoordinator(server.address, server.token, root_certificates=server.root_certificates)

@@ -38,7 +38,7 @@ class Resumable(Protocol):
     """What an inner strategy with a state of its own offers, so that a run can be resumed."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that the next round depends on, as named tensors."""
+        """Return everything that the next round depends on, as named tensors."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go to a state of :meth:`state_dict`, bit for bit."""
@@ -133,7 +133,7 @@ class RunCheckpoints:
         self._prune()
 
     def latest(self, *, previous: bool = False) -> Resumed | None:
-        """The round to go on from; None where none was committed.
+        """Return the round to go on from; None where none was committed.
 
         Args:
             previous: Go on from the round before the latest, or, where the manifest itself is
@@ -211,7 +211,7 @@ def _before(entry: CommittedRound, new: CommittedRound) -> bool:
 
 
 def _entry(values: Mapping[str, object]) -> CommittedRound:
-    """A round as the manifest tells it; every value must be there and of its type."""
+    """Read a round as the manifest tells it; every value must be there and of its type."""
 
     def text(name: str) -> str:
         value = values[name]

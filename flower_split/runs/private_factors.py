@@ -45,7 +45,7 @@ _STATE = "private/"
 
 
 def client_directory(config: RunConfig, node_config: Mapping[str, object], simulated: str) -> Path:
-    """Where this client keeps what is its own.
+    """Return where this client keeps what is its own.
 
     The node config's ``client-dir``, or ``train.client-dir``, or, for a simulated client, a folder of
     the run directory; on a machine of its own a client must be told.
@@ -82,12 +82,12 @@ class PrivateFolder:
 
     @classmethod
     def of(cls, client_dir: Path, experiment: str, partition_id: int) -> "PrivateFolder":
-        """The folder of a run's partition under a client's directory."""
+        """Return the folder of a run's partition under a client's directory."""
         run = "run-" + quote(experiment, safe=" ")  # names no other directory, whatever it holds
         return cls(client_dir / run / f"partition-{partition_id}")
 
     def read(self, digest: str) -> dict[str, Tensor]:
-        """The factors of that digest, sorted by name.
+        """Return the factors of that digest, sorted by name.
 
         Raises:
             RunDirectoryError: They are not there, or damaged.
@@ -155,7 +155,7 @@ class PrivateFolder:
         return content
 
     def _prune(self, server_round: int, base: str) -> None:
-        """Of earlier rounds, leave only ``base`` and the factors that its own round began with."""
+        """Leave of earlier rounds only ``base`` and the factors that its own round began with."""
         keep = {base, _base_of(self._content(base))} if base else set()
         for path in self.path.iterdir():
             found = _FILE.fullmatch(path.name)
@@ -166,7 +166,7 @@ class PrivateFolder:
 
 
 def private_state(digests: Mapping[int, str]) -> dict[str, Tensor]:
-    """The server's record, slot → digest of the last committed round, as tensors of a checkpoint."""
+    """Return the server's record, slot → digest of the last committed round, as tensors."""
     return {
         f"{_STATE}{slot}": torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
         for slot, digest in sorted(digests.items())
@@ -174,7 +174,7 @@ def private_state(digests: Mapping[int, str]) -> dict[str, Tensor]:
 
 
 def digests_of(state: Mapping[str, Tensor]) -> dict[int, str]:
-    """The inverse of :func:`private_state`; other tensors in ``state`` are passed over."""
+    """Read what :func:`private_state` wrote; other tensors in ``state`` are passed over."""
     return {
         int(name.removeprefix(_STATE)): bytes(tensor.tolist()).hex()
         for name, tensor in state.items()
@@ -183,7 +183,7 @@ def digests_of(state: Mapping[str, Tensor]) -> dict[int, str]:
 
 
 def checked_digest(digest: str) -> str:
-    """A digest that may be part of a file's name.
+    """Return a digest that may be part of a file's name.
 
     Raises:
         FederationError: It is none.
@@ -197,7 +197,7 @@ def checked_digest(digest: str) -> str:
 
 
 def _base_of(content: bytes) -> str:
-    """What a file's round began with, from its header: 8 bytes of length, then JSON."""
+    """Read from its header what a file's round began with: 8 bytes of length, then JSON."""
     length = int.from_bytes(content[:8], "little")
     origin = json.loads(content[8 : 8 + length])["__metadata__"][_ORIGIN]
     return str(origin).split(" ")[1]

@@ -57,7 +57,7 @@ class SummaryRow:
 
 
 def summarize(outcomes: Sequence[ClientOutcome]) -> list[SummaryRow]:
-    """One row per client in order of partition, then one for all clients.
+    """Return one row per client in order of partition, then one for all clients.
 
     Every perplexity pools tokens: the exponential of summed loss over summed tokens, so that the
     last row is that of the union of the clients' held-out data. Its ``local_others`` pools every
@@ -90,7 +90,7 @@ def summarize(outcomes: Sequence[ClientOutcome]) -> list[SummaryRow]:
 
 
 def _pool(results: Sequence[HeldOut]) -> HeldOut:
-    """The result on the union of the held-out data."""
+    """Return the result on the union of the held-out data."""
     return HeldOut(sum(r.loss_sum for r in results), sum(r.num_tokens for r in results))
 
 
@@ -99,7 +99,7 @@ def _perplexity(results: Sequence[HeldOut]) -> float | None:
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
-    """``rows`` as a table for the terminal; the last one is set apart as the total."""
+    """Return ``rows`` as a table for the terminal; the last one is set apart as the total."""
     header, *body = summary_cells(rows)
     table = Table(title="Held-out perplexity (lower is better)", title_justify="left")
     for index, name in enumerate(header):
@@ -119,14 +119,14 @@ def print_summary(console: Console, rows: Sequence[SummaryRow], run_dir: Path) -
 
 
 def markdown_table(lines: Sequence[Sequence[str]]) -> str:
-    """Header and rows as a Markdown table, the first column to the left, the others right."""
+    """Return header and rows as a Markdown table, the first column to the left, the others right."""
     header, *body = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
     rule = [":---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *body))
 
 
 def summary_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
-    """Header and rows as text, for any table; without the columns that nobody measured."""
+    """Return header and rows as text, for any table; without the columns that nobody measured."""
     with_local = any(row.local_own is not None or row.local_others is not None for row in rows)
     lines = [["client", "tokens", "base", "federated", "change"]]
     if with_local:

@@ -6,7 +6,7 @@ from flower_split.errors import ConfigError
 
 
 def resolve_device(name: str, key: str) -> torch.device:
-    """The device that ``name`` means: "auto" is CUDA where there is one, else the CPU.
+    """Return the device that ``name`` means: "auto" is CUDA where there is one, else the CPU.
 
     Args:
         name: "auto", or a device as torch names it.

@@ -55,7 +55,7 @@ _switches: dict[str, _Switch] = {}
 
 
 def reach(name: str) -> None:
-    """The program has come to the place ``name``.
+    """Note that the program has come to the place ``name``, and act if it is armed.
 
     Raises:
         OSError: A test has switched the place on to raise.
@@ -105,7 +105,7 @@ def switch_on_from(text: str) -> None:
 
 
 def fired() -> set[str]:
-    """The places whose action has taken place in this process."""
+    """Return the places whose action has taken place in this process."""
     with _lock:
         return {name for name, switch in _switches.items() if switch.fired}
 

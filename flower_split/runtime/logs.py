@@ -13,7 +13,7 @@ class MarkedLines(logging.Formatter):
     """Every line of a record begins with :data:`MARK`; the level is named from WARNING on."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One record as text."""
+        """Return one record as text."""
         text = super().format(record)
         if record.levelno >= logging.WARNING:
             text = f"{record.levelname}: {text}"

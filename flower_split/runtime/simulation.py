@@ -7,7 +7,7 @@ _POOL_CAP = 32
 
 
 def pool_cap() -> int:
-    """How many clients this machine's simulation runs at once at most, whatever is configured.
+    """Return how many clients this machine's simulation runs at once at most.
 
     Flower hands messages to its actors from a thread pool of Python's default size.
     """
@@ -15,7 +15,7 @@ def pool_cap() -> int:
 
 
 def simulated_clients_at_once() -> int:
-    """The number of actors of this simulation; 0 outside a simulation.
+    """Return the number of actors of this simulation; 0 outside a simulation.
 
     Only an actor can tell: its own share of CPUs and GPUs is not known to the ServerApp.
     """

@@ -6,7 +6,7 @@ import torch
 
 
 def pinned_pool(workers: int, name: str) -> ThreadPoolExecutor:
-    """A pool whose threads use as many intra-op threads as the calling thread does now.
+    """Return a pool whose threads use as many intra-op threads as the calling thread does now.
 
     The count that :func:`torch.set_num_threads` sets reaches another thread only after its first
     matrix product, which would run on all cores: slower where they are busy, and with other last

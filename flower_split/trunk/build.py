@@ -67,12 +67,12 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
 
 
 def _device(config: TrunkConfig) -> str | None:
-    """The one device of a trunk whose layers are not placed by a device map."""
+    """Return the one device of a trunk whose layers are not placed by a device map."""
     return None if config.device_map else str(resolve_device(config.device, "trunk.device"))
 
 
 def _reduction(config: TrunkConfig) -> Reduction:
-    """What ``trunk.reduction`` and ``trunk.max-client-grad-norm`` say.
+    """Return what ``trunk.reduction`` and ``trunk.max-client-grad-norm`` say.
 
     Raises:
         ConfigError: A rule is unknown.

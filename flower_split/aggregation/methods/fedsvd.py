@@ -50,5 +50,5 @@ class FedSVD(Aggregator):
         )
 
     def trainable(self, state: State) -> frozenset[str]:
-        """B only."""
+        """Return B only."""
         return frozenset({"B"})

@@ -39,5 +39,5 @@ class FFALoRA(Aggregator):
         )
 
     def trainable(self, state: State) -> frozenset[str]:
-        """B only."""
+        """Return B only."""
         return frozenset({"B"})

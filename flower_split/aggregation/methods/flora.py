@@ -50,7 +50,7 @@ class FLoRA(Aggregator):
         return AggregationResult(fresh, residual=Factors(a, b, 1.0))
 
     def _restarted(self, state: State) -> State:
-        """ΔW = 0 with new rows for A, drawn from the seed and the rows before them."""
+        """Return ΔW = 0 with new rows for A, drawn from the seed and the rows before them."""
         own = int(state.basis.view(torch.int32).sum(dtype=torch.int64))
         generator = torch.Generator().manual_seed((self.seed + own) % 2**63)
         rows = torch.randn(state.basis.shape, generator=generator)

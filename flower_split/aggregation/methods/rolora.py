@@ -60,5 +60,5 @@ class RoLoRA(Aggregator):
         )
 
     def trainable(self, state: State) -> frozenset[str]:
-        """B in even rounds (from 0), A in odd ones."""
+        """Return B in even rounds (from 0), A in odd ones."""
         return frozenset({"B"} if state.server_round % 2 == 0 else {"A"})

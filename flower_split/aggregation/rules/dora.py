@@ -121,7 +121,7 @@ def norms_from(
 
 
 def _rows(factors: Factors, turned: bool) -> tuple[Tensor, Tensor]:
-    """ΔW as ``P @ Q``, fp64, with a row for each magnitude; those of an embedding are its columns."""
+    """Return ΔW as ``P @ Q``, fp64, a row for each magnitude; an embedding's are its columns."""
     left, right = factors.B.double() * factors.scale, factors.A.double()
     return (right.T, left.T) if turned else (left, right)
 

@@ -132,7 +132,7 @@ class Dispatcher:
         return sorted(idle[: max(0, room)])
 
     def _prepare(self, slot: int, server_round: int, arrays: ArrayRecord) -> _OpenDispatch:
-        """Number a dispatch and write its message."""
+        """Write the message of a dispatch under the next number."""
         self._inner.dispatched += 1
         dispatch = Dispatch(self._inner.dispatched, slot, secrets.token_urlsafe(32))
         message, sent = self._inner.order(

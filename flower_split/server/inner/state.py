@@ -53,7 +53,7 @@ _NORM, _ACCOUNTANT = "clipping-norm", "accountant"
 
 
 def chain(strategy: Strategy) -> Iterator[Strategy]:
-    """``strategy`` and everything that it wraps, from the outside in."""
+    """Yield ``strategy`` and everything that it wraps, from the outside in."""
     current: object = strategy
     while isinstance(current, Strategy):
         yield current

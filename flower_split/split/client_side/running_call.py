@@ -80,7 +80,7 @@ def _signature(forward: Callable[..., object]) -> inspect.Signature:
 
 
 def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Before a model around the layers runs: keep its mask and positions for the trunk.
+    """Keep a model's mask and positions for the trunk, before it runs.
 
     Raises:
         SplitError: It is called with what no model in two places can do.
@@ -126,7 +126,7 @@ def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str
 
 
 def forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> None:
-    """After it has run: its call is over."""
+    """Forget a model's call, after it has run."""
     call = running_call.get()
     running_call.set(None if call is None else call.outer)
 

@@ -51,7 +51,7 @@ def holed(
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Without transformers' report of the tensors that this part leaves."""
+    """Silence transformers' report of the tensors that this part leaves."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)

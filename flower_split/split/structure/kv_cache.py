@@ -77,7 +77,7 @@ def enter_place_holder(cache: Cache, index: int, hidden_states: Tensor) -> bool:
 
 
 def _layer(cache: Cache, index: int) -> DynamicLayer | None:
-    """Layer ``index`` of a cache, if it is there and of a known kind."""
+    """Return layer ``index`` of a cache, if it is there and of a known kind."""
     layer = cache.layers[index] if index < len(cache.layers) else None
     return layer if isinstance(layer, DynamicLayer) and type(layer) in _KNOWN_LAYERS else None
 

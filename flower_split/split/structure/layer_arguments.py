@@ -75,7 +75,7 @@ def by_place(values: Mapping[str, object]) -> dict[str, Tensor]:
 
 
 def from_places(tensors: Mapping[str, Tensor]) -> dict[str, object]:
-    """Named values, as :func:`by_place` took them apart; tuples come back as lists."""
+    """Return named values, as :func:`by_place` took them apart; tuples come back as lists."""
     values: dict[str, object] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     for place, tensor in tensors.items():

@@ -38,7 +38,7 @@ class Trace:
 
 
 def probe_batches(model: PreTrainedModel) -> list[dict[str, Tensor]]:
-    """Two tiny batches: one without a mask, one with a left- and a right-padded row."""
+    """Make two tiny batches: one without a mask, one with a left- and a right-padded row."""
     device = next(model.parameters()).device
     if model.main_input_name == "pixel_values":
         return [{"pixel_values": _probe_images(model)}]
@@ -69,7 +69,7 @@ def with_other_content(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _probe_images(model: PreTrainedModel) -> Tensor:
-    """Two images of the size that the model's configuration names."""
+    """Make two images of the size that the model's configuration names."""
     weight = next(model.parameters())
     size = getattr(model.config, "image_size", 224)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
@@ -80,7 +80,7 @@ def _probe_images(model: PreTrainedModel) -> Tensor:
 
 @contextlib.contextmanager
 def quiet(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradient; modes, random state and what forwards note as before afterwards."""
+    """Evaluate without gradient; modes, random state and what forwards note are put back."""
     states = [(part, _plain_state(part)) for module in modules for part in module.modules()]
     devices = {parameter.device for module in modules for parameter in module.parameters()}
     try:
@@ -147,7 +147,7 @@ def trace(
 
 @contextlib.contextmanager
 def _no_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Without a key-value cache, of a model that does not take this as an argument."""
+    """Switch off the key-value cache of a model that does not take this as an argument."""
     configs = [model.config, model.config.get_text_config(decoder=True)]
     before = [(config, config.use_cache) for config in configs if hasattr(config, "use_cache")]
     try:
@@ -161,7 +161,7 @@ def _no_cache(model: PreTrainedModel) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recording(layers: nn.ModuleList, calls: list[LayerCall]) -> Iterator[None]:
-    """While open, every call of every layer is appended to ``calls``."""
+    """Append every call of every layer to ``calls``, while open."""
 
     def recorder(index: int) -> Callable[..., None]:
         def record(

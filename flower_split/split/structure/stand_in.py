@@ -118,7 +118,7 @@ class StandIn(nn.Module):
         self._layer_index = index
 
     def __getattr__(self, name: str) -> Any:
-        """Class attributes of the replaced layer; methods are not carried over."""
+        """Return a class attribute of the replaced layer; methods are not carried over."""
         with contextlib.suppress(AttributeError):
             return super().__getattr__(name)
         value = getattr(self.__dict__.get("_layer_class", object), name)
@@ -216,7 +216,7 @@ class AbsentEmbedding(nn.Module):
         return self.zero.expand(self.num_embeddings, self.embedding_dim)
 
     def forward(self, *args: object, **kwargs: object) -> Tensor:
-        """Zeros of the shape of the first tensor argument, plus the embedding dimension.
+        """Return zeros of the shape of the first tensor argument, plus the embedding dimension.
 
         Where that is hidden states, as for some position embeddings, their last dimension does
         not count.

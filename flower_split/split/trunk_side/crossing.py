@@ -53,7 +53,7 @@ class TrunkOutput(BaseException):
 def enter_trunk(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-    """Before a trunk's first layer: let the smashed data of the running call go in."""
+    """Let the smashed data of the running call go into a trunk's first layer."""
     smashed = running.get()
     if probing.get():
         raise TrunkInput(take_hidden_states(args, kwargs))
@@ -69,7 +69,7 @@ def enter_trunk(
 def give_arguments(
     module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[tuple[object, ...], dict[str, object]] | None:
-    """Before every layer of a trunk: let the arguments that came with the smashed data go in."""
+    """Let the arguments that came with the smashed data go into every layer of a trunk."""
     smashed = running.get()
     if smashed is None or not smashed.layer_arguments:
         return None
@@ -91,7 +91,7 @@ def _restore_random_state(states: list[Tensor], device: torch.device) -> None:
 
 
 def leave_trunk(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-    """After a trunk's last layer: end the running call."""
+    """End the running call after a trunk's last layer."""
     smashed = running.get()
     if smashed is not None and smashed.last is module:
         raise TrunkOutput(hidden_states_of(output))

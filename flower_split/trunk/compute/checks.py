@@ -47,7 +47,7 @@ def check_finite(what: str, tensor: Tensor) -> None:
 
 
 def check_all_finite(tensors: Mapping[str, Tensor]) -> None:
-    """As :func:`check_finite` for each, by name, but looking only once: on a GPU a look is a wait."""
+    """Check each as :func:`check_finite` does, by name, looking once: on a GPU a look is a wait."""
     largest = nn.utils.get_total_norm(list(tensors.values()), norm_type=math.inf)
     if not bool(torch.isfinite(largest)):
         for what, tensor in tensors.items():

@@ -68,7 +68,7 @@ class SlotGradient:
         ]
 
     def passes(self, index: int) -> bool:
-        """Whether the slot's calls pass through parameter ``index``."""
+        """Return whether the slot's calls pass through parameter ``index``."""
         return self.covers is None or self.covers[index]
 
 
@@ -80,7 +80,7 @@ def _sum(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor 
 
 
 def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | None]:
-    """The window's gradient ``Σ nᵢ gᵢ / Σ nᵢ``, summed in slot order.
+    """Return the window's gradient ``Σ nᵢ gᵢ / Σ nᵢ``, summed in slot order.
 
     Args:
         slots: Slot -> its gradient; ``num_tokens`` over all slots must be above 0.
@@ -126,7 +126,7 @@ class Reduction:
     def __call__(
         self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None
     ) -> list[Tensor | None]:
-        """The window's gradient: one fp32 tensor per parameter, or None where nobody has one.
+        """Return the window's gradient: an fp32 tensor per parameter, or None where nobody has one.
 
         Args:
             slots: Slot -> its gradient.
@@ -166,7 +166,7 @@ class Reduction:
 
 
 def _times(gradient: SlotGradient, factor: float) -> SlotGradient:
-    """A slot's gradient with a factor, over the same tokens."""
+    """Return a slot's gradient with a factor, over the same tokens."""
     return SlotGradient(
         covers=gradient.covers,
         denominator=gradient.denominator * factor,
@@ -176,7 +176,7 @@ def _times(gradient: SlotGradient, factor: float) -> SlotGradient:
 
 
 def _groups(slots: Mapping[int, SlotGradient]) -> dict[tuple[int, ...], list[int]]:
-    """Slots -> the parameters that exactly those pass through, and of which one has a gradient."""
+    """Group the parameters that one of them has a gradient of by the slots that pass through them."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in range(len(next(iter(slots.values())).total)):
         members = tuple(slot for slot in sorted(slots) if slots[slot].passes(index))
@@ -186,7 +186,7 @@ def _groups(slots: Mapping[int, SlotGradient]) -> dict[tuple[int, ...], list[int
 
 
 def _as_clients(slots: Mapping[int, SlotGradient], names: Sequence[int]) -> list[ClientUpdate]:
-    """The slots' token-mean gradients as the rules take them: changes from zero, in fp64.
+    """Return the slots' token-mean gradients as the rules take them: changes from zero, in fp64.
 
     Args:
         slots: Slot -> its gradient.

@@ -73,7 +73,7 @@ class CacheStore:
         lease_seconds: float,
         cuts: CutLayers | None = None,
     ) -> Tensor:
-        """``trunk_output`` of new positions; their keys and values are kept. Safe to retry.
+        """Return ``trunk_output`` of new positions; their keys and values are kept. Safe to retry.
 
         Args:
             session: Whose cache it is.

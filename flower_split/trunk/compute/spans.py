@@ -34,7 +34,7 @@ class Spans:
         self._admitted: set[CutLayers] = set()
 
     def is_admitted(self, cuts: CutLayers | None) -> bool:
-        """Whether :meth:`admit` has found nothing wrong with ``cuts``; any thread may ask."""
+        """Return whether :meth:`admit` has found nothing wrong with ``cuts``; any thread may ask."""
         return cuts is None or cuts in self._admitted
 
     def admit(self, cuts: CutLayers) -> None:
@@ -66,13 +66,13 @@ class Spans:
         self._admitted.add(cuts)
 
     def of(self, cuts: CutLayers | None) -> nn.Module:
-        """What runs a client's calls; None: the whole trunk."""
+        """Return what runs a client's calls; None: the whole trunk."""
         if cuts is None or not isinstance(self._trunk, TrunkModel):
             return self._trunk
         return self._trunk.span(cuts)
 
     def covers(self, cuts: CutLayers | None, names: Sequence[str]) -> tuple[bool, ...] | None:
-        """Which parameters a client's calls pass through; None: all of them.
+        """Return which parameters a client's calls pass through; None: all of them.
 
         Args:
             cuts: The client's.

@@ -91,7 +91,7 @@ class Versions:
         return sorted(self._copies)
 
     def copy_of(self, version: int, parameters: Sequence[nn.Parameter]) -> Weights:
-        """The copy of the current weights; made once for each version.
+        """Return the copy of the current weights, made once for each version.
 
         Args:
             version: Of the weights as they are now.
