@@ -17,6 +17,8 @@ from flower_split.errors import ConfigError, DataError
 PARTITION_FIELD = "{partition_id}"
 """Stands for the client's partition in ``data.path``: every client has its own file."""
 
+_GZIP = b"\x1f\x8b"  # the first bytes of such a file
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SourceRequest:
@@ -117,11 +119,16 @@ def read_utf8(file: Path) -> str:
     """Return a text file's content, without a byte-order mark.
 
     Raises:
-        DataError: It is not UTF-8, or cannot be read.
+        DataError: It is compressed, not UTF-8, or cannot be read.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        if error.object.startswith(_GZIP):
+            raise DataError(
+                f"{file}: text must not be compressed, and this file is gzip. Decompress it: "
+                f"gunzip {file.name}."
+            ) from error
         line = error.object[: error.start].count(b"\n") + 1
         raise DataError(
             f"{file}: text must be UTF-8; byte {error.start} is not (line {line}). Convert the "

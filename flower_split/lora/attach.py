@@ -36,7 +36,7 @@ from flower_split.lora.state import (
     adapter_parameters,
     lora_parameters,
 )
-from flower_split.lora.whole_weights import Place, own_parameters, train_whole
+from flower_split.lora.whole_weights import ParameterSlot, own_parameters, train_whole
 from flower_split.split import CutLayers
 from flower_split.split.structure.stack import LayerStack
 
@@ -90,7 +90,7 @@ def attach_lora(
                 parameter.copy_(initial_value(seed, name, parameter.shape, init_of(name)))
     if not meta:
         renew_magnitudes(model)
-    train_whole(model, [place for plan in plans for place in plan.whole])
+    train_whole(model, [slot for plan in plans for slot in plan.whole])
     for _, parameter in adapter_parameters(model):
         parameter.requires_grad_(True)
     if getattr(model, "is_quantized", False):
@@ -159,13 +159,13 @@ class PartPlan:
         suffixes = [suffix.strip() for suffix in wanted.split(",") if suffix.strip()]
         return {name: module for name, module in self._own.items() if ends_with(name, suffixes)}
 
-    def _whole(self) -> list[Place]:
+    def _whole(self) -> list[ParameterSlot]:
         if self.config.train == "full":
             return own_parameters(self._own.values())
         inside = [module for name, module in self._own.items() if lies_in(name, self.saved)]
         return own_parameters(inside) + self._biases()
 
-    def _biases(self) -> list[Place]:
+    def _biases(self) -> list[ParameterSlot]:
         """Return the biases that train, by PEFT's rules: ``all`` is all with bias in the name."""
         if self.config.bias == "lora_only":
             return [(m, key) for m, key in own_parameters(self.targets.values()) if key == "bias"]

@@ -16,7 +16,7 @@ from flower_split.errors import ConfigError
 
 _MASTER = re.compile(r"\.parametrizations\.([^.]+)\.original$")
 
-Place = tuple[nn.Module, str]  # a module, and the name of one of its own parameters
+ParameterSlot = tuple[nn.Module, str]  # a module, and the name of one of its own parameters
 
 
 class BaseWeight(nn.Parameter):
@@ -34,7 +34,7 @@ class _Cast(nn.Module):
         return weight.to(self.dtype)
 
 
-def own_parameters(modules: Iterable[nn.Module]) -> list[Place]:
+def own_parameters(modules: Iterable[nn.Module]) -> list[ParameterSlot]:
     """Return the parameters that lie directly in ``modules``."""
     return [
         (module, key)
@@ -44,15 +44,15 @@ def own_parameters(modules: Iterable[nn.Module]) -> list[Place]:
     ]
 
 
-def train_whole(model: nn.Module, places: Iterable[Place]) -> None:
-    """Make the parameters at ``places`` :class:`BaseWeight`.
+def train_whole(model: nn.Module, slots: Iterable[ParameterSlot]) -> None:
+    """Make the parameters at ``slots`` :class:`BaseWeight`.
 
     A weight that several modules share (tied embeddings) stays shared if all of them are in
-    ``places``; otherwise those that are get a copy of their own, as PEFT's ``modules_to_save`` does.
+    ``slots``; otherwise those that are get a copy of their own, as PEFT's ``modules_to_save`` does.
 
     Args:
         model: The model, for who shares a weight with whom.
-        places: Parameters, in any order; one may be there twice.
+        slots: Parameters, in any order; one may be there twice.
 
     Raises:
         ConfigError: A weight is quantised, so it cannot train.
@@ -62,16 +62,16 @@ def train_whole(model: nn.Module, places: Iterable[Place]) -> None:
         for value in module._parameters.values():
             if value is not None:
                 holders[id(value)] = holders.get(id(value), 0) + 1
-    groups: dict[int, dict[tuple[int, str], Place]] = {}
-    for module, key in places:
+    groups: dict[int, dict[tuple[int, str], ParameterSlot]] = {}
+    for module, key in slots:
         group = groups.setdefault(id(module._parameters[key]), {})
         group[id(module), key] = (module, key)
     for identity, group in groups.items():
         _replace(list(group.values()), shared_beyond=holders[identity] > len(group))
 
 
-def _replace(places: list[Place], *, shared_beyond: bool) -> None:
-    module, key = places[0]
+def _replace(slots: list[ParameterSlot], *, shared_beyond: bool) -> None:
+    module, key = slots[0]
     weight = module._parameters[key]
     assert weight is not None
     if type(weight) not in (nn.Parameter, BaseWeight) or not weight.is_floating_point():
@@ -83,7 +83,7 @@ def _replace(places: list[Place], *, shared_beyond: bool) -> None:
     if shared_beyond and value.data_ptr() == weight.data_ptr() and not value.is_meta:
         value = value.clone()
     trained = BaseWeight(value)
-    for module, key in places:
+    for module, key in slots:
         setattr(module, key, trained)
         if weight.dtype != torch.float32:
             parametrize.register_parametrization(module, key, _Cast(weight.dtype), unsafe=True)

@@ -37,7 +37,7 @@ from flower_split.split.structure.stack import find_stack
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OwnLora:
-    """What of a client's LoRA is its own."""
+    """Per-client LoRA overrides."""
 
     rank: int = 0  # of the parts whose rank is above; 0: the run's
     alpha: float = 0.0  # 0: by lora.client-scale

@@ -52,7 +52,7 @@ def check_factors(factors: Factors, who: str) -> None:
         who: The subject of the error's sentence, such as ``client 'a' returned factors``.
 
     Raises:
-        AggregationError: Wrong type, shape or scale, NaN or Inf inside, or a ΔW beyond fp32.
+        AggregationError: Wrong type, shape or scale, NaN or Inf inside, or a ΔW that overflows fp32.
     """
     for name in ("A", "B"):
         tensor = getattr(factors, name, None)

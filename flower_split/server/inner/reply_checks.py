@@ -85,8 +85,9 @@ def check_like_sent(
             client of a slot can report truthfully.
 
     Raises:
-        FederationError: A reply has other weights than its client was sent (Flower would broadcast
-            them), or a count that is no number of at least 0; the client is named.
+        FederationError: A reply's tensors differ in names or order from those that its client was
+            sent (Flower would broadcast them), or a count is no number of at least 0; the client is
+            named.
     """
     for slot, reply in replies.items():
         who = f"round {server_round}: partition {slot} (node {federation.nodes[slot]})"

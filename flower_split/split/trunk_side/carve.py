@@ -1,4 +1,4 @@
-"""Leaving the trunk's weights alone in a model: what stands in place of everything else."""
+"""Keep only the trunk's weights in a model: what stands in place of everything else."""
 
 import torch
 from torch import nn

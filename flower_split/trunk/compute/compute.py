@@ -29,7 +29,7 @@ from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation, SavedBytes
 from flower_split.trunk.compute.checks import check_all_finite, check_finite
 from flower_split.trunk.compute.spans import Spans
-from flower_split.trunk.compute.weight_versions import Places, Weights
+from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,7 +77,7 @@ class TrunkCompute:
         devices = {parameter.device for parameter in trunk.parameters()}
         self._cuda = [device for device in devices if device.type == "cuda"]
         self.spans = Spans(trunk, self.device, self.dtype)
-        self._places = Places(trunk, self.parameters)
+        self._slots = ParameterSlots(trunk, self.parameters)
         self._config = optimizer
         self._optimizer = make_optimizer(self.parameters, optimizer) if self.parameters else None
         self._rate = LearningRate(optimizer, 1)
@@ -338,7 +338,7 @@ class TrunkCompute:
                 "host_arguments": given.host_arguments,
             }
         trunk = self.trunk if one.cuts is None else self.spans.of(one.cuts)
-        own = nullcontext() if one.weights is None else self._places.holding(one.weights)
+        own = nullcontext() if one.weights is None else self._slots.holding(one.weights)
         with own, torch.random.fork_rng(devices=self._cuda):
             if train:
                 torch.manual_seed(seed)

@@ -34,7 +34,7 @@ class Weights:
         return {parameter.untyped_storage().data_ptr() for parameter in self.parameters}
 
 
-class Places:
+class ParameterSlots:
     """Where a module keeps its trainable parameters, so that copies can stand in for them.
 
     Args:
@@ -45,11 +45,11 @@ class Places:
     def __init__(self, module: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         order = {id(parameter): index for index, parameter in enumerate(parameters)}
         self._own = tuple(parameters)
-        self._places = [
+        self._slots = [
             (owner, name, order[id(parameter)])
             for owner in module.modules()
             for name, parameter in owner._parameters.items()
-            if id(parameter) in order  # a weight that layers share has several places
+            if id(parameter) in order  # a weight that layers share has several slots
         ]
 
     @contextmanager
@@ -65,7 +65,7 @@ class Places:
             self._put(self._own)
 
     def _put(self, parameters: Sequence[nn.Parameter]) -> None:
-        for owner, name, index in self._places:
+        for owner, name, index in self._slots:
             owner._parameters[name] = parameters[index]
 
 

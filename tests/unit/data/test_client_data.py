@@ -1,5 +1,6 @@
 """A client's data from files in every format, offline; and what is said when something is wrong."""
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -196,6 +197,8 @@ def test_data_with_a_bad_line_or_encoding_names_it(
         load("jsonl", b'{"text": "a"}\n{"txt": "b"}\n')
     with pytest.raises(DataError, match="must be UTF-8; byte 2 is not"):
         load("text", b"ab\xff")
+    with pytest.raises(DataError, match="file: text must not be compressed.*gunzip file"):
+        load("jsonl", gzip.compress(b'{"text": "a"}\n'))
 
 
 def test_partition_out_of_range_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
