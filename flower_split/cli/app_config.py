@@ -77,7 +77,9 @@ def load_app(path: Path) -> App:
     table = _app_table(path, project)
     section = table.get("config", {})
     if not isinstance(section, dict):
-        raise ConfigError(f"{project}: [tool.flwr.app.config] must be a table of keys.")
+        raise ConfigError(
+            f"{project}: [tool.flwr.app.config] must be a table of keys; it is {section!r}."
+        )
     components = table.get("components")
     named = components.get("serverapp") if isinstance(components, dict) else None
     return App(project, flatten(section), str(named))
@@ -104,5 +106,7 @@ def _app_table(app: Path, path: Path) -> dict[str, object]:
         raise ConfigError(f"{path} is not valid TOML: {error}. Correct the file.") from error
     table = project.get("tool", {}).get("flwr", {}).get("app")
     if not isinstance(table, dict):
-        raise ConfigError(f"{path} has no [tool.flwr.app] section: it is no Flower app.")
+        raise ConfigError(
+            f"{path} has no [tool.flwr.app] section: it is no Flower app. Name another directory."
+        )
     return table

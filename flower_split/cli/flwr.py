@@ -74,11 +74,6 @@ class Flwr:
         """
         self._ask(["stop", run_id, *self._where, "--format", "json"], f"stop run {run_id}")
 
-    def stop_line(self, run_id: str) -> str:
-        """Return the shell command that stops a run."""
-        variables = [f"{name}={value}" for name, value in self.environment.items()]
-        return " ".join([*variables, "flwr", "stop", run_id, *self._where])
-
     @contextmanager
     def log(self, run_id: str) -> "Iterator[queue.Queue[str | None]]":
         """Stream a run's log from its beginning: a queue of lines, then None when it ends."""

@@ -71,7 +71,8 @@ def _server(arguments: argparse.Namespace) -> TrunkServer | None:
             token = file.read().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--token-file {arguments.token_file} cannot be read: {error}."
+            f"--token-file {arguments.token_file} cannot be read: {error}. Give the file that the trunk "
+            "was started with."
         ) from error
     return TrunkServer(arguments.trunk_address, token, arguments.root_certificates)
 

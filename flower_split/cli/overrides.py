@@ -57,9 +57,13 @@ def _from_file(path: Path) -> dict[str, Scalar]:
     try:
         return flatten(tomllib.loads(path.expanduser().read_text(encoding="utf-8")))
     except OSError as error:
-        raise ConfigError(f"--run-config {path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(
+            f"--run-config {path} cannot be read: {error.strerror}. Correct the path."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--run-config {path} is not valid TOML: {error}.") from error
+        raise ConfigError(
+            f"--run-config {path} is not valid TOML: {error}. Correct the file."
+        ) from error
 
 
 def _from_pairs(text: str) -> dict[str, Scalar]:

@@ -50,7 +50,8 @@ class ModelConfig:
                 json.loads(self.quantization)
             except ValueError as error:
                 raise ConfigError(
-                    f"model.quantization = {self.quantization!r} is no JSON object: {error}."
+                    f"model.quantization = {self.quantization!r} is no JSON object: {error}. "
+                    "Write it as in a config.json's quantization_config, or use a name."
                 ) from error
         elif self.quantization:
             one_of("model.quantization", self.quantization, (*QUANTIZATIONS, "a JSON object"))
@@ -74,7 +75,9 @@ class ModelConfig:
                 )
             partition, first, second = (int(number) for number in match.groups())
             if partition in found:
-                raise ConfigError(f"model.cuts-by-partition names partition {partition} twice.")
+                raise ConfigError(
+                    f"model.cuts-by-partition names partition {partition} twice. Name it once."
+                )
             found[partition] = (first, second)
         return found
 

@@ -174,4 +174,7 @@ def _partitioner(
         case "shard":
             # two shards per client, as in the experiments of the FedAvg paper
             return made.ShardPartitioner(count, "key", num_shards_per_partition=2, seed=seed)
-    raise DataError(f"data.partitioner {config.partitioner!r} is unknown.")
+    raise DataError(
+        f"data.partitioner {config.partitioner!r} is unknown. Use one of "
+        f"{', '.join(sorted((NONE, *BY_COLUMN, *BY_SIZE)))}."
+    )

@@ -129,7 +129,8 @@ class _Template:
             self._source = tokenizer.get_chat_template(None, self._tools)
         except ValueError as error:
             raise DataError(
-                f"{place}: the tokenizer has no default chat template: {error}"
+                f"{place}: the tokenizer has no default chat template: {error} "
+                "Use prompt and completion, or a model with one."
             ) from error
 
     @property

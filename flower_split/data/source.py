@@ -135,4 +135,6 @@ def read_utf8(file: Path) -> str:
             "file."
         ) from error
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}.") from error
+        raise DataError(
+            f"{file} cannot be read: {error.strerror}. Make it readable for this process."
+        ) from error

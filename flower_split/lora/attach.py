@@ -196,7 +196,8 @@ class PartPlan:
         odd = sorted(name for name in self.targets if config.setting_of(name)[0] % 2)
         if odd and config.init == "orthogonal":
             raise ConfigError(
-                f"{key}.init = orthogonal needs even ranks; {some(odd)} has an odd one."
+                f"{key}.init = orthogonal needs even ranks; {some(odd)} has an odd one. Use "
+                "an even rank there, or another init."
             )
         if complete:
             self._check_names(key)
@@ -220,7 +221,7 @@ class PartPlan:
                 if config.has_lora and not any(ends_with(t, [name]) for t in self.targets):
                     raise ConfigError(
                         f"{key}.{pattern} names {name}, which is no module with LoRA in the "
-                        f"{self.part}."
+                        f"{self.part}. Remove it, or add the module to {key}.target-modules."
                     )
 
     def _check_whole(self, key: str) -> None:

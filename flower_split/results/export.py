@@ -225,7 +225,8 @@ def _peft_config(
     shapes = {module: (rank, scales[module] * rank) for module, rank in _modules(state).items()}
     if not state:
         raise RunDirectoryError(
-            "the run's adapters hold no tensor, so there is no adapter to export."
+            "the run's adapters hold no tensor, so there is no adapter to export. Export a run that "
+            "trained one (lora.*.r above 0)."
         )
     # The commonest setting is the adapter's own; the others are named module by module.
     settings = Counter(shapes.values()).items()

@@ -97,8 +97,9 @@ class PrivateFolder:
             return dict(sorted(load(content).items()))
         except SafetensorError as error:
             raise RunDirectoryError(
-                f"the private factors in {self.path} are damaged: {error}."
-            ) from (error)
+                f"the private factors in {self.path} are damaged: {error}. Restore the "
+                "file, or go back to the round before with resume-previous = true."
+            ) from error
 
     def write(self, state: Mapping[str, Tensor], *, server_round: int, base: str) -> str:
         """Keep a round's factors, beside those that it began with and the ones before.
