@@ -43,7 +43,6 @@ class ModelSource:
 
 def as_source(
     name_or_path: str | ModelSource,
-    *,
     revision: str | None = None,
     attn_implementation: str | None = None,
     dtype: torch.dtype | str | None = None,

@@ -71,13 +71,7 @@ def load_client_model(
             cannot be had or cannot be trained, or a setting beside a source.
     """
     output = LayerOutput()
-    source = as_source(
-        name_or_path,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        dtype=dtype,
-        quantization=quantization,
-    )
+    source = as_source(name_or_path, revision, attn_implementation, dtype, quantization)
     checkpoint = Checkpoint.open(source, cuts, auto_class)
     constants = constant_embeddings(checkpoint.skeleton)
 
@@ -136,13 +130,7 @@ def load_trunk_model(
             f"device_map places the trunk's layers, so device must be left out; it is {device!r}."
         )
     output = LayerOutput()
-    source = as_source(
-        name_or_path,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        dtype=dtype,
-        quantization=quantization,
-    )
+    source = as_source(name_or_path, revision, attn_implementation, dtype, quantization)
     checkpoint = Checkpoint.open(source, cuts, auto_class)
     constants = constant_embeddings(checkpoint.skeleton)
 
@@ -187,13 +175,7 @@ def load_whole_model(
     Raises:
         SplitError: As for :func:`load_client_model`.
     """
-    source = as_source(
-        name_or_path,
-        revision=revision,
-        attn_implementation=attn_implementation,
-        dtype=dtype,
-        quantization=quantization,
-    )
+    source = as_source(name_or_path, revision, attn_implementation, dtype, quantization)
     return Checkpoint.open(source, None, auto_class).load(lambda root: None, device)
 
 
