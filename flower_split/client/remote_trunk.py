@@ -22,9 +22,10 @@ from flower_split.client.calls import (
     MicroBatch,
     call_trunk,
 )
+from flower_split.client.step_end import finish_step
 from flower_split.client.trunk_session import TrunkSession, WireStats
 from flower_split.errors import TrunkError
-from flower_split.protocol.values import ForwardMode, SessionGrant
+from flower_split.protocol.values import FinishResult, FinishRule, ForwardMode, SessionGrant
 from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask
@@ -153,6 +154,36 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkError: Nested in another one.
         """
         return self._current.inside(MicroBatch(window, index, num_tokens, loss_denominator, last))
+
+    @property
+    def finish(self) -> FinishRule | None:
+        """How the steps of the open round end together with the trunk; None: they do not."""
+        return self.grant.finish if self.grant is not None else None
+
+    def finish_step(
+        self,
+        window: int,
+        num_micro_batches: int,
+        grad_norm_squared: float,
+        gradients: Mapping[str, Tensor],
+    ) -> FinishResult:
+        """End an optimizer step together with the trunk; required where :attr:`finish` is set.
+
+        Called after the last backward of every window; waits until the trunk has stepped.
+
+        Args:
+            window: The optimizer step within the round, from 0.
+            num_micro_batches: How many the step had.
+            grad_norm_squared: L2, of this client's own gradient for the mean loss of its tokens.
+            gradients: This client's own by name, where the round shares them; else empty.
+
+        Raises:
+            TrunkUnavailable: No answer within the call timeout.
+            TrunkRefused: The trunk answered no; the reason is typed.
+            RoundAborted: The round was given up.
+        """
+        on_host = {name: to_host(tensor).contiguous() for name, tensor in gradients.items()}
+        return finish_step(self._session, window, num_micro_batches, grad_norm_squared, on_host)
 
     def forward(
         self,

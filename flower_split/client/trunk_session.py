@@ -21,7 +21,7 @@ from flower_split.protocol.values import SessionGrant
 from flower_split.split import CutLayers
 from flower_split.wire.codecs import NATIVE, TensorForm, make_codec
 from flower_split.wire.codecs.coding import encode, receive
-from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.frames import Incoming, Outgoing, Received
 from flower_split.wire.staging import Allocate
 from flower_split.wire.transport import Transport
 
@@ -40,9 +40,9 @@ class WireStats:
         wire_seconds: From a call's start to its end, less the trunk's two shares below.
         trunk_compute_seconds: As the trunk reports it.
         trunk_queue_seconds: Waiting at the trunk: for its processor, and for the other clients.
-        calls: Forwards and backwards.
-        gradient_bytes_sent: Of ``bytes_sent``, in backwards.
-        gradient_bytes_received: Of ``bytes_received``, in backwards.
+        calls: Forwards, backwards and ends of steps.
+        gradient_bytes_sent: Of ``bytes_sent``, in backwards and ends of steps.
+        gradient_bytes_received: Of ``bytes_received``, in backwards and ends of steps.
     """
 
     bytes_sent: int = 0
@@ -181,6 +181,36 @@ class TrunkSession:
         """
         like = TensorForm.of(sent[1])
         tensors = {**encode(self.codec, *sent), **extras}
+
+        def read(incoming: Incoming) -> Received:
+            return receive(
+                incoming, self.codec, result, self.max_tensor_bytes, allocate=allocate, like=like
+            )
+
+        received, reply = self.exchange(method, header, tensors, read)
+        return received.tensors[result], reply.version
+
+    def exchange(
+        self,
+        method: str,
+        header: pb.Header,
+        tensors: Mapping[str, Tensor],
+        receive_reply: Callable[[Incoming], Received],
+    ) -> tuple[Received, pb.ReplyHeader]:
+        """Make one call that sends tensors and gets tensors back.
+
+        Args:
+            method: Which.
+            header: Of the call.
+            tensors: To send.
+            receive_reply: Checks and receives the reply's tensors.
+
+        Raises:
+            CodecError: It is too large for this trunk, or the answer is not what was asked for.
+            TrunkUnavailable: No answer within the call timeout.
+            TrunkRefused: The trunk answered no.
+            RoundAborted: The round was given up.
+        """
         size = sum(tensor.nbytes for tensor in tensors.values())
         if size > self.max_tensor_bytes:
             raise CodecError(
@@ -190,18 +220,15 @@ class TrunkSession:
         message = Outgoing(header, tensors)
         started = time.monotonic()
 
-        def read(frames: Iterator[bytes]) -> tuple[Tensor, pb.ReplyHeader, int]:
+        def read(frames: Iterator[bytes]) -> tuple[Received, pb.ReplyHeader]:
             incoming = Incoming(frames)
-            received = receive(
-                incoming, self.codec, result, self.max_tensor_bytes, allocate=allocate, like=like
-            )
-            return received.tensors[result], incoming.header.reply, received.num_bytes
+            return receive_reply(incoming), incoming.header.reply
 
         with self.waiting():
-            tensor, reply, received_bytes = self.channel.stream(method, message, read)
+            received, reply = self.channel.stream(method, message, read)
         seconds = time.monotonic() - started
-        self._count(method, message.num_bytes, received_bytes, seconds, reply)
-        return tensor, reply.version
+        self._count(method, message.num_bytes, received.num_bytes, seconds, reply)
+        return received, reply
 
     @property
     def stats(self) -> WireStats:
@@ -229,7 +256,7 @@ class TrunkSession:
     def _count(
         self, method: str, sent: int, received: int, seconds: float, reply: pb.ReplyHeader
     ) -> None:
-        backward = method == "Backward"
+        backward = method in ("Backward", "FinishStep")  # what carries gradients
         elsewhere = reply.compute_seconds + reply.queue_seconds
         with self._lock:
             total = self._stats

@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from flower_split.config.clipping import (
+    is_guarded,
+    same_max_grad_norm,
+    steps_with_every_local_step,
+)
 from flower_split.config.strategy import StrategyConfig
 from flower_split.config.validation import kebab
 from flower_split.errors import ConfigError
@@ -125,6 +130,10 @@ def _literal(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
+def _clips_over_model(config: "RunConfig") -> bool:
+    return config.train.max_grad_norm_over == "model"
+
+
 ALWAYS = (
     Combination(
         condition="`resume-previous` without `resume`",
@@ -167,6 +176,44 @@ ALWAYS = (
             holds=lambda c: (
                 c.mode == "joint" and c.trunk.train == "lora" and not c.lora.trunk.adapts
             ),
+        ),
+    ),
+    Combination(
+        condition="`train.max-grad-norm-over = model` where the trunk does not step with every local "
+        "step",
+        reason="one norm over bottom, trunk and top needs all three gradients at the same step",
+        remedy='Set mode = "joint" and trunk.step-every = "local-step", or '
+        'train.max-grad-norm-over = "part"',
+        keys=_when(
+            "train.max-grad-norm-over",
+            "mode",
+            "trunk.step-every",
+            holds=lambda c: _clips_over_model(c) and not steps_with_every_local_step(c),
+        ),
+    ),
+    Combination(
+        condition="`train.max-grad-norm-over = model` with different `max-grad-norm` of clients and "
+        "trunk",
+        reason="one norm over the whole model is clipped to one value",
+        remedy='Set both to the same, or train.max-grad-norm-over = "part"',
+        keys=_when(
+            "train.max-grad-norm-over",
+            "train.optimizer.max-grad-norm",
+            "trunk.optimizer.max-grad-norm",
+            holds=lambda c: _clips_over_model(c) and not same_max_grad_norm(c),
+        ),
+    ),
+    Combination(
+        condition="`train.max-grad-norm-over = model` with a mechanism of `privacy.*`, or with rules "
+        "in `trunk.reduction`",
+        reason="every client tells the norm of its gradient, which is neither noised nor robust and "
+        "scales everybody's step",
+        remedy='Set train.max-grad-norm-over = "part"',
+        keys=_when(
+            "train.max-grad-norm-over",
+            "privacy.mechanism",
+            "trunk.reduction",
+            holds=lambda c: _clips_over_model(c) and is_guarded(c),
         ),
     ),
     Combination(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from flower_split.config.clipping import clips_over_model
 from flower_split.config.combinations import check_combinations
 from flower_split.config.data import DataConfig
 from flower_split.config.lora import LoraConfigs
@@ -60,6 +61,11 @@ class RunConfig:
     """The aggregation."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     """Differential privacy."""
+
+    @property
+    def clips_over_model(self) -> bool:
+        """Whether max-grad-norm is that of bottom, trunk and top together."""
+        return clips_over_model(self)
 
     def __post_init__(self) -> None:
         """Check choices and ranges, and that the settings can go together."""

@@ -6,6 +6,7 @@ from flower_split.config.validation import above, at_least, kebab, one_of
 from flower_split.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
+MAX_GRAD_NORM_OVER = ("auto", "model", "part")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +20,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Weight decay, as the optimizer defines it."""
     max_grad_norm: float = 1.0
-    """L2 norm over all parameters of the part that gradients are clipped to; 0: no clipping."""
+    """L2 norm that gradients are clipped to; 0: no clipping. Over which parameters:
+    train.max-grad-norm-over."""
     schedule: str = "constant"
     """Learning-rate schedule, by a name of transformers' get_scheduler."""
     warmup_ratio: float = 0.0
@@ -34,6 +36,12 @@ class OptimizerConfig:
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(
                 f"*.optimizer.warmup-ratio must be in [0, 1); it is {self.warmup_ratio!r}."
+            )
+        if self.warmup_ratio and self.schedule == "constant":
+            raise ConfigError(
+                f"*.optimizer.warmup-ratio is {self.warmup_ratio!r}, and the schedule "
+                f'"{self.schedule}" does not warm up. Set *.optimizer.schedule = '
+                '"constant_with_warmup", or warmup-ratio = 0.'
             )
 
 
@@ -57,6 +65,9 @@ class TrainConfig:
     """Device of the client: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
     num_threads: int = 1
     """torch's intra-op CPU threads; pinned, so that sums are repeatable."""
+    max_grad_norm_over: str = "part"
+    """What max-grad-norm is the norm of: model (bottom, trunk and top together, as an unsplit model
+    clips), part (each by itself), or auto (model where the settings allow it)."""
     proximal_mu: float = 0.0
     """Weight of FedProx's pull to the round's first weights; strategy.options may set it too."""
     auxiliary_head: bool = False
@@ -82,5 +93,6 @@ class TrainConfig:
             "num_threads",
         ):
             at_least(f"train.{kebab(name)}", getattr(self, name), 1)
+        one_of("train.max-grad-norm-over", self.max_grad_norm_over, MAX_GRAD_NORM_OVER)
         at_least("train.proximal-mu", self.proximal_mu, 0)
         at_least("train.sequence-length", self.sequence_length, 2)

@@ -82,16 +82,18 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("tensors", "forward", "backward", "reply")
+    __slots__ = ("tensors", "forward", "backward", "reply", "finish_step")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
+    FINISH_STEP_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     forward: ForwardHeader
     backward: BackwardHeader
     reply: ReplyHeader
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ...) -> None: ...
+    finish_step: FinishStepHeader
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ..., finish_step: _Optional[_Union[FinishStepHeader, _Mapping]] = ...) -> None: ...
 
 class ContributionKey(_message.Message):
     __slots__ = ("experiment", "server_round", "attempt", "window", "micro_batch")
@@ -157,15 +159,31 @@ class BackwardHeader(_message.Message):
     last: bool
     def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., num_tokens: _Optional[float] = ..., loss_denominator: _Optional[float] = ..., last: _Optional[bool] = ...) -> None: ...
 
+class FinishStepHeader(_message.Message):
+    __slots__ = ("session", "trunk_epoch", "key", "grad_norm_squared")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    GRAD_NORM_SQUARED_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    key: ContributionKey
+    grad_norm_squared: float
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., grad_norm_squared: _Optional[float] = ...) -> None: ...
+
 class ReplyHeader(_message.Message):
-    __slots__ = ("version", "compute_seconds", "queue_seconds")
+    __slots__ = ("version", "compute_seconds", "queue_seconds", "clip_factor", "grad_norm")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CLIP_FACTOR_FIELD_NUMBER: _ClassVar[int]
+    GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     version: int
     compute_seconds: float
     queue_seconds: float
-    def __init__(self, version: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ...) -> None: ...
+    clip_factor: float
+    grad_norm: float
+    def __init__(self, version: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., clip_factor: _Optional[float] = ..., grad_norm: _Optional[float] = ...) -> None: ...
 
 class WaitVersionRequest(_message.Message):
     __slots__ = ("session", "trunk_epoch", "version")
@@ -210,8 +228,16 @@ class CutLayers(_message.Message):
     second: int
     def __init__(self, first: _Optional[int] = ..., second: _Optional[int] = ...) -> None: ...
 
+class FinishRule(_message.Message):
+    __slots__ = ("max_grad_norm", "share_gradients")
+    MAX_GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    SHARE_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    max_grad_norm: float
+    share_gradients: bool
+    def __init__(self, max_grad_norm: _Optional[float] = ..., share_gradients: _Optional[bool] = ...) -> None: ...
+
 class OpenSessionReply(_message.Message):
-    __slots__ = ("session", "trunk_epoch", "version", "experiment", "server_round", "attempt", "max_tensor_bytes", "lease_seconds", "slot")
+    __slots__ = ("session", "trunk_epoch", "version", "experiment", "server_round", "attempt", "max_tensor_bytes", "lease_seconds", "slot", "finish")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -221,6 +247,7 @@ class OpenSessionReply(_message.Message):
     MAX_TENSOR_BYTES_FIELD_NUMBER: _ClassVar[int]
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
     session: str
     trunk_epoch: int
     version: int
@@ -230,7 +257,8 @@ class OpenSessionReply(_message.Message):
     max_tensor_bytes: int
     lease_seconds: float
     slot: int
-    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., max_tensor_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., slot: _Optional[int] = ...) -> None: ...
+    finish: FinishRule
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., max_tensor_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., slot: _Optional[int] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session", "trunk_epoch")
@@ -253,7 +281,7 @@ class Participant(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRoundRequest(_message.Message):
-    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "dispatches")
+    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "finish", "dispatches")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -266,6 +294,7 @@ class BeginRoundRequest(_message.Message):
     WINDOW_SECONDS_FIELD_NUMBER: _ClassVar[int]
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    FINISH_FIELD_NUMBER: _ClassVar[int]
     DISPATCHES_FIELD_NUMBER: _ClassVar[int]
     experiment: str
     server_round: int
@@ -279,8 +308,9 @@ class BeginRoundRequest(_message.Message):
     window_seconds: float
     evaluate: bool
     base: RoundBase
+    finish: FinishRule
     dispatches: _containers.RepeatedCompositeFieldContainer[Dispatch]
-    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ...) -> None: ...
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ...) -> None: ...
 
 class Dispatch(_message.Message):
     __slots__ = ("number", "slot", "token")

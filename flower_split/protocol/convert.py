@@ -3,6 +3,7 @@
 The shell uses one direction of each pair, the coordinator the other.
 """
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from flower_split.protocol.values import (
     ActivationReport,
     Arrival,
     Dispatch,
+    FinishRule,
     RoundBase,
     RoundPlan,
     RoundReport,
@@ -73,6 +75,7 @@ def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSession
         max_tensor_bytes=max_tensor_bytes,
         lease_seconds=grant.lease_seconds,
         slot=grant.slot,
+        finish=_finish_to_proto(grant.finish),
     )
 
 
@@ -87,6 +90,7 @@ def grant_from_proto(reply: pb.OpenSessionReply) -> SessionGrant:
         attempt=reply.attempt,
         lease_seconds=reply.lease_seconds,
         slot=reply.slot,
+        finish=_finish_from_proto(reply),
     )
 
 
@@ -116,6 +120,7 @@ def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
             pb.Dispatch(number=entry.number, slot=entry.slot, token=entry.token)
             for entry in plan.dispatches
         ],
+        finish=_finish_to_proto(plan.finish),
     )
 
 
@@ -143,6 +148,13 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
             "join_seconds and window_seconds must be above 0; they are "
             f"{request.join_seconds} and {request.window_seconds}"
         )
+    if not (request.finish.max_grad_norm >= 0 and math.isfinite(request.finish.max_grad_norm)):
+        raise _invalid(
+            "finish.max_grad_norm must be finite and not negative; it is "
+            f"{request.finish.max_grad_norm}"
+        )
+    if request.HasField("finish") and request.step_every != pb.LOCAL_STEP:
+        raise _invalid("finish is for rounds that step with every local step")
     step_every = {number: value for value, number in _STEP_EVERY.items()}.get(request.step_every)
     if step_every is None:
         raise _invalid(f"step_every has the unknown number {request.step_every}")
@@ -164,6 +176,7 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
             else None
         ),
         dispatches=dispatches,
+        finish=_finish_from_proto(request),
     )
 
 
@@ -255,6 +268,18 @@ def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
         fingerprint=dict(reply.fingerprint),
         activations=_activations_from_proto(reply.activations),
     )
+
+
+def _finish_to_proto(rule: FinishRule | None) -> pb.FinishRule | None:
+    if rule is None:
+        return None
+    return pb.FinishRule(max_grad_norm=rule.max_grad_norm, share_gradients=rule.share_gradients)
+
+
+def _finish_from_proto(message: pb.OpenSessionReply | pb.BeginRoundRequest) -> FinishRule | None:
+    if not message.HasField("finish"):
+        return None
+    return FinishRule(message.finish.max_grad_norm, message.finish.share_gradients)
 
 
 def _activations_to_proto(report: ActivationReport) -> pb.ActivationReport:

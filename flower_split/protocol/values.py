@@ -36,6 +36,14 @@ class ForwardMode(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class FinishRule:
+    """How the optimizer steps of a round end beyond what each party can do by itself."""
+
+    max_grad_norm: float = 0.0  # L2, over the whole model; 0: each part clips by itself
+    share_gradients: bool = False  # every client steps with the mean of the clients' gradients
+
+
+@dataclass(frozen=True, slots=True)
 class RoundBase:
     """The committed round whose weights a round begins with."""
 
@@ -77,6 +85,7 @@ class RoundPlan:
     evaluate: bool = False
     base: RoundBase | None = None  # None: begin with the weights that are there
     dispatches: tuple[Dispatch, ...] = ()  # asynchronous: everybody at work, old and new
+    finish: FinishRule | None = None  # local-step: every step ends with FinishStep; None: none does
 
     @property
     def asynchronous(self) -> bool:
@@ -96,6 +105,7 @@ class SessionGrant:
     attempt: int
     lease_seconds: float
     slot: int
+    finish: FinishRule | None = None  # None: no step ends with FinishStep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -134,6 +144,31 @@ class BackwardCall:
     last: bool  # whether the slot sends no further micro-batch in this window
     digest: bytes  # SHA-256 of the request's content
     deadline: float  # when to give up waiting, on the monotonic clock
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class FinishCall:
+    """The end of one client's optimizer step, after the last backward of its window."""
+
+    session: str  # from the session's grant, as is the epoch
+    epoch: int
+    key: ContributionKey  # its micro_batch: how many the window had from this client
+    grad_norm_squared: float  # L2, of the client's own gradient, for the mean loss of its tokens
+    gradients: Mapping[str, Tensor]  # the client's own, where the round shares them; sorted by name
+    digest: bytes  # SHA-256 of the request's content
+    deadline: float  # when to give up waiting, on the monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class FinishResult:
+    """The reply to a FinishStep, when the trunk has stepped."""
+
+    clip_factor: float  # what every gradient of the step is multiplied by
+    grad_norm: float  # L2, over the whole model, before clipping
+    gradients: Mapping[str, Tensor]  # reduced and not clipped; empty where they are not shared
+    version: int  # of the new weights
+    compute_seconds: float
+    queue_seconds: float  # for the other clients of the window
 
 
 @dataclass(frozen=True, slots=True)

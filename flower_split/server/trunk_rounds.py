@@ -32,6 +32,7 @@ from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     Arrival,
     Dispatch,
+    FinishRule,
     RoundBase,
     RoundPlan,
     RoundReport,
@@ -54,6 +55,13 @@ class StartingPoint:
     experiment: str
     attempt: int = 0  # of the next round
     base: RoundBase | None = None  # the committed round to begin with; None: whatever the trunk has
+
+
+def finish_rule(config: RunConfig) -> FinishRule | None:
+    """Return how the steps of a run's rounds end together; None: each party ends its own."""
+    if not config.clips_over_model:
+        return None
+    return FinishRule(max_grad_norm=config.train.optimizer.max_grad_norm)
 
 
 def stand_at_base(coordinator: Coordinator, start: StartingPoint, server_round: int) -> int:
@@ -172,6 +180,7 @@ class TrunkRounds:
                 window_seconds=trunk.window_timeout,
                 evaluate=evaluate,
                 base=self._base,
+                finish=None if evaluate else finish_rule(self._config),
             )
         )
 

@@ -91,9 +91,14 @@ class PartOptimizer:
         """Drop gradients that a round which was lost may have left behind."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, step: int) -> None:
-        """Take optimizer step ``step``, counted from 0 over the whole run, with ``.grad`` as it is."""
-        if self._max_grad_norm > 0:
+    def step(self, step: int, *, clip: bool = True) -> None:
+        """Take optimizer step ``step``, counted from 0 over the whole run, with ``.grad`` as it is.
+
+        Args:
+            step: Places the learning rate.
+            clip: Clip this part's gradient by itself; False: it has been clipped with the others.
+        """
+        if clip and self._max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         self._rate.apply(self._optimizer, step)
         self._optimizer.step()

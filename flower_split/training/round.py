@@ -26,6 +26,7 @@ from flower_split.training.compute_turns import ComputeTurns
 from flower_split.training.loss import Batch, causal_lm_loss, count_label_tokens
 from flower_split.training.measures import RoundPosition, StepMetrics, TrainResult
 from flower_split.training.optimizers import PartOptimizer
+from flower_split.training.step_end import end_step_together
 from flower_split.training.trunk_protocol import MicroBatchTrunk
 
 logger = logging.getLogger(__name__)
@@ -139,10 +140,29 @@ class _StepTrainer:
         self.num_micro_batches += len(micro_batches)
         if self.proximity is not None:
             self.proximity.add_gradient()
+        clipped = self._clip_together(step, len(micro_batches))
         for optimizer in optimizers:
-            optimizer.step(self.position.first_step + step)
+            optimizer.step(self.position.first_step + step, clip=not clipped)
         seconds = time.perf_counter() - started
         return self._metrics(step, loss, sum(tokens), seconds)
+
+    def _clip_together(self, step: int, num_micro_batches: int) -> bool:
+        """Clip ``.grad`` by one norm over the whole model, where the round says so.
+
+        Returns:
+            Whether it has; otherwise every part's optimizer clips its own.
+        """
+        if self.trunk is None:  # the whole model is here
+            if self.config.clips_over_model:
+                most = self.config.train.optimizer.max_grad_norm
+                nn.utils.clip_grad_norm_(self.parameters, most)
+            return self.config.clips_over_model
+        rule = self.trunk.finish
+        if rule is None:
+            return False
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        end_step_together(self.trunk, rule, step, num_micro_batches, named)
+        return rule.max_grad_norm > 0
 
     def _accumulate(
         self, step: int, micro_batches: Sequence[Batch], tokens: Sequence[int]

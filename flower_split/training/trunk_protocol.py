@@ -7,6 +7,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from flower_split.training.step_end import StepEndingTrunk
+
 
 class CallStats(Protocol):
     """Totals over the calls since they were last taken."""
@@ -40,7 +42,7 @@ class CallStats(Protocol):
         """Bytes from the trunk in backwards, of ``bytes_received``."""
 
 
-class MicroBatchTrunk(Protocol):
+class MicroBatchTrunk(StepEndingTrunk, Protocol):
     """A remote trunk as the training loop sees it; ``flower_split.client.remote_trunk`` has one.
 
     Attributes:

@@ -33,6 +33,7 @@ from flower_split.parties.parts import all_parts, held_parts, model_cuts
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, RoundReport
 from flower_split.server.coordinator import TrunkCoordinator
+from flower_split.server.trunk_rounds import finish_rule
 from flower_split.split import CutLayers, load_client_model, set_trunk
 from flower_split.training.loss import Batch
 from flower_split.training.measures import RoundPosition, TrainResult
@@ -175,6 +176,7 @@ class Federation:
             num_server_rounds=self.config.num_server_rounds,
             join_seconds=20.0,
             window_seconds=20.0,
+            finish=finish_rule(self.config),
         )
         plan = replace(plan, **changes)
         self.coordinator.begin_round(plan)
@@ -189,6 +191,7 @@ class Federation:
         num_steps: int = 1,
         poisoned: Mapping[int, Mapping[str, Tensor]] | None = None,
         quorum: float = 1.0,
+        steps_per_round: int = 1,
     ) -> tuple[dict[int, dict[str, Tensor]], dict[int, TrainResult], RoundReport]:
         """One round of all clients at once.
 
@@ -199,10 +202,11 @@ class Federation:
             num_steps: Optimizer steps of each client.
             poisoned: Slots that begin with another adapter, and whose failure is no error here.
             quorum: Of the round.
+            steps_per_round: Places the trunk's learning-rate schedule.
         """
         poisoned = poisoned or {}
         self.failed: dict[int, BaseException] = {}
-        self.begin(sorted(batches), quorum=quorum)
+        self.begin(sorted(batches), quorum=quorum, steps_per_round=steps_per_round)
         for slot in batches:
             self.client_model(slot)
         started = threading.Semaphore(0)

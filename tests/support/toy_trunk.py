@@ -1,7 +1,9 @@
 """A trunk small enough to work out by hand, and an engine around it."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from flower_split.config import OptimizerConfig
 from flower_split.protocol.values import (
     BackwardCall,
     ContributionKey,
+    FinishCall,
     ForwardCall,
     ForwardMode,
     RoundPlan,
@@ -151,6 +154,28 @@ class ToyClient:
                 last=last,
                 digest=digest,
                 deadline=time.monotonic() + 20.0,
+            )
+        )
+
+    def finish_step(
+        self,
+        window: int = 0,
+        *,
+        norm_squared: float = 0.0,
+        num_micro_batches: int = 1,
+        gradients: Mapping[str, Tensor] = MappingProxyType({}),
+        digest: bytes = b"e",
+        timeout: float = 20.0,
+    ):
+        return self.engine.finish_step(
+            FinishCall(
+                session=self.grant.session,
+                epoch=self.grant.epoch,
+                key=self.key(window, num_micro_batches),
+                grad_norm_squared=norm_squared,
+                gradients=gradients,
+                digest=digest,
+                deadline=time.monotonic() + timeout,
             )
         )
 

@@ -28,6 +28,7 @@ from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation, SavedBytes
 from flower_split.trunk.compute.checks import check_all_finite, check_finite
+from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
 
@@ -235,16 +236,26 @@ class TrunkCompute:
             return None
         return self.spans.covers(cuts, [name for name, _ in self.named])
 
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
+    def step(self, gradients: Sequence[Tensor | None], beside: Beside | None = None) -> Clipping:
         """Take one optimizer step with ``gradients``, in the order of ``self.parameters``.
 
         A parameter whose gradient is None stays as it is, its moments and decay included.
+
+        Args:
+            gradients: The window's.
+            beside: What else is clipped with them, by one norm; None: they are clipped alone.
+
+        Returns:
+            How the step was clipped; a norm of 0 and a factor of 1 where ``beside`` is None.
         """
         if self._optimizer is None:
-            return
+            return Clipping()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
-        if self._config.max_grad_norm > 0:
+        clipping = Clipping()
+        if beside is not None and beside.max_grad_norm > 0:
+            clipping = clip_together(self.parameters, beside)
+        elif self._config.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
         self._rate.apply(self._optimizer, self.version)
         failpoints.reach("trunk.step.before")
@@ -252,6 +263,7 @@ class TrunkCompute:
         failpoints.reach("trunk.step.after")
         self._optimizer.zero_grad(set_to_none=True)
         self.version += 1
+        return clipping
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the trainable state."""

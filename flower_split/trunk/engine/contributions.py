@@ -113,6 +113,7 @@ class Contributions:
             seed_of, weights = current.seed_name(name), current.weights
             acknowledged = min(call.acknowledged, name.micro_batch)
             current.ledger.acknowledge(name.slot, name.window, acknowledged)
+            current.step_ends.acknowledge(name.slot, name.window)
             current.activations.require_room(
                 name.slot, hidden.numel() * self._compute.dtype.itemsize
             )

@@ -23,6 +23,8 @@ from flower_split.protocol.values import (
     Arrival,
     BackwardCall,
     CallResult,
+    FinishCall,
+    FinishResult,
     ForwardCall,
     ForwardMode,
     RoundPlan,
@@ -45,6 +47,7 @@ from flower_split.trunk.engine.ledger import CallKind
 from flower_split.trunk.engine.round_index import Inspection, RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
 from flower_split.trunk.engine.settling import Settling
+from flower_split.trunk.engine.step_ends import StepEnds
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
 
 
@@ -119,6 +122,7 @@ class TrunkEngine:
         self._contributions = Contributions(
             self._index, compute, self._thread, self._settling.settle
         )
+        self._step_ends = StepEnds(self._index, self._thread, self._settling.settle)
         self._deadlines = Deadlines(self._index, self.expire, self._unrecorded.free_caches)
 
     # ------------------------------------------------------------------ clients
@@ -173,6 +177,7 @@ class TrunkEngine:
                 attempt=current.plan.attempt,
                 lease_seconds=current.plan.window_seconds,
                 slot=slot,
+                finish=None if evaluate else current.plan.finish,
             )
 
     def forward(self, call: ForwardCall) -> CallResult:
@@ -234,6 +239,20 @@ class TrunkEngine:
             current, member = self._index.member(call.session, call.epoch)
         name = current.name_of(member, call.key, CallKind.BACKWARD)
         return self._contributions.once(Contribution(current, member, name, call, arrived))
+
+    def finish_step(self, call: FinishCall) -> FinishResult:
+        """End a client's step: wait until the window has stepped, and return how it was clipped.
+
+        In rounds whose plan has a :class:`~flower_split.protocol.values.FinishRule`, every client
+        calls it after the reply to its last backward of a window. Safe to retry with the same key
+        and content: the same bits come back.
+
+        Raises:
+            TrunkRefused: With its reason; nothing was recorded.
+            RoundAborted: The round was given up.
+            TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
+        """
+        return self._step_ends.once(call)
 
     def wait_version(self, session: str, epoch: int, version: int, deadline: float) -> int:
         """Wait until the weights have ``version``, and return the version they have.

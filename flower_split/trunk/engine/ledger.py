@@ -16,10 +16,11 @@ Reply = TypeVar("Reply")
 
 
 class CallKind(Enum):
-    """The two calls of a micro-batch."""
+    """The two calls of a micro-batch, and the one that ends an optimizer step."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
+    FINISH_STEP = "end of the step"
 
 
 @dataclass(frozen=True, slots=True)

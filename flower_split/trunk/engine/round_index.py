@@ -167,7 +167,7 @@ class RoundIndex:
         current = self.round
         return Inspection(
             self.deadline,
-            0 if current is None else len(current.ledger),
+            0 if current is None else len(current.ledger) + len(current.step_ends),
             None if current is None else current.activations,
             self.dispatches.versions,
         )

@@ -58,6 +58,13 @@ class RoundLifecycle:
 
     def begin(self, plan: RoundPlan) -> tuple[int, int]:
         """Open a round; see :meth:`TrunkEngine.begin_round`."""
+        if plan.finish is not None and not (
+            self._trains and plan.step_every is StepEvery.LOCAL_STEP
+        ):
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                "steps end together only where the trunk trains and steps with every local step.",
+            )
         with self._index.changed:
             former = self._index.round
             if former is not None and not former.over:
@@ -163,6 +170,7 @@ class RoundLifecycle:
             join_seconds=plan.join_seconds,
             window_seconds=plan.window_seconds,
             now=now,
+            must_end_steps=plan.finish is not None,
         )
         before = self._compute.snapshot()
         if plan.asynchronous:

@@ -11,8 +11,11 @@ is held around every method, but for the methods that say otherwise.
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+
+from torch import Tensor
 
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
@@ -20,6 +23,7 @@ from flower_split.protocol.values import (
     Arrival,
     CallResult,
     ContributionKey,
+    FinishResult,
     RoundBase,
     RoundPlan,
     RoundReport,
@@ -45,6 +49,16 @@ class Session:
     cuts: CutLayers | None = None  # the client's own; None: the trunk's
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class StepEnd:
+    """One client's FinishStep in the open window."""
+
+    grad_norm_squared: float  # L2, of its own gradient
+    gradients: Mapping[str, Tensor]  # its own, where the round shares them
+    future: "Future[FinishResult]"  # of the reply, when the window has stepped
+    arrived: float  # on the engine's clock
+
+
 @dataclass(kw_only=True, slots=True, eq=False)
 class Round:
     """State of one attempt, from BeginRound until another round begins."""
@@ -60,6 +74,8 @@ class Round:
     sessions: dict[str, Session] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)  # sessions whose client has left
     gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
+    step_ends: Ledger[FinishResult] = field(default_factory=Ledger)
+    ending: dict[int, StepEnd] = field(default_factory=dict)  # of the open window, by slot
     received: dict[int, int] = field(default_factory=dict)  # bytes on the wire, by slot
     sent: dict[int, int] = field(default_factory=dict)
     # step-every contribution: slot, window and micro-batch of the forward that has no backward yet
@@ -197,6 +213,14 @@ class Round:
         for slot, state in self.windows.slots.items():
             if state.dropped:
                 self.gradients.pop(slot, None)
+                end = self.ending.pop(slot, None)
+                if end is not None:
+                    end.future.set_exception(
+                        TrunkRefused(
+                            RefusalReason.DROPPED,
+                            f"the round goes on without slot {slot}: {state.dropped}.",
+                        )
+                    )
                 self.activations.release_slot(slot)
                 if self.open_contribution is not None and self.open_contribution[0] == slot:
                     self.open_contribution = None
@@ -205,6 +229,7 @@ class Round:
         """Free what an aborted round has gathered."""
         self.activations.clear()
         self.gradients.clear()
+        self.ending.clear()  # whoever waits is told that the round was given up
 
     def slot_reports(self) -> tuple[SlotReport, ...]:
         """Return what every participant has done so far."""

@@ -11,6 +11,7 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
+from flower_split.trunk.engine.step_ends import step_together
 from flower_split.trunk.engine.windows import Phase
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,12 @@ class Settling:
             return False
         if current.trains:
             gradients = {slot: current.gradients[slot] for slot in slots}
-            self._compute.step(self._reduction(gradients))
+            reduced = self._reduction(gradients)
+            rule = current.plan.finish
+            if rule is None:
+                self._compute.step(reduced)
+            else:
+                step_together(current, slots, reduced, rule, self._compute, self._index.clock)
         current.gradients.clear()
         if not alone:
             windows.seal(self._index.clock())

@@ -41,11 +41,22 @@ class Slot:
     contributions: int = 0  # over the round
     num_tokens: float = 0.0  # over the round
     finished: bool = False  # every planned contribution is in
+    must_end_step: bool = False  # a window also needs the end of the slot's step
+    step_ended: bool = False  # in the open window
+
+    @property
+    def has_all_micro_batches(self) -> bool:
+        """Whether the open window has every backward of this slot."""
+        return self.last is not None and len(self.received) == self.last + 1
 
     @property
     def complete(self) -> bool:
         """Whether the open window has everything from this slot."""
-        return self.last is not None and len(self.received) == self.last + 1
+        return self.has_all_micro_batches and (self.step_ended or not self.must_end_step)
+
+    def clear(self) -> None:
+        """Forget what the open window has from this slot."""
+        self.received, self.last, self.step_ended = set(), None, False
 
 
 class WindowMachine:
@@ -58,6 +69,7 @@ class WindowMachine:
         join_seconds: From ``now`` until every participant has joined.
         window_seconds: From a window's opening until it is complete.
         now: The time on the engine's monotonic clock.
+        must_end_steps: Whether a slot is complete only when it has said that its step ends.
 
     ``SERVER_ROUND`` and ``CONTRIBUTION`` keep no deadlines of their own: their participants may
     run one after the other, and the coordinator ends the round (:meth:`finish`).
@@ -72,8 +84,9 @@ class WindowMachine:
         join_seconds: float,
         window_seconds: float,
         now: float,
+        must_end_steps: bool = False,
     ) -> None:
-        self.slots = {slot: Slot() for slot in sorted(slots)}
+        self.slots = {slot: Slot(must_end_step=must_end_steps) for slot in sorted(slots)}
         self.step_every = step_every
         self.quorum = quorum
         self.window_seconds = window_seconds
@@ -161,19 +174,40 @@ class WindowMachine:
         state.last = end
         state.contributions += 1
         state.num_tokens += num_tokens
-        if state.complete and (
-            self.step_every is StepEvery.SERVER_ROUND or window + 1 == state.planned_steps
-        ):
-            state.finished = True
+        self._note_complete(state, window)
         if state.complete and self.step_every is StepEvery.CONTRIBUTION:
-            state.received, state.last = set(), None
+            state.clear()
+
+    def end_step(self, slot: int, window: int, num_micro_batches: int) -> None:
+        """Record that a slot's step ends. The ledger has made sure that it is the first time.
+
+        Args:
+            slot: Whose.
+            window: The open one.
+            num_micro_batches: How many the slot says that it has sent.
+
+        Raises:
+            TrunkRefused: As :meth:`check`, or a backward is missing.
+        """
+        self.check(slot, window)
+        state = self.slots[slot]
+        if not state.has_all_micro_batches or len(state.received) != num_micro_batches:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                f"slot {slot} ends its step of {num_micro_batches} micro-batches in window {window}; "
+                f"the trunk has counted {len(state.received)} of "
+                f"{'an open number' if state.last is None else state.last + 1}. FinishStep follows "
+                "the reply to the last backward.",
+            )
+        state.step_ended = True
+        self._note_complete(state, window)
 
     def drop(self, slot: int, why: str, now: float) -> None:
         """A participant leaves before it has given everything it planned."""
         state = self.slots[slot]
         if not state.finished and not state.dropped:
             state.dropped = why
-            state.received, state.last = set(), None
+            state.clear()
             self._check_quorum()
             if self.phase is Phase.JOINING and not self._missing_joins():
                 self._open(now)
@@ -198,7 +232,7 @@ class WindowMachine:
         """The engine has stepped with the open window: open the next one, or be done."""
         self.window += 1
         for state in self.slots.values():
-            state.received, state.last = set(), None
+            state.clear()
         self._open(now)
 
     def expire(self, now: float) -> None:
@@ -226,7 +260,7 @@ class WindowMachine:
                 state.dropped = (
                     "it never joined" if state.planned_steps is None else "it stopped early"
                 )
-                state.received, state.last = set(), None
+                state.clear()
         self._check_quorum()
         if self.phase is Phase.JOINING:
             self.phase = Phase.OPEN
@@ -235,6 +269,12 @@ class WindowMachine:
         """Give the round up; the first reason is kept."""
         if self.phase is not Phase.ABORTED:
             self.phase, self.problem = Phase.ABORTED, why
+
+    def _note_complete(self, state: Slot, window: int) -> None:
+        if state.complete and (
+            self.step_every is StepEvery.SERVER_ROUND or window + 1 == state.planned_steps
+        ):
+            state.finished = True
 
     def _alive(self, slot: int) -> Slot:
         state = self.slots[slot]

@@ -1,4 +1,4 @@
-"""The clients' methods of the trunk's service: sessions, forwards, backwards.
+"""The clients' methods of the trunk's service: sessions, forwards, backwards, ends of steps.
 
 Each handler reads a call, checks it, makes one value of it for the engine, and frames the reply.
 
@@ -26,6 +26,7 @@ from flower_split.protocol.values import (
     BackwardCall,
     CallResult,
     ContributionKey,
+    FinishCall,
     ForwardCall,
     ForwardMode,
 )
@@ -72,6 +73,7 @@ class ClientCalls:
             "CloseSession": unary(pb.CloseSessionRequest, self._close_session),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
+            "FinishStep": grpc.stream_stream_rpc_method_handler(self._finish_step),
         }
 
     def _open_session(self, request: pb.OpenSessionRequest, context: Context) -> Message:
@@ -127,6 +129,26 @@ class ClientCalls:
             received = self._receive(incoming, "trunk_output_grad", digest=True)
             result = self._engine.backward(_backward_call(header, received, deadline))
             reply = self._reply("smashed_grad", result, header.session, received)
+        yield from reply.frames()
+
+    def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+        with Answering(context, "FinishStep"), self._permits.taken():
+            deadline, token = deadline_of(context), token_of(context)
+            incoming = Incoming(requests)
+            header = incoming.header.finish_step
+            incoming.expect("finish_step")
+            self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
+            received = incoming.receive(self._max_tensor_bytes, digest=True)
+            result = self._engine.finish_step(_finish_call(header, received, deadline))
+            head = pb.ReplyHeader(
+                version=result.version,
+                compute_seconds=result.compute_seconds,
+                queue_seconds=result.queue_seconds,
+                clip_factor=result.clip_factor,
+                grad_norm=result.grad_norm,
+            )
+            reply = Outgoing(pb.Header(reply=head), result.gradients)
+            self._engine.count_bytes(header.session, received.num_bytes, reply.num_bytes)
         yield from reply.frames()
 
     def _receive(self, incoming: Incoming, name: str, *, digest: bool) -> Received:
@@ -219,6 +241,26 @@ def _backward_call(header: pb.BackwardHeader, received: Received, deadline: floa
         loss_denominator=header.loss_denominator,
         last=header.last,
         digest=hashlib.sha256(received.digest + counts).digest(),
+        deadline=deadline,
+    )
+
+
+def _finish_call(header: pb.FinishStepHeader, received: Received, deadline: float) -> FinishCall:
+    """Return the end of a step; its digest covers the norm, which travels in the header.
+
+    Raises:
+        CodecError: It has no key.
+    """
+    if not header.HasField("key"):
+        raise CodecError("FinishStep must carry a contribution key.")
+    norm = struct.pack("<d", header.grad_norm_squared)
+    return FinishCall(
+        session=header.session,
+        epoch=header.trunk_epoch,
+        key=_key_of(header.key),
+        grad_norm_squared=header.grad_norm_squared,
+        gradients=received.tensors,
+        digest=hashlib.sha256(received.digest + norm).digest(),
         deadline=deadline,
     )
 

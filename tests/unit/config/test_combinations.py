@@ -12,6 +12,7 @@ from flower_split.config.combinations import (
 from flower_split.errors import ConfigError
 
 FEDBUFF: dict[str, Scalar] = {"strategy.name": "fedbuff", "trunk.step-every": "server-round"}
+OVER_MODEL: dict[str, Scalar] = {"train.max-grad-norm-over": "model"}
 CENTRAL: dict[str, Scalar] = {
     "privacy.mechanism": "server-fixed",
     "strategy.name": "fedavg",
@@ -22,6 +23,9 @@ BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     ({"train.auxiliary-head": True}, r'train.auxiliary-head = true with mode = "joint"'),
     ({"local-only-baseline": True, "trunk.train": "full"}, "it would be no baseline"),
     ({"lora.trunk.r": 0}, r"nothing of it would train. Set lora.trunk.r"),
+    (OVER_MODEL | {"trunk.step-every": "server-round"}, "all three gradients at the same step"),
+    (OVER_MODEL | {"trunk.optimizer.max-grad-norm": 0.5}, "is clipped to one value"),
+    (OVER_MODEL | {"trunk.reduction": "trimmed-mean=0.2"}, "scales everybody's step"),
     ({"lora.bottom.r": 0, "lora.top.r": 0}, "a client would have nothing to train"),
     (
         {"train.auxiliary-head": True, "mode": "forward-only", "lora.top.modules-to-save": "x"},
@@ -66,7 +70,9 @@ def test_every_row_is_broken_by_a_case_of_this_file() -> None:
     assert (len(BROKEN_ALWAYS), len(BROKEN_NAMED)) == (len(ALWAYS), len(NAMED_STRATEGY))
 
 
-@pytest.mark.parametrize("settings", [{}, FEDBUFF, CENTRAL, {"strategy.name": "fedadam"}])
+@pytest.mark.parametrize(
+    "settings", [{}, FEDBUFF, OVER_MODEL, CENTRAL, {"strategy.name": "fedadam"}]
+)
 def test_settings_that_go_together_pass(settings: dict[str, Scalar]) -> None:
     check_named_strategy(parse_run_config(settings))
 
@@ -87,7 +93,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 19
+    assert len(rows) == 22
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "
