@@ -24,6 +24,8 @@ from flower_split.parties.parts import held_parts, model_cuts, trained_parts
 from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, load_client_model, load_whole_model
 from flower_split.split.loading.model_source import ModelSource
+from flower_split.split.structure.compute_mode import compute_fast
+from flower_split.split.structure.stack import find_stack
 
 
 class NoTrunk(nn.Module):
@@ -127,6 +129,8 @@ class RunCache:
                 seed=self.config.seed,
                 incomplete=("trunk",),
             )
+            if self.config.train.compute == "fast":
+                compute_fast(model, find_stack(model).layers(model))
             models.parts[cuts] = model
         return models.parts[cuts]
 

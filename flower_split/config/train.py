@@ -7,6 +7,7 @@ from flower_split.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
 MAX_GRAD_NORM_OVER = ("auto", "model", "part")
+COMPUTE_MODES = ("exact", "fast")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +64,9 @@ class TrainConfig:
     """Tokens per sequence; longer examples are cut."""
     device: str = "auto"
     """Device of the client: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    compute: str = "exact"
+    """How the client computes: exact (the unsplit model's own operations; equal bits on a CPU), or fast
+    (compiled layers, 16-bit autocast where the base has 16 bits; other last bits)."""
     num_threads: int = 1
     """torch's intra-op CPU threads; pinned, so that sums are repeatable."""
     max_grad_norm_over: str = "part"
@@ -79,6 +83,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and that exactly one of local-steps and local-epochs is used."""
+        one_of("train.compute", self.compute, COMPUTE_MODES)
         for name in ("local_steps", "local_epochs"):
             at_least(f"train.{kebab(name)}", getattr(self, name), 0)
         if (self.local_steps > 0) == (self.local_epochs > 0):

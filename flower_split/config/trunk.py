@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flower_split.config.train import OptimizerConfig
+from flower_split.config.train import COMPUTE_MODES, OptimizerConfig
 from flower_split.config.validation import above, at_least, kebab, one_of, plug_in_name, share
 from flower_split.errors import ConfigError
 
@@ -54,6 +54,9 @@ class TrunkConfig:
     device_map: str = ""
     """Layers over this host's GPUs: auto, balanced, balanced_low_0 or sequential; empty: one
     device."""
+    compute: str = "exact"
+    """How the trunk computes: exact (the unsplit model's own operations; equal bits on a CPU), or fast
+    (compiled layers, 16-bit autocast where the base has 16 bits; other last bits)."""
     num_threads: int = 1
     """torch's intra-op CPU threads; pinned, so that sums are repeatable."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -91,5 +94,6 @@ class TrunkConfig:
         ):
             above(f"trunk.{kebab(name)}", getattr(self, name), 0)
         at_least("trunk.num-threads", self.num_threads, 1)
+        one_of("trunk.compute", self.compute, COMPUTE_MODES)
         if self.address and ":" not in self.address:
             raise ConfigError(f"trunk.address must be host:port; it is {self.address!r}.")

@@ -12,6 +12,7 @@ from flower_split.parties.fingerprint import fingerprint
 from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, load_trunk_model
 from flower_split.split.loading.model_source import ModelSource
+from flower_split.split.structure.compute_mode import compute_fast
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
@@ -52,6 +53,8 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
     trunk.requires_grad_(trains_fully)
     if config.mode == "joint" and not trains_fully:
         attach_lora(trunk, cuts, {"trunk": config.lora.trunk}, seed=config.seed)
+    if config.trunk.compute == "fast":
+        compute_fast(trunk, trunk.stack.layers(trunk))
     return TrunkEngine(
         TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed),
         mode=config.mode,
