@@ -35,22 +35,22 @@ _STEP_EVERY = {
 
 
 def cache_to_proto(step: CacheStep) -> pb.CacheUse:
-    """A call with a key-value cache; its rows travel as a tensor."""
+    """Return the message of a call with a key-value cache; its rows travel as a tensor."""
     return pb.CacheUse(id=step.id, step=step.step, past_length=step.past_length)
 
 
 def cache_from_proto(cache: pb.CacheUse, rows: Tensor | None) -> CacheStep:
-    """A call with a key-value cache."""
+    """Return a call with a key-value cache."""
     return CacheStep(cache.id, cache.step, cache.past_length, rows)
 
 
 def cuts_to_proto(cuts: CutLayers | None) -> pb.CutLayers | None:
-    """A client's own cut layers; None: it has none."""
+    """Return the message of a client's own cut layers; None: it has none."""
     return None if cuts is None else pb.CutLayers(first=cuts.first, second=cuts.second)
 
 
 def cuts_from_proto(request: pb.OpenSessionRequest) -> CutLayers | None:
-    """A client's own cut layers; None: it names none.
+    """Return a client's own cut layers; None: it names none.
 
     Raises:
         TrunkRefused: They are none (INVALID_REQUEST).
@@ -64,7 +64,7 @@ def cuts_from_proto(request: pb.OpenSessionRequest) -> CutLayers | None:
 
 
 def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSessionReply:
-    """What a client learns when it joins."""
+    """Return the message of what a client learns when it joins."""
     return pb.OpenSessionReply(
         session=grant.session,
         trunk_epoch=grant.epoch,
@@ -80,7 +80,7 @@ def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSession
 
 
 def grant_from_proto(reply: pb.OpenSessionReply) -> SessionGrant:
-    """What a client learns when it joins."""
+    """Return what a client learns when it joins."""
     return SessionGrant(
         session=reply.session,
         epoch=reply.trunk_epoch,
@@ -95,7 +95,7 @@ def grant_from_proto(reply: pb.OpenSessionReply) -> SessionGrant:
 
 
 def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
-    """A round's plan."""
+    """Return the message of a round's plan."""
     return pb.BeginRoundRequest(
         experiment=plan.experiment,
         server_round=plan.server_round,
@@ -125,7 +125,7 @@ def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
 
 
 def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
-    """A round's plan.
+    """Return a round's plan.
 
     Raises:
         TrunkRefused: A slot or token is repeated or empty, or a number is out of its range.
@@ -181,12 +181,12 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
 
 
 def arrivals_to_proto(arrivals: Sequence[Arrival]) -> list[pb.Arrival]:
-    """The buffer of an asynchronous round."""
+    """Return the message of an asynchronous round's buffer."""
     return [pb.Arrival(dispatch=item.dispatch, factor=item.factor) for item in arrivals]
 
 
 def arrivals_from_proto(request: pb.PrepareRoundRequest) -> tuple[Arrival, ...]:
-    """The buffer of an asynchronous round.
+    """Return the buffer of an asynchronous round.
 
     Raises:
         TrunkRefused: A dispatch is there twice, or a factor is out of its range.
@@ -207,7 +207,7 @@ def arrivals_from_proto(request: pb.PrepareRoundRequest) -> tuple[Arrival, ...]:
 
 
 def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
-    """A round's outcome."""
+    """Return the message of a round's outcome."""
     return pb.PrepareRoundReply(
         version=report.version,
         digest=report.digest,
@@ -219,7 +219,7 @@ def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
 
 
 def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
-    """A round's outcome."""
+    """Return a round's outcome."""
     return RoundReport(
         version=reply.version,
         digest=reply.digest,
@@ -231,7 +231,7 @@ def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
 
 
 def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
-    """Where the trunk stands."""
+    """Return the message of where the trunk stands."""
     return pb.StatusReply(
         trunk_epoch=status.epoch,
         version=status.version,
@@ -251,7 +251,7 @@ def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
 
 
 def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
-    """Where the trunk stands."""
+    """Return where the trunk stands."""
     return TrunkStatus(
         epoch=reply.trunk_epoch,
         version=reply.version,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.codec import check_specs, decode_tensor, encode_tensor
+from flower_split.wire.codec import Layout, check_specs, decode_tensor, encode_tensor
 from flower_split.wire.staging import Allocate, pooled
 
 FRAME_BYTES = 1 << 20  # 256 KiB to 2 MiB are equally fast; larger delays the calls beside it
@@ -174,6 +174,7 @@ class Incoming:
             raise CodecError("the first frame of a stream must carry the header.")
         self.header = header
         self._num_bytes = len(first)
+        self._checked: tuple[int, list[Layout]] | None = None  # within which limit
 
     def expect(self, call: str) -> None:
         """Check that the header is of ``call``.
@@ -184,6 +185,19 @@ class Incoming:
         found = self.header.WhichOneof("call")
         if found != call:
             raise CodecError(f"the header of this call must be of {call!r}; it is of {found!r}.")
+
+    def layouts(self, max_bytes: int) -> list[Layout]:
+        """Check the descriptions of the tensors, once per limit, and return their layouts in order.
+
+        Args:
+            max_bytes: Limit on the decoded size of all tensors.
+
+        Raises:
+            CodecError: A description is wrong, or the limit is passed.
+        """
+        if self._checked is None or self._checked[0] != max_bytes:
+            self._checked = max_bytes, check_specs(self.header.tensors, max_bytes)
+        return self._checked[1]
 
     def receive(
         self, max_bytes: int, *, allocate: Allocate = pooled, digest: bool = False
@@ -198,7 +212,7 @@ class Incoming:
         Raises:
             CodecError: A description is wrong, or the payload is shorter or longer than announced.
         """
-        layouts = check_specs(self.header.tensors, max_bytes)
+        layouts = self.layouts(max_bytes)
         wanted = sum(layout.num_bytes for layout in layouts)
         sha = hashlib.sha256() if digest else None
         if sha:

@@ -31,6 +31,11 @@ from flower_split.trunk.compute.checks import check_all_finite, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
+from flower_split.trunk.compute.weights_state import (
+    Snapshot,
+    checkpoint_tensors,
+    load_checkpoint_tensors,
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,15 +47,6 @@ class _Pass:
     use_cache: bool | None
     cuts: CutLayers | None
     weights: Weights | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """The trainable state at one version; restoring it undoes every step since."""
-
-    version: int
-    parameters: list[Tensor]
-    optimizer: dict[str, Any]
 
 
 class TrunkCompute:
@@ -283,14 +279,8 @@ class TrunkCompute:
         self.version = snapshot.version
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return all that a checkpoint needs: parameters and optimizer state, bit for bit, on the CPU."""
-        tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in self.named}
-        if self._optimizer is not None:
-            for name, parameter in self.named:
-                for key, value in self._optimizer.state.get(parameter, {}).items():
-                    if isinstance(value, Tensor):
-                        tensors[f"optimizer/{name}/{key}"] = value
-        return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        """Return all that a checkpoint needs: parameters and optimizer state, bit for bit."""
+        return checkpoint_tensors(self.named, self._optimizer)
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Go to the state of :meth:`state_tensors`.
@@ -298,28 +288,7 @@ class TrunkCompute:
         Raises:
             TrunkRefused: It is of other parameters (NO_CHECKPOINT); nothing has changed.
         """
-        wanted = {f"parameter/{name}": parameter.shape for name, parameter in self.named}
-        found = {name: value.shape for name, value in tensors.items() if name in wanted}
-        if wanted != found:
-            differing = sorted(name for name in wanted if wanted[name] != found.get(name))
-            raise TrunkRefused(
-                RefusalReason.NO_CHECKPOINT,
-                f"the checkpoint is of another trunk: it differs in {', '.join(differing[:4])}. "
-                "Resume with the configuration that the run began with.",
-            )
-        state: dict[int, dict[str, Tensor]] = {}
-        indices = {name: index for index, (name, _) in enumerate(self.named)}
-        for full_name, value in tensors.items():
-            kind, _, rest = full_name.partition("/")
-            if kind == "optimizer":
-                name, _, key = rest.rpartition("/")
-                state.setdefault(indices[name], {})[key] = value
-        with torch.no_grad():
-            for name, parameter in self.named:
-                parameter.copy_(tensors[f"parameter/{name}"])
-        if self._optimizer is not None:
-            groups = self._optimizer.state_dict()["param_groups"]
-            self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        load_checkpoint_tensors(self.named, self._optimizer, tensors)
         self.version = version
 
     def adapter(self) -> dict[str, Tensor]:

@@ -94,7 +94,7 @@ class CheckpointStore:
     def load(
         self, experiment: str, server_round: int, digest: str
     ) -> tuple[TrunkCheckpoint, dict[str, Tensor]]:
-        """The checkpoint of a round, whole and with the parameters' digest that is asked for.
+        """Return the checkpoint of a round, whole and with the parameters' digest that is asked for.
 
         Raises:
             TrunkRefused: It is missing, damaged, or another one (NO_CHECKPOINT); names the file.

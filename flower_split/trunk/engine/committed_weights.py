@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import RoundBase
-from flower_split.trunk.compute.compute import Snapshot, TrunkCompute
+from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.round_state import Round
 

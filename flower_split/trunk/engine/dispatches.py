@@ -30,9 +30,10 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, Dispatch, RoundPlan
 from flower_split.trunk.compute.activations import ActivationCache
-from flower_split.trunk.compute.compute import Snapshot, TrunkCompute
+from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Versions, Weights
+from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallName
 from flower_split.trunk.engine.round_state import Round, hashed
 from flower_split.trunk.engine.windows import Phase, WindowMachine

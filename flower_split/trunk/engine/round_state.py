@@ -32,9 +32,10 @@ from flower_split.protocol.values import (
 )
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import ActivationCache
-from flower_split.trunk.compute.compute import Snapshot, TrunkCompute
+from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Weights
+from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
 from flower_split.trunk.engine.windows import Phase, WindowMachine
 

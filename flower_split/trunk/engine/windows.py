@@ -101,7 +101,7 @@ class WindowMachine:
         return self._deadline if self.phase in (Phase.JOINING, Phase.OPEN) else math.inf
 
     def join(self, slot: int, planned_steps: int, now: float) -> None:
-        """A participant declares how many optimizer steps it will take. Idempotent.
+        """Note how many optimizer steps a participant says it will take. Idempotent.
 
         Raises:
             TrunkRefused: It was dropped, plans no step, or changes its plan.
@@ -124,7 +124,7 @@ class WindowMachine:
             self._open(now)
 
     def check_planned(self, slot: int, window: int) -> None:
-        """Whether ``slot`` takes part and planned ``window``, be it open or yet to come.
+        """Check that ``slot`` takes part and planned ``window``, be it open or yet to come.
 
         Raises:
             TrunkRefused: The slot was dropped, or the window is not in its plan.
@@ -140,7 +140,7 @@ class WindowMachine:
             )
 
     def check(self, slot: int, window: int) -> None:
-        """Whether ``slot`` may contribute to ``window`` now.
+        """Check that ``slot`` may contribute to ``window`` now.
 
         Raises:
             TrunkRefused: As :meth:`check_planned`, or the window is not the open one.
@@ -203,7 +203,7 @@ class WindowMachine:
         self._note_complete(state, window)
 
     def drop(self, slot: int, why: str, now: float) -> None:
-        """A participant leaves before it has given everything it planned."""
+        """Let a participant leave before it has given everything it planned."""
         state = self.slots[slot]
         if not state.finished and not state.dropped:
             state.dropped = why
@@ -213,7 +213,7 @@ class WindowMachine:
                 self._open(now)
 
     def contributors(self) -> list[int] | None:
-        """The slots of the open window in their order, once it is complete; ``None`` before."""
+        """Return the open window's slots in their order, once it is complete; ``None`` before."""
         if self.phase is not Phase.OPEN or self.step_every is StepEvery.CONTRIBUTION:
             return None
         members = [slot for slot, state in self._members() if not state.dropped]
@@ -222,21 +222,21 @@ class WindowMachine:
         return members
 
     def waiting_for(self) -> str:
-        """In words, whom the open window still waits for."""
+        """Say whom the open window still waits for."""
         if self.phase is Phase.JOINING:
             return f"slots {self._missing_joins()} have not joined"
         late = [s for s, state in self._members() if not state.dropped and not state.complete]
         return f"slots {late} have not contributed to window {self.window}"
 
     def seal(self, now: float) -> None:
-        """The engine has stepped with the open window: open the next one, or be done."""
+        """Open the next window, or be done: the engine has stepped with the open one."""
         self.window += 1
         for state in self.slots.values():
             state.clear()
         self._open(now)
 
     def expire(self, now: float) -> None:
-        """A deadline has passed: go on without the missing if the quorum allows, or abort."""
+        """Go on after a deadline without the missing, if the quorum allows, or abort."""
         if now < self.deadline:
             return
         if self.phase is Phase.JOINING:
@@ -254,7 +254,7 @@ class WindowMachine:
             self._open(now)
 
     def finish(self) -> None:
-        """The coordinator says that nothing more will come: drop whoever is not finished."""
+        """Drop whoever is not finished: the coordinator says that nothing more will come."""
         for state in self.slots.values():
             if not state.finished and not state.dropped:
                 state.dropped = (
@@ -294,7 +294,7 @@ class WindowMachine:
         ]
 
     def _members(self) -> list[tuple[int, Slot]]:
-        """Who belongs to the open window, dropped ones included."""
+        """Return who belongs to the open window, dropped ones included."""
         if self.step_every is StepEvery.SERVER_ROUND:
             return list(self.slots.items()) if self.window == 0 else []
         return [

@@ -1,7 +1,7 @@
 """How activations and their gradients travel: codecs by name.
 
 Runs on: The client and the trunk.
-Read first: ``codec.py``, then ``casts.py`` for the built-in ones.
+Read first: ``codec.py``, which has the built-in ones too.
 """
 
 from flower_split.wire.codecs.codec import Codec, TensorForm

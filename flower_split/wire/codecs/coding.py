@@ -6,7 +6,6 @@ from dataclasses import replace
 from torch import Tensor
 
 from flower_split.errors import CodecError
-from flower_split.wire.codec import check_specs
 from flower_split.wire.codecs.codec import Codec, TensorForm
 from flower_split.wire.frames import Incoming, Received
 from flower_split.wire.staging import Allocate, pooled
@@ -57,10 +56,7 @@ def receive(
         CodecError: A description is wrong or too large, the parts are not the codec's, or the
             tensor has another form than ``like``.
     """
-    forms = {
-        item.name: TensorForm(item.shape, item.dtype)
-        for item in check_specs(incoming.header.tensors, max_bytes)
-    }
+    forms = {item.name: TensorForm(item.shape, item.dtype) for item in incoming.layouts(max_bytes)}
     parts = {_part(key, name): form for key, form in forms.items() if _is_part(key, name)}
     if not parts:
         if like is not None:
@@ -109,7 +105,7 @@ def _decode(codec: Codec, name: str, parts: Mapping[str, Tensor], form: TensorFo
         raise CodecError(f"{name!r} is not of codec {type(codec).__name__}: {error}") from error
     except Exception as error:  # a plug-in may raise anything
         raise _failed(codec, f"decode {name!r} ({form})", error) from error
-    if TensorForm.of(tensor) != form:
+    if (tuple(tensor.shape), tensor.dtype) != (form.shape, form.dtype):
         raise CodecError(
             f"codec {type(codec).__name__} decodes {name!r} to {TensorForm.of(tensor)}, and has "
             f"announced {form}. Correct the plug-in."

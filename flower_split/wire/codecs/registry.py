@@ -5,8 +5,7 @@ from typing import TypeGuard
 
 from flower_split.errors import ConfigError
 from flower_split.runtime.registry import Registry
-from flower_split.wire.codecs.casts import BFloat16Codec, Float32Codec, NativeCodec
-from flower_split.wire.codecs.codec import Codec
+from flower_split.wire.codecs.codec import BFloat16Codec, Codec, Float32Codec, NativeCodec
 
 NATIVE = "native"
 """The codec of parties that name none."""

@@ -25,7 +25,7 @@ from flower_split.testing import (
     check_transport,
 )
 from flower_split.wire.codecs import CODECS, Codec, TensorForm, make_codec
-from flower_split.wire.codecs.casts import NativeCodec
+from flower_split.wire.codecs.codec import NativeCodec
 from flower_split.wire.frames import Outgoing
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.transport import Reply, Result
