@@ -12,10 +12,14 @@ The trainer's loss is not touched, whatever it is. With ``gᵢ`` the gradient of
 optimizer step and ``nᵢ`` its label tokens, the trunk is told the denominator ``Σ nᵢ`` for every one
 of them. So alone it steps with ``Σ gᵢ``, as the trainer itself does, and with other clients in the
 window it weighs them by their tokens.
+
+In a round that clips by one norm over the whole model (``train.max-grad-norm-over``), the trainer's own
+clipping ends the step together with the trunk: what ``max_grad_norm`` clips is then the norm over
+bottom, trunk and top, as for the unsplit model, and ``grad_norm`` in the trainer's log is that norm.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +38,7 @@ from flower_split.errors import ConfigError, SplitError, TrunkError
 from flower_split.split import TrunkSlot
 from flower_split.split.client_side.model import trunk_slot
 from flower_split.training.optimizers import LearningRate, make_optimizer
+from flower_split.training.step_end import end_step_together
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +89,7 @@ class _Connection(TrainerCallback):
     """Names every training forward of one trainer, through the trainer's own two steps.
 
     ``get_batch_samples`` tells which micro-batches make an optimizer step; ``training_step`` runs one
-    of them.
+    of them; the accelerator's ``clip_grad_norm_`` comes after the last, whatever ``max_grad_norm`` is.
     """
 
     def __init__(self, trainer: Trainer, slot: TrunkSlot, step_every: str) -> None:
@@ -98,9 +103,12 @@ class _Connection(TrainerCallback):
         self._done = 0  # of them
         self._get_batch_samples = trainer.get_batch_samples
         self._training_step = trainer.training_step
+        self._trainer = trainer
+        self._clip_own = trainer.accelerator.clip_grad_norm_
         # Instance attributes shadow the methods, of whichever class the trainer is.
         trainer.get_batch_samples = self._note_step  # type: ignore[method-assign]
         trainer.training_step = self._named_step  # type: ignore[method-assign]
+        trainer.accelerator.clip_grad_norm_ = self._clip
         trainer.add_callback(self)
 
     def on_train_begin(
@@ -122,6 +130,13 @@ class _Connection(TrainerCallback):
                 "(set_trunk), then call train()."
             )
         self._session = grant.session
+        rule = grant.finish
+        if rule is not None and rule.max_grad_norm not in (0, args.max_grad_norm):
+            raise ConfigError(
+                f"this round clips by one norm over the whole model, to {rule.max_grad_norm:g}; the "
+                f"trainer's max_grad_norm is {args.max_grad_norm}. Set it to the same in the "
+                "trainer's arguments."
+            )
 
     def _note_step(
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device
@@ -132,6 +147,27 @@ class _Connection(TrainerCallback):
         if not self._whole_round:
             self._index = 0
         return samples, num_items
+
+    def _clip(
+        self,
+        parameters: Iterable[nn.Parameter],
+        max_norm: float,
+        norm_type: int | float = 2,
+    ) -> Tensor | None:
+        """Take the place of ``Accelerator.clip_grad_norm_``, which returns the norm before clipping."""
+        trunk = _remote(self._slot)
+        rule = trunk.finish
+        model = self._trainer.model
+        if rule is None or model is None:
+            norm: Tensor | None = self._clip_own(parameters, max_norm, norm_type)
+            return norm
+        self._trainer.accelerator.unscale_gradients()
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        total = end_step_together(trunk, rule, self._window, len(self._tokens), named)
+        if rule.max_grad_norm > 0:
+            return torch.tensor(total)
+        norm = self._clip_own(parameters, max_norm, norm_type)
+        return norm
 
     def _named_step(
         self,

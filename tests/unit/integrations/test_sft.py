@@ -1,5 +1,6 @@
 """TRL's SFTTrainer on the split client equals the same trainer on the unsplit model."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +119,13 @@ def test_sft_trainer_split_equals_unsplit(tmp_path: Path, way: Any, case: str) -
     expected = unsplit(config, tmp_path, **CASES[case])
     assert_equal_runs(expected, way(config, tmp_path, **CASES[case]))
     assert expected.losses[0] != expected.losses[-1]
+
+
+def test_sft_trainer_at_its_default_max_grad_norm_equals_unsplit(tmp_path: Path) -> None:
+    optimizer = replace(SGD, max_grad_norm=1.0)
+    config = run_config(checkpoint(tmp_path / "model"), optimizer)
+    over_model = replace(config.train, optimizer=optimizer, max_grad_norm_over="model")
+    config = replace(config, train=over_model)
+    default = SFTConfig("out", bf16=False).max_grad_norm
+    expected = unsplit(config, tmp_path, max_grad_norm=default)
+    assert_equal_runs(expected, over_grpc(config, tmp_path, max_grad_norm=default))

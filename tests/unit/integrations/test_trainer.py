@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from flower_split.config import OptimizerConfig, RunConfig
 from flower_split.errors import ConfigError, SplitError, TrunkError
 from flower_split.integrations.trainer import connect_trainer
 from flower_split.parties.parts import model_cuts
@@ -67,6 +68,33 @@ def test_trainer_with_adamw_on_both_sides_equals_unsplit(tmp_path: Path, way: st
     expected = unsplit(config, tmp_path, padded("right"), gradient_accumulation_steps=2)
     found = WAYS[way](config, tmp_path, padded("right"), gradient_accumulation_steps=2)
     assert_equal_runs(expected, found)
+
+
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+def test_trainer_at_its_default_max_grad_norm_equals_unsplit(
+    tmp_path: Path, optimizer: OptimizerConfig
+) -> None:
+    """SGD is off by far, and AdamW by little, where each part clips by itself."""
+    config = clipping_run(tmp_path, replace(optimizer, max_grad_norm=1.0))
+    default = TrainingArguments("out").max_grad_norm
+    changes = {"gradient_accumulation_steps": 2, "max_grad_norm": default}
+    expected = unsplit(config, tmp_path, padded("right"), **changes)
+    found = over_grpc(config, tmp_path, padded("right"), **changes)
+    assert_equal_runs(expected, found)
+    assert found.report.optimizer_steps == STEPS
+
+
+def test_trainer_with_another_max_grad_norm_than_the_round_is_refused(tmp_path: Path) -> None:
+    config = clipping_run(tmp_path, replace(SGD, max_grad_norm=1.0))
+    with pytest.raises(ConfigError, match="to 1; the trainer's max_grad_norm is 0.5"):
+        over_grpc(config, tmp_path, padded("right"), max_grad_norm=0.5)
+
+
+def clipping_run(path: Path, optimizer: OptimizerConfig) -> RunConfig:
+    """A run whose clients and trunk clip by one norm over the whole model."""
+    config = run_config(checkpoint(path / "model"), optimizer)
+    over_model = replace(config.train, optimizer=optimizer, max_grad_norm_over="model")
+    return replace(config, train=over_model)
 
 
 @pytest.mark.parametrize("step_every", ["local-step", "server-round"])
