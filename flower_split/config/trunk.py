@@ -7,6 +7,7 @@ from flower_split.config.validation import above, at_least, kebab, one_of, plug_
 from flower_split.errors import ConfigError
 
 STEP_EVERY = ("local-step", "server-round", "contribution")
+ON_BAD_CLIENT = ("exclude", "abort")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 
 
@@ -44,6 +45,8 @@ class TrunkConfig:
     """GiB of former weights that clients still work on (fedbuff)."""
     max_client_grad_norm: float = 0.0
     """L2 norm that one client's trunk gradient is clipped to; 0: no clipping."""
+    on_bad_client: str = "exclude"
+    """A client whose gradient may not count: exclude (as the quorum allows) or abort the round."""
     reduction: str = "mean"
     """How clients' gradients are reduced: mean (by tokens), or rules such as trimmed-mean=0.2."""
     wire_dtype: str = "native"
@@ -73,6 +76,7 @@ class TrunkConfig:
         one_of("trunk.train", self.train, ("lora", "full"))
         one_of("trunk.step-every", self.step_every, STEP_EVERY)
         plug_in_name("trunk.wire-dtype", self.wire_dtype)
+        one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
         if self.device_map:
             one_of("trunk.device-map", self.device_map, DEVICE_MAPS)
             if self.device != "auto":

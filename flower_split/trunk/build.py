@@ -85,4 +85,8 @@ def _reduction(config: TrunkConfig) -> Reduction:
         rules = parse_rules(text)
     except AggregationError as error:
         raise ConfigError(f"trunk.reduction = {config.reduction!r}: {error}") from error
-    return Reduction(max_client_norm=config.max_client_grad_norm, rules=rules)
+    return Reduction(
+        max_client_norm=config.max_client_grad_norm,
+        rules=rules,
+        exclude_bad=config.on_bad_client == "exclude",
+    )

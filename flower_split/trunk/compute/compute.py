@@ -29,6 +29,7 @@ from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation, SavedBytes
 from flower_split.trunk.compute.checks import check_all_finite, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
+from flower_split.trunk.compute.screening import MAX_ENTRY, check_bounded
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
 from flower_split.trunk.compute.weights_state import (
@@ -243,11 +244,17 @@ class TrunkCompute:
 
         Returns:
             How the step was clipped; a norm of 0 and a factor of 1 where ``beside`` is None.
+
+        Raises:
+            TrunkRefused: The gradient, or a weight after the step, is not finite or is beyond all
+                measure (NON_FINITE). After the step it has been taken: go back to a snapshot.
         """
         if self._optimizer is None:
             return Clipping()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+        given = {name: p.grad for name, p in self.named if p.grad is not None}
+        check_bounded("the reduced gradient of", given, MAX_ENTRY)
         clipping = Clipping()
         if beside is not None and beside.max_grad_norm > 0:
             clipping = clip_together(self.parameters, beside)
@@ -259,7 +266,21 @@ class TrunkCompute:
         failpoints.reach("trunk.step.after")
         self._optimizer.zero_grad(set_to_none=True)
         self.version += 1
+        check_bounded("after the optimizer step, the weight", dict(self.named), MAX_ENTRY)
         return clipping
+
+    def check_state(self) -> None:
+        """Check all that a checkpoint would hold, before a round is promised to be kept.
+
+        Raises:
+            TrunkRefused: A weight or an optimizer moment is not finite (NON_FINITE).
+        """
+        check_bounded("the weight", dict(self.named), MAX_ENTRY)
+        if self._optimizer is not None:
+            for name, parameter in self.named:
+                state = self._optimizer.state.get(parameter, {})
+                moments = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+                check_bounded(f"the optimizer state of {name}:", moments)
 
     def snapshot(self) -> Snapshot:
         """Return a copy of the trainable state."""

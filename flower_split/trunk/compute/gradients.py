@@ -36,6 +36,7 @@ class SlotGradient:
 
     covers: tuple[bool, ...] | None = None
     denominator: float = 0.0
+    largest_denominator: float = 0.0  # of its micro-batches
     num_tokens: float = 0.0
     total: list[Tensor | None] = field(default_factory=list)  # fp32, per parameter
     _next: int = 0
@@ -58,6 +59,7 @@ class SlotGradient:
 
     def _fold(self, gradients: list[Tensor | None], num_tokens: float, denominator: float) -> None:
         self.num_tokens += num_tokens
+        self.largest_denominator = max(self.largest_denominator, denominator)
         if not self.total:
             self.denominator, self.total = denominator, gradients
             return
@@ -118,10 +120,14 @@ class Reduction:
     Args:
         max_client_norm: L2 norm of one client's gradient over all parameters; 0: no clipping.
         rules: In their order; none: the token-weighted mean alone.
+        exclude_bad: Whether a window goes on without a client whose gradient may not enter it
+            (:mod:`flower_split.trunk.compute.screening`), where the quorum allows; else the round is
+            given up.
     """
 
     max_client_norm: float = 0.0
     rules: tuple[Rule, ...] = ()
+    exclude_bad: bool = True
 
     def __call__(
         self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None
@@ -156,7 +162,11 @@ class Reduction:
     def _clipped(self, gradient: SlotGradient) -> SlotGradient:
         if self.max_client_norm == 0:
             return gradient
-        norms = [torch.linalg.vector_norm(total) for total in gradient.total if total is not None]
+        norms = [
+            torch.linalg.vector_norm(total, dtype=torch.float64)  # fp32 squares overflow at 1e19
+            for total in gradient.total
+            if total is not None
+        ]
         gathered = [norm.to(norms[0].device) for norm in norms]  # a trunk may lie on several
         norm = float(torch.linalg.vector_norm(torch.stack(gathered))) if norms else 0.0
         norm *= gradient.denominator / gradient.num_tokens

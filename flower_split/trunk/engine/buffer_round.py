@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import Arrival, RoundPlan, SlotReport
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.screening import faults
 from flower_split.trunk.engine.dispatches import Dispatches
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.windows import Phase
@@ -42,6 +43,11 @@ class BufferRound(Round):
                 RefusalReason.INVALID_REQUEST, f"{self} is to be prepared without an arrival."
             )
         taken, gradients, factors = self.dispatches.take(arrivals)
+        bad = faults(gradients)
+        if bad:  # their adapters are about to be aggregated, so nobody can be left out here alone
+            named = "; ".join(f"slot {taken[index].slot}: {why}" for index, why in bad.items())
+            self.windows.abort(named)
+            return
         try:
             if gradients:
                 self.compute.step(self.reduction(gradients, factors))

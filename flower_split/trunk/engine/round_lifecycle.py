@@ -101,6 +101,13 @@ class RoundLifecycle:
         self._settling.settle(current)
         with self._index.changed:
             current.require_open()
+            try:
+                self._compute.check_state()
+            except TrunkRefused as error:
+                current.windows.abort(str(error))
+        self._settling.settle(current)
+        with self._index.changed:
+            current.require_open()
             digest = self._compute.digest()
         failpoints.reach("trunk.prepare.before")
         self._save(current, digest)

@@ -5,10 +5,12 @@ it steps, so that nobody sees a window that is complete and not yet stepped.
 """
 
 import logging
+from collections.abc import Mapping
 
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.screening import faults
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.step_ends import step_together
@@ -81,6 +83,10 @@ class Settling:
             return False
         if current.trains:
             gradients = {slot: current.gradients[slot] for slot in slots}
+            bad = faults(gradients, whole_step=not alone)
+            if bad:
+                self._blame(current, bad)
+                return True  # look again, without them
             reduced = self._reduction(gradients)
             rule = current.plan.finish
             if rule is None:
@@ -93,3 +99,18 @@ class Settling:
             current.activations.release_before(windows.window)
         logger.debug("%s: step %d with slots %s", current, self._compute.version - 1, slots)
         return True
+
+    def _blame(self, current: Round, bad: Mapping[int, str]) -> None:
+        """Go on without the slots whose gradients may not enter the step, or give the round up."""
+        for slot, why in bad.items():
+            logger.warning("%s: slot %d is at fault: %s", current, slot, why)
+        if not self._reduction.exclude_bad:
+            named = "; ".join(f"slot {slot}: {why}" for slot, why in bad.items())
+            current.windows.abort(
+                f'{named}. trunk.on-bad-client = "abort" gives the round up for it; "exclude" goes on '
+                "without the client where trunk.quorum allows."
+            )
+            return
+        for slot, why in bad.items():
+            current.windows.exclude(slot, why)
+        current.release_dropped()

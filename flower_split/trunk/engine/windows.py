@@ -212,6 +212,13 @@ class WindowMachine:
             if self.phase is Phase.JOINING and not self._missing_joins():
                 self._open(now)
 
+    def exclude(self, slot: int, why: str) -> None:
+        """Take a participant out whose contribution may not count, be it finished or not."""
+        state = self.slots[slot]
+        state.dropped, state.finished = why, False
+        state.received, state.last = set(), None
+        self._check_quorum()
+
     def contributors(self) -> list[int] | None:
         """Return the open window's slots in their order, once it is complete; ``None`` before."""
         if self.phase is not Phase.OPEN or self.step_every is StepEvery.CONTRIBUTION:

@@ -1,0 +1,88 @@
+"""Which client's gradient may not enter a step, and which state may not be kept.
+
+A client's numbers scale other clients' work in three ways: the denominator of its loss, its label
+tokens, and the gradient itself. Tokens are bounded by the rows x positions that the trunk saw
+(:func:`flower_split.trunk.compute.checks.check_weights`); the other two are looked at here, before a
+window is reduced, so that the window can be reduced again without the slot.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.trunk.compute.gradients import SlotGradient
+
+# Of one entry of a client's token-mean gradient, and of one trained weight. No training that works
+# comes near it, and an fp32 norm over a trillion of such entries is still finite.
+MAX_ENTRY = 1e12
+_ROUNDING = 1e-9  # relative, of a client's sum of label tokens
+
+
+def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
+    """Return why a slot's gradient may not enter a step; empty: it may.
+
+    Args:
+        gradient: Of the slot, with all micro-batches of the window.
+        whole_step: Whether the window holds whole optimizer steps of the client, so that a
+            denominator above the window's label tokens weighs the slot by more than it has.
+    """
+    allowed = gradient.num_tokens * (1 + _ROUNDING)
+    if whole_step and gradient.largest_denominator > allowed:
+        return (
+            f"its loss_denominator is {gradient.largest_denominator:g}, and may be at most the label "
+            f"tokens that it declared in the window, {gradient.num_tokens:g}. Divide the summed loss "
+            "by the label tokens of the micro-batch or of the optimizer step"
+        )
+    largest = _largest([total for total in gradient.total if total is not None])
+    mean = largest * (gradient.denominator / gradient.num_tokens)
+    if not mean <= MAX_ENTRY:  # NaN is not
+        return (
+            f"the largest entry of its gradient is {mean:g}, and may be at most {MAX_ENTRY:g}. Lower "
+            "the learning rate, clip the gradients, or look at the client's data"
+        )
+    return ""
+
+
+def faults(gradients: Mapping[int, SlotGradient], *, whole_step: bool = True) -> dict[int, str]:
+    """Return the slots whose gradients may not enter a step, each with the reason."""
+    found = {slot: fault(gradients[slot], whole_step=whole_step) for slot in sorted(gradients)}
+    return {slot: why for slot, why in found.items() if why}
+
+
+def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.inf) -> None:
+    """Check that every entry is finite and at most ``limit``; on a GPU this is one wait.
+
+    Args:
+        what: Names the tensors in the message.
+        tensors: By name.
+        limit: Of an entry's magnitude.
+
+    Raises:
+        TrunkRefused: One is not (NON_FINITE).
+    """
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if _is_bounded(_largest(list(floats.values())), limit):
+        return
+    for name, tensor in floats.items():
+        largest = _largest([tensor])
+        if not _is_bounded(largest, limit):
+            raise TrunkRefused(
+                RefusalReason.NON_FINITE,
+                f"{what} {name} has an entry of magnitude {largest:g}; it must be finite and at most "
+                f"{limit:g}. Nothing of the round is kept. Lower trunk.optimizer.learning-rate, or "
+                "set trunk.max-client-grad-norm.",
+            )
+
+
+def _largest(tensors: Sequence[Tensor]) -> float:
+    """Return the largest magnitude, exact in the tensors' own dtypes; NaN where one holds NaN."""
+    held = [tensor for tensor in tensors if tensor.numel()]
+    with torch.no_grad():
+        return float(nn.utils.get_total_norm(held, norm_type=math.inf)) if held else 0.0
+
+
+def _is_bounded(largest: float, limit: float) -> bool:
+    return math.isfinite(largest) and largest <= limit
