@@ -73,6 +73,7 @@ class RunningTrunk(Closing):
             tls_certificate=serving.tls_certificate or None,
             tls_key=serving.tls_key or None,
             max_workers=_WORKERS,
+            max_call_seconds=config.trunk.call_timeout,
         )
         self.port = self._server.start()
 

@@ -57,6 +57,10 @@ class EchoEngine:
         """Return the smashed data itself."""
         return CallResult(call.tensors["hidden_states"], 0, 0.0, 0.0)
 
+    def knows_token(self, token: str) -> bool:
+        """Let everybody in."""
+        return True
+
     def close_session(self, session: str, epoch: int) -> None:
         """Nothing is kept."""
 

@@ -127,6 +127,9 @@ class FakeEngine:
             number = sum(name == method for name, _ in self.calls)
         self._on_call(method, number)
 
+    def knows_token(self, token: str) -> bool:
+        return True
+
     def count(self, method: str) -> int:
         return sum(name == method for name, _ in self.calls)
 

@@ -180,6 +180,10 @@ class TrunkEngine:
                 finish=None if evaluate else current.plan.finish,
             )
 
+    def knows_token(self, token: str) -> bool:
+        """Return whether a token is a participant's of the round begun last. Waits for no lock."""
+        return self._index.knows_token(token)
+
     def forward(self, call: ForwardCall) -> CallResult:
         """Return ``trunk_output`` of one micro-batch.
 

@@ -120,6 +120,13 @@ class RoundIndex:
         if self.round is not None:
             self.round.last_activity = now
 
+    def knows_token(self, token: str) -> bool:
+        """Return whether a token is of the round begun last, or of a dispatch. Needs no lock."""
+        current, key = self.round, hashed(token)
+        known = current is not None and key in current.slots_by_token
+        at_work = list(self.dispatches.at_work.values())  # a copy: others change the dictionary
+        return known or any(key in dispatch.slots_by_token for dispatch in at_work)
+
     def of_token(self, token: str) -> Round:
         """Return what a token opens a session of: its dispatch, or else the open round.
 

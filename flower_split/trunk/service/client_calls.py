@@ -39,6 +39,7 @@ from flower_split.trunk.service.handlers import (
     token_of,
     unary,
 )
+from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.session_tokens import SessionTokens
 from flower_split.wire.codecs import NATIVE, make_codec
 from flower_split.wire.codecs.coding import encode, receive
@@ -53,12 +54,23 @@ class ClientCalls:
         engine: What computes.
         permits: Of the calls that may wait for others.
         max_tensor_bytes: Limit on the tensors of one call.
+        max_call_seconds: That a call may wait, whatever its caller asks for.
+        refusals: Notes refused calls.
 
     Raises:
         ConfigError: The codec that the engine's fingerprint names is not installed here.
     """
 
-    def __init__(self, engine: TrunkEngine, permits: WaitingPermits, max_tensor_bytes: int) -> None:
+    def __init__(
+        self,
+        engine: TrunkEngine,
+        permits: WaitingPermits,
+        max_tensor_bytes: int,
+        max_call_seconds: float,
+        refusals: RefusalLog,
+    ) -> None:
+        self._max_call_seconds = max_call_seconds
+        self._refusals = refusals
         self._engine = engine
         self._permits = permits
         self._max_tensor_bytes = max_tensor_bytes
@@ -68,9 +80,9 @@ class ClientCalls:
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
         return {
-            "OpenSession": unary(pb.OpenSessionRequest, self._open_session),
-            "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version),
-            "CloseSession": unary(pb.CloseSessionRequest, self._close_session),
+            "OpenSession": unary(pb.OpenSessionRequest, self._open_session, self._refusals),
+            "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version, self._refusals),
+            "CloseSession": unary(pb.CloseSessionRequest, self._close_session, self._refusals),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
             "FinishStep": grpc.stream_stream_rpc_method_handler(self._finish_step),
@@ -94,7 +106,10 @@ class ClientCalls:
         )
         with self._permits.taken():
             version = self._engine.wait_version(
-                request.session, request.trunk_epoch, request.version, deadline_of(context)
+                request.session,
+                request.trunk_epoch,
+                request.version,
+                deadline_of(context, self._max_call_seconds),
             )
         return pb.WaitVersionReply(version=version)
 
@@ -106,8 +121,9 @@ class ClientCalls:
         return pb.CloseSessionReply()
 
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with Answering(context, "Forward"), self._permits.taken():
-            deadline, token = deadline_of(context), token_of(context)
+        with Answering(context, "Forward", self._refusals), self._permits.taken():
+            deadline = deadline_of(context, self._max_call_seconds)
+            token = token_of(context)
             incoming = Incoming(requests)
             header = incoming.header.forward
             incoming.expect("forward")
@@ -120,8 +136,9 @@ class ClientCalls:
         yield from reply.frames()
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with Answering(context, "Backward"):
-            deadline, token = deadline_of(context), token_of(context)
+        with Answering(context, "Backward", self._refusals):
+            deadline = deadline_of(context, self._max_call_seconds)
+            token = token_of(context)
             incoming = Incoming(requests)
             header = incoming.header.backward
             incoming.expect("backward")

@@ -21,6 +21,7 @@ from flower_split.trunk.service.handlers import (
     token_of,
     unary,
 )
+from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.session_tokens import same_token
 from flower_split.wire.frames import Outgoing
 
@@ -31,20 +32,22 @@ class CoordinatorCalls:
     Args:
         engine: What keeps the rounds.
         token: Who knows it is the coordinator.
+        refusals: Notes refused calls.
     """
 
-    def __init__(self, engine: TrunkEngine, token: str) -> None:
+    def __init__(self, engine: TrunkEngine, token: str, refusals: RefusalLog) -> None:
+        self._refusals = refusals
         self._engine = engine
         self._token = token
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name."""
         return {
-            "BeginRound": unary(pb.BeginRoundRequest, self._begin_round),
-            "PrepareRound": unary(pb.PrepareRoundRequest, self._prepare_round),
-            "CommitRound": unary(pb.CommitRoundRequest, self._commit_round),
-            "AbortRound": unary(pb.AbortRoundRequest, self._abort_round),
-            "Status": unary(pb.StatusRequest, self._status),
+            "BeginRound": unary(pb.BeginRoundRequest, self._begin_round, self._refusals),
+            "PrepareRound": unary(pb.PrepareRoundRequest, self._prepare_round, self._refusals),
+            "CommitRound": unary(pb.CommitRoundRequest, self._commit_round, self._refusals),
+            "AbortRound": unary(pb.AbortRoundRequest, self._abort_round, self._refusals),
+            "Status": unary(pb.StatusRequest, self._status, self._refusals),
             "GetAdapter": grpc.unary_stream_rpc_method_handler(self._get_adapter),
         }
 
@@ -83,7 +86,7 @@ class CoordinatorCalls:
         return status_to_proto(self._engine.status())
 
     def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
-        with Answering(context, "GetAdapter"):
+        with Answering(context, "GetAdapter", self._refusals):
             self._require_coordinator(context)
             reply = Outgoing(pb.Header(reply=pb.ReplyHeader()), self._engine.adapter())
         yield from reply.frames()

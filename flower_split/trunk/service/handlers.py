@@ -1,10 +1,11 @@
 """Around every call to the trunk: its deadline, its token, permits to wait, and its status."""
 
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import NoReturn, TypeVar
@@ -13,6 +14,7 @@ import grpc
 from google.protobuf.message import Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
+from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
 
 logger = logging.getLogger(__name__)
@@ -57,11 +59,13 @@ class Answering(AbstractContextManager[None]):
     Args:
         context: Of the call.
         method: Its name, for the log.
+        refusals: Notes refused calls.
     """
 
-    def __init__(self, context: Context, method: str) -> None:
+    def __init__(self, context: Context, method: str, refusals: RefusalLog) -> None:
         self._context = context
         self._method = method
+        self._refusals = refusals
 
     def __exit__(
         self,
@@ -75,6 +79,7 @@ class Answering(AbstractContextManager[None]):
             if refusal is not None:
                 self._context.set_trailing_metadata(((REFUSAL_KEY, refusal.SerializeToString()),))
             logger.debug("%s: %s, %s", self._method, code.name, text)
+            self._refusals.note(self._context.peer(), self._method, error)
             _abort(self._context, code, text)
         elif isinstance(error, Exception) and not isinstance(error, grpc.RpcError):
             # (An RpcError: the client has gone; nobody is there to be told.)
@@ -104,16 +109,26 @@ def parsed(request_type: type[Request], data: bytes) -> Request:
 
 
 def unary(
-    request_type: type[Request], behaviour: Callable[[Request, Context], Message]
+    request_type: type[Request],
+    behaviour: Callable[[Request, Context], Message],
+    refusals: RefusalLog,
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
     """Return the handler of a control call: its bytes parsed, its reply's serialised."""
     name = request_type.DESCRIPTOR.name.removesuffix("Request")
 
     def handle(data: bytes, context: Context) -> bytes:
-        with Answering(context, name):
+        with Answering(context, name, refusals):
             return behaviour(parsed(request_type, data), context).SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def bearer_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
+    """Return the bearer token among a call's metadata; None: it carries none."""
+    for key, value in metadata or ():
+        if key == "authorization" and isinstance(value, str) and value.startswith("Bearer "):
+            return value.removeprefix("Bearer ")
+    return None
 
 
 def token_of(context: Context) -> str:
@@ -122,17 +137,21 @@ def token_of(context: Context) -> str:
     Raises:
         TrunkRefused: It has none.
     """
-    for key, value in context.invocation_metadata() or ():
-        if key == "authorization" and isinstance(value, str) and value.startswith("Bearer "):
-            return value.removeprefix("Bearer ")
+    token = bearer_in(context.invocation_metadata())
+    if token is not None:
+        return token
     raise TrunkRefused(
         RefusalReason.UNAUTHENTICATED,
         'a call must carry the metadata "authorization: Bearer <token>".',
     )
 
 
-def deadline_of(context: Context) -> float:
+def deadline_of(context: Context, at_most: float = math.inf) -> float:
     """Return the call's deadline on the monotonic clock, early enough that the answer arrives.
+
+    Args:
+        context: Of the call.
+        at_most: Seconds that the trunk lets it wait, whatever its caller asks for.
 
     Raises:
         CodecError: The call has none.
@@ -140,4 +159,5 @@ def deadline_of(context: Context) -> float:
     remaining = context.time_remaining()
     if remaining is None or remaining > 86_400:
         raise CodecError("every call to the trunk must have a deadline of at most a day.")
+    remaining = min(remaining, at_most)
     return time.monotonic() + remaining - min(_ANSWER_SECONDS, 0.2 * remaining)

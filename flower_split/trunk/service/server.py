@@ -21,9 +21,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.admission import Admission
 from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.handlers import WaitingPermits
+from flower_split.trunk.service.refusals import RefusalLog
+from flower_split.trunk.service.session_tokens import same_token
 from flower_split.wire.grpc_options import SERVICE, is_loopback, read_pem, server_options
 
 logger = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ class TrunkServer(Closing):
         tls_key: PEM file.
         max_workers: Threads; at most three quarters of them hold calls that wait.
         max_tensor_bytes: Limit on the tensors of one call.
-        interceptors: Run around every call, as grpc's own.
+        max_call_seconds: That a client's call may wait, whatever the client asks for.
+        interceptors: Run around every call that is let in, as grpc's own.
 
     Raises:
         ConfigError: Plain text beyond loopback, an empty token, half a key pair, too few workers.
@@ -59,6 +63,7 @@ class TrunkServer(Closing):
         tls_key: str | None = None,
         max_workers: int = 256,
         max_tensor_bytes: int = MAX_TENSOR_BYTES,
+        max_call_seconds: float = 3600.0,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
         if not coordinator_token:
@@ -80,13 +85,25 @@ class TrunkServer(Closing):
             else None
         )
         self._health = health.HealthServicer()
+        refusals = RefusalLog()
+
+        def knows(token: str) -> bool:
+            return same_token(token, coordinator_token) or engine.knows_token(token)
+
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
             options=server_options(),
-            interceptors=list(interceptors),
+            interceptors=[Admission(knows, refusals), *interceptors],
         )
-        clients = ClientCalls(engine, WaitingPermits(max_workers * 3 // 4), max_tensor_bytes)
-        handlers = clients.handlers() | CoordinatorCalls(engine, coordinator_token).handlers()
+        clients = ClientCalls(
+            engine,
+            WaitingPermits(max_workers * 3 // 4),
+            max_tensor_bytes,
+            max_call_seconds,
+            refusals,
+        )
+        coordinators = CoordinatorCalls(engine, coordinator_token, refusals)
+        handlers = clients.handlers() | coordinators.handlers()
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )

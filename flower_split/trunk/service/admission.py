@@ -1,0 +1,94 @@
+"""Who is let in: a call without a known credential is answered before a worker waits for it.
+
+The synchronous server gives every call a worker, which then waits for the call's first message. The
+check therefore runs when the call's metadata has arrived: a stranger's call gets a handler that reads
+nothing and answers at once, in the same words whatever is wrong with its credential.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar, cast
+
+import grpc
+
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.trunk.service.handlers import Answering, Context, bearer_in
+from flower_split.trunk.service.refusals import RefusalLog
+from flower_split.wire.grpc_options import SERVICE
+
+_HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+_HEALTH_WORKERS = 4  # that health checks, which need no credential, may hold at once
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
+
+
+class Admission(grpc.ServerInterceptor):
+    """Lets calls pass that carry a credential which is known now, and health checks a few at once.
+
+    Args:
+        knows: Whether a bearer token is the coordinator's or a participant's. Called on the thread
+            that accepts calls, so it must not wait.
+        refusals: Notes who was refused.
+    """
+
+    def __init__(self, knows: Callable[[str], bool], refusals: RefusalLog) -> None:
+        self._knows = knows
+        self._refusals = refusals
+        self._health = threading.BoundedSemaphore(_HEALTH_WORKERS)
+
+    def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], grpc.RpcMethodHandler[Request, Reply] | None]",
+        details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Request, Reply] | None":
+        """Return the call's own handler, or the one that refuses it."""
+        service, _, method = details.method.lstrip("/").partition("/")
+        if details.method == _HEALTH_CHECK:
+            return self._limited(continuation(details))
+        if service != SERVICE:
+            return None
+        token = bearer_in(details.invocation_metadata)
+        if token is not None and self._knows(token):
+            return continuation(details)
+        # Nothing is read or written by it, so the types of requests and replies are no matter.
+        return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method))
+
+    def _refusing(self, method: str) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        def refuse(requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+            with Answering(context, method, self._refusals):
+                raise TrunkRefused(
+                    RefusalReason.UNAUTHENTICATED,
+                    'the trunk takes calls with the metadata "authorization: Bearer <token>" and a '
+                    "token that it knows now. A client's is of one round, from the strategy's "
+                    "message; the coordinator's is in the trunk's token file (trunk.token-file).",
+                )
+
+        return grpc.stream_stream_rpc_method_handler(refuse)
+
+    def _limited(
+        self, handler: "grpc.RpcMethodHandler[Request, Reply] | None"
+    ) -> "grpc.RpcMethodHandler[Request, Reply] | None":
+        """Return a health check whose wait for its message holds one of a few permits."""
+        if handler is None or handler.unary_unary is None:
+            return None
+        answer = handler.unary_unary
+
+        def check(requests: Iterator[Request], context: Context) -> Iterator[Reply]:
+            if not self._health.acquire(blocking=False):
+                context.abort(
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    f"the trunk answers {_HEALTH_WORKERS} health checks at once; ask again.",
+                )
+            try:
+                for request in requests:
+                    yield answer(request, context)
+                    return
+            finally:
+                self._health.release()
+
+        return grpc.stream_stream_rpc_method_handler(
+            check,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
