@@ -13,6 +13,7 @@ from flower_split.results.generation import (
     open_generator,
 )
 from flower_split.runtime.logs import quiet_libraries
+from flower_split.runtime.secret_files import read_secret
 from flower_split.split import CutLayers
 
 
@@ -66,14 +67,7 @@ def _server(arguments: argparse.Namespace) -> TrunkServer | None:
             "--trunk-address needs --token-file: the file that the trunk was started with "
             "(flower-split trunk … --token-file FILE)."
         )
-    try:
-        with open(arguments.token_file, encoding="utf-8") as file:
-            token = file.read().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--token-file {arguments.token_file} cannot be read: {error}. Give the file that the trunk "
-            "was started with."
-        ) from error
+    token = read_secret(arguments.token_file, "--token-file")
     return TrunkServer(arguments.trunk_address, token, arguments.root_certificates)
 
 

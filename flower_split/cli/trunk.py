@@ -13,6 +13,7 @@ from flower_split.cli.app_config import load_app_config
 from flower_split.errors import ConfigError
 from flower_split.runtime import failpoints
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
+from flower_split.runtime.secret_files import read_secret
 from flower_split.trunk.serve import RunningTrunk, Serving
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ def serve_trunk(command: TrunkCommand) -> int:
     config = load_app_config(command.app, command.run_config)
     serving = Serving(
         listen=command.listen,
-        token=token_from(command.token_file),
+        token=token_from(command.token_file, command.checkpoints),
         tls_certificate=command.tls_certificate,
         tls_key=command.tls_key,
         checkpoints=command.checkpoints,
@@ -67,21 +68,33 @@ def serve_trunk(command: TrunkCommand) -> int:
     return 0
 
 
-def token_from(path: Path) -> str:
+def token_from(path: Path, checkpoints: str = "") -> str:
     """Return the coordinator's token; a missing file is made with a fresh one, readable by its owner only.
 
+    Args:
+        path: The file.
+        checkpoints: The trunk's directory of checkpoints. One that holds something is of a trunk that
+            had a token, which the ServerApp goes on with: no other is made in silence.
+
     Raises:
-        ConfigError: The file cannot be read or made.
+        ConfigError: The file cannot be read or made, others can read it, or it was deleted.
     """
     path = path.expanduser()
     try:
         if not path.exists():
+            kept = Path(checkpoints).expanduser() if checkpoints else None
+            if kept is not None and kept.is_dir() and any(kept.iterdir()):
+                raise ConfigError(
+                    f"--token-file {path} is not there, but --checkpoints {kept} is of a trunk that "
+                    "had one. Put the file back; or, if the token is to change, make one for the "
+                    f"trunk and the ServerApp: (umask 077; openssl rand -hex 32 > {path})."
+                )
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(secrets.token_urlsafe(32) + "\n")
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ConfigError(
             f"--token-file {path} cannot be read or made ({error}). Name a file that this user may "
             "read and write."
         ) from error
+    return read_secret(path, "--token-file")

@@ -47,6 +47,7 @@ from flower_split.runs.metrics import FILE as METRICS
 from flower_split.runs.resuming import check_may_change
 from flower_split.runs.summary import SummaryRow, markdown_table, summary_cells
 from flower_split.runtime.atomic_files import write_atomically
+from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 ADAPTER_PARTS = ("client", "base", "trunk")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flwr", "flwr-datasets", "grpcio")
@@ -76,7 +77,7 @@ class RunDirectory:
         path = Path(config.run_dir or Path("runs") / name).expanduser().absolute()
         check_new_directory(path)
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
             (path / "adapters").mkdir()
         except OSError as error:
             raise RunDirectoryError(

@@ -25,6 +25,7 @@ from torch import Tensor
 from flower_split.errors import RunDirectoryError
 from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
+from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class RunCheckpoints:
             file_sha256=sha256,
         )
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
             remove_leftovers(self.directory)
             write_atomically(self.directory / entry.file, content)
             failpoints.reach("server.commit.tensors-written")

@@ -5,17 +5,21 @@ import secrets
 from pathlib import Path
 
 from flower_split.runtime import failpoints
+from flower_split.runtime.secret_files import PRIVATE_FILE
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Put ``content`` at ``path``: readers see the old file or the new one, also after a crash.
+
+    The file is its owner's alone, whatever the umask: it may hold weights.
 
     Raises:
         OSError: The disk is full or fails; ``path`` is as it was.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(temporary, flags, PRIVATE_FILE), "wb") as file:
             half = len(content) // 2
             file.write(content[:half])
             failpoints.reach("file.write.half")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
+from flower_split.runtime.secret_files import read_secret
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
 from flower_split.server.trunk_process import TrunkProcess
@@ -99,17 +100,14 @@ def read_token(path: str) -> str:
     """Return the coordinator's token from ``trunk.token-file``.
 
     Raises:
-        ConfigError: No file is named, or it cannot be read, or it is empty.
+        ConfigError: No file is named, or it cannot be read, others can read it, or it is empty.
     """
     if not path:
         raise ConfigError(
             "trunk.address names a running trunk, but trunk.token-file is empty. Name the file "
             "that the trunk was started with: flower-split trunk … --token-file FILE."
         )
-    token = _read_text(path, "trunk.token-file").strip()
-    if not token:
-        raise ConfigError(f"trunk.token-file {path} is empty; it must hold the trunk's token.")
-    return token
+    return read_secret(path, "trunk.token-file")
 
 
 def _read_text(path: str, key: str) -> str:

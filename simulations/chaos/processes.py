@@ -96,6 +96,7 @@ class Job:
         self.run_dir = root / "run"
         self.trunk_port = free_port()
         (root / "token").write_text(secrets.token_urlsafe(32))
+        (root / "token").chmod(0o600)
         self.config: dict[str, Scalar] = {
             **config,
             "run-dir": str(self.run_dir),

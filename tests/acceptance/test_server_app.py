@@ -213,6 +213,7 @@ def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path
     token = tmp_path / "token"
     with closing(TrunkHere.start(parse_run_config(other), 0)) as trunk:
         token.write_text(trunk.token)
+        token.chmod(0o600)
         text = refused(
             job, FederationError, trunk__address=trunk.address, trunk__token_file=str(token)
         )
@@ -225,6 +226,7 @@ def test_run_on_a_busy_trunk_is_refused_before_any_client_is_asked(
     token = tmp_path / "token"
     with closing(TrunkHere.start(parse_run_config(job.config("other")), 0)) as trunk:
         token.write_text(trunk.token)
+        token.chmod(0o600)
         config = {
             **job.config("run"),
             "trunk.address": trunk.address,
@@ -246,6 +248,7 @@ def test_run_over_tls_hands_the_certificate_to_the_clients(job: Job, tmp_path: P
     certificate, key = self_signed(tmp_path)
     token = tmp_path / "token"
     token.write_text("0123456789abcdef\n")
+    token.chmod(0o600)
     changes: dict[str, Scalar] = {
         "trunk__token_file": str(token),
         "trunk__root_certificates": str(certificate),

@@ -25,6 +25,7 @@ from torch import Tensor
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
+from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class CheckpointStore:
             OSError: It cannot be written; all former checkpoints are intact.
         """
         folder = self._folder(experiment)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=PRIVATE_DIRECTORY, parents=True, exist_ok=True)
         remove_leftovers(folder)
         content = save({name: tensors[name] for name in sorted(tensors)})
         sha256 = hashlib.sha256(content).hexdigest()

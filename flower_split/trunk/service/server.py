@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
+from flower_split.runtime.secret_files import check_private
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.admission import Admission
 from flower_split.trunk.service.client_calls import ClientCalls
@@ -84,6 +85,8 @@ class TrunkServer(Closing):
             if tls_certificate and tls_key
             else None
         )
+        if tls_key:
+            check_private(tls_key, "tls-key")
         self._health = health.HealthServicer()
         refusals = RefusalLog()
 

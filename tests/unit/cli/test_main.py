@@ -127,6 +127,7 @@ def test_run_with_a_trunk_that_is_not_there_exits_with_1_within_its_deadline(
     monkeypatch.setattr("flower_split.cli.preflight._CONTROL_SECONDS", 1.0)
     token = tmp_path / "token"
     token.write_text("0123456789abcdef")
+    token.chmod(0o600)
     app = app_with(tmp_path, model, trunk__address="127.0.0.1:1", trunk__token_file=str(token))
     # an underscore in a key's own name is a dash: tiny_config does that
     assert main(["run", str(app)]) == 1

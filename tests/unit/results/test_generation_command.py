@@ -120,6 +120,7 @@ def test_generate_over_a_trunk_server_says_the_same(
 ) -> None:
     config, file = RunDirectory.open(run).config, tmp_path / "token"
     file.write_text(TOKEN)
+    file.chmod(0o600)
     flags = ["--prompt", PROMPT, "--max-new-tokens", "24"]
     threads = torch.get_num_threads()
     try:

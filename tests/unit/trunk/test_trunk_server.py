@@ -343,6 +343,7 @@ def self_signed(folder: Path) -> tuple[Path, Path]:
             serialization.NoEncryption(),
         )
     )
+    files[1].chmod(0o600)
     return files
 
 
