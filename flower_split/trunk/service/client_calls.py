@@ -149,8 +149,8 @@ class ClientCalls:
         yield from reply.frames()
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with Answering(context, "FinishStep"), self._permits.taken():
-            deadline, token = deadline_of(context), token_of(context)
+        with Answering(context, "FinishStep", self._refusals), self._permits.taken():
+            deadline, token = deadline_of(context, self._max_call_seconds), token_of(context)
             incoming = Incoming(requests)
             header = incoming.header.finish_step
             incoming.expect("finish_step")
