@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
+from types import MappingProxyType
 from typing import cast
 
 import torch
@@ -32,6 +33,7 @@ class EchoEngine:
     """Answers a forward with its input."""
 
     epoch = 1
+    fingerprint: Mapping[str, str] = MappingProxyType({})  # no codec named: tensors as they are
 
     def open_session(
         self,

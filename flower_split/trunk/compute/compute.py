@@ -10,7 +10,6 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -29,6 +28,7 @@ from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation, SavedBytes
 from flower_split.trunk.compute.checks import check_all_finite, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
+from flower_split.trunk.compute.passes import Pass
 from flower_split.trunk.compute.screening import MAX_ENTRY, check_bounded
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
@@ -37,17 +37,6 @@ from flower_split.trunk.compute.weights_state import (
     checkpoint_tensors,
     load_checkpoint_tensors,
 )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pass:
-    """One pass through the trunk's layers, but for its hidden states: what a recomputation repeats."""
-
-    extras: Mapping[str, Tensor]  # of the call, as they came: what TrunkInputs names
-    seed_of: str  # names the micro-batch for its dropout mask; empty: no dropout
-    use_cache: bool | None
-    cuts: CutLayers | None
-    weights: Weights | None = None
 
 
 class TrunkCompute:
@@ -104,7 +93,7 @@ class TrunkCompute:
             cuts: The client's, which :attr:`spans` has admitted; None: the trunk's.
         """
         hidden = tensors["hidden_states"]
-        one = _Pass(tensors, seed_of if train else "", use_cache, cuts)
+        one = Pass(tensors, seed_of if train else "", use_cache, cuts)
         with torch.no_grad():
             output = self._run(one, hidden.to(self.device, self.dtype))
         check_finite("trunk_output", output)
@@ -177,7 +166,7 @@ class TrunkCompute:
         """
         smashed = tensors["hidden_states"]
         extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
-        one = _Pass(extras, seed_of, use_cache, cuts, weights)
+        one = Pass(extras, seed_of, use_cache, cuts, weights)
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
         known = self._storages | (weights.storages if weights else set())
         with torch.enable_grad(), SavedBytes(known) as saved:
@@ -327,7 +316,7 @@ class TrunkCompute:
             sha.update(tensor.contiguous().view(torch.uint8).numpy().data)
         return sha.hexdigest()
 
-    def _run(self, one: _Pass, hidden: Tensor) -> Tensor:
+    def _run(self, one: Pass, hidden: Tensor) -> Tensor:
         train = bool(one.seed_of)
         given = TrunkInputs.of(one.extras, self.device)
         seed = _seed(self.seed, one.seed_of)

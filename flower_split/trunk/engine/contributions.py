@@ -21,7 +21,8 @@ from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallName
 from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, Session, contribution_hash
+from flower_split.trunk.engine.round_state import Round, contribution_hash
+from flower_split.trunk.engine.sessions import Session
 
 
 @dataclass(frozen=True, slots=True, eq=False)

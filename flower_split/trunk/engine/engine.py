@@ -13,22 +13,19 @@ Next: ``flower_split/trunk/compute/compute.py``.
 
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import (
-    Arrival,
     BackwardCall,
     CallResult,
     FinishCall,
     FinishResult,
     ForwardCall,
     ForwardMode,
-    RoundPlan,
-    RoundReport,
     SessionGrant,
     TrunkStatus,
 )
@@ -41,6 +38,7 @@ from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.contributions import Contribution, Contributions, naming
+from flower_split.trunk.engine.coordinator_side import CoordinatorSide
 from flower_split.trunk.engine.deadlines import Deadlines
 from flower_split.trunk.engine.dispatches import Dispatches
 from flower_split.trunk.engine.ledger import CallKind
@@ -51,7 +49,7 @@ from flower_split.trunk.engine.step_ends import StepEnds
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
 
 
-class TrunkEngine:
+class TrunkEngine(CoordinatorSide):
     """The trunk of one model, for one experiment at a time.
 
     Args:
@@ -304,73 +302,6 @@ class TrunkEngine:
                 slot = current.sessions[session].slot
                 current.received[slot] = current.received.get(slot, 0) + received
                 current.sent[slot] = current.sent.get(slot, 0) + sent
-
-    # ------------------------------------------------------------------ the coordinator
-
-    def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
-        """Open a round, and return this process's epoch and the weights' version.
-
-        The round begins with the weights that ``plan.base`` names: if those were prepared, they are
-        committed; if this process does not have them, they are restored from their checkpoint. A new
-        experiment starts from the trunk's initial weights. A new attempt of a round gives the former
-        attempt up. Safe to retry. An asynchronous round is begun again and again while it is open,
-        each time with everybody who is at work.
-
-        Raises:
-            TrunkRefused: Another experiment's round is in progress, the plan is empty, or the base's
-                checkpoint is missing or damaged (NO_CHECKPOINT).
-        """
-        if not plan.participants and not plan.asynchronous:
-            raise TrunkRefused(
-                RefusalReason.INVALID_REQUEST, "a round needs at least one participant."
-            )
-        return self._thread.do(lambda: self._lifecycle.begin(plan))
-
-    def prepare_round(
-        self,
-        experiment: str,
-        server_round: int,
-        attempt: int,
-        deadline: float,
-        arrivals: Sequence[Arrival] = (),
-    ) -> RoundReport:
-        """Finish the last window, for no more contributions will come, and report. Safe to retry.
-
-        Args:
-            experiment: Of the round.
-            server_round: Of the round.
-            attempt: Of the round.
-            deadline: When to give up waiting.
-            arrivals: Of an asynchronous round: whose work makes its step.
-
-        Raises:
-            RoundAborted: The round was given up, or has no quorum without the unfinished clients.
-            TrunkRefused: That round is not open.
-            TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
-        """
-        prepared = self._thread.submit(
-            self._lifecycle.prepare, experiment, server_round, attempt, arrivals
-        )
-        return self._thread.result(prepared, deadline)
-
-    def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:
-        """Keep what the round did; return the weights' version. Safe to retry.
-
-        Raises:
-            RoundAborted: The round was given up.
-            TrunkRefused: That round is not open, or was not prepared.
-        """
-        return self._thread.do(lambda: self._lifecycle.commit(experiment, server_round, attempt))
-
-    def abort_round(self, experiment: str, server_round: int, attempt: int, why: str) -> int:
-        """Give the round up and roll the weights back to its beginning. Safe to retry.
-
-        Raises:
-            TrunkRefused: That round is not open.
-        """
-        return self._thread.do(
-            lambda: self._lifecycle.abort(experiment, server_round, attempt, why)
-        )
 
     def status(self) -> TrunkStatus:
         """Return where the trunk stands. Never waits for a forward or a backward."""

@@ -11,11 +11,8 @@ is held around every method, but for the methods that say otherwise.
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-
-from torch import Tensor
 
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
@@ -37,27 +34,8 @@ from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Weights
 from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
+from flower_split.trunk.engine.sessions import Session, StepEnd
 from flower_split.trunk.engine.windows import Phase, WindowMachine
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A client of the open round."""
-
-    id: str
-    slot: int
-    planned_steps: int
-    cuts: CutLayers | None = None  # the client's own; None: the trunk's
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StepEnd:
-    """One client's FinishStep in the open window."""
-
-    grad_norm_squared: float  # L2, of its own gradient
-    gradients: Mapping[str, Tensor]  # its own, where the round shares them
-    future: "Future[FinishResult]"  # of the reply, when the window has stepped
-    arrived: float  # on the engine's clock
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -14,7 +14,8 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.kv_caches import CacheStore
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, Session
+from flower_split.trunk.engine.round_state import Round
+from flower_split.trunk.engine.sessions import Session
 
 
 class UnrecordedForwards:
