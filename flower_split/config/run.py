@@ -33,6 +33,8 @@ class RunConfig:
     """Share of the clients that train in a round, in (0, 1]; sampled with the seed."""
     fraction_evaluate: float = 1.0
     """Share of the clients that evaluate after a round, in [0, 1]; 0: none."""
+    evaluate_every: int = 1
+    """Rounds from one evaluation to the next; the last round is always evaluated."""
     join_timeout: float = 180.0
     """Seconds to wait for num-clients SuperNodes."""
     round_timeout: float = 1800.0
@@ -75,6 +77,7 @@ class RunConfig:
         at_least("round-retries", self.round_retries, 0)
         share("fraction-train", self.fraction_train)
         share("fraction-evaluate", self.fraction_evaluate, zero=True)
+        at_least("evaluate-every", self.evaluate_every, 1)
         above("join-timeout", self.join_timeout, 0)
         above("round-timeout", self.round_timeout, 0)
         check_combinations(self)

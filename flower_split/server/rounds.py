@@ -13,6 +13,7 @@ from typing import TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 
+from flower_split.config import RunConfig
 from flower_split.errors import RoundLost, TrunkUnavailable
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.server.federation.exchange import exchange
@@ -161,6 +162,12 @@ def run_rounds(
         start, label = time.monotonic(), f"round {server_round}/{last}"
         aggregated, _ = train_clients(strategy, grid, arrays, server_round, label, health)
         arrays = arrays if aggregated is None else aggregated
-        evaluate_clients(strategy, grid, arrays, server_round, label, health)
+        if is_evaluated(strategy.config, server_round):
+            evaluate_clients(strategy, grid, arrays, server_round, label, health)
         on_round(RoundOutcome(server_round, time.monotonic() - start))
     return arrays
+
+
+def is_evaluated(config: RunConfig, server_round: int) -> bool:
+    """Return whether a round ends with an evaluation: every ``evaluate-every``-th, and the last."""
+    return server_round % config.evaluate_every == 0 or server_round == config.num_server_rounds

@@ -46,7 +46,7 @@ from flower_split.server.asynchronous.dispatcher import Dispatcher
 from flower_split.server.inner.fedbuff import ClientArrival, FedBuff
 from flower_split.server.inner.state import load_state, state_of
 from flower_split.server.metric_sinks import MetricSinks
-from flower_split.server.rounds import evaluate_clients, with_retries
+from flower_split.server.rounds import evaluate_clients, is_evaluated, with_retries
 from flower_split.server.trunk_access import TrunkHealth
 from flower_split.server.trunk_strategy import TrunkStrategy
 
@@ -295,6 +295,7 @@ def run_buffers(
         )
         if server_round == last:
             rounds.dismiss()
-        evaluate_clients(strategy, grid, arrays, server_round, label, health)
+        if is_evaluated(strategy.config, server_round):
+            evaluate_clients(strategy, grid, arrays, server_round, label, health)
         on_round(RoundOutcome(server_round, time.monotonic() - start))
     return arrays

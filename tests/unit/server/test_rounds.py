@@ -40,6 +40,15 @@ def test_run_rounds_carries_the_adapter_from_round_to_round() -> None:
     assert coordinator.calls == ["begin", "prepare", "commit", "begin", "abort"] * 2
 
 
+def test_run_rounds_evaluates_every_second_round_and_the_last() -> None:
+    coordinator = FakeCoordinator()
+    config = dataclasses.replace(make_config(), num_server_rounds=5, evaluate_every=2)
+    strategy = make_strategy(coordinator, config)
+    run_rounds(strategy, FakeGrid(NODES.values(), answer), SENT, on_round=lambda _: None)
+    assert [plan.server_round for plan in coordinator.plans if plan.evaluate] == [2, 4, 5]
+    assert [plan.server_round for plan in coordinator.plans if not plan.evaluate] == [1, 2, 3, 4, 5]
+
+
 def test_run_rounds_from_a_later_round_runs_only_the_rest() -> None:
     outcomes: list[RoundOutcome] = []
     coordinator = FakeCoordinator()
