@@ -214,7 +214,7 @@ def test_run_with_server_moments_is_resumed_to_the_same_bits(
 
 
 def test_local_only_baseline_works_with_mixed_ranks(job: Job) -> None:
-    rate = {"train__optimizer__learning_rate": 0.05}
+    rate = {f"{side}__optimizer__learning_rate": 0.05 for side in ("train", "trunk")}
     done, _ = job.run("product-delta", num_server_rounds=1, local_only_baseline=True, **rate)
     pairs = {
         (record["trained_by"], record["partition_id"]): record["perplexity"]
