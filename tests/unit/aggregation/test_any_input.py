@@ -212,7 +212,7 @@ def test_round_without_training_changes_nothing_whatever_the_input(name, data):
         assert float((after - before).norm()) <= 1e-5 * float(before.norm())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"hetlora"}))  # which prunes its ranks
 @given(data=st.data())
 @quick
 def test_single_client_is_what_it_returned_whatever_the_input(name, data):

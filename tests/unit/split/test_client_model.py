@@ -79,17 +79,11 @@ def test_client_of_tied_embeddings_keeps_them_tied() -> None:
     assert client.lm_head.weight is client.transformer.wte.weight
 
 
-def test_client_save_pretrained_writes_the_unsplit_names(tmp_path: Path) -> None:
-    from safetensors import safe_open
-
-    model = tiny_model("llama")
-    client, _ = split_model(model, CUTS)
-    client.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        saved = set(file.keys())
-    assert saved == {
-        n for n in model.state_dict() if ".layers.1." not in n and ".layers.2." not in n
-    }
+def test_client_refuses_save_pretrained_which_would_load_with_fresh_layers(tmp_path: Path) -> None:
+    client, _ = split_model(tiny_model("llama"), CUTS)
+    with pytest.raises(SplitError, match="holds only the bottom and the top.*flower-split export"):
+        client.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @peft_warns
