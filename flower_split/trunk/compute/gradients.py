@@ -73,6 +73,17 @@ class SlotGradient:
         """Return whether the slot's calls pass through parameter ``index``."""
         return self.covers is None or self.covers[index]
 
+    def mean_norm(self) -> float:
+        """Return the L2 norm, over all parameters, of the mean over the slot's label tokens."""
+        norms = [
+            torch.linalg.vector_norm(total, dtype=torch.float64)  # fp32 squares overflow at 1e19
+            for total in self.total
+            if total is not None
+        ]
+        gathered = [norm.to(norms[0].device) for norm in norms]  # a trunk may lie on several
+        norm = float(torch.linalg.vector_norm(torch.stack(gathered))) if norms else 0.0
+        return norm * (self.denominator / self.num_tokens)
+
 
 def _sum(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
     if gradient is None:
@@ -162,14 +173,7 @@ class Reduction:
     def _clipped(self, gradient: SlotGradient) -> SlotGradient:
         if self.max_client_norm == 0:
             return gradient
-        norms = [
-            torch.linalg.vector_norm(total, dtype=torch.float64)  # fp32 squares overflow at 1e19
-            for total in gradient.total
-            if total is not None
-        ]
-        gathered = [norm.to(norms[0].device) for norm in norms]  # a trunk may lie on several
-        norm = float(torch.linalg.vector_norm(torch.stack(gathered))) if norms else 0.0
-        norm *= gradient.denominator / gradient.num_tokens
+        norm = gradient.mean_norm()
         if norm <= self.max_client_norm:
             return gradient
         return _times(gradient, self.max_client_norm / norm)

@@ -13,7 +13,7 @@ from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.screening import faults
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
-from flower_split.trunk.engine.step_ends import step_together
+from flower_split.trunk.engine.step_ends import step_end_faults, step_together
 from flower_split.trunk.engine.windows import Phase
 
 logger = logging.getLogger(__name__)
@@ -83,12 +83,14 @@ class Settling:
             return False
         if current.trains:
             gradients = {slot: current.gradients[slot] for slot in slots}
+            rule = current.plan.finish
             bad = faults(gradients, whole_step=not alone)
+            if rule is not None and not bad:
+                bad = step_end_faults(current, slots)
             if bad:
                 self._blame(current, bad)
                 return True  # look again, without them
             reduced = self._reduction(gradients)
-            rule = current.plan.finish
             if rule is None:
                 self._compute.step(reduced)
             else:

@@ -6,7 +6,6 @@ and, where clients share them, the same reduced gradients. Each client's FinishS
 repetition gets the bits of the first reply.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
@@ -14,8 +13,12 @@ from torch import Tensor
 from flower_split.errors import FlowerSplitError, RefusalReason, TrunkRefused
 from flower_split.protocol.values import FinishCall, FinishResult, FinishRule
 from flower_split.training.grad_norm import grad_norm_squared
-from flower_split.trunk.compute.checks import check_all_finite
-from flower_split.trunk.compute.clipping import Beside, mean_gradients, mean_norm_squared
+from flower_split.trunk.compute.clipping import (
+    Beside,
+    mean_gradients,
+    mean_norm_squared,
+    norm_faults,
+)
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallKind, CallName
@@ -132,18 +135,29 @@ def step_together(
         )
 
 
+def step_end_faults(current: Round, slots: Sequence[int]) -> dict[int, str]:
+    """Return the slots whose steps may not end with the others', each with the reason.
+
+    Shared gradients are measured here; where they are not shared, the client's word is looked at.
+    The engine's lock is held.
+    """
+    norms = {
+        slot: grad_norm_squared(end.gradients.values())
+        if (end := current.ending[slot]).gradients
+        else end.grad_norm_squared
+        for slot in slots
+    }
+    gradients = {slot: current.gradients[slot] for slot in slots}
+    whole = {slot: g.mean_norm() for slot, g in gradients.items() if g.covers is None}
+    return norm_faults(norms, whole)
+
+
 def check_step_end(end: StepEnd, rule: FinishRule, slot: int) -> None:
-    """Refuse a norm that no gradient has, and gradients that the round did not ask for.
+    """Refuse gradients that the round did not ask for.
 
     Raises:
-        TrunkRefused: NON_FINITE or INVALID_REQUEST; nothing was recorded.
+        TrunkRefused: INVALID_REQUEST; nothing was recorded.
     """
-    if not (math.isfinite(end.grad_norm_squared) and end.grad_norm_squared >= 0):
-        raise TrunkRefused(
-            RefusalReason.NON_FINITE,
-            f"grad_norm_squared must be finite and not negative; slot {slot} says "
-            f"{end.grad_norm_squared}. Lower the learning rate, or look at the client's data.",
-        )
     if rule.share_gradients != bool(end.gradients):
         raise TrunkRefused(
             RefusalReason.INVALID_REQUEST,
@@ -156,11 +170,6 @@ def check_step_end(end: StepEnd, rule: FinishRule, slot: int) -> None:
                 RefusalReason.INVALID_REQUEST,
                 f"slot {slot}: the gradient {name} must be floating-point; it is {tensor.dtype}.",
             )
-    if end.gradients:
-        try:
-            check_all_finite({f"the gradient of {n}": t for n, t in end.gradients.items()})
-        except TrunkRefused as error:
-            raise TrunkRefused(error.reason, f"slot {slot}: {error}") from None
 
 
 def check_alike(gradients: Mapping[str, Tensor], ending: Mapping[int, StepEnd], slot: int) -> None:

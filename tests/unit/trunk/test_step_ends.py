@@ -1,14 +1,17 @@
 """Steps that clients and trunk end together, on a trunk whose gradients are worked out by hand."""
 
 import math
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import FinishRule
+from flower_split.trunk.compute.clipping import norm_faults
+from flower_split.trunk.compute.gradients import Reduction
 from tests.support.toy_trunk import HIDDEN, ToyClient, ToyTrunk, make_engine, make_plan
 
 MAX_NORM, RATE = 0.5, 0.5
@@ -143,16 +146,9 @@ def test_a_client_that_never_ends_its_step_is_dropped_at_the_deadline():
 @pytest.mark.parametrize(
     ("rule", "call", "reason"),
     [
-        (FinishRule(1.0), {"norm_squared": math.nan}, RefusalReason.NON_FINITE),
-        (FinishRule(1.0), {"norm_squared": -1.0}, RefusalReason.NON_FINITE),
         (FinishRule(1.0), {"num_micro_batches": 2}, RefusalReason.INVALID_REQUEST),
         (FinishRule(1.0), {"gradients": {"b": torch.ones(1)}}, RefusalReason.INVALID_REQUEST),
         (FinishRule(1.0, True), {}, RefusalReason.INVALID_REQUEST),
-        (
-            FinishRule(1.0, True),
-            {"gradients": {"b": torch.tensor([math.inf])}},
-            RefusalReason.NON_FINITE,
-        ),
         (None, {}, RefusalReason.INVALID_REQUEST),
     ],
 )
@@ -166,6 +162,90 @@ def test_what_cannot_end_a_step_is_refused_and_may_be_sent_again(engine, rule, c
     if rule is not None:
         good = {"gradients": {"b": torch.ones(1)}} if rule.share_gradients else {}
         assert client.finish_step(**good).version == 1
+
+
+HOSTILE = 1
+HOSTILE_ENDS = {
+    "nan": {"norm_squared": math.nan},
+    "negative": {"norm_squared": -1.0},
+    "infinite": {"norm_squared": math.inf},
+    "beyond all measure": {"norm_squared": 1e25},
+    "stops everybody": {"norm_squared": 1e12},
+    "shared nan": {"gradients": {"b": torch.tensor([math.nan, 0.0])}},
+    "shared huge": {"gradients": {"b": torch.tensor([1e8, 0.0])}},
+}
+
+
+def round_of(slots, call, *, exclude_bad=True):
+    """The weight after one step of ``slots``, whose hostile one ends it with ``call``, and replies."""
+    engine = make_engine(reduction=Reduction(exclude_bad=exclude_bad))
+    shared = "gradients" in call
+    try:
+        rule = FinishRule(MAX_NORM, share_gradients=shared)
+        engine.begin_round(make_plan(slots, finish=rule, quorum=0.5))
+        clients = {slot: ToyClient(engine, slot) for slot in slots}
+        for slot, client in clients.items():
+            contribute(client, slot, 2.0 + slot)
+        good = {"gradients": {"b": torch.tensor([3.0, -1.0])}} if shared else {"norm_squared": 9.0}
+        with ThreadPoolExecutor(len(slots)) as pool:
+            calls = {
+                slot: pool.submit(client.finish_step, **(call if slot == HOSTILE else good))
+                for slot, client in clients.items()
+            }
+            results = {
+                slot: future.exception(timeout=20) or future.result()
+                for slot, future in calls.items()
+            }
+        over = engine.status().phase == "aborted"
+        report = None if over else engine.prepare_round("test", 1, 0, time.monotonic() + 20)
+        return engine.adapter()["weight"], results, report
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("kind", HOSTILE_ENDS)
+def test_a_hostile_end_takes_its_client_out_and_the_others_step_as_without_it(kind):
+    call = HOSTILE_ENDS[kind]
+    weight, results, report = round_of((0, HOSTILE, 2, 3), call)
+    without, expected, _ = round_of((0, 2, 3), {**call})
+    assert torch.equal(weight, without)
+    refused = results.pop(HOSTILE)
+    assert isinstance(refused, TrunkRefused) and refused.reason is RefusalReason.DROPPED
+    for slot, reply in results.items():
+        assert reply.clip_factor == expected[slot].clip_factor
+    blamed = {item.slot: item.problem for item in report.slots if not item.completed}
+    assert list(blamed) == [HOSTILE] and "grad_norm_squared" in blamed[HOSTILE]
+
+
+def test_a_hostile_end_ends_the_round_where_nobody_is_to_be_excluded():
+    _, results, report = round_of((0, HOSTILE, 2), HOSTILE_ENDS["nan"], exclude_bad=False)
+    assert report is None
+    assert all(isinstance(result, RoundAborted) for result in results.values())
+    assert "slot 1: its grad_norm_squared is nan" in str(results[0])
+
+
+def test_of_two_clients_neither_is_blamed_and_the_larger_norm_counts_within_a_bound(engine):
+    engine.begin_round(make_plan(finish=FinishRule(max_grad_norm=MAX_NORM)))
+    clients = [ToyClient(engine, slot) for slot in (0, 1)]
+    contribute(clients[0], 0, 2.0)
+    contribute(clients[1], 1, 6.0)
+    replies = both(
+        [
+            lambda: clients[0].finish_step(norm_squared=9.0),
+            lambda: clients[1].finish_step(norm_squared=1e20),
+        ]
+    )
+    gradient = (2 * weight_gradient(0) + 6 * weight_gradient(1)) / 8
+    # 1e20 counts as 9 · 100², the bound.
+    norm = math.sqrt(float(gradient.double().square().sum()) + (2 * 9.0 + 6 * 90_000.0) / 8)
+    assert replies[0].grad_norm == pytest.approx(norm, rel=1e-6)
+
+
+def test_clients_whose_gradients_are_small_or_large_throughout_are_nobodys_fault():
+    """Norms apart by 1000, as the clients' gradients of the trunk are."""
+    found = norm_faults({0: 1e-6, 1: 1.0, 2: 1e-6, 3: 0.0}, {0: 1e-3, 1: 1.0, 2: 1e-3, 3: 0.0})
+    assert found == {}
+    assert list(norm_faults({0: 1e-6, 1: 1.0, 2: 1e-6}, {0: 1e-3, 1: 1e-3, 2: 1e-3})) == [1]
 
 
 def test_gradients_of_other_parameters_are_refused(engine):
