@@ -1,5 +1,6 @@
 """An app's directory: its name and its run config, with the command line's overrides."""
 
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,15 @@ class App:
     def has_own_server_app(self) -> bool:
         """Return whether the ServerApp is the app's own, with a strategy that no key may name."""
         return self.server_app != _OWN_SERVER_APP
+
+    def make_importable(self) -> None:
+        """Put the app's directory first on the import path, as Flower does where the app runs.
+
+        The run config may name classes of the app's own, such as its data source.
+        """
+        folder = str(self.project.parent.resolve())
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
 
     def config(self, overrides: Mapping[str, Scalar]) -> RunConfig:
         """Return the run config that ``flwr run APP --run-config …`` would use, checked.

@@ -1,11 +1,11 @@
-"""``flower-split``: run an app, follow a run, serve a trunk, export, generate.
+"""``flower-split``: write and run an app, follow a run, serve a trunk, export, generate.
 
 Exit codes: see :mod:`flower_split.cli.exit_codes`.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flower_split.cli.exit_codes import FAILED, STOPPED, WRONG_USE
 from flower_split.cli.parser import make_parser
@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dispatch(arguments: argparse.Namespace) -> int:
     # Each command imports what it needs: torch and Flower take seconds to load.
+    handler: Callable[[argparse.Namespace], int] | None = getattr(arguments, "handler", None)
+    if handler is not None:
+        return handler(arguments)
     if arguments.command == "run":
         from flower_split.cli.run import RunCommand, run_app
 

@@ -106,6 +106,7 @@ def _checked_options(job: Job) -> list[str]:
     from flower_split.cli import preflight
 
     config, given = job.config, job.command.federation_config
+    job.app.make_importable()
     preflight.check_aggregation(config)
     adapter, scales = preflight.check_model(config)
     preflight.check_trunk(config)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flower_split.cli.app_config import load_app_config
+from flower_split.cli.app_config import load_app
+from flower_split.cli.overrides import parse_overrides
 from flower_split.errors import ConfigError
 from flower_split.runtime import failpoints
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
@@ -42,7 +43,9 @@ def serve_trunk(command: TrunkCommand) -> int:
     log_to_stderr()
     quiet_libraries()
     failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
-    config = load_app_config(command.app, command.run_config)
+    app = load_app(command.app)
+    app.make_importable()
+    config = app.config(parse_overrides(command.run_config))
     serving = Serving(
         listen=command.listen,
         token=token_from(command.token_file, command.checkpoints),
