@@ -1,29 +1,27 @@
-"""One micro-batch at the trunk: its name, the headers of its two calls, and autograd making them.
+"""The calls of one session, and of one micro-batch: their names, their headers, what they cost.
 
 Shapes: smashed data, ``trunk_output`` and their gradients ``[batch, seq, hidden]``.
-
-The autograd function lives on the CPU, with the copies to and from a GPU around it: then autograd
-runs it on the thread that called ``backward``, not on the device's one backward thread, and
-micro-batches in flight do not wait for each other's calls.
 """
 
+import itertools
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flower_split.client.trunk_session import TrunkSession
-from flower_split.errors import TrunkError
+from flower_split.errors import CodecError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cache_to_proto
-from flower_split.protocol.values import ForwardMode
+from flower_split.protocol.values import ForwardMode, SessionGrant
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.wire.staging import Allocate, to_device, to_host
+from flower_split.wire.codecs import Codec, Coded, TensorForm
+from flower_split.wire.receiving import Incoming, Received
+from flower_split.wire.sending import Outgoing
+from flower_split.wire.staging import Allocate, pooled
+from flower_split.wire.transport import Transport
 
 
 @dataclass(slots=True)
@@ -89,6 +87,147 @@ class CurrentMicroBatch:
 
 
 @dataclass(frozen=True, slots=True)
+class WireStats:
+    """Totals over the calls of a session; retries count once.
+
+    Bytes are those of frames; gradients are those of backwards and ends of steps.
+    """
+
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    wire_seconds: float = 0.0  # from a call's start to its end, less the trunk's two shares below
+    trunk_compute_seconds: float = 0.0  # as the trunk reports it
+    trunk_queue_seconds: float = 0.0  # at the trunk: for its processor, and for the other clients
+    calls: int = 0  # forwards, backwards and ends of steps
+    gradient_bytes_sent: int = 0  # of bytes_sent
+    gradient_bytes_received: int = 0  # of bytes_received
+
+
+class SessionCalls:
+    """Makes the calls of a session, and counts them. Thread-safe.
+
+    Args:
+        channel: The connections.
+        codec: How activations and gradients travel.
+
+    Attributes:
+        channel: As given.
+        codec: As given.
+        grant: Of the open session; None: it is not open.
+        max_tensor_bytes: That one call may carry.
+        waiting: Entered around every call.
+    """
+
+    def __init__(self, channel: Transport, codec: Codec) -> None:
+        self.channel = channel
+        self.codec = codec
+        self.grant: SessionGrant | None = None
+        self.max_tensor_bytes = 0
+        self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._stats = WireStats()
+        self._lock = threading.Lock()
+        self._answered: dict[int, set[int]] = {}  # window -> micro-batches whose backward is done
+
+    def require(self) -> SessionGrant:
+        """Return the open session.
+
+        Raises:
+            TrunkError: There is none.
+        """
+        if self.grant is None:
+            raise TrunkError("the remote trunk has no open session; call RemoteTrunk.open() first.")
+        return self.grant
+
+    def exchange(
+        self,
+        method: str,
+        header: pb.Header,
+        tensors: Mapping[str, Tensor],
+        *,
+        reply: Coded | None = None,
+        reply_bytes: int | None = None,
+        allocate: Allocate = pooled,
+    ) -> tuple[Received, pb.ReplyHeader]:
+        """Make one call that sends tensors and gets tensors back.
+
+        Args:
+            method: Which.
+            header: Of the call.
+            tensors: To send.
+            reply: The tensor that comes back through the codec; None: the others alone.
+            reply_bytes: Limit on what comes back; None: that of a call.
+            allocate: Where it is received.
+
+        Raises:
+            CodecError: It is too large for this trunk, or the answer is not what was asked for.
+            TrunkUnavailable: No answer within the call timeout.
+            TrunkRefused: The trunk answered no.
+            RoundAborted: The round was given up.
+        """
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if size > self.max_tensor_bytes:
+            raise CodecError(
+                f"one call may carry {self.max_tensor_bytes} bytes of tensors to this trunk; this "
+                f"{method} has {size}. Lower train.batch-size or train.sequence-length."
+            )
+        limit = self.max_tensor_bytes if reply_bytes is None else reply_bytes
+        message = Outgoing(header, tensors)
+        started = time.monotonic()
+
+        def read(frames: Iterator[bytes]) -> tuple[Received, pb.ReplyHeader]:
+            incoming = Incoming(frames, "reply")
+            return incoming.receive(limit, coded=reply, allocate=allocate), incoming.header.reply
+
+        with self.waiting():
+            received, answer = self.channel.stream(method, message, read)
+        seconds = time.monotonic() - started
+        self._count(method, message.num_bytes, received.num_bytes, seconds, answer)
+        return received, answer
+
+    @property
+    def stats(self) -> WireStats:
+        """Totals since the beginning, or since the last :meth:`take_stats`."""
+        with self._lock:
+            return self._stats
+
+    def take_stats(self) -> WireStats:
+        """Return the totals, which begin anew."""
+        with self._lock:
+            taken, self._stats = self._stats, WireStats()
+            return taken
+
+    def answered_below(self, window: int) -> int:
+        """Return the first micro-batch of ``window`` that still waits for a reply."""
+        with self._lock:
+            answered = self._answered.get(window, set())
+            return next(index for index in itertools.count() if index not in answered)
+
+    def note_answered(self, window: int, index: int) -> None:
+        """Note that the backward of a micro-batch has its reply."""
+        with self._lock:
+            self._answered = {window: self._answered.get(window, set()) | {index}}
+
+    def _count(
+        self, method: str, sent: int, received: int, seconds: float, reply: pb.ReplyHeader
+    ) -> None:
+        backward = method in ("Backward", "FinishStep")  # what carries gradients
+        elsewhere = reply.compute_seconds + reply.queue_seconds
+        with self._lock:
+            total = self._stats
+            self._stats = replace(
+                total,
+                bytes_sent=total.bytes_sent + sent,
+                bytes_received=total.bytes_received + received,
+                wire_seconds=total.wire_seconds + max(0.0, seconds - elsewhere),
+                trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
+                trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
+                calls=total.calls + 1,
+                gradient_bytes_sent=total.gradient_bytes_sent + sent * backward,
+                gradient_bytes_received=total.gradient_bytes_received + received * backward,
+            )
+
+
+@dataclass(frozen=True, slots=True)
 class Caching:
     """What one forward says about key-value caches."""
 
@@ -101,7 +240,7 @@ class Exchange:
     """The calls of one micro-batch: a forward, then at most one backward.
 
     Args:
-        session: The open session.
+        calls: Of the open session.
         mode: What the trunk keeps.
         micro_batch: Which it is; None: an evaluation.
         extras: Tensors beside the hidden states.
@@ -114,16 +253,16 @@ class Exchange:
 
     def __init__(
         self,
-        session: TrunkSession,
+        calls: SessionCalls,
         mode: ForwardMode,
         micro_batch: MicroBatch | None,
         extras: Mapping[str, Tensor],
         allocate: Allocate,
         caching: Caching,
     ) -> None:
-        self._session = session
+        self._calls = calls
         self._caching = caching
-        self._grant = grant = session.require()
+        self._grant = grant = calls.require()
         self._mode = mode
         self._micro_batch = micro_batch
         self._extras = extras
@@ -141,21 +280,15 @@ class Exchange:
         )
         if self._micro_batch is not None:
             header.key.CopyFrom(self._key(self._micro_batch))
-            header.acknowledged = self._session.answered_below(self._micro_batch.window)
+            header.acknowledged = self._calls.answered_below(self._micro_batch.window)
         if self._caching.use_cache is not None:
             header.use_cache = self._caching.use_cache
         if self._caching.step is not None:
             header.cache.CopyFrom(cache_to_proto(self._caching.step))
             header.released_caches.extend(self._caching.released)
-        output, self._version = self._session.call(
-            "Forward",
-            pb.Header(forward=header),
-            ("hidden_states", smashed),
-            self._extras,
-            "trunk_output",
-            self._allocate,
+        output, self._version = self._call(
+            "Forward", pb.Header(forward=header), ("hidden_states", smashed), "trunk_output"
         )
-        self._extras = {}
         return output
 
     def backward(self, trunk_output_grad: Tensor) -> Tensor:
@@ -181,16 +314,29 @@ class Exchange:
             loss_denominator=micro_batch.loss_denominator,
             last=micro_batch.last,
         )
-        smashed_grad, _ = self._session.call(
+        smashed_grad, _ = self._call(
             "Backward",
             pb.Header(backward=header),
             ("trunk_output_grad", trunk_output_grad),
-            {},
             "smashed_grad",
-            self._allocate,
         )
-        self._session.note_answered(micro_batch.window, micro_batch.index)
+        self._calls.note_answered(micro_batch.window, micro_batch.index)
         return smashed_grad
+
+    def _call(
+        self, method: str, header: pb.Header, sent: tuple[str, Tensor], result: str
+    ) -> tuple[Tensor, int]:
+        """Make a call; return the tensor ``result``, in the form of what is sent, and its version."""
+        codec, (name, tensor) = self._calls.codec, sent
+        received, reply = self._calls.exchange(
+            method,
+            header,
+            {**Coded(codec, name).encode(tensor), **self._extras},
+            reply=Coded(codec, result, TensorForm.of(tensor)),
+            allocate=self._allocate,
+        )
+        self._extras = {}
+        return received.tensors[result], reply.version
 
     def _key(self, micro_batch: MicroBatch) -> pb.ContributionKey:
         return pb.ContributionKey(
@@ -200,61 +346,3 @@ class Exchange:
             window=micro_batch.window,
             micro_batch=micro_batch.index,
         )
-
-
-def call_trunk(smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
-    """Return ``trunk_output`` of ``smashed``, whose backward calls the trunk again.
-
-    Args:
-        smashed: [batch, seq, hidden], on any device, in the dtype that travels.
-        always: Requires grad, so that the backward is called even where ``smashed`` does not.
-        exchange: The micro-batch's two calls.
-    """
-    device, on_gpu = smashed.device, smashed.device.type != "cpu"
-    if on_gpu:
-        smashed = _ToHost.apply(smashed)  # type: ignore[no-untyped-call]
-    output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
-    if on_gpu:
-        output = _ToDevice.apply(output, device)  # type: ignore[no-untyped-call]
-    return output
-
-
-class _ToHost(torch.autograd.Function):
-    """Smashed data to the CPU; its gradient to the device."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.device = tensor.device
-        return to_host(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return to_device(gradient, ctx.device)
-
-
-class _ToDevice(torch.autograd.Function):
-    """trunk_output to the device; its gradient to the CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
-        return to_device(tensor, device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return to_host(gradient), None
-
-
-class _CallTrunk(torch.autograd.Function):
-    """CPU tensors to the trunk and back, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.forward(smashed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.backward(trunk_output_grad), None, None

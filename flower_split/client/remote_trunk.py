@@ -5,25 +5,31 @@ smashed data ``[batch, seq, hidden]`` and returns ``trunk_output`` of the same s
 backward sends ``trunk_output_grad`` and returns ``smashed_grad``. The padding mask and the position
 ids go with the forward; token ids and labels never leave the client.
 
-Next: ``flower_split/wire/codec.py``.
+The autograd function lives on the CPU, with the copies to and from a GPU around it: then autograd
+runs it on the thread that called ``backward``, not on the device's one backward thread, and
+micro-batches in flight do not wait for each other's calls.
+
+Next: ``flower_split/wire/sending.py``.
 """
 
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from flower_split.client.calls import (
     Caching,
     CurrentMicroBatch,
     Exchange,
     MicroBatch,
-    call_trunk,
+    WireStats,
 )
 from flower_split.client.step_end import finish_step
-from flower_split.client.trunk_session import TrunkSession, WireStats
+from flower_split.client.trunk_session import TrunkSession
 from flower_split.errors import TrunkError
 from flower_split.protocol.values import FinishResult, FinishRule, ForwardMode, SessionGrant
 from flower_split.runtime.closing import Closing
@@ -32,7 +38,7 @@ from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.wire.grpc_transport import TrunkChannel
-from flower_split.wire.staging import allocator, to_host
+from flower_split.wire.staging import allocator, tensors_to_host, to_device, to_host
 
 
 class RemoteTrunk(nn.Module, Closing):
@@ -87,6 +93,7 @@ class RemoteTrunk(nn.Module, Closing):
             cuts,
             call_timeout,
         )
+        self._calls = self._session.calls
         self._mode = mode
         self._current = CurrentMicroBatch()
         self._released: deque[int] = deque()  # key-value caches that the trunk may forget
@@ -94,11 +101,11 @@ class RemoteTrunk(nn.Module, Closing):
     @property
     def waiting(self) -> Callable[[], AbstractContextManager[object]]:
         """Entered around every call."""
-        return self._session.waiting
+        return self._calls.waiting
 
     @waiting.setter
     def waiting(self, enter: Callable[[], AbstractContextManager[object]]) -> None:
-        self._session.waiting = enter
+        self._calls.waiting = enter
 
     # ------------------------------------------------------------------ the session
 
@@ -119,7 +126,7 @@ class RemoteTrunk(nn.Module, Closing):
     @property
     def grant(self) -> SessionGrant | None:
         """What :meth:`open` returned; ``None`` without an open session."""
-        return self._session.grant
+        return self._calls.grant
 
     def close(self) -> None:
         """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
@@ -158,7 +165,8 @@ class RemoteTrunk(nn.Module, Closing):
     @property
     def finish(self) -> FinishRule | None:
         """How the steps of the open round end together with the trunk; None: they do not."""
-        return self.grant.finish if self.grant is not None else None
+        grant = self._calls.grant
+        return grant.finish if grant is not None else None
 
     def finish_step(
         self,
@@ -182,8 +190,8 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkRefused: The trunk answered no; the reason is typed.
             RoundAborted: The round was given up.
         """
-        on_host = {name: to_host(tensor).contiguous() for name, tensor in gradients.items()}
-        return finish_step(self._session, window, num_micro_batches, grad_norm_squared, on_host)
+        on_host = tensors_to_host(gradients)
+        return finish_step(self._calls, window, num_micro_batches, grad_norm_squared, on_host)
 
     def forward(
         self,
@@ -216,15 +224,13 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkRefused: The trunk answered no; the reason is typed.
             RoundAborted: The round was given up.
         """
-        given = TrunkInputs(
-            attention_mask, position_ids, layer_arguments or {}, host_arguments or {}
-        )
-        extras = {name: to_host(tensor) for name, tensor in given.named().items()}
+        mask = attention_mask
+        if isinstance(mask, Tensor) and mask.ndim != 4:
+            mask = _padding_mask(mask)
+        positions = None if position_ids is None else position_ids.to(torch.int64)
+        given = TrunkInputs(mask, positions, layer_arguments or {}, host_arguments or {})
+        extras = tensors_to_host(given.named())
         allocate = allocator(hidden_states.device)
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim != 4:
-            extras["attention_mask"] = _padding_mask(extras["attention_mask"])
-        if position_ids is not None:
-            extras["position_ids"] = extras["position_ids"].to(torch.int64)
         if cache is not None and cache.rows is not None:
             extras["cache_rows"] = cache.rows
         if self._session.evaluate or not torch.is_grad_enabled():
@@ -234,10 +240,10 @@ class RemoteTrunk(nn.Module, Closing):
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
             micro_batch = self._current.take()
         caching = Caching(use_cache, cache, self._take_released() if cache else [])
-        exchange = Exchange(self._session, mode, micro_batch, extras, allocate, caching)
+        exchange = Exchange(self._calls, mode, micro_batch, extras, allocate, caching)
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts: autograd converts the gradients back.
-            smashed = hidden_states.to(self._session.codec.dtype or hidden_states.dtype)
+            smashed = hidden_states.to(self._calls.codec.dtype or hidden_states.dtype)
             return call_trunk(smashed, self.always, exchange).to(hidden_states.dtype)
 
     def release_cache(self, cache_id: int) -> None:
@@ -256,15 +262,15 @@ class RemoteTrunk(nn.Module, Closing):
     @property
     def stats(self) -> WireStats:
         """Totals since the beginning, or since the last :meth:`take_stats`."""
-        return self._session.stats
+        return self._calls.stats
 
     def take_stats(self) -> WireStats:
         """Return the totals, which begin anew."""
-        return self._session.take_stats()
+        return self._calls.take_stats()
 
 
 def _padding_mask(mask: Tensor) -> Tensor:
-    """Return a mask on the CPU as booleans, which travel as bits.
+    """Return a mask as booleans, which travel as bits.
 
     Raises:
         TrunkError: It is not a mask of zeros and ones, [batch, seq].
@@ -276,3 +282,61 @@ def _padding_mask(mask: Tensor) -> Tensor:
             f"{mask.dtype} {list(mask.shape)}. Pass the tokenizer's attention_mask."
         )
     return as_bool
+
+
+def call_trunk(smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
+    """Return ``trunk_output`` of ``smashed``, whose backward calls the trunk again.
+
+    Args:
+        smashed: [batch, seq, hidden], on any device, in the dtype that travels.
+        always: Requires grad, so that the backward is called even where ``smashed`` does not.
+        exchange: The micro-batch's two calls.
+    """
+    device, on_gpu = smashed.device, smashed.device.type != "cpu"
+    if on_gpu:
+        smashed = _ToHost.apply(smashed)  # type: ignore[no-untyped-call]
+    output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
+    if on_gpu:
+        output = _ToDevice.apply(output, device)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _ToHost(torch.autograd.Function):
+    """Smashed data to the CPU; its gradient to the device."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.device = tensor.device
+        return to_host(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return to_device(gradient, ctx.device)
+
+
+class _ToDevice(torch.autograd.Function):
+    """trunk_output to the device; its gradient to the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
+        return to_device(tensor, device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return to_host(gradient), None
+
+
+class _CallTrunk(torch.autograd.Function):
+    """CPU tensors to the trunk and back, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.forward(smashed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.backward(trunk_output_grad), None, None

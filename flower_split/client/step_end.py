@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from flower_split.client.trunk_session import TrunkSession
+from flower_split.client.calls import SessionCalls
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.values import FinishResult
 
 
 def finish_step(
-    session: TrunkSession,
+    calls: SessionCalls,
     window: int,
     num_micro_batches: int,
     grad_norm_squared: float,
@@ -20,7 +20,7 @@ def finish_step(
     """End a step together with the trunk; see ``RemoteTrunk.finish_step``.
 
     Args:
-        session: The open session.
+        calls: Of the open session.
         window: The optimizer step within the round, from 0.
         num_micro_batches: How many the step had.
         grad_norm_squared: L2, of the client's own gradient.
@@ -29,7 +29,7 @@ def finish_step(
     Raises:
         CodecError: The gradients that come back are not of the parameters that went.
     """
-    grant = session.require()
+    grant = calls.require()
     header = pb.FinishStepHeader(
         session=grant.session,
         trunk_epoch=grant.epoch,
@@ -43,11 +43,8 @@ def finish_step(
         grad_norm_squared=grad_norm_squared,
     )
     size = sum(tensor.nbytes for tensor in gradients.values())
-    received, reply = session.exchange(
-        "FinishStep",
-        pb.Header(finish_step=header),
-        gradients,
-        lambda incoming: incoming.receive(size),
+    received, reply = calls.exchange(
+        "FinishStep", pb.Header(finish_step=header), gradients, reply_bytes=size
     )
     tensors = received.tensors
     sent = {name: (tensor.shape, tensor.dtype) for name, tensor in gradients.items()}

@@ -122,7 +122,7 @@ class ForwardCall:
     version: int  # that the client expects the weights to have
     mode: ForwardMode
     tensors: Mapping[str, Tensor]  # ``hidden_states``, and what TrunkInputs names
-    digest: bytes  # SHA-256 of the request's content; empty: an evaluation without a cache
+    digest: bytes  # XXH3-128 of the request's content; empty: an evaluation without a cache
     deadline: float  # when to give up waiting, on the monotonic clock
     acknowledged: int = 0  # the client has the replies of all earlier micro-batches of this window
     use_cache: bool | None = None  # as the model's own argument
@@ -142,7 +142,7 @@ class BackwardCall:
     num_tokens: float  # label tokens of the micro-batch
     loss_denominator: float  # what the client divided its summed token loss by
     last: bool  # whether the slot sends no further micro-batch in this window
-    digest: bytes  # SHA-256 of the request's content
+    digest: bytes  # XXH3-128 of the request's content
     deadline: float  # when to give up waiting, on the monotonic clock
 
 
@@ -155,7 +155,7 @@ class FinishCall:
     key: ContributionKey  # its micro_batch: how many the window had from this client
     grad_norm_squared: float  # L2, of the client's own gradient, for the mean loss of its tokens
     gradients: Mapping[str, Tensor]  # the client's own, where the round shares them; sorted by name
-    digest: bytes  # SHA-256 of the request's content
+    digest: bytes  # XXH3-128 of the request's content
     deadline: float  # when to give up waiting, on the monotonic clock
 
 

@@ -15,8 +15,8 @@ from flower_split.protocol.convert import (
     status_from_proto,
 )
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, TrunkStatus
-from flower_split.wire.frames import Incoming
 from flower_split.wire.grpc_transport import TrunkChannel
+from flower_split.wire.receiving import Incoming
 
 _SHORT_SECONDS = 10.0  # for calls that must not hold up the coordinator when the trunk is gone
 _MAX_ADAPTER_BYTES = 1 << 36  # a fully trained trunk may be large; its server is trusted

@@ -8,9 +8,9 @@ from torch import Tensor
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.testing.failures import ConformanceError, require, require_refusal
-from flower_split.wire.codecs.codec import Codec, TensorForm
-from flower_split.wire.codecs.coding import encode, receive
-from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.codecs.codec import Codec, Coded, TensorForm
+from flower_split.wire.receiving import Incoming
+from flower_split.wire.sending import Outgoing
 
 _LIMIT = 1 << 24  # bytes of a message
 _SHAPES = ((1, 1, 8), (2, 3, 64), (3, 5, 72))  # [batch, seq, hidden]
@@ -60,7 +60,7 @@ def _check_journey(
         "give the same bits for the same tensor",
     )
     try:
-        back = receive(_message(tensors), codec, _NAME, _LIMIT).tensors[_NAME]
+        back = _message(tensors).receive(_LIMIT, coded=Coded(codec, _NAME)).tensors[_NAME]
     except CodecError as error:
         raise ConformanceError(f"{subject} must decode what it encodes: {error}") from error
     require(
@@ -100,7 +100,7 @@ def _check_refusals(codec: Codec, subject: str) -> None:
 
 def _encoded(codec: Codec, subject: str, tensor: Tensor) -> dict[str, Tensor]:
     try:
-        return encode(codec, _NAME, tensor)
+        return Coded(codec, _NAME).encode(tensor)
     except CodecError as error:
         raise ConformanceError(f"{subject} must encode any activations: {error}") from error
 

@@ -9,7 +9,8 @@ import torch
 from flower_split.errors import TrunkError, TrunkRefused, TrunkUnavailable
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.testing.failures import ConformanceError, require, require_refusal
-from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.receiving import Incoming
+from flower_split.wire.sending import Outgoing
 from flower_split.wire.transport import Transport
 
 _GRACE = 5.0  # seconds that an answer may take beyond its time, on a busy machine

@@ -15,9 +15,9 @@ from google.protobuf.message import Message
 
 from flower_split.errors import TrunkError, TrunkUnavailable
 from flower_split.runtime.closing import Closing
-from flower_split.wire.frames import Outgoing
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.grpc_status import error_of, failed_call
+from flower_split.wire.sending import Outgoing
 from flower_split.wire.transport import Reply, Result
 
 logger = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -119,6 +119,11 @@ def to_host(tensor: Tensor) -> Tensor:
     source.record_stream(stream)
     copied.synchronize()
     return host
+
+
+def tensors_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return every tensor on the CPU; see :func:`to_host`."""
+    return {name: to_host(tensor) for name, tensor in tensors.items()}
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from flower_split.wire.frames import Outgoing
+from flower_split.wire.sending import Outgoing
 
 Reply = TypeVar("Reply", bound=Message)
 Result = TypeVar("Result")

@@ -12,8 +12,8 @@ import torch
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.wire.frames import Outgoing
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
+from flower_split.wire.sending import Outgoing
 from tests.support.loopback import (
     COORDINATOR_TOKEN,
     HIDDEN,

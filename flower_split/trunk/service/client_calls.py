@@ -5,13 +5,13 @@ Each handler reads a call, checks it, makes one value of it for the engine, and 
 Next: ``flower_split/trunk/engine/engine.py``.
 """
 
-import hashlib
 import math
 import struct
 from collections.abc import Iterator
 
 import grpc
 import torch
+import xxhash
 from google.protobuf.message import Message
 
 from flower_split.errors import CodecError
@@ -41,9 +41,9 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.session_tokens import SessionTokens
-from flower_split.wire.codecs import NATIVE, make_codec
-from flower_split.wire.codecs.coding import encode, receive
-from flower_split.wire.frames import Incoming, Outgoing, Received
+from flower_split.wire.codecs import NATIVE, Coded, make_codec
+from flower_split.wire.receiving import Incoming, Received
+from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import Allocate, pinned, pooled, to_host
 
 
@@ -124,14 +124,12 @@ class ClientCalls:
         with Answering(context, "Forward", self._refusals), self._permits.taken():
             deadline = deadline_of(context, self._max_call_seconds)
             token = token_of(context)
-            incoming = Incoming(requests)
+            incoming = Incoming(requests, "forward")
             header = incoming.header.forward
-            incoming.expect("forward")
             self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
-            mode = _mode_of(header)
-            recorded = header.HasField("cache") or mode is not ForwardMode.EVALUATE
+            recorded = header.HasField("key") or header.HasField("cache")
             received = self._receive(incoming, "hidden_states", digest=recorded)
-            result = self._engine.forward(_forward_call(header, mode, received, deadline))
+            result = self._engine.forward(_forward_call(header, received, deadline))
             reply = self._reply("trunk_output", result, header.session, received)
         yield from reply.frames()
 
@@ -139,9 +137,8 @@ class ClientCalls:
         with Answering(context, "Backward", self._refusals):
             deadline = deadline_of(context, self._max_call_seconds)
             token = token_of(context)
-            incoming = Incoming(requests)
+            incoming = Incoming(requests, "backward")
             header = incoming.header.backward
-            incoming.expect("backward")
             self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
             received = self._receive(incoming, "trunk_output_grad", digest=True)
             result = self._engine.backward(_backward_call(header, received, deadline))
@@ -151,9 +148,8 @@ class ClientCalls:
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with Answering(context, "FinishStep", self._refusals), self._permits.taken():
             deadline, token = deadline_of(context, self._max_call_seconds), token_of(context)
-            incoming = Incoming(requests)
+            incoming = Incoming(requests, "finish_step")
             header = incoming.header.finish_step
-            incoming.expect("finish_step")
             self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
             received = incoming.receive(self._max_tensor_bytes, digest=True)
             result = self._engine.finish_step(_finish_call(header, received, deadline))
@@ -172,11 +168,9 @@ class ClientCalls:
         allocate: Allocate = (
             pinned if torch.cuda.is_initialized() else pooled  # type: ignore[no-untyped-call]
         )
-        return receive(
-            incoming,
-            self._codec,
-            name,
+        return incoming.receive(
             self._max_tensor_bytes,
+            coded=Coded(self._codec, name),
             allocate=allocate,
             digest=digest,
         )
@@ -187,7 +181,7 @@ class ClientCalls:
             compute_seconds=result.compute_seconds,
             queue_seconds=result.queue_seconds,
         )
-        tensors = encode(self._codec, name, to_host(result.tensor))
+        tensors = Coded(self._codec, name).encode(to_host(result.tensor))
         reply = Outgoing(pb.Header(reply=header), tensors)
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
         return reply
@@ -208,9 +202,12 @@ def _mode_of(header: pb.ForwardHeader) -> ForwardMode:
     return mode
 
 
-def _forward_call(
-    header: pb.ForwardHeader, mode: ForwardMode, received: Received, deadline: float
-) -> ForwardCall:
+def _forward_call(header: pb.ForwardHeader, received: Received, deadline: float) -> ForwardCall:
+    """Return the forward.
+
+    Raises:
+        CodecError: Its mode is unknown, or it is recorded and has no key.
+    """
     tensors = received.tensors
     rows = tensors.pop("cache_rows", None)
     mask = tensors.get("attention_mask")
@@ -221,7 +218,7 @@ def _forward_call(
         epoch=header.trunk_epoch,
         key=_key_of(header.key) if header.HasField("key") else None,
         version=header.version,
-        mode=mode,
+        mode=_mode_of(header),
         tensors=tensors,
         digest=received.digest,
         deadline=deadline,
@@ -257,7 +254,7 @@ def _backward_call(header: pb.BackwardHeader, received: Received, deadline: floa
         num_tokens=header.num_tokens,
         loss_denominator=header.loss_denominator,
         last=header.last,
-        digest=hashlib.sha256(received.digest + counts).digest(),
+        digest=xxhash.xxh3_128_digest(received.digest + counts),
         deadline=deadline,
     )
 
@@ -277,7 +274,7 @@ def _finish_call(header: pb.FinishStepHeader, received: Received, deadline: floa
         key=_key_of(header.key),
         grad_norm_squared=header.grad_norm_squared,
         gradients=received.tensors,
-        digest=hashlib.sha256(received.digest + norm).digest(),
+        digest=xxhash.xxh3_128_digest(received.digest + norm),
         deadline=deadline,
     )
 

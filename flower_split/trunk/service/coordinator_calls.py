@@ -23,7 +23,7 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.session_tokens import same_token
-from flower_split.wire.frames import Outgoing
+from flower_split.wire.sending import Outgoing
 
 
 class CoordinatorCalls:

@@ -4,7 +4,7 @@ Runs on: The client and the trunk.
 Read first: ``codec.py``, which has the built-in ones too.
 """
 
-from flower_split.wire.codecs.codec import Codec, TensorForm
+from flower_split.wire.codecs.codec import Codec, Coded, TensorForm
 from flower_split.wire.codecs.registry import CODECS, NATIVE, make_codec
 
-__all__ = ["CODECS", "NATIVE", "Codec", "TensorForm", "make_codec"]
+__all__ = ["CODECS", "NATIVE", "Coded", "Codec", "TensorForm", "make_codec"]

@@ -243,7 +243,7 @@ def test_connection_closed_under_a_call_ends_it_as_unavailable() -> None:
         call = threading.Thread(target=forward)
         call.start()
         assert started.wait(10)
-        trunk._session.channel.close()
+        trunk._calls.channel.close()
         call.join(10)
         go.set()
     (error,) = errors

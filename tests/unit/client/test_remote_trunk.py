@@ -243,7 +243,7 @@ def test_remote_calls_carry_key_version_counts_and_content() -> None:
     assert (key.window, key.micro_batch) == (1, 2)
     assert_identical(forward.tensors["attention_mask"], mask)
     assert_identical(forward.tensors["position_ids"], torch.tensor([[4, 5, 6]]))
-    assert len(forward.digest) == 32
+    assert len(forward.digest) == 16
     assert (backward.session, backward.epoch, backward.key) == ("session-of-token-0", 7, key)
     assert backward.version == 10  # that of the reply
     counts = (backward.num_tokens, backward.loss_denominator, backward.last)

@@ -26,8 +26,8 @@ from flower_split.testing import (
 )
 from flower_split.wire.codecs import CODECS, Codec, TensorForm, make_codec
 from flower_split.wire.codecs.codec import NativeCodec
-from flower_split.wire.frames import Outgoing
 from flower_split.wire.grpc_transport import TrunkChannel
+from flower_split.wire.sending import Outgoing
 from flower_split.wire.transport import Reply, Result
 from tests.support.distributions import install, installed
 from tests.support.loopback import COORDINATOR_TOKEN, TinyTrunk, make_engine, served

@@ -28,8 +28,8 @@ from flower_split.errors import (
 )
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.service.server import TrunkServer
-from flower_split.wire.frames import Outgoing
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
+from flower_split.wire.sending import Outgoing
 from tests.support.loopback import (
     COORDINATOR_TOKEN,
     FINGERPRINT,
@@ -112,7 +112,7 @@ def test_session_calls_with_another_token_are_refused() -> None:
     engine = FakeEngine()
     with served(engine) as port, remote(port) as trunk, remote(port, slot=1) as thief:
         trunk.open(1)
-        thief._session.grant, thief._session.max_tensor_bytes = trunk.grant, 1 << 20
+        thief._calls.grant, thief._calls.max_tensor_bytes = trunk.grant, 1 << 20
         with pytest.raises(TrunkRefused) as caught, torch.no_grad():
             thief(torch.ones(1, 1, HIDDEN))
         assert caught.value.reason is RefusalReason.UNAUTHENTICATED
@@ -125,7 +125,7 @@ def test_session_that_was_never_opened_is_refused() -> None:
     engine = FakeEngine()
     with served(engine) as port, remote(port) as trunk:
         with served(FakeEngine()) as other_port, remote(other_port) as other:
-            trunk._session.grant, trunk._session.max_tensor_bytes = other.open(1), 1 << 20
+            trunk._calls.grant, trunk._calls.max_tensor_bytes = other.open(1), 1 << 20
         with pytest.raises(TrunkRefused) as caught, torch.no_grad():
             trunk(torch.ones(1, 1, HIDDEN))
         assert caught.value.reason is RefusalReason.UNKNOWN_SESSION

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.codec import check_specs, decode_tensor, encode_tensor
+from flower_split.wire.receiving import check_specs, decode_tensor
+from flower_split.wire.sending import encode_tensor
 
 DTYPES = [
     torch.float32,

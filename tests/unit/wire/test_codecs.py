@@ -10,9 +10,9 @@ from torch import Tensor
 from flower_split.config import parse_run_config
 from flower_split.errors import CodecError, ConfigError, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.codecs import CODECS, Codec, TensorForm, make_codec
-from flower_split.wire.codecs.coding import encode, receive
-from flower_split.wire.frames import Incoming, Outgoing
+from flower_split.wire.codecs import CODECS, Codec, Coded, TensorForm, make_codec
+from flower_split.wire.receiving import Incoming
+from flower_split.wire.sending import Outgoing
 from tests.support.loopback import FINGERPRINT, HIDDEN, FakeEngine, remote, served
 
 LIMIT = 1 << 20
@@ -69,28 +69,28 @@ def test_built_in_codecs_travel_in_one_part_of_their_dtype(
     codec = make_codec(name)
     tensor = torch.tensor([[sent]])
     cast = tensor.to(codec.dtype or tensor.dtype)
-    tensors = encode(codec, "x", cast)
+    tensors = Coded(codec, "x").encode(cast)
     assert list(tensors) == ["x"] and tensors["x"].dtype == cast.dtype
-    received = receive(incoming(tensors), codec, "x", LIMIT, like=TensorForm.of(cast))
+    received = incoming(tensors).receive(LIMIT, coded=Coded(codec, "x", TensorForm.of(cast)))
     assert torch.equal(received.tensors["x"].float(), torch.tensor([[back]]))
 
 
 def test_a_codec_of_several_parts_meets_no_other_tensor_of_the_message() -> None:
     tensor = torch.tensor([[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]])
     others = {"xy": torch.ones(2), "attention_mask": torch.ones(1, 1, dtype=torch.bool)}
-    tensors = {**encode(HalvesCodec(), "x", tensor), **others}
+    tensors = {**Coded(HalvesCodec(), "x").encode(tensor), **others}
     assert set(tensors) == {"x/kept", "x/width", "xy", "attention_mask"}
-    back = receive(incoming(tensors), HalvesCodec(), "x", LIMIT).tensors
+    back = incoming(tensors).receive(LIMIT, coded=Coded(HalvesCodec(), "x")).tensors
     assert back.keys() == {"x", *others}
     assert torch.equal(back["x"], torch.tensor([[[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]]]))
 
 
 def test_the_digest_is_over_what_travels() -> None:
     tensor = torch.arange(6.0).reshape(1, 1, 6)
-    tensors = encode(HalvesCodec(), "x", tensor)
+    tensors = Coded(HalvesCodec(), "x").encode(tensor)
     plain = incoming(tensors).receive(LIMIT, digest=True).digest
-    coded = receive(incoming(tensors), HalvesCodec(), "x", LIMIT, digest=True).digest
-    assert coded == plain and len(coded) == 32
+    coded = incoming(tensors).receive(LIMIT, coded=Coded(HalvesCodec(), "x"), digest=True).digest
+    assert coded == plain and len(coded) == 16
 
 
 def test_a_small_message_that_decodes_to_a_huge_tensor_is_refused_before_it_is_received() -> None:
@@ -99,7 +99,7 @@ def test_a_small_message_that_decodes_to_a_huge_tensor_is_refused_before_it_is_r
         "x/width": torch.empty(1 << 30, 0, dtype=torch.uint8),
     }
     with pytest.raises(CodecError, match="decoded, these hold 4294967296"):
-        receive(incoming(bomb), HalvesCodec(), "x", LIMIT, allocate=never)
+        incoming(bomb).receive(LIMIT, coded=Coded(HalvesCodec(), "x"), allocate=never)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_parts_of_another_codec_are_refused_before_they_are_received(
     codec: Codec, tensors: dict[str, Tensor], words: str
 ) -> None:
     with pytest.raises(CodecError, match=words):
-        receive(incoming(tensors), codec, "x", LIMIT, allocate=never)
+        incoming(tensors).receive(LIMIT, coded=Coded(codec, "x"), allocate=never)
 
 
 def test_another_form_than_expected_is_refused_before_it_is_received() -> None:
@@ -126,16 +126,11 @@ def test_another_form_than_expected_is_refused_before_it_is_received() -> None:
     with pytest.raises(
         CodecError, match=r"'x' must be float32 \[1, 1, 4\]; .* float32 \[1, 1, 6\]"
     ):
-        receive(
-            incoming({"x": torch.ones(1, 1, 6)}),
-            make_codec("native"),
-            "x",
-            LIMIT,
-            allocate=never,
-            like=like,
+        incoming({"x": torch.ones(1, 1, 6)}).receive(
+            LIMIT, coded=Coded(make_codec("native"), "x", like), allocate=never
         )
     with pytest.raises(CodecError, match=r"'x' of float32 .* must come; there are \['y'\]"):
-        receive(incoming({"y": torch.ones(1)}), make_codec("native"), "x", LIMIT, like=like)
+        incoming({"y": torch.ones(1)}).receive(LIMIT, coded=Coded(make_codec("native"), "x", like))
 
 
 class Fails(HalvesCodec):
@@ -149,10 +144,10 @@ class Fails(HalvesCodec):
 def test_what_a_plug_in_raises_names_it_and_the_tensor() -> None:
     tensor = torch.ones(1, 2, 6)
     with pytest.raises(CodecError, match=r"codec Fails cannot encode 'x' \(float32 \[1, 2, 6\]\)"):
-        encode(Fails(), "x", tensor)
-    message = incoming(encode(HalvesCodec(), "x", tensor))
+        Coded(Fails(), "x").encode(tensor)
+    message = incoming(Coded(HalvesCodec(), "x").encode(tensor))
     with pytest.raises(CodecError, match="cannot decode 'x'.*IndexError: nothing there"):
-        receive(message, Fails(), "x", LIMIT)
+        message.receive(LIMIT, coded=Coded(Fails(), "x"))
 
 
 def test_a_name_is_checked_by_form_in_the_config_and_by_the_registry_when_it_is_used() -> None:

@@ -1,0 +1,136 @@
+"""A header and tensors as a stream of frames of at most 1 MiB; no pickle.
+
+A tensor is sent as its typed description and its own memory: a frame is written as ``header + tag +
+length + bytes``, joined once. :mod:`flower_split.wire.receiving` is the way back.
+
+Next: ``flower_split/wire/receiving.py``, then ``flower_split/trunk/service/server.py``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flower_split.errors import CodecError
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.wire.format import (
+    FRAME_BYTES,
+    HEADER_TAG,
+    MAX_HEADER_BYTES,
+    NUMBERS,
+    PAYLOAD_TAG,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A tensor ready to send.
+
+    Args:
+        spec: Its description.
+        data: Its payload, uint8; for ``RAW`` the tensor's own memory, so the tensor must not be
+            changed until it is sent.
+    """
+
+    spec: pb.TensorSpec
+    data: memoryview
+
+
+def encode_tensor(name: str, tensor: Tensor) -> Encoded:
+    """Describe a CPU tensor and expose its bytes, without a copy where it is contiguous.
+
+    Raises:
+        CodecError: Its dtype, device or layout has no place on the wire.
+    """
+    if tensor.dtype not in NUMBERS:
+        raise CodecError(
+            f"tensor {name!r} has dtype {tensor.dtype}; the wire carries "
+            f"{', '.join(str(d).removeprefix('torch.') for d in NUMBERS)}. Convert it first."
+        )
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise CodecError(
+            f"tensor {name!r} is {tensor.layout} on {tensor.device}; only dense CPU tensors are "
+            "encoded. Move it to the CPU first."
+        )
+    flat = tensor.detach().contiguous().reshape(-1)
+    if tensor.dtype == torch.bool:
+        packed = np.packbits(flat.numpy(), bitorder="little")
+        codec, data = pb.BITS, packed.data
+    else:
+        codec, data = pb.RAW, flat.view(torch.uint8).numpy().data
+    spec = pb.TensorSpec(
+        name=name,
+        dtype=NUMBERS[tensor.dtype],
+        shape=tensor.shape,
+        codec=codec,
+        num_bytes=data.nbytes,
+    )
+    return Encoded(spec, data)
+
+
+class Outgoing:
+    """A message to send: :meth:`frames` may be called again for every attempt.
+
+    Args:
+        header: The call's header; its ``tensors`` are filled in here.
+        tensors: Dense CPU tensors by name, in payload order. They must not change until sent.
+
+    Attributes:
+        num_bytes: Of all frames.
+
+    Raises:
+        CodecError: A tensor has no place on the wire, or the header is too large.
+    """
+
+    def __init__(self, header: pb.Header, tensors: Mapping[str, Tensor]) -> None:
+        encoded = [encode_tensor(name, tensor) for name, tensor in tensors.items()]
+        header.tensors.extend(item.spec for item in encoded)
+        serialized = header.SerializeToString()
+        if len(serialized) > MAX_HEADER_BYTES:
+            raise CodecError(
+                f"the header of a message may have {MAX_HEADER_BYTES} bytes; this one, describing "
+                f"{len(encoded)} tensors, has {len(serialized)}."
+            )
+        header_bytes = HEADER_TAG + _varint(len(serialized)) + serialized
+        self._parts = [item.data for item in encoded if item.data.nbytes]
+        self._plan = _planned(header_bytes, sum(part.nbytes for part in self._parts))
+        self.num_bytes = sum(len(prefix) + size for prefix, size in self._plan)
+
+    def frames(self) -> Iterator[bytes]:
+        """Yield the frames, each made when it is asked for."""
+        parts = iter(self._parts)
+        part, used = memoryview(b""), 0
+        for prefix, size in self._plan:
+            pieces: list[bytes | memoryview] = [prefix]
+            while size:
+                if used == part.nbytes:
+                    part, used = next(parts), 0
+                piece = part[used : used + size]
+                pieces.append(piece)
+                used += piece.nbytes
+                size -= piece.nbytes
+            yield b"".join(pieces)
+
+
+def _planned(header: bytes, payload_bytes: int) -> list[tuple[bytes, int]]:
+    """Return, for every frame, the bytes before its payload and the payload's size."""
+    overhead = 1 + 5  # the tag and the longest length
+    size = min(payload_bytes, max(0, FRAME_BYTES - len(header) - overhead))
+    plan = [(header + (PAYLOAD_TAG + _varint(size) if size else b""), size)]
+    left = payload_bytes - size
+    while left:
+        size = min(left, FRAME_BYTES - overhead)
+        plan.append((PAYLOAD_TAG + _varint(size), size))
+        left -= size
+    return plan
+
+
+def _varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value > 0x7F:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
