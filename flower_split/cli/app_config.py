@@ -26,6 +26,7 @@ class App:
     project: Path  # the file
     values: Mapping[str, Scalar]  # [tool.flwr.app.config], flat
     server_app: str  # the component, module:attribute
+    client_app: str  # the component, module:attribute
 
     @property
     def has_own_server_app(self) -> bool:
@@ -91,8 +92,8 @@ def load_app(path: Path) -> App:
             f"{project}: [tool.flwr.app.config] must be a table of keys; it is {section!r}."
         )
     components = table.get("components")
-    named = components.get("serverapp") if isinstance(components, dict) else None
-    return App(project, flatten(section), str(named))
+    named = components if isinstance(components, dict) else {}
+    return App(project, flatten(section), str(named.get("serverapp")), str(named.get("clientapp")))
 
 
 def load_app_config(path: Path, overrides: Sequence[str] | None) -> RunConfig:

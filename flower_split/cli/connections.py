@@ -27,6 +27,10 @@ class Connection:
         return self.address in _LOCAL
 
 
+LOCAL = Connection("", _LOCAL[0])
+"""No SuperLink at all: everything is on this machine."""
+
+
 def find_connection(name: str | None) -> Connection:
     """Return the connection of that name, or Flower's default.
 

@@ -41,6 +41,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
                 federation_config=arguments.federation_config,
                 stream=arguments.stream,
                 resume=arguments.resume,
+                local=arguments.local,
             )
         )
     if arguments.command == "attach":

@@ -52,6 +52,11 @@ def _add_run(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
         nargs="?",
         help="a SuperLink connection of Flower's config.toml; default: Flower's, usually local",
     )
+    run.add_argument(
+        "--local",
+        action="store_true",
+        help="simulate without SuperLink and Ray: the same apps, in processes forked from this one",
+    )
     run.add_argument("--federation-config", help="as for flwr run; default: what the job needs")
     run.add_argument(
         "--resume", type=Path, metavar="RUN", help="go on with the run of this run directory"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flower_split.cli.app_config import App, load_app
-from flower_split.cli.connections import Connection, find_connection
+from flower_split.cli.connections import LOCAL, Connection, find_connection
 from flower_split.cli.exit_codes import STILL_AT_WORK
 from flower_split.cli.flwr import Flwr
 from flower_split.cli.follow import FollowedRun, follow
@@ -19,6 +19,7 @@ from flower_split.cli.paths import absolute_paths, as_run_config, new_run_direct
 from flower_split.cli.superlink import LocalSuperLink
 from flower_split.config import RunConfig, Scalar, parse_run_config
 from flower_split.config.combinations import check_named_strategy
+from flower_split.errors import ConfigError
 from flower_split.runs.beforehand import check_directory, check_files
 from flower_split.runs.files import read_config
 from flower_split.runs.resuming import resumed_config
@@ -34,6 +35,7 @@ class RunCommand:
     federation_config: str | None = None  # None: what the job needs
     stream: bool = False  # show every line of the log
     resume: Path | None = None  # the directory of a run to go on with; None: a new run
+    local: bool = False  # without Flower's SuperLink and Ray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +60,16 @@ def run_app(command: RunCommand) -> int:
     Raises:
         FlowerSplitError: A check failed, or Flower did not take the run.
     """
+    if command.local and (command.superlink or command.federation_config):
+        raise ConfigError(
+            "--local runs without a SuperLink and without Flower's simulation, so it takes no "
+            "SuperLink connection and no --federation-config. Leave --local or these out."
+        )
     job = prepare(command, Path.cwd())
+    if command.local:
+        from flower_split.cli.run_local import run_local
+
+        return run_local(job)
     options = _checked_options(job)
     with Interrupts() as interrupts:
         if job.connection.is_local:
@@ -80,7 +91,8 @@ def prepare(command: RunCommand, here: Path) -> Job:
     Raises:
         FlowerSplitError: Something is wrong; nothing was started.
     """
-    app, connection = load_app(command.app), find_connection(command.superlink)
+    app = load_app(command.app)
+    connection = LOCAL if command.local else find_connection(command.superlink)
     given = parse_overrides(command.run_config)
     if command.resume is not None:
         given["resume"] = str(command.resume)

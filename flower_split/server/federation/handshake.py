@@ -43,9 +43,13 @@ def run_line(num_clients: int) -> str:
     return f"flwr run APP --stream --federation-config '{federation_config(num_clients)}'"
 
 
+class SimulatedGrid(Grid):
+    """A grid whose nodes are all of this machine, and all there from the beginning."""
+
+
 def is_simulation(grid: Grid) -> bool:
-    """Return whether the grid is that of ``flwr run`` on a local simulation."""
-    return isinstance(grid, InMemoryGrid)
+    """Return whether all nodes are simulated on this machine, by Flower or by a local run."""
+    return isinstance(grid, (InMemoryGrid, SimulatedGrid))
 
 
 def num_participants(num_nodes: int, fraction: float) -> int:
