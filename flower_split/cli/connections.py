@@ -20,6 +20,8 @@ class Connection:
 
     name: str  # empty: Flower's default
     address: str
+    insecure: bool = False  # without TLS
+    root_certificates: str = ""  # PEM file of its CA; empty: the system's
 
     @property
     def is_local(self) -> bool:
@@ -57,4 +59,9 @@ def find_connection(name: str | None) -> Connection:
         )
     # A section with nothing but options is Flower's former way to say "local".
     address = section.get("address") or (":local:" if "options" in section else "")
-    return Connection(name or "", str(address))
+    return Connection(
+        name or "",
+        str(address),
+        insecure=section.get("insecure") is True,
+        root_certificates=str(section.get("root-certificates") or ""),
+    )

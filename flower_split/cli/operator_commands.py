@@ -12,6 +12,8 @@ def add_operator_commands(
 ) -> None:
     """Add the commands, each with its function as the default ``handler``."""
     _add_new(commands)
+    _add_certs(commands)
+    _add_doctor(commands)
 
 
 def _add_new(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -29,3 +31,89 @@ def _new(arguments: argparse.Namespace) -> int:
     from flower_split.cli.new import new_app
 
     return new_app(arguments.directory)
+
+
+def _add_certs(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    certs = commands.add_parser(
+        "certs",
+        help="make a development CA, and certificates of a server and of clients",
+        description="Writes ca.crt, server.crt and server.key (for the trunk and for the SuperLink), and "
+        "for each client its certificate and key for the trunk (NAME.crt, NAME.key) and its key pair for "
+        "Flower's SuperLink (NAME.node, NAME.node.pub). A CA that is there signs again; no file is "
+        "replaced.",
+    )
+    certs.add_argument("directory", type=Path, help="where the files go; their owner's alone")
+    certs.add_argument(
+        "--host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="a DNS name or address of the server; again for each; this machine's loopback is in",
+    )
+    certs.add_argument(
+        "--client", action="append", default=[], metavar="NAME", help="again for each client"
+    )
+    certs.add_argument("--days", type=int, default=90, help="until they end; 90")
+    certs.set_defaults(handler=_certs)
+
+
+def _certs(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.certs import CertsCommand, write_certificates
+
+    return write_certificates(
+        CertsCommand(
+            directory=arguments.directory,
+            hosts=arguments.host,
+            clients=arguments.client,
+            days=arguments.days,
+        )
+    )
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine this machine, and say what to do about what it finds",
+        description="Examines versions, accelerator, disks, shared memory, file limits, proxies, "
+        "Flower's SuperLink and clock; with an app whose trunk.address is set, its trunk, token and "
+        "certificates too. Exits with 0 where nothing would stop a run, else with 1.",
+    )
+    doctor.add_argument("app", nargs="?", type=Path, help="the app's directory")
+    doctor.add_argument(
+        "superlink", nargs="?", help="a SuperLink connection of Flower's config.toml"
+    )
+    doctor.add_argument(
+        "--listen",
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a port that shall be free here, such as the trunk's; again for each",
+    )
+    doctor.add_argument(
+        "--certificate",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="FILE",
+        help="a PEM file of this machine that shall be valid; again for each",
+    )
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.add_argument(
+        "--run-config", "-c", action="append", metavar="KEY=VALUE …", help="as for run"
+    )
+    doctor.set_defaults(handler=_doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.doctor.command import DoctorCommand, doctor
+
+    return doctor(
+        DoctorCommand(
+            app=arguments.app,
+            superlink=arguments.superlink,
+            run_config=arguments.run_config,
+            listen=arguments.listen,
+            certificates=arguments.certificate,
+            as_json=arguments.json,
+        )
+    )

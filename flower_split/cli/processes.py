@@ -1,6 +1,7 @@
 """Processes by their ids: who runs, who listens, and the end of a session."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -41,10 +42,40 @@ def listens_on(pid: int, port: int) -> bool:
             for row in rows
             if row[3] == _LISTEN and int(row[1].rpartition(":")[2], 16) == port
         }
-        held = {os.readlink(entry) for entry in (_PROC / str(pid) / "fd").iterdir()}
+        held = _open_files(_PROC / str(pid))
     except OSError:
         return not _PROC.is_dir()
     return bool(wanted & held) or not tables[0].exists()
+
+
+def listener_of(port: int) -> int | None:
+    """Return a process of this user's that listens on a TCP port; None: there is none, or no telling."""
+    if not _PROC.is_dir():
+        return None
+    for entry in _PROC.iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            holds = any(name.startswith("socket:") for name in _open_files(entry))
+        except OSError:  # another user's, or it has ended
+            continue
+        if holds and listens_on(int(entry.name), port):
+            return int(entry.name)
+    return None
+
+
+def program_of(pid: int) -> str:
+    """Return the path of a process's program, links not followed; empty: it has ended."""
+    try:
+        program = _words(pid, "cmdline")[0]
+        settings = dict(word.partition("=")[::2] for word in _words(pid, "environ"))
+    except OSError:
+        return ""
+    return shutil.which(program, path=settings.get("PATH")) or program
+
+
+def _words(pid: int, file: str) -> list[str]:
+    return (_PROC / str(pid) / file).read_bytes().decode(errors="replace").split("\0")
 
 
 def kill_session(pid: int) -> None:
@@ -53,6 +84,21 @@ def kill_session(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
+
+
+def _open_files(process: Path) -> set[str]:
+    """Return what a process has open, as the kernel names it.
+
+    Raises:
+        OSError: It has ended, or is another user's.
+    """
+    found = set()
+    for entry in (process / "fd").iterdir():
+        try:
+            found.add(os.readlink(entry))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return found
 
 
 def _lines(table: Path) -> list[str]:

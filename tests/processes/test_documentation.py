@@ -14,6 +14,8 @@ from tests.support.flower_home import BIN, Flower
 
 SCRIPTS = [
     pytest.param("block docs/tutorial.md tutorial", ["tutorial"]),
+    pytest.param("block docs/how-to/doctor.md doctor", []),
+    pytest.param("block docs/how-to/doctor.md certs", ["certificates"]),
     pytest.param("block docs/how-to/new-app.md new-app", ["job/job"], marks=pytest.mark.slow),
     pytest.param("block docs/how-to/resume.md resume", ["resumed"], marks=pytest.mark.slow),
     pytest.param(

@@ -1,0 +1,63 @@
+"""Certificates and secrets in files: readable, private, valid today and for a while."""
+
+import datetime
+from collections.abc import Iterator
+from pathlib import Path
+
+from cryptography import x509
+
+from flower_split.cli.doctor.findings import Finding, ok, problem, warning
+from flower_split.errors import ConfigError
+from flower_split.runtime.secret_files import read_secret
+
+_SOON = datetime.timedelta(days=14)
+
+
+def certificate(name: str, path: Path, now: datetime.datetime | None = None) -> Finding:
+    """Examine the certificates in a PEM file.
+
+    Args:
+        name: What they are for, such as "trunk.root-certificates".
+        path: The file.
+        now: The time; None: this machine's clock.
+    """
+    now = now or datetime.datetime.now(datetime.UTC)
+    try:
+        found = x509.load_pem_x509_certificates(path.expanduser().read_bytes())
+    except (OSError, ValueError) as error:
+        return problem(name, f"{path} cannot be read: {error}", "Give a readable PEM file.")
+    first_end = min(item.not_valid_after_utc for item in found)
+    begins = max(item.not_valid_before_utc for item in found)
+    text = f"{path} is valid until {first_end:%Y-%m-%d %H:%M} UTC"
+    renew = "Make a new one (flower-split certs, or your own CA) and restart what uses it."
+    if begins > now:
+        return problem(
+            name,
+            f"{path} is valid from {begins:%Y-%m-%d %H:%M} UTC, and it is {now:%Y-%m-%d %H:%M} here",
+            "Set this machine's clock; or wait, if it is right.",
+        )
+    if first_end <= now:
+        return problem(name, f"{path} has ended, at {first_end:%Y-%m-%d %H:%M} UTC", renew)
+    return warning(name, text, renew) if first_end - now < _SOON else ok(name, text)
+
+
+def secret(name: str, path: Path) -> Finding:
+    """Examine a token file: there, not empty, its owner's alone.
+
+    Args:
+        name: Of the setting, such as "trunk.token-file".
+        path: The file.
+    """
+    try:
+        read_secret(path, name)
+    except ConfigError as error:
+        return problem(name, str(error), "Do what it says, then run doctor again.")
+    return ok(name, f"{path} is readable and private")
+
+
+def app_credentials(root_certificates: str, token_file: str) -> Iterator[Finding]:
+    """Examine what an app's configuration names; empty names are passed over."""
+    if root_certificates:
+        yield certificate("trunk.root-certificates", Path(root_certificates))
+    if token_file:
+        yield secret("trunk.token-file", Path(token_file))

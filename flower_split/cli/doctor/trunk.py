@@ -1,0 +1,68 @@
+"""The trunk that an app's configuration names: it answers, is free, and holds the same model."""
+
+from contextlib import closing
+
+from flower_split.cli.doctor.findings import Finding, ok, problem, warning
+from flower_split.config import RunConfig
+from flower_split.errors import FlowerSplitError, TrunkRefused
+from flower_split.protocol.values import TrunkStatus
+
+_SECONDS = 10.0
+_AT_WORK = ("joining", "open", "done", "prepared")  # not committed, and not given up
+
+
+def trunk(config: RunConfig) -> list[Finding]:
+    """Ask the trunk where it stands, with the token that the configuration names."""
+    from flower_split.parties.fingerprint import fingerprint
+    from flower_split.server.coordinator import TrunkCoordinator
+    from flower_split.server.trunk_connection import read_token
+
+    subject = f"trunk {config.trunk.address}"
+    try:
+        coordinator = TrunkCoordinator(
+            config.trunk.address,
+            read_token(config.trunk.token_file),
+            root_certificates=config.trunk.root_certificates,
+            timeout=_SECONDS,
+        )
+        with closing(coordinator):
+            status = coordinator.status()
+        mine = fingerprint(config)
+    except TrunkRefused as error:
+        return [problem(subject, str(error), "Copy the trunk's token file here again.")]
+    except FlowerSplitError as error:
+        remedy = (
+            "Look whether it runs there, whether its name and port are right, and whether a firewall is "
+            "in between."
+        )
+        return [problem(subject, str(error), remedy)]
+    return described(subject, status, mine)
+
+
+def described(subject: str, status: TrunkStatus, mine: dict[str, str]) -> list[Finding]:
+    """Return what a trunk's answer means for a run of this configuration.
+
+    Args:
+        subject: Names the trunk.
+        status: Its answer.
+        mine: The configuration's fingerprint.
+    """
+    from flower_split.parties.fingerprint import differing_fields
+
+    found = [ok(subject, "answers to the token")]
+    if fields := differing_fields(mine, status.fingerprint):
+        theirs = ", ".join(
+            f"{name} ({mine.get(name, 'nothing')} here, {status.fingerprint.get(name, 'nothing')} there)"
+            for name in fields
+        )
+        remedy = "Start the trunk with the same app and --run-config, or correct this one."
+        found.append(problem(subject, f"it differs in {theirs}", remedy))
+    if status.phase in _AT_WORK:
+        found.append(
+            warning(
+                subject,
+                f"it is at work on experiment {status.experiment}, round {status.server_round}",
+                "A run that begins now is refused. Wait for that one to end.",
+            )
+        )
+    return found
