@@ -128,6 +128,13 @@ class RemoteTrunk(nn.Module, Closing):
         """What :meth:`open` returned; ``None`` without an open session."""
         return self._calls.grant
 
+    def shorten_plan(self, planned_steps: int) -> None:
+        """Take only so many steps in all, of those that :meth:`open` said; what is done is kept.
+
+        Raises as :meth:`open`; TrunkRefused also for more than planned, or fewer than done.
+        """
+        self._session.shorten_plan(planned_steps)
+
     def close(self) -> None:
         """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
         self._session.close()

@@ -75,6 +75,15 @@ class TrunkSession:
         )
         return calls.grant
 
+    def shorten_plan(self, planned_steps: int) -> None:
+        """See :meth:`flower_split.client.remote_trunk.RemoteTrunk.shorten_plan`."""
+        grant = self.calls.require()
+        request = pb.ShortenPlanRequest(
+            session=grant.session, trunk_epoch=grant.epoch, planned_steps=planned_steps
+        )
+        with self.calls.waiting():
+            self.calls.channel.unary("ShortenPlan", request, pb.ShortenPlanReply)
+
     def close(self) -> None:
         """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
         grant, self.calls.grant = self.calls.grant, None

@@ -49,7 +49,8 @@ def connect_trainer(trainer: Trainer, *, step_every: str = "local-step") -> None
     """Let ``trainer`` train its client model over the remote trunk that the model calls.
 
     When training begins, the trunk's session is opened for as many optimizer steps as the trainer
-    will take, unless it is open already. Closing it stays the caller's.
+    will take, unless it is open already. A trainer that stops after fewer says so, and what it has
+    done is kept. Closing the session stays the caller's.
 
     Args:
         trainer: Made around a client model whose trunk is a :class:`RemoteTrunk`.
@@ -96,7 +97,7 @@ class _Connection(TrainerCallback):
         self._slot = slot
         self._session = ""  # the one that training was begun with
         self._whole_round = step_every == "server-round"
-        self._num_steps = 0
+        self._num_steps = self._first_step = 0  # of this round; of the trainer before it
         self._window = -1  # the optimizer step, from 0
         self._index = 0  # of the micro-batch in the window
         self._tokens: list[int] = []  # of the optimizer step's micro-batches
@@ -119,6 +120,7 @@ class _Connection(TrainerCallback):
         **kwargs: object,
     ) -> None:
         """Open the round: the number of optimizer steps is known now."""
+        self._first_step = state.global_step
         self._num_steps = state.max_steps - state.global_step
         self._window, self._index = -1, 0
         trunk = _remote(self._slot)
@@ -137,6 +139,22 @@ class _Connection(TrainerCallback):
                 f"trainer's max_grad_norm is {args.max_grad_norm}. Set it to the same in the "
                 "trainer's arguments."
             )
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        """Keep what was done where the trainer stops early: plan no more steps than those.
+
+        It does so when a callback says so (``EarlyStoppingCallback``), or when its data ends.
+        """
+        done = state.global_step - self._first_step
+        if 0 < done < self._num_steps:
+            logger.info("the trainer stops after %d of %d steps", done, self._num_steps)
+            _remote(self._slot).shorten_plan(done)
 
     def _note_step(
         self, epoch_iterator: Iterator[Inputs], num_batches: int, device: torch.device

@@ -16,7 +16,7 @@ from flower_split.errors import SplitError
 from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetch
 from flower_split.split.loading.model_source import ModelSource
 
-PROTOCOL_VERSION = "1"
+PROTOCOL_VERSION = "2"
 CUT_LAYERS = "cut-layers"
 """The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
 CODEC = "codec"

@@ -17,6 +17,7 @@ class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     INT32: _ClassVar[DType]
     UINT8: _ClassVar[DType]
     BOOL: _ClassVar[DType]
+    FLOAT64: _ClassVar[DType]
 
 class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -46,6 +47,7 @@ INT64: DType
 INT32: DType
 UINT8: DType
 BOOL: DType
+FLOAT64: DType
 CODEC_UNSPECIFIED: Codec
 RAW: Codec
 BITS: Codec
@@ -259,6 +261,20 @@ class OpenSessionReply(_message.Message):
     slot: int
     finish: FinishRule
     def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., max_tensor_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., slot: _Optional[int] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ...) -> None: ...
+
+class ShortenPlanRequest(_message.Message):
+    __slots__ = ("session", "trunk_epoch", "planned_steps")
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    PLANNED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    session: str
+    trunk_epoch: int
+    planned_steps: int
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., planned_steps: _Optional[int] = ...) -> None: ...
+
+class ShortenPlanReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class CloseSessionRequest(_message.Message):
     __slots__ = ("session", "trunk_epoch")

@@ -32,6 +32,7 @@ DTYPES: MappingProxyType[int, torch.dtype] = MappingProxyType(
         pb.INT32: torch.int32,
         pb.UINT8: torch.uint8,
         pb.BOOL: torch.bool,
+        pb.FLOAT64: torch.float64,
     }
 )
 NUMBERS: MappingProxyType[torch.dtype, pb.DType] = MappingProxyType(
@@ -43,5 +44,6 @@ NUMBERS: MappingProxyType[torch.dtype, pb.DType] = MappingProxyType(
         torch.int32: pb.INT32,
         torch.uint8: pb.UINT8,
         torch.bool: pb.BOOL,
+        torch.float64: pb.FLOAT64,
     }
 )

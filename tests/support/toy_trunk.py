@@ -179,5 +179,8 @@ class ToyClient:
             )
         )
 
+    def shorten_plan(self, steps: int) -> None:
+        self.engine.shorten_plan(self.grant.session, self.grant.epoch, steps)
+
     def close(self) -> None:
         self.engine.close_session(self.grant.session, self.grant.epoch)

@@ -9,8 +9,8 @@ from flower_split.protocol.values import Arrival, RoundPlan, SlotReport
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.screening import faults
 from flower_split.trunk.engine.dispatches import Dispatches
+from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_state import Round
-from flower_split.trunk.engine.windows import Phase
 
 logger = logging.getLogger(__name__)
 

@@ -41,6 +41,7 @@ from flower_split.trunk.engine.contributions import Contribution, Contributions,
 from flower_split.trunk.engine.coordinator_side import CoordinatorSide
 from flower_split.trunk.engine.deadlines import Deadlines
 from flower_split.trunk.engine.dispatches import Dispatches
+from flower_split.trunk.engine.leaving_side import LeavingSide
 from flower_split.trunk.engine.ledger import CallKind
 from flower_split.trunk.engine.round_index import Inspection, RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
@@ -49,7 +50,7 @@ from flower_split.trunk.engine.step_ends import StepEnds
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
 
 
-class TrunkEngine(CoordinatorSide):
+class TrunkEngine(CoordinatorSide, LeavingSide):
     """The trunk of one model, for one experiment at a time.
 
     Args:

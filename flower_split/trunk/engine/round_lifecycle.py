@@ -16,10 +16,11 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.buffer_round import BufferRound
 from flower_split.trunk.engine.committed_weights import CommittedWeights
+from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round, hashed
 from flower_split.trunk.engine.settling import Settling
-from flower_split.trunk.engine.windows import Phase, WindowMachine
+from flower_split.trunk.engine.windows import WindowMachine
 
 logger = logging.getLogger(__name__)
 

@@ -34,8 +34,9 @@ from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Weights
 from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
+from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.sessions import Session, StepEnd
-from flower_split.trunk.engine.windows import Phase, WindowMachine
+from flower_split.trunk.engine.windows import WindowMachine
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

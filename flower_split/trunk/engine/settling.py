@@ -11,10 +11,10 @@ from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.screening import faults
+from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.step_ends import step_end_faults, step_together
-from flower_split.trunk.engine.windows import Phase
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +58,28 @@ class Settling:
             if current.retired or current.over:
                 return
             current.drop(slot, why, self._index.clock())
+        self.settle(current)
+
+    def shorten(self, current: Round, slot: int, planned_steps: int) -> None:
+        """Let a client plan fewer steps, and step with what that completes.
+
+        Raises:
+            TrunkRefused: See :meth:`flower_split.trunk.engine.windows.WindowMachine.shorten`.
+            RoundAborted: The round was given up.
+        """
+        with self._index.changed:
+            current.require_open()
+            state = current.windows.slots[slot]
+            former = state.planned_steps
+            current.windows.shorten(slot, planned_steps)
+            if state.finished and not state.complete:  # of a step that it does not finish
+                current.gradients.pop(slot, None)
+                current.activations.release_slot(slot)
+            current.after_contribution()
+        if planned_steps != former:
+            logger.info(
+                "%s: slot %d takes %d of its %s planned steps", current, slot, planned_steps, former
+            )
         self.settle(current)
 
     def expire(self) -> None:

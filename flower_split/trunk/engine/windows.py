@@ -15,19 +15,11 @@ clock, and holds one lock around every call.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
-
-
-class Phase(Enum):
-    """Where a training round stands."""
-
-    JOINING = "joining"
-    OPEN = "open"
-    DONE = "done"
-    ABORTED = "aborted"
+from flower_split.trunk.engine.phases import Phase
+from flower_split.trunk.engine.shorter_plans import shorten
 
 
 @dataclass(slots=True)
@@ -40,6 +32,7 @@ class Slot:
     last: int | None = None  # index of its last micro-batch in the open window, once known
     contributions: int = 0  # over the round
     num_tokens: float = 0.0  # over the round
+    steps_done: int = 0  # windows that have everything from it; 1 where a window is a round
     finished: bool = False  # every planned contribution is in
     must_end_step: bool = False  # a window also needs the end of the slot's step
     step_ended: bool = False  # in the open window
@@ -122,6 +115,17 @@ class WindowMachine:
         state.planned_steps = planned_steps
         if self.phase is Phase.JOINING and not self._missing_joins():
             self._open(now)
+
+    def shorten(self, slot: int, planned_steps: int) -> None:
+        """Let a participant take fewer steps than it has planned.
+
+        Raises:
+            TrunkRefused: It was dropped, plans more than before, or fewer than are done.
+        """
+        state = self._alive(slot)
+        shorten(state, slot, planned_steps, self.step_every is StepEvery.SERVER_ROUND)
+        if self.phase is Phase.OPEN and not self._members():
+            self.phase = Phase.DONE
 
     def check_planned(self, slot: int, window: int) -> None:
         """Check that ``slot`` takes part and planned ``window``, be it open or yet to come.
@@ -278,10 +282,10 @@ class WindowMachine:
             self.phase, self.problem = Phase.ABORTED, why
 
     def _note_complete(self, state: Slot, window: int) -> None:
-        if state.complete and (
-            self.step_every is StepEvery.SERVER_ROUND or window + 1 == state.planned_steps
-        ):
-            state.finished = True
+        if state.complete:
+            state.steps_done = window + 1
+            whole_round = self.step_every is StepEvery.SERVER_ROUND
+            state.finished = whole_round or state.steps_done == state.planned_steps
 
     def _alive(self, slot: int) -> Slot:
         state = self.slots[slot]

@@ -82,6 +82,7 @@ class ClientCalls:
         return {
             "OpenSession": unary(pb.OpenSessionRequest, self._open_session, self._refusals),
             "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version, self._refusals),
+            "ShortenPlan": unary(pb.ShortenPlanRequest, self._shorten_plan, self._refusals),
             "CloseSession": unary(pb.CloseSessionRequest, self._close_session, self._refusals),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
@@ -112,6 +113,13 @@ class ClientCalls:
                 deadline_of(context, self._max_call_seconds),
             )
         return pb.WaitVersionReply(version=version)
+
+    def _shorten_plan(self, request: pb.ShortenPlanRequest, context: Context) -> Message:
+        self._tokens.check(
+            token_of(context), request.session, request.trunk_epoch, self._engine.epoch
+        )
+        self._engine.shorten_plan(request.session, request.trunk_epoch, request.planned_steps)
+        return pb.ShortenPlanReply()
 
     def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
         self._tokens.check(

@@ -1,12 +1,14 @@
 """transformers' Trainer on the split client equals the same Trainer on the unsplit model."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import TrainerCallback, TrainingArguments
 
 from flower_split.config import OptimizerConfig, RunConfig
 from flower_split.errors import ConfigError, SplitError, TrunkError
@@ -18,6 +20,7 @@ from tests.support.trainer_rig import (
     SGD,
     STEPS,
     RecordingTrainer,
+    Run,
     arguments,
     assert_equal_runs,
     checkpoint,
@@ -211,3 +214,65 @@ def test_connect_trainer_goes_on_with_the_trunk_of_the_next_round(tmp_path: Path
         with trunk:
             trainer.train()
         assert fed.coordinator.prepare_round("test", 2, 0).version == 2 * STEPS
+
+
+class StopAfterTwo(TrainerCallback):
+    """Ends training early, as EarlyStoppingCallback does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= 2
+
+
+class Once(IterableDataset):  # type: ignore[type-arg]
+    """Four examples, the first time it is asked; two steps' worth of the four that are planned."""
+
+    def __init__(self) -> None:
+        self.rows = examples(4)
+
+    def __iter__(self) -> Iterator[Any]:
+        rows, self.rows = self.rows, []
+        return iter(rows)
+
+
+# Otherwise accelerate raises where an iterable ends, before the trainer can stop.
+ITERABLE: dict[str, object] = {"accelerator_config": {"dispatch_batches": False}}
+
+
+def stop_early(trainer: RecordingTrainer, way: str) -> None:
+    if way == "callback":
+        trainer.add_callback(StopAfterTwo())
+    else:
+        trainer.train_dataset = Once()
+
+
+@pytest.mark.filterwarnings("ignore:There seems not to be a single sample")
+@pytest.mark.parametrize("step_every", ["local-step", "server-round"])
+@pytest.mark.parametrize("way", ["callback", "short data"])
+def test_a_trainer_that_stops_early_keeps_its_steps_on_the_trunk(
+    tmp_path: Path, way: str, step_every: str
+) -> None:
+    config = run_config(checkpoint(tmp_path / "model"), SGD, step_every=step_every)
+    with served(config) as fed:
+        client = remote_client(fed)
+        before = fed.coordinator.get_adapter()
+        with client_trunk(fed, client):
+            trainer = train(client, tmp_path, SGD, padded("right"), **ITERABLE)
+            stop_early(trainer, way)
+            connect_trainer(trainer, step_every=step_every)
+            trainer.train()
+        report = fed.coordinator.prepare_round("test", 1, 0)
+        fed.coordinator.commit_round("test", 1, 0)
+        found = Run(trainer.losses, client)
+        found.adapter.update(after := fed.coordinator.get_adapter())
+    assert trainer.state.global_step == 2 and len(trainer.losses) == 2
+    assert [(item.completed, item.contributions) for item in report.slots] == [(True, 2)]
+    if step_every == "server-round":  # one step for both: another model than the unsplit one
+        assert report.optimizer_steps == 1
+        assert all(not torch.equal(after[name], before[name]) for name in after)
+        return
+    assert report.optimizer_steps == 2
+    whole = whole_model(config)
+    reference = train(whole, tmp_path, SGD, padded("right"), **ITERABLE)
+    stop_early(reference, way)
+    reference.train()
+    assert_equal_runs(Run(reference.losses, whole), found)

@@ -81,7 +81,9 @@ def test_encode_contiguous_tensor_exposes_its_own_memory() -> None:
     assert bytes(data[:4]) == b"\x00\x00\x80\x3f"
 
 
-@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.float64), torch.empty(2).to("meta")])
+@pytest.mark.parametrize(
+    "tensor", [torch.zeros(2, dtype=torch.complex64), torch.empty(2).to("meta")]
+)
 def test_encode_tensor_without_a_place_on_the_wire_raises(tensor: torch.Tensor) -> None:
     with pytest.raises(CodecError, match="'t'"):
         encode_tensor("t", tensor)
