@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from multiprocessing.connection import Client, Listener
-from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
@@ -26,10 +25,10 @@ class ProcessGrid(Grid):
     """The coordinator's side.
 
     Args:
-        nodes: Node id to the path of its socket.
+        nodes: Node id to the address of its socket.
     """
 
-    def __init__(self, nodes: Mapping[int, Path]) -> None:
+    def __init__(self, nodes: Mapping[int, str]) -> None:
         _identify(0)
         self._nodes = dict(nodes)
         self._replies: dict[str, Message] = {}
@@ -58,8 +57,8 @@ class ProcessGrid(Grid):
 
     def _ask(self, message: Message, name: str) -> None:
         try:
-            path = self._nodes[message.metadata.dst_node_id]
-            with _connect(path) as connection:
+            address = self._nodes[message.metadata.dst_node_id]
+            with _connect(address) as connection:
                 connection.send_bytes(message_to_proto(message).SerializeToString())
                 reply = message_from_proto(ProtoMessage.FromString(connection.recv_bytes()))
         except (OSError, EOFError):
@@ -100,24 +99,23 @@ def _identify(node_id: int) -> None:
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, node_id
 
 
-def _connect(path: Path):
+def _connect(address: str):
     deadline = time.monotonic() + _CONNECT_SECONDS
     while True:
         try:
-            return Client(str(path), family="AF_UNIX")
+            return Client(address, family="AF_UNIX")
         except OSError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.02)
 
 
-def serve_node(path: Path, node_id: int, node_config, run_config) -> None:
+def serve_node(address: str, node_id: int, node_config, run_config) -> None:
     """The node's side: answer messages with the package's own ClientApp, one after the other."""
     from flower_split.client.app import app
 
     _identify(node_id)
-    path.unlink(missing_ok=True)
-    with Listener(str(path), family="AF_UNIX", backlog=16) as listener:
+    with Listener(address, family="AF_UNIX", backlog=16) as listener:
         while True:
             try:
                 with listener.accept() as connection:

@@ -103,7 +103,9 @@ class Job:
             "trunk.token-file": str(root / "token"),
         }
         self.num_clients = int(config["num-clients"])
-        self.nodes = {1000 + i: root / f"{i}.socket" for i in range(self.num_clients)}
+        # Linux's abstract names: a path under root could exceed what a socket's address holds.
+        name = f"\0chaos-{os.getpid()}-{secrets.token_hex(4)}"
+        self.nodes = {1000 + i: f"{name}-{i}" for i in range(self.num_clients)}
         self._dedupe = dedupe
         self.supervised = supervised
         files = failpoints.FILE_PLACES

@@ -177,7 +177,10 @@ class Chaos:
                 self.places[place] += 1
                 self._count(f"{role.name.partition('-')[0]} failpoint")
             else:
-                self.outcome.problem = f"{role.name} ended with {role.exit_code}; see {role.log}"
+                last = "\n".join(role.log.read_text(errors="replace").splitlines()[-40:])
+                self.outcome.problem = (
+                    f"{role.name} ended with {role.exit_code}; see {role.log}, which ends:\n{last}"
+                )
                 return
             self._start(role)
 
