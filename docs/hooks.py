@@ -6,7 +6,7 @@ MkDocs calls :func:`on_files` once per build, and :func:`on_page_markdown` for e
 import argparse
 import re
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 if typing.TYPE_CHECKING:
@@ -14,9 +14,12 @@ if typing.TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
+from flower_split.cli.exit_codes import EXIT_CODES
 from flower_split.cli.main import make_parser
 from flower_split.config.combinations import combinations_table
 from flower_split.config.reference import config_reference
+from flower_split.runs.metrics import COMMON, SCHEMA
+from flower_split.runs.resuming import MAY_CHANGE
 
 ROOT = Path(__file__).parents[1]
 ROLE = re.compile(r":(?:class|data|func|meth|mod|attr):<code>~?([\w.]+)</code>")
@@ -31,6 +34,7 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
         "reference/command.md": command_page(),
         "reference/configuration.md": configuration_page(),
         "reference/combinations.md": combinations_page(),
+        "reference/metrics.md": metrics_page(),
         "reference/protocol.md": protocol_page(PROTO.read_text(encoding="utf-8")),
     }
     for path, content in pages.items():
@@ -40,8 +44,11 @@ def on_files(files: "Files", config: "MkDocsConfig") -> "Files":
 
 def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
     """Put what is printed from the code where a page says ``<!-- printed: NAME -->``."""
-    mark = "<!-- printed: aggregators -->"
-    return markdown.replace(mark, aggregators_table()) if mark in markdown else markdown
+    for name, table in PRINTED_TABLES.items():
+        mark = f"<!-- printed: {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, table())
+    return markdown
 
 
 def on_page_content(html: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
@@ -55,6 +62,58 @@ def aggregators_table() -> str:
     from flower_split.aggregation.methods.description import method_table
 
     return method_table(METHODS.values())
+
+
+def exit_codes_table() -> str:
+    """Return what each exit status of ``flower-split`` says."""
+    rows = [f"| {code} | {meaning} |" for code, meaning in EXIT_CODES.items()]
+    return "\n".join(["| exit status | meaning |", "|---:|---|", *rows])
+
+
+def resume_keys_table() -> str:
+    """Return the keys that may differ when a run is resumed."""
+    rows = [f"| `{key}` | {_cell(what)} |" for key, what in MAY_CHANGE.items()]
+    return "\n".join(["| key | what may change |", "|---|---|", *rows])
+
+
+PRINTED_TABLES: Mapping[str, Callable[[], str]] = {
+    "aggregators": aggregators_table,
+    "exit-codes": exit_codes_table,
+    "resume-keys": resume_keys_table,
+}
+
+METRICS = """# Metrics
+
+Printed from `flower_split/runs/metrics.py`. A run writes `metrics.jsonl` into its directory: one JSON object
+per line, appended while the run goes on. Names are in snake_case, numbers have the units given below; what
+was not measured is left out, and NaN and infinities are null.
+
+`flower_split.results.load(run)` returns one pandas DataFrame for each kind of line:
+
+```python
+from flower_split.results import load
+
+frames = load("runs/my-run")
+frames["round"].plot(x="server_round", y="perplexity")
+```
+
+"""
+
+
+def metrics_page() -> str:
+    """Return every kind of line of ``metrics.jsonl`` with its fields."""
+    lines = [METRICS, "## On every line", "", *_fields(COMMON)]
+    for name, kind in SCHEMA.items():
+        phase = f"Phase `{kind.phase}` where the line names no other."
+        lines += ["", f"## `{name}`", "", f"{kind.about[0].upper()}{kind.about[1:]}. {phase}", ""]
+        lines += _fields(kind.fields)
+    return "\n".join(lines) + "\n"
+
+
+def _fields(fields: Mapping[str, str]) -> Iterator[str]:
+    yield from ("| field | meaning |", "|---|---|")
+    for name, meaning in fields.items():
+        yield f"| `{name}` | {_cell(meaning)} |"
 
 
 def command_page() -> str:

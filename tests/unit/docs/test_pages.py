@@ -12,12 +12,14 @@ import yaml
 
 from flower_split.aggregation import METHODS
 from flower_split.config import run_config_keys
+from flower_split.runs.metrics import SCHEMA
 from tests.support.documentation import PAGES, ROOT, in_site
 
 PRINTED = {
     "reference/combinations.md",
     "reference/command.md",
     "reference/configuration.md",
+    "reference/metrics.md",
     "reference/protocol.md",
 }
 
@@ -72,6 +74,29 @@ def test_aggregation_page_has_every_method_and_its_paper(hooks: ModuleType) -> N
     assert page.count("<!-- printed: aggregators -->") == 1
     printed = hooks.on_page_markdown(page, None, None, None)
     assert "2305.05644" in printed and "<!-- printed" not in printed
+
+
+def test_metrics_page_has_every_field_of_every_kind(hooks: ModuleType) -> None:
+    sections = hooks.metrics_page().split("\n## ")[1:]
+    assert [part.partition("\n")[0].strip("`") for part in sections] == ["On every line", *SCHEMA]
+    for part, kind in zip(sections[1:], SCHEMA.values(), strict=True):
+        assert re.findall(r"^\| `(\w+)` \|", part, re.MULTILINE) == list(kind.fields)
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "words"),
+    [
+        ("how-to/follow.md", "exit-codes", ["| 0 | done", "| 5 | the run goes on"]),
+        ("how-to/resume.md", "resume-keys", ["| `num-server-rounds` |", "| `trunk.address` |"]),
+    ],
+)
+def test_tables_stand_where_a_page_asks_for_them(
+    hooks: ModuleType, page: str, name: str, words: list[str]
+) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert f"<!-- printed: {name} -->" in text
+    shown = hooks.on_page_markdown(text, None, None, None)
+    assert "<!-- printed" not in shown and all(word in shown for word in words)
 
 
 def test_roles_of_docstrings_become_names(hooks: ModuleType) -> None:
