@@ -84,9 +84,9 @@ PRINTED_TABLES: Mapping[str, Callable[[], str]] = {
 
 METRICS = """# Metrics
 
-Printed from `flower_split/runs/metrics.py`. A run writes `metrics.jsonl` into its directory: one JSON object
-per line, appended while the run goes on. Names are in snake_case, numbers have the units given below; what
-was not measured is left out, and NaN and infinities are null.
+Printed from `flower_split/runs/metrics.py`. A run writes `metrics.jsonl` into its directory: one JSON
+object per line, appended while the run goes on. Names are in snake_case, numbers have the units given
+below; what was not measured is left out, and NaN and infinities are null.
 
 `flower_split.results.load(run)` returns one pandas DataFrame for each kind of line:
 
