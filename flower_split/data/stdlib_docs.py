@@ -7,7 +7,9 @@ distributed, offline, and nothing is imported or executed.
 
 import ast
 import inspect
+import os
 import sysconfig
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,20 +72,21 @@ def library_files(root: Path | None = None) -> list[Path]:
         DataError: The directory holds no source files (a stripped or zipped installation).
     """
     root = root or Path(sysconfig.get_path("stdlib"))
-    files = [
-        path
-        for path in sorted(root.rglob("*.py"))
-        if not any(
-            part in NOT_LIBRARY or part.endswith("-packages")
-            for part in path.relative_to(root).parts
-        )
-    ]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if _is_library(name)]  # site-packages is large
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = sorted(path for path in files if _is_library(path.name))
     if not files:
         raise DataError(
             f"the standard library's source must be installed; {root} holds no .py file. "
             "Use another Python, or another data.source (text, jsonl, hub)."
         )
     return files
+
+
+def _is_library(name: str) -> bool:
+    return name not in NOT_LIBRARY and not name.endswith("-packages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +170,11 @@ def _docstrings(path: Path) -> Iterator[str]:
     except (SyntaxError, ValueError):
         return
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    for node in ast.walk(tree):
+    blocks = (ast.stmt, ast.excepthandler, ast.match_case)
+    todo: deque[ast.AST] = deque([tree])  # breadth first, as ast.walk, but not into expressions
+    while todo:
+        node = todo.popleft()
+        todo.extend(child for child in ast.iter_child_nodes(node) if isinstance(child, blocks))
         if isinstance(node, documented) and node.body:
             text = ast.get_docstring(node, clean=False)
             if text is not None and len(text.split()) >= MIN_WORDS:
