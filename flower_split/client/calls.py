@@ -1,16 +1,23 @@
-"""The calls of one session, and of one micro-batch: their names, their headers, what they cost.
+"""The calls of one session, and of one micro-batch: their headers, what they cost, autograd's part.
 
 Shapes: smashed data, ``trunk_output`` and their gradients ``[batch, seq, hidden]``.
+
+The autograd function lives on the CPU, with the copies to and from a GPU around it: then autograd
+runs it on the thread that called ``backward``, not on the device's one backward thread, and
+micro-batches in flight do not wait for each other's calls.
 """
 
 import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flower_split.errors import CodecError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
@@ -20,7 +27,7 @@ from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.wire.codecs import Codec, Coded, TensorForm
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
-from flower_split.wire.staging import Allocate, pooled
+from flower_split.wire.staging import Allocate, ToDevice, ToHost, pooled
 from flower_split.wire.transport import Transport
 
 
@@ -37,53 +44,6 @@ class MicroBatch:
 
     def __str__(self) -> str:
         return f"micro-batch {self.index} of window {self.window}"
-
-
-class CurrentMicroBatch:
-    """The micro-batch that each thread is inside of."""
-
-    def __init__(self) -> None:
-        self._current = threading.local()  # .value: MicroBatch or None
-
-    @contextmanager
-    def inside(self, micro_batch: MicroBatch) -> Iterator[None]:
-        """Be inside ``micro_batch``, on this thread.
-
-        Raises:
-            TrunkError: The thread is inside another one.
-        """
-        outer: MicroBatch | None = getattr(self._current, "value", None)
-        if outer is not None:
-            raise TrunkError(
-                f"micro_batch(window={micro_batch.window}, index={micro_batch.index}) stands inside "
-                f"{outer}; end that block first."
-            )
-        self._current.value = micro_batch
-        try:
-            yield
-        finally:
-            self._current.value = None
-
-    def take(self) -> MicroBatch:
-        """Return the micro-batch for the one forward that it names.
-
-        Raises:
-            TrunkError: The thread is inside none, or it has made its forward.
-        """
-        micro_batch: MicroBatch | None = getattr(self._current, "value", None)
-        if micro_batch is None:
-            raise TrunkError(
-                "a training forward through the remote trunk must be made inside "
-                "RemoteTrunk.micro_batch(...), on the same thread; or turn autograd off "
-                "(torch.no_grad()) to evaluate."
-            )
-        if micro_batch.used:
-            raise TrunkError(
-                f"{micro_batch} has made its forward; each needs a block of its own (and gradient "
-                "checkpointing must not wrap the trunk)."
-            )
-        micro_batch.used = True
-        return micro_batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +104,8 @@ class SessionCalls:
         header: pb.Header,
         tensors: Mapping[str, Tensor],
         *,
-        reply: Coded | None = None,
+        sent: tuple[str, Tensor] | None = None,
+        result: str = "",
         reply_bytes: int | None = None,
         allocate: Allocate = pooled,
     ) -> tuple[Received, pb.ReplyHeader]:
@@ -153,8 +114,9 @@ class SessionCalls:
         Args:
             method: Which.
             header: Of the call.
-            tensors: To send.
-            reply: The tensor that comes back through the codec; None: the others alone.
+            tensors: To send, as they are.
+            sent: The tensor that goes through the codec, by its name; None: there is none.
+            result: The name of the one that comes back through it, in the form of ``sent``.
             reply_bytes: Limit on what comes back; None: that of a call.
             allocate: Where it is received.
 
@@ -164,14 +126,19 @@ class SessionCalls:
             TrunkRefused: The trunk answered no.
             RoundAborted: The round was given up.
         """
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        if size > self.max_tensor_bytes:
+        reply = None
+        if sent is not None:
+            name, tensor = sent
+            reply = Coded(self.codec, result, TensorForm.of(tensor))
+            tensors = {**Coded(self.codec, name).encode(tensor), **tensors}
+        message = Outgoing(header, tensors)
+        if message.tensor_bytes > self.max_tensor_bytes:
             raise CodecError(
                 f"one call may carry {self.max_tensor_bytes} bytes of tensors to this trunk; this "
-                f"{method} has {size}. Lower train.batch-size or train.sequence-length."
+                f"{method} has {message.tensor_bytes}. Lower train.batch-size or "
+                "train.sequence-length."
             )
         limit = self.max_tensor_bytes if reply_bytes is None else reply_bytes
-        message = Outgoing(header, tensors)
         started = time.monotonic()
 
         def read(frames: Iterator[bytes]) -> tuple[Received, pb.ReplyHeader]:
@@ -286,10 +253,16 @@ class Exchange:
         if self._caching.step is not None:
             header.cache.CopyFrom(cache_to_proto(self._caching.step))
             header.released_caches.extend(self._caching.released)
-        output, self._version = self._call(
-            "Forward", pb.Header(forward=header), ("hidden_states", smashed), "trunk_output"
+        received, reply = self._calls.exchange(
+            "Forward",
+            pb.Header(forward=header),
+            self._extras,
+            sent=("hidden_states", smashed),
+            result="trunk_output",
+            allocate=self._allocate,
         )
-        return output
+        self._extras, self._version = {}, reply.version
+        return received.tensors["trunk_output"]
 
     def backward(self, trunk_output_grad: Tensor) -> Tensor:
         """Send the output's gradient; return ``smashed_grad``. Once.
@@ -314,29 +287,16 @@ class Exchange:
             loss_denominator=micro_batch.loss_denominator,
             last=micro_batch.last,
         )
-        smashed_grad, _ = self._call(
+        received, _ = self._calls.exchange(
             "Backward",
             pb.Header(backward=header),
-            ("trunk_output_grad", trunk_output_grad),
-            "smashed_grad",
-        )
-        self._calls.note_answered(micro_batch.window, micro_batch.index)
-        return smashed_grad
-
-    def _call(
-        self, method: str, header: pb.Header, sent: tuple[str, Tensor], result: str
-    ) -> tuple[Tensor, int]:
-        """Make a call; return the tensor ``result``, in the form of what is sent, and its version."""
-        codec, (name, tensor) = self._calls.codec, sent
-        received, reply = self._calls.exchange(
-            method,
-            header,
-            {**Coded(codec, name).encode(tensor), **self._extras},
-            reply=Coded(codec, result, TensorForm.of(tensor)),
+            {},
+            sent=("trunk_output_grad", trunk_output_grad),
+            result="smashed_grad",
             allocate=self._allocate,
         )
-        self._extras = {}
-        return received.tensors[result], reply.version
+        self._calls.note_answered(micro_batch.window, micro_batch.index)
+        return received.tensors["smashed_grad"]
 
     def _key(self, micro_batch: MicroBatch) -> pb.ContributionKey:
         return pb.ContributionKey(
@@ -346,3 +306,34 @@ class Exchange:
             window=micro_batch.window,
             micro_batch=micro_batch.index,
         )
+
+
+def call_trunk(smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
+    """Return ``trunk_output`` of ``smashed``, whose backward calls the trunk again.
+
+    Args:
+        smashed: [batch, seq, hidden], on any device, in the dtype that travels.
+        always: Requires grad, so that the backward is called even where ``smashed`` does not.
+        exchange: The micro-batch's two calls.
+    """
+    device, on_gpu = smashed.device, smashed.device.type != "cpu"
+    if on_gpu:
+        smashed = ToHost.apply(smashed)  # type: ignore[no-untyped-call]
+    output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
+    if on_gpu:
+        output = ToDevice.apply(output, device)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _CallTrunk(torch.autograd.Function):
+    """CPU tensors to the trunk and back, in both directions."""
+
+    @staticmethod
+    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
+        ctx.exchange = exchange
+        return exchange.forward(smashed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.backward(trunk_output_grad), None, None

@@ -5,28 +5,23 @@ smashed data ``[batch, seq, hidden]`` and returns ``trunk_output`` of the same s
 backward sends ``trunk_output_grad`` and returns ``smashed_grad``. The padding mask and the position
 ids go with the forward; token ids and labels never leave the client.
 
-The autograd function lives on the CPU, with the copies to and from a GPU around it: then autograd
-runs it on the thread that called ``backward``, not on the device's one backward thread, and
-micro-batches in flight do not wait for each other's calls.
-
 Next: ``flower_split/wire/sending.py``.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from flower_split.client.calls import (
     Caching,
-    CurrentMicroBatch,
     Exchange,
     MicroBatch,
     WireStats,
+    call_trunk,
 )
 from flower_split.client.step_end import finish_step
 from flower_split.client.trunk_session import TrunkSession
@@ -38,7 +33,7 @@ from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.wire.grpc_transport import TrunkChannel
-from flower_split.wire.staging import allocator, tensors_to_host, to_device, to_host
+from flower_split.wire.staging import allocator, tensors_to_host
 
 
 class RemoteTrunk(nn.Module, Closing):
@@ -235,17 +230,17 @@ class RemoteTrunk(nn.Module, Closing):
         if isinstance(mask, Tensor) and mask.ndim != 4:
             mask = _padding_mask(mask)
         positions = None if position_ids is None else position_ids.to(torch.int64)
-        given = TrunkInputs(mask, positions, layer_arguments or {}, host_arguments or {})
-        extras = tensors_to_host(given.named())
-        allocate = allocator(hidden_states.device)
-        if cache is not None and cache.rows is not None:
-            extras["cache_rows"] = cache.rows
         if self._session.evaluate or not torch.is_grad_enabled():
             mode, micro_batch = ForwardMode.EVALUATE, None
         else:
             train = self._mode != "forward-only"
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
             micro_batch = self._current.take()
+        given = TrunkInputs(mask, positions, layer_arguments or {}, host_arguments or {})
+        extras = tensors_to_host(given.named())
+        if cache is not None and cache.rows is not None:
+            extras["cache_rows"] = cache.rows
+        allocate = allocator(hidden_states.device)
         caching = Caching(use_cache, cache, self._take_released() if cache else [])
         exchange = Exchange(self._calls, mode, micro_batch, extras, allocate, caching)
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
@@ -291,59 +286,48 @@ def _padding_mask(mask: Tensor) -> Tensor:
     return as_bool
 
 
-def call_trunk(smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
-    """Return ``trunk_output`` of ``smashed``, whose backward calls the trunk again.
+class CurrentMicroBatch:
+    """The micro-batch that each thread is inside of."""
 
-    Args:
-        smashed: [batch, seq, hidden], on any device, in the dtype that travels.
-        always: Requires grad, so that the backward is called even where ``smashed`` does not.
-        exchange: The micro-batch's two calls.
-    """
-    device, on_gpu = smashed.device, smashed.device.type != "cpu"
-    if on_gpu:
-        smashed = _ToHost.apply(smashed)  # type: ignore[no-untyped-call]
-    output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
-    if on_gpu:
-        output = _ToDevice.apply(output, device)  # type: ignore[no-untyped-call]
-    return output
+    def __init__(self) -> None:
+        self._current = threading.local()  # .value: MicroBatch or None
 
+    @contextmanager
+    def inside(self, micro_batch: MicroBatch) -> Iterator[None]:
+        """Be inside ``micro_batch``, on this thread.
 
-class _ToHost(torch.autograd.Function):
-    """Smashed data to the CPU; its gradient to the device."""
+        Raises:
+            TrunkError: The thread is inside another one.
+        """
+        outer: MicroBatch | None = getattr(self._current, "value", None)
+        if outer is not None:
+            raise TrunkError(
+                f"micro_batch(window={micro_batch.window}, index={micro_batch.index}) stands inside "
+                f"{outer}; end that block first."
+            )
+        self._current.value = micro_batch
+        try:
+            yield
+        finally:
+            self._current.value = None
 
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.device = tensor.device
-        return to_host(tensor)
+    def take(self) -> MicroBatch:
+        """Return the micro-batch for the one forward that it names.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return to_device(gradient, ctx.device)
-
-
-class _ToDevice(torch.autograd.Function):
-    """trunk_output to the device; its gradient to the CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
-        return to_device(tensor, device)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return to_host(gradient), None
-
-
-class _CallTrunk(torch.autograd.Function):
-    """CPU tensors to the trunk and back, in both directions."""
-
-    @staticmethod
-    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
-        ctx.exchange = exchange
-        return exchange.forward(smashed)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, trunk_output_grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.backward(trunk_output_grad), None, None
+        Raises:
+            TrunkError: The thread is inside none, or it has made its forward.
+        """
+        micro_batch: MicroBatch | None = getattr(self._current, "value", None)
+        if micro_batch is None:
+            raise TrunkError(
+                "a training forward through the remote trunk must be made inside "
+                "RemoteTrunk.micro_batch(...), on the same thread; or turn autograd off "
+                "(torch.no_grad()) to evaluate."
+            )
+        if micro_batch.used:
+            raise TrunkError(
+                f"{micro_batch} has made its forward; each needs a block of its own (and gradient "
+                "checkpointing must not wrap the trunk)."
+            )
+        micro_batch.used = True
+        return micro_batch

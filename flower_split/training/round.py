@@ -27,7 +27,7 @@ from flower_split.training.loss import Batch, causal_lm_loss, count_label_tokens
 from flower_split.training.measures import RoundPosition, StepMetrics, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.step_end import end_step_together
-from flower_split.training.trunk_protocol import MicroBatchTrunk
+from flower_split.training.trunk_protocol import CallStats, MicroBatchTrunk
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,7 @@ class _StepTrainer:
         self.parameters = parameters
         self.config = config
         self.position = position
+        self.first_step = position.first_step
         self.trunk = trunk
         self.pool = pool
         self.device = next(iter(parameters)).device
@@ -141,10 +142,11 @@ class _StepTrainer:
         if self.proximity is not None:
             self.proximity.add_gradient()
         clipped = self._clip_together(step, len(micro_batches))
+        wire = self.trunk.take_stats() if self.trunk is not None else None
         for optimizer in optimizers:
-            optimizer.step(self.position.first_step + step, clip=not clipped)
+            optimizer.step(self.first_step + step, clip=not clipped)
         seconds = time.perf_counter() - started
-        return self._metrics(step, loss, sum(tokens), seconds)
+        return _metrics(step, loss, sum(tokens), seconds, wire)
 
     def _clip_together(self, step: int, num_micro_batches: int) -> bool:
         """Clip ``.grad`` by one norm over the whole model, where the round says so.
@@ -199,7 +201,7 @@ class _StepTrainer:
             if self.trunk is not None
             else nullcontext()
         )
-        with self.turns.computing(seed), named:
+        with named, self.turns.computing(seed):
             loss = causal_lm_loss(self.model, batch, total, self.device)
             objective = loss if self.auxiliary is None else loss + self.auxiliary.loss(batch, total)
             # The trunk's own input makes autograd call it even where the bottom trains nothing.
@@ -208,34 +210,37 @@ class _StepTrainer:
             gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
         return float(loss.detach()), list(gradients[: len(self.parameters)])
 
-    def _metrics(self, step: int, loss: float, num_tokens: int, seconds: float) -> StepMetrics:
-        if self.trunk is None:
-            return StepMetrics(
-                step=step,
-                loss=loss,
-                num_tokens=num_tokens,
-                compute_seconds=seconds,
-                wait_seconds=0.0,
-                trunk_seconds=0.0,
-                wire_seconds=0.0,
-                bytes_sent=0,
-                bytes_received=0,
-            )
-        wire = self.trunk.take_stats()
-        away = wire.wire_seconds + wire.trunk_queue_seconds + wire.trunk_compute_seconds
+
+def _metrics(
+    step: int, loss: float, num_tokens: int, seconds: float, wire: CallStats | None
+) -> StepMetrics:
+    """Return the measures of a step; ``wire``: None where the whole model is here."""
+    if wire is None:
         return StepMetrics(
             step=step,
             loss=loss,
             num_tokens=num_tokens,
-            compute_seconds=max(0.0, seconds - away),
-            wait_seconds=wire.trunk_queue_seconds,
-            trunk_seconds=wire.trunk_compute_seconds,
-            wire_seconds=wire.wire_seconds,
-            bytes_sent=wire.bytes_sent,
-            bytes_received=wire.bytes_received,
-            gradient_bytes_sent=wire.gradient_bytes_sent,
-            gradient_bytes_received=wire.gradient_bytes_received,
+            compute_seconds=seconds,
+            wait_seconds=0.0,
+            trunk_seconds=0.0,
+            wire_seconds=0.0,
+            bytes_sent=0,
+            bytes_received=0,
         )
+    away = wire.wire_seconds + wire.trunk_queue_seconds + wire.trunk_compute_seconds
+    return StepMetrics(
+        step=step,
+        loss=loss,
+        num_tokens=num_tokens,
+        compute_seconds=max(0.0, seconds - away),
+        wait_seconds=wire.trunk_queue_seconds,
+        trunk_seconds=wire.trunk_compute_seconds,
+        wire_seconds=wire.wire_seconds,
+        bytes_sent=wire.bytes_sent,
+        bytes_received=wire.bytes_received,
+        gradient_bytes_sent=wire.gradient_bytes_sent,
+        gradient_bytes_received=wire.gradient_bytes_received,
+    )
 
 
 def micro_batch_seed(seed: int, position: RoundPosition, step: int, index: int) -> int:

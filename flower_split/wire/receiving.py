@@ -166,7 +166,9 @@ class Incoming:
         if coded is not None:
             announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
             form = coded.form(announced, max_bytes)
-        payloads = [allocate(layout.num_bytes) for layout in layouts]
+        payloads = []
+        for layout in layouts:
+            payloads.append(allocate(layout.num_bytes))
         content = self._fill(layouts, payloads, digest)
         tensors = {
             layout.name: decode_tensor(layout, payload)

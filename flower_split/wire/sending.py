@@ -79,6 +79,7 @@ class Outgoing:
 
     Attributes:
         num_bytes: Of all frames.
+        tensor_bytes: Of the tensors in memory.
 
     Raises:
         CodecError: A tensor has no place on the wire, or the header is too large.
@@ -96,6 +97,7 @@ class Outgoing:
         header_bytes = HEADER_TAG + _varint(len(serialized)) + serialized
         self._parts = [item.data for item in encoded if item.data.nbytes]
         self._plan = _planned(header_bytes, sum(part.nbytes for part in self._parts))
+        self.tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self.num_bytes = sum(len(prefix) + size for prefix, size in self._plan)
 
     def frames(self) -> Iterator[bytes]:

@@ -11,10 +11,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Allocate = Callable[[int], Tensor]
 """``allocate(num_bytes)`` returns an uninitialised, writable uint8 tensor [num_bytes] on the CPU."""
@@ -135,3 +137,34 @@ def to_device(host: Tensor, device: torch.device) -> Tensor:
     if device.type == "cpu":
         return host
     return host.to(device, non_blocking=host.is_pinned())
+
+
+class ToHost(torch.autograd.Function):
+    """Smashed data to the CPU; its gradient to the device."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Return ``tensor`` on the CPU."""
+        ctx.device = tensor.device
+        return to_host(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return its gradient on the device."""
+        return to_device(gradient, ctx.device)
+
+
+class ToDevice(torch.autograd.Function):
+    """trunk_output to the device; its gradient to the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
+        """Return ``tensor`` on ``device``."""
+        return to_device(tensor, device)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Return its gradient on the CPU."""
+        return to_host(gradient), None

@@ -133,7 +133,8 @@ class TrunkSlot(StandIn):
         mask = mask_for_trunk(call)
         if call.unknown or self.learned is not None:
             self._rehearse(call, hidden_states, mask)
-            _check_arguments(self._index, args, kwargs, call)
+            if call.rehearsed is not None:
+                _check_arguments(self._index, args, kwargs, call, call.rehearsed)
         given = {
             LAYER_ARGUMENTS: self._carried_arguments(args, kwargs),
             HOST_ARGUMENTS: self._shared_arguments(call),
@@ -277,18 +278,19 @@ class PassThrough(StandIn):
         """
         call = running_call.get()
         if call is not None and call.returned is not None:
-            _check_arguments(self._index, args, kwargs, call)
+            if call.rehearsed is not None:
+                _check_arguments(self._index, args, kwargs, call, call.rehearsed)
             if call.shared:  # what the client's forward added, the trunk's has added itself
                 return self._layer_output.wrap(call.returned[0], args, kwargs)
-            _check_unchanged(take_hidden_states(args, kwargs), *call.returned, self._index)
+            hidden_states, (returned, version) = take_hidden_states(args, kwargs), call.returned
+            if hidden_states is not returned or returned._version != version:
+                _check_unchanged(hidden_states, returned, version, self._index)
         return super().forward(*args, **kwargs)
 
 
 def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, index: int) -> None:
     """Check that the hidden states that reach a stand-in are those that the trunk returned."""
-    if returned._version == version and (
-        hidden_states is returned or same_bits(hidden_states.detach(), returned.detach())
-    ):
+    if returned._version == version and same_bits(hidden_states.detach(), returned.detach()):
         return
     raise SplitError(
         f"the model changes the hidden states right before layer {index}, between layers of the "
@@ -299,12 +301,13 @@ def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, inde
 
 
 def _check_arguments(
-    index: int, args: tuple[object, ...], kwargs: dict[str, object], call: ModelCall
+    index: int,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    call: ModelCall,
+    rehearsed: Expected,
 ) -> None:
     """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
-    rehearsed = call.rehearsed
-    if rehearsed is None:
-        return
     there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
     for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
         one, other = there.get(place), expected.get(place)

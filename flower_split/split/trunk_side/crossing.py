@@ -45,9 +45,7 @@ class TrunkInput(BaseException):
 class TrunkOutput(BaseException):
     """Ends a forward at the trunk's last layer. Not an Exception: no model may swallow it."""
 
-    def __init__(self, hidden_states: Tensor) -> None:
-        super().__init__()
-        self.hidden_states = hidden_states
+    hidden_states: Tensor
 
 
 def enter_trunk(
@@ -94,4 +92,6 @@ def leave_trunk(module: nn.Module, args: tuple[object, ...], output: object) -> 
     """End the running call after a trunk's last layer."""
     smashed = running.get()
     if smashed is not None and smashed.last is module:
-        raise TrunkOutput(hidden_states_of(output))
+        reached = TrunkOutput()
+        reached.hidden_states = hidden_states_of(output)
+        raise reached

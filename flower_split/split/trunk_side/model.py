@@ -79,7 +79,7 @@ class TrunkModel(nn.Module):
         self._layer_output = output
         self._width = embedding_width(root)
         self._hook_ends()
-        self._hook_layers()
+        self._takes_arguments = False  # whether the layers have been hooked for them
         # The shape of one position's hidden states; families with several streams have two sizes.
         self._position_shape = tuple(self._probe(output).shape[2:])
         self._caches: dict[int, TrunkCache] = {}  # of clients in this process
@@ -93,7 +93,11 @@ class TrunkModel(nn.Module):
         self._ends[1].register_forward_hook(leave_trunk)
 
     def _hook_layers(self) -> None:
-        """Let the layers be given the arguments that come with the smashed data."""
+        """Let the layers be given the arguments that come with the smashed data, from now on.
+
+        Most models need none; a second hook of another thread, or of a span, would do no harm.
+        """
+        self._takes_arguments = True
         for index in range(self.cuts.first, self.cuts.second):
             layer = self.stack.layers(self)[index]
             layer.register_forward_pre_hook(give_arguments, with_kwargs=True)
@@ -287,6 +291,8 @@ class TrunkModel(nn.Module):
         if past is not None:
             inputs["past_key_values"] = past
         begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)
+        if layer_arguments and not self._takes_arguments:
+            self._hook_layers()
         # A model's prologue may draw random numbers for dropout; the layers get those it left.
         state = random_state_of(begin.device) if self.training else None
         token = running.set(Smashed(begin, *self._ends, layer_arguments, state))

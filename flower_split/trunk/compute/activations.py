@@ -8,7 +8,6 @@ gradient is the same. Where even the inputs do not fit, the call is refused: not
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
@@ -27,29 +26,6 @@ class Activation:
     output: Tensor | None  # trunk_output with its graph; None: recompute
     recompute: Callable[[Tensor], Tensor]
     parameters: Sequence[Tensor] | None = None  # that it computed with; None: the trunk's own
-
-
-class SavedBytes:
-    """Counts the bytes that autograd saves inside the context, parameters excluded."""
-
-    def __init__(self, parameters: set[int]) -> None:
-        self._seen = set(parameters)
-        self.num_bytes = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.num_bytes += storage.nbytes()
-        return tensor
-
-    def __enter__(self) -> "SavedBytes":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
 
 
 class ActivationCache:

@@ -21,11 +21,10 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.lora import adapter_name
 from flower_split.runtime import failpoints
 from flower_split.split import CutLayers, TrunkModel
-from flower_split.split.structure.kv_cache import TrunkCache, keeps_only_keys_and_values
 from flower_split.split.structure.quantization import float_dtype
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.training.optimizers import LearningRate, make_optimizer
-from flower_split.trunk.compute.activations import Activation, SavedBytes
+from flower_split.trunk.compute.activations import Activation
 from flower_split.trunk.compute.checks import check_all_finite, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
 from flower_split.trunk.compute.passes import Pass
@@ -99,52 +98,6 @@ class TrunkCompute:
         check_finite("trunk_output", output)
         return output.to(hidden.dtype)
 
-    def new_cache(self) -> TrunkCache:
-        """Return an empty key-value cache of the trunk's layers.
-
-        Raises:
-            TrunkRefused: The trunk keeps other states than keys and values (INVALID_REQUEST).
-        """
-        if isinstance(self.trunk, TrunkModel) and keeps_only_keys_and_values(self.trunk.config):
-            return TrunkCache(self.trunk.config)
-        raise TrunkRefused(
-            RefusalReason.INVALID_REQUEST,
-            "this trunk's layers keep other states between calls than keys and values. Generate with "
-            "use_cache=False.",
-        )
-
-    def forward_cached(
-        self, tensors: Mapping[str, Tensor], kept: TrunkCache, cuts: CutLayers | None = None
-    ) -> Tensor:
-        """Return ``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
-        trunk = self.spans.of(cuts)
-        assert isinstance(trunk, TrunkModel)  # which made ``kept``
-        hidden = tensors["hidden_states"]
-        given = TrunkInputs.of(tensors, self.device)
-        mask = given.attention_mask
-        self.trunk.train(False)
-        with torch.no_grad():
-            output = trunk.run_cached(
-                kept,
-                hidden.to(self.device, self.dtype),
-                mask if isinstance(mask, Tensor) else None,
-                given.position_ids,
-                given.host_arguments,
-            )
-        check_finite("trunk_output", output)
-        return output.to(hidden.dtype)
-
-    def cache_bytes_per_position(self, cuts: CutLayers | None = None) -> int:
-        """Return the bytes that one position of one row takes in a key-value cache, at most."""
-        kept, trunk = self.new_cache(), self.spans.of(cuts)
-        assert isinstance(trunk, TrunkModel) and isinstance(self.trunk, TrunkModel)
-        probe = torch.zeros(1, 1, self.trunk.hidden_size, device=self.device, dtype=self.dtype)
-        mask = torch.ones(1, 1, dtype=torch.int64, device=self.device)
-        self.trunk.train(False)
-        with torch.no_grad():
-            trunk.run_cached(kept, probe, mask, None)
-        return kept.num_bytes
-
     def forward_train(
         self,
         tensors: Mapping[str, Tensor],
@@ -169,7 +122,7 @@ class TrunkCompute:
         one = Pass(extras, seed_of, use_cache, cuts, weights)
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
         known = self._storages | (weights.storages if weights else set())
-        with torch.enable_grad(), SavedBytes(known) as saved:
+        with torch.enable_grad(), _SavedBytes(known) as saved:
             output = self._run(one, leaf)
         check_finite("trunk_output", output.detach())
         activation = Activation(
@@ -188,7 +141,7 @@ class TrunkCompute:
         """Return ``smashed_grad`` and the gradient of every trainable parameter; ``.grad`` stays.
 
         Raises:
-            TrunkRefused: The shapes differ (INVALID_REQUEST), or something is not finite.
+            TrunkRefused: The shapes differ (INVALID_REQUEST), or a gradient is not finite.
         """
         if trunk_output_grad.shape != activation.hidden.shape:
             raise TrunkRefused(
@@ -196,7 +149,6 @@ class TrunkCompute:
                 f"trunk_output_grad has shape {tuple(trunk_output_grad.shape)}; the forward's output "
                 f"has {tuple(activation.hidden.shape)}.",
             )
-        check_finite("trunk_output_grad", trunk_output_grad)
         leaf, output = activation.hidden, activation.output
         parameters = self.parameters if activation.parameters is None else activation.parameters
         with torch.enable_grad():
@@ -216,10 +168,8 @@ class TrunkCompute:
         check_all_finite(computed)
         return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
 
-    def covers(self, cuts: CutLayers | None) -> tuple[bool, ...] | None:
+    def covers(self, cuts: CutLayers) -> tuple[bool, ...] | None:
         """Return which of ``self.parameters`` a client's calls pass through; None: all."""
-        if cuts is None:
-            return None
         return self.spans.covers(cuts, [name for name, _ in self.named])
 
     def step(self, gradients: Sequence[Tensor | None], beside: Beside | None = None) -> Clipping:
@@ -318,8 +268,8 @@ class TrunkCompute:
 
     def _run(self, one: Pass, hidden: Tensor) -> Tensor:
         train = bool(one.seed_of)
-        given = TrunkInputs.of(one.extras, self.device)
         seed = _seed(self.seed, one.seed_of)
+        given = TrunkInputs.of(one.extras, self.device)
         self.trunk.train(train)
         options: dict[str, Any] = {}
         if isinstance(self.trunk, TrunkModel):
@@ -344,3 +294,30 @@ class TrunkCompute:
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "big")
+
+
+class _SavedBytes:
+    """Counts the bytes that autograd saves inside the context, parameters excluded."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        self._seen = set(parameters)
+        self.num_bytes = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self.num_bytes += storage.nbytes()
+        return tensor
+
+    def __enter__(self) -> "_SavedBytes":
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+
+def _unpack(tensor: Tensor) -> Tensor:
+    return tensor

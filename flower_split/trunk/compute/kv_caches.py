@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, SplitError, TrunkRefused
-from flower_split.split import CutLayers
-from flower_split.split.structure.kv_cache import CacheStep, TrunkCache
+from flower_split.split import CutLayers, TrunkModel
+from flower_split.split.structure.kv_cache import (
+    CacheStep,
+    TrunkCache,
+    keeps_only_keys_and_values,
+)
+from flower_split.split.structure.trunk_inputs import TrunkInputs
+from flower_split.trunk.compute.checks import check_finite
 from flower_split.trunk.compute.compute import TrunkCompute
 
 logger = logging.getLogger(__name__)
@@ -146,7 +152,7 @@ class CacheStore:
                 f"cache {step.id} is of version {entry.version} of the weights, which are at "
                 f"{self._compute.version}. Begin generation anew.",
             )
-        kept = self._compute.new_cache() if entry is None else entry.kept
+        kept = _new_cache(self._compute) if entry is None else entry.kept
         rows_before = len(hidden) if entry is None else len(entry.reply)
         self._check_rows(step.rows, rows_before, len(hidden))
         self._check_room(step, hidden, 0 if entry is None else entry.num_bytes, cuts)
@@ -156,7 +162,7 @@ class CacheStore:
             kept.go_back(step.past_length, step.rows)
         except SplitError as error:
             raise _invalid(str(error)) from error
-        return kept, self._compute.forward_cached(tensors, kept, cuts)
+        return kept, _forward(self._compute, tensors, kept, cuts)
 
     def _check_rows(self, rows: Tensor | None, before: int, batch: int) -> None:
         if rows is None:
@@ -174,7 +180,7 @@ class CacheStore:
         self, step: CacheStep, hidden: Tensor, held: int, cuts: CutLayers | None
     ) -> None:
         if cuts not in self._bytes_per_position:
-            self._bytes_per_position[cuts] = self._compute.cache_bytes_per_position(cuts)
+            self._bytes_per_position[cuts] = bytes_per_position(self._compute, cuts)
         rows, positions = len(hidden), step.past_length + hidden.shape[1]
         needed = rows * positions * self._bytes_per_position[cuts] + hidden.nbytes
         others = self.num_bytes - held
@@ -185,6 +191,60 @@ class CacheStore:
                 f"{self.budget}, and {rows} sequences of {positions} positions need {needed}. Raise "
                 "trunk.cache-memory, generate fewer sequences at once, or use_cache=False.",
             )
+
+
+def bytes_per_position(compute: TrunkCompute, cuts: CutLayers | None = None) -> int:
+    """Return the bytes that one position of one row takes in a key-value cache, at most.
+
+    Raises:
+        TrunkRefused: The trunk keeps other states than keys and values (INVALID_REQUEST).
+    """
+    kept, trunk, whole = _new_cache(compute), compute.spans.of(cuts), compute.trunk
+    assert isinstance(trunk, TrunkModel) and isinstance(whole, TrunkModel)
+    probe = torch.zeros(1, 1, whole.hidden_size, device=compute.device, dtype=compute.dtype)
+    mask = torch.ones(1, 1, dtype=torch.int64, device=compute.device)
+    whole.train(False)
+    with torch.no_grad():
+        trunk.run_cached(kept, probe, mask, None)
+    return kept.num_bytes
+
+
+def _new_cache(compute: TrunkCompute) -> TrunkCache:
+    """Return an empty key-value cache of the trunk's layers.
+
+    Raises:
+        TrunkRefused: The trunk keeps other states than keys and values (INVALID_REQUEST).
+    """
+    trunk = compute.trunk
+    if isinstance(trunk, TrunkModel) and keeps_only_keys_and_values(trunk.config):
+        return TrunkCache(trunk.config)
+    raise TrunkRefused(
+        RefusalReason.INVALID_REQUEST,
+        "this trunk's layers keep other states between calls than keys and values. Generate with "
+        "use_cache=False.",
+    )
+
+
+def _forward(
+    compute: TrunkCompute, tensors: Mapping[str, Tensor], kept: TrunkCache, cuts: CutLayers | None
+) -> Tensor:
+    """Return ``trunk_output`` of new positions in evaluation; ``kept`` grows by them."""
+    trunk = compute.spans.of(cuts)
+    assert isinstance(trunk, TrunkModel)  # which made ``kept``
+    hidden = tensors["hidden_states"]
+    given = TrunkInputs.of(tensors, compute.device)
+    mask = given.attention_mask
+    compute.trunk.train(False)
+    with torch.no_grad():
+        output = trunk.run_cached(
+            kept,
+            hidden.to(compute.device, compute.dtype),
+            mask if isinstance(mask, Tensor) else None,
+            given.position_ids,
+            given.host_arguments,
+        )
+    check_finite("trunk_output", output)
+    return output.to(hidden.dtype)
 
 
 def _invalid(what: str) -> TrunkRefused:

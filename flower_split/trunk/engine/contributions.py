@@ -15,11 +15,11 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
 from flower_split.runtime import failpoints
-from flower_split.trunk.compute.checks import check_weights
+from flower_split.trunk.compute.checks import check_finite, check_weights
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.engine.compute_thread import ComputeThread
-from flower_split.trunk.engine.ledger import CallName
+from flower_split.trunk.engine.ledger import CallName, reply_of
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round, contribution_hash
 from flower_split.trunk.engine.sessions import Session
@@ -58,6 +58,7 @@ class Contributions:
         thread: ComputeThread,
         settle: Callable[[Round], None],
     ) -> None:
+        self._index = index
         self._changed = index.changed
         self._clock = index.clock
         self._compute = compute
@@ -67,27 +68,37 @@ class Contributions:
     def once(self, item: Contribution) -> CallResult:
         """Run a call, or wait for the reply of its first arrival.
 
+        A forward first waits until the weights have the version that it asks for.
+
         Raises:
             TrunkRefused: With its reason; nothing was accumulated.
             RoundAborted: The round was given up.
             TrunkUnavailable: The deadline passed first; the call may yet take effect.
         """
         with self._changed:
-            item.round.require_open()
-            future, mine = item.round.ledger.claim(item.name, item.call.digest)
+            future, mine = self._claim(item)
         if mine:
             self._thread.submit(self._run, item, future)
-        return self._thread.result(future, item.call.deadline)
+        return reply_of(future, item.call.deadline - self._clock())
+
+    def _claim(self, item: Contribution) -> tuple[Future[CallResult], bool]:
+        """Return the call's reply, and whether it must be run; the lock is free while it waits."""
+        current, name, call = item.round, item.name, item.call
+        current.require_open()
+        if isinstance(call, ForwardCall):
+            while not current.may_forward(name, call.version, self._clock()):
+                self._index.pause(call.deadline, lambda: current.awaited(call.version))
+                current.require_open()
+        return current.ledger.claim(name, call.digest)
 
     def _run(self, item: Contribution, future: Future[CallResult]) -> None:
         """Compute, record and settle as one transaction of the compute thread."""
         current, started = item.round, self._clock()
         try:
-            version = current.version
             if isinstance(item.call, ForwardCall):
-                tensor = self._forward(item, item.call)
+                tensor, version = self._forward(item, item.call)
             else:
-                tensor = self._backward(item, item.call)
+                tensor, version = self._backward(item, item.call)
             seconds = self._clock() - started
             current.compute_seconds += seconds
         except BaseException as error:
@@ -105,12 +116,13 @@ class Contributions:
         future.set_result(result)
         self._settle(current)
 
-    def _forward(self, item: Contribution, call: ForwardCall) -> Tensor:
-        """Run a forward and keep what its backward needs."""
+    def _forward(self, item: Contribution, call: ForwardCall) -> tuple[Tensor, int]:
+        """Run a forward and keep what its backward needs; return its output and version."""
         current, name = item.round, item.name
         hidden, place = call.tensors["hidden_states"], item.place
         with self._changed:
             current.require_open()
+            version = current.version
             seed_of, weights = current.seed_name(name), current.weights
             acknowledged = min(call.acknowledged, name.micro_batch)
             current.ledger.acknowledge(name.slot, name.window, acknowledged)
@@ -127,13 +139,18 @@ class Contributions:
         )
         with self._changed:
             current.activations.put(place, activation)
-        return output
+        return output, version
 
-    def _backward(self, item: Contribution, call: BackwardCall) -> Tensor:
-        """Run a backward and add its gradients to the open window, or do neither."""
+    def _backward(self, item: Contribution, call: BackwardCall) -> tuple[Tensor, int]:
+        """Run a backward and add its gradients to the open window, or do neither.
+
+        Returns:
+            ``smashed_grad``, and the version that it is of.
+        """
         current, name, place = item.round, item.name, item.place
         with self._changed:
             current.require_open()
+            version = current.version
             current.windows.check(name.slot, name.window)
             activation = current.activations.get(place)
         if activation is None:
@@ -142,13 +159,14 @@ class Contributions:
                 f"slot {name.slot} sends a backward for window {name.window}, micro-batch "
                 f"{name.micro_batch}, without a forward that the trunk still holds.",
             )
-        if not activation.version == call.version == current.version:
+        if not activation.version == call.version == version:
             raise TrunkRefused(
                 RefusalReason.STALE_VERSION,
                 f"the forward of slot {name.slot} ran at version {activation.version} (the client "
-                f"says {call.version}); the weights are at {current.version}. Run it again.",
+                f"says {call.version}); the weights are at {version}. Run it again.",
             )
         check_weights(activation.hidden.shape, call.num_tokens, call.loss_denominator, name.slot)
+        check_finite("trunk_output_grad", call.grad)
         smashed_grad, gradients = self._compute.backward(activation, call.grad)
         with self._changed:
             # The window decides first: what it refuses must not have been added.
@@ -162,7 +180,8 @@ class Contributions:
             if current.trains:
                 # Where every contribution is a step of its own, each is the first of its step.
                 alone = current.windows.step_every is StepEvery.CONTRIBUTION
-                covers = self._compute.covers(item.member.cuts)
+                cuts = item.member.cuts
+                covers = None if cuts is None else self._compute.covers(cuts)
                 current.gradients.setdefault(name.slot, SlotGradient(covers)).add(
                     0 if alone else name.micro_batch,
                     gradients,
@@ -173,7 +192,7 @@ class Contributions:
             current.activations.release(place)
             current.after_contribution()
             self._changed.notify_all()
-        return smashed_grad
+        return smashed_grad, version
 
 
 def naming(error: BaseException, slot: int) -> BaseException:

@@ -14,7 +14,6 @@ Next: ``flower_split/trunk/compute/compute.py``.
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from torch import Tensor
 
@@ -69,6 +68,10 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
 
     Attributes:
         compute: The trunk module and its optimizer; the compute thread's while a round is open.
+        knows_token: ``knows_token(token)`` returns whether a token is a participant's of the round
+            begun last. Waits for no lock.
+        count_bytes: ``count_bytes(session, received, sent)`` adds a call's bytes on the wire to its
+            slot's totals.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
         )
         self._index = RoundIndex(dispatches, self.epoch, clock)
         self._changed = self._index.changed
+        self.knows_token, self.count_bytes = self._index.knows_token, self._index.count_bytes
         self._weights = CommittedWeights(compute, checkpoints)
         self._settling = Settling(self._index, compute, reduction)
         self._lifecycle = RoundLifecycle(
@@ -179,10 +183,6 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
                 finish=None if evaluate else current.plan.finish,
             )
 
-    def knows_token(self, token: str) -> bool:
-        """Return whether a token is a participant's of the round begun last. Waits for no lock."""
-        return self._index.knows_token(token)
-
     def forward(self, call: ForwardCall) -> CallResult:
         """Return ``trunk_output`` of one micro-batch.
 
@@ -197,17 +197,18 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
         arrived = self._clock()
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
+            evaluates = call.mode is ForwardMode.EVALUATE
+            name = None if evaluates else current.name_of(member, call.key, CallKind.FORWARD)
         try:
             check_tensors(call.tensors, self.hidden_size)
         except TrunkRefused as error:
             raise naming(error, member.slot) from None
-        if call.mode is ForwardMode.EVALUATE:
+        if name is None:
             return self._unrecorded.evaluate(call, current, member)
         if call.cache is not None:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "only an evaluation may keep a key-value cache."
             )
-        name = current.name_of(member, call.key, CallKind.FORWARD)
         if call.mode is ForwardMode.NO_GRAD:
             result = self._unrecorded.forward(call, member, current.seed_name(name))
             with self._changed:
@@ -217,13 +218,6 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST,
                 'the trunk runs in mode "forward-only" and keeps nothing for a backward.',
-            )
-        with self._changed:
-            self._index.wait(
-                current,
-                partial(current.may_forward, name, call.version),
-                call.deadline,
-                lambda: current.awaited(call.version),
             )
         return self._contributions.once(Contribution(current, member, name, call, arrived))
 
@@ -240,7 +234,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
         arrived = self._clock()
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
-        name = current.name_of(member, call.key, CallKind.BACKWARD)
+            name = current.name_of(member, call.key, CallKind.BACKWARD)
         return self._contributions.once(Contribution(current, member, name, call, arrived))
 
     def finish_step(self, call: FinishCall) -> FinishResult:
@@ -294,15 +288,6 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
     def cache_bytes(self) -> int:
         """Return the bytes of key-value caches, after freeing those that nobody uses any more."""
         return self._unrecorded.cache_bytes()
-
-    def count_bytes(self, session: str, received: int, sent: int) -> None:
-        """Add a call's bytes on the wire to its slot's totals."""
-        with self._changed:
-            current = self._index.of_session(session)
-            if current is not None:
-                slot = current.sessions[session].slot
-                current.received[slot] = current.received.get(slot, 0) + received
-                current.sent[slot] = current.sent.get(slot, 0) + sent
 
     def status(self) -> TrunkStatus:
         """Return where the trunk stands. Never waits for a forward or a backward."""

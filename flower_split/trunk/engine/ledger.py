@@ -6,13 +6,28 @@ bit for bit. The same name with other content is refused.
 """
 
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
 
 Reply = TypeVar("Reply")
+
+
+def reply_of(call: Future[Reply], seconds: float) -> Reply:
+    """Wait for the reply of a call that has been claimed.
+
+    Raises:
+        TrunkUnavailable: It is not there within ``seconds``.
+    """
+    try:
+        return call.result(timeout=max(0.0, seconds))
+    except FutureTimeoutError:
+        raise TrunkUnavailable(
+            "the deadline passed while the trunk's compute thread had the call."
+        ) from None
 
 
 class CallKind(Enum):

@@ -33,7 +33,7 @@ class Inspection:
 
 
 class RoundIndex:
-    """The open round and the dispatches at work. ``changed`` is held around every method.
+    """The open round and the dispatches at work. ``changed`` is held around every method but two.
 
     Args:
         dispatches: The clients at work in asynchronous rounds.
@@ -128,6 +128,15 @@ class RoundIndex:
         at_work = list(self.dispatches.at_work.values())  # a copy: others change the dictionary
         return known or any(key in dispatch.slots_by_token for dispatch in at_work)
 
+    def count_bytes(self, session: str, received: int, sent: int) -> None:
+        """Add a call's bytes on the wire to its slot's totals. Takes the lock itself."""
+        with self.changed:
+            current = self.of_session(session)
+            if current is not None:
+                slot = current.sessions[session].slot
+                current.received[slot] = current.received.get(slot, 0) + received
+                current.sent[slot] = current.sent.get(slot, 0) + sent
+
     def of_token(self, token: str) -> Round:
         """Return what a token opens a session of: its dispatch, or else the open round.
 
@@ -201,13 +210,24 @@ class RoundIndex:
         """
         while True:
             current.require_open()
-            now = self.clock()
-            if reached(now):
+            if reached(self.clock()):
                 return
-            left = deadline - now
-            if left <= 0:
-                raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
-            self.changed.wait(min(left, 1.0))
+            self.pause(deadline, what)
+
+    def pause(self, deadline: float, what: Callable[[], str]) -> None:
+        """Wait for the next change, or a second; the lock is free meanwhile.
+
+        Args:
+            deadline: When to give up.
+            what: Says what is waited for.
+
+        Raises:
+            TrunkUnavailable: The deadline has passed.
+        """
+        left = deadline - self.clock()
+        if left <= 0:
+            raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
+        self.changed.wait(min(left, 1.0))
 
     def _begun(self) -> Round:
         """Return the round begun last, which may have been given up since.

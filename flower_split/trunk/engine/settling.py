@@ -5,7 +5,7 @@ it steps, so that nobody sees a window that is complete and not yet stepped.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
@@ -39,8 +39,8 @@ class Settling:
             if current is not self._index.round:
                 return
             try:
-                while not current.over and self._step_if_complete(current):
-                    pass
+                while slots := self._complete(current):
+                    self._step(current, slots)
             except Exception as error:
                 logger.exception("the optimizer step failed in %s", current)
                 current.windows.abort(f"the trunk's optimizer step failed: {error}")
@@ -97,12 +97,16 @@ class Settling:
             current.release_dropped()
         self.settle(current)
 
-    def _step_if_complete(self, current: Round) -> bool:
+    def _complete(self, current: Round) -> list[int]:
+        """Return the slots that make a step now, in their order; none: it must wait for more."""
+        if current.windows.step_every is StepEvery.CONTRIBUTION:
+            return [] if current.over else sorted(current.gradients)
+        return current.windows.contributors() or []
+
+    def _step(self, current: Round, slots: Sequence[int]) -> None:
+        """Step with what ``slots`` gave; or take out who is at fault, and look again."""
         windows = current.windows
         alone = windows.step_every is StepEvery.CONTRIBUTION
-        slots = sorted(current.gradients) if alone else windows.contributors()
-        if not slots:
-            return False
         if current.trains:
             gradients = {slot: current.gradients[slot] for slot in slots}
             rule = current.plan.finish
@@ -111,7 +115,7 @@ class Settling:
                 bad = step_end_faults(current, slots)
             if bad:
                 self._blame(current, bad)
-                return True  # look again, without them
+                return
             reduced = self._reduction(gradients)
             if rule is None:
                 self._compute.step(reduced)
@@ -122,7 +126,6 @@ class Settling:
             windows.seal(self._index.clock())
             current.activations.release_before(windows.window)
         logger.debug("%s: step %d with slots %s", current, self._compute.version - 1, slots)
-        return True
 
     def _blame(self, current: Round, bad: Mapping[int, str]) -> None:
         """Go on without the slots whose gradients may not enter the step, or give the round up."""

@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import grpc
 
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.trunk.service.handlers import Answering, Context, bearer_in
+from flower_split.trunk.service.handlers import Answering, Context, bearer_in, same_token
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE
 
@@ -27,13 +27,17 @@ class Admission(grpc.ServerInterceptor):
     """Lets calls pass that carry a credential which is known now, and health checks a few at once.
 
     Args:
-        knows: Whether a bearer token is the coordinator's or a participant's. Called on the thread
-            that accepts calls, so it must not wait.
+        coordinator_token: The coordinator's.
+        knows_token: Whether a token is a participant's. Called on the thread that accepts calls, so
+            it must not wait.
         refusals: Notes who was refused.
     """
 
-    def __init__(self, knows: Callable[[str], bool], refusals: RefusalLog) -> None:
-        self._knows = knows
+    def __init__(
+        self, coordinator_token: str, knows_token: Callable[[str], bool], refusals: RefusalLog
+    ) -> None:
+        self._coordinator_token = coordinator_token
+        self._knows_token = knows_token
         self._refusals = refusals
         self._health = threading.BoundedSemaphore(_HEALTH_WORKERS)
 
@@ -49,7 +53,9 @@ class Admission(grpc.ServerInterceptor):
         if service != SERVICE:
             return None
         token = bearer_in(details.invocation_metadata)
-        if token is not None and self._knows(token):
+        if token is not None and (
+            same_token(token, self._coordinator_token) or self._knows_token(token)
+        ):
             return continuation(details)
         # Nothing is read or written by it, so the types of requests and replies are no matter.
         return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method))

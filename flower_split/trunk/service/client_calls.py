@@ -34,13 +34,13 @@ from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
+    SessionTokens,
     WaitingPermits,
     deadline_of,
     token_of,
     unary,
 )
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.trunk.service.session_tokens import SessionTokens
 from flower_split.wire.codecs import NATIVE, Coded, make_codec
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
@@ -76,6 +76,8 @@ class ClientCalls:
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
         self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
+        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._allocate: Allocate = pinned if on_gpu else pooled
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
@@ -136,10 +138,14 @@ class ClientCalls:
             header = incoming.header.forward
             self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
             recorded = header.HasField("key") or header.HasField("cache")
-            received = self._receive(incoming, "hidden_states", digest=recorded)
+            received = incoming.receive(
+                self._max_tensor_bytes,
+                coded=Coded(self._codec, "hidden_states"),
+                allocate=self._allocate,
+                digest=recorded,
+            )
             result = self._engine.forward(_forward_call(header, received, deadline))
-            reply = self._reply("trunk_output", result, header.session, received)
-        yield from reply.frames()
+            return self._reply("trunk_output", result, header.session, received)
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with Answering(context, "Backward", self._refusals):
@@ -148,10 +154,14 @@ class ClientCalls:
             incoming = Incoming(requests, "backward")
             header = incoming.header.backward
             self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
-            received = self._receive(incoming, "trunk_output_grad", digest=True)
+            received = incoming.receive(
+                self._max_tensor_bytes,
+                coded=Coded(self._codec, "trunk_output_grad"),
+                allocate=self._allocate,
+                digest=True,
+            )
             result = self._engine.backward(_backward_call(header, received, deadline))
-            reply = self._reply("smashed_grad", result, header.session, received)
-        yield from reply.frames()
+            return self._reply("smashed_grad", result, header.session, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with Answering(context, "FinishStep", self._refusals), self._permits.taken():
@@ -170,20 +180,11 @@ class ClientCalls:
             )
             reply = Outgoing(pb.Header(reply=head), result.gradients)
             self._engine.count_bytes(header.session, received.num_bytes, reply.num_bytes)
-        yield from reply.frames()
+            return reply.frames()
 
-    def _receive(self, incoming: Incoming, name: str, *, digest: bool) -> Received:
-        allocate: Allocate = (
-            pinned if torch.cuda.is_initialized() else pooled  # type: ignore[no-untyped-call]
-        )
-        return incoming.receive(
-            self._max_tensor_bytes,
-            coded=Coded(self._codec, name),
-            allocate=allocate,
-            digest=digest,
-        )
-
-    def _reply(self, name: str, result: CallResult, session: str, received: Received) -> Outgoing:
+    def _reply(
+        self, name: str, result: CallResult, session: str, received: Received
+    ) -> Iterator[bytes]:
         header = pb.ReplyHeader(
             version=result.version,
             compute_seconds=result.compute_seconds,
@@ -192,7 +193,7 @@ class ClientCalls:
         tensors = Coded(self._codec, name).encode(to_host(result.tensor))
         reply = Outgoing(pb.Header(reply=header), tensors)
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
-        return reply
+        return reply.frames()
 
 
 def _mode_of(header: pb.ForwardHeader) -> ForwardMode:

@@ -18,11 +18,11 @@ from flower_split.trunk.service.handlers import (
     Answering,
     Context,
     deadline_of,
+    same_token,
     token_of,
     unary,
 )
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.trunk.service.session_tokens import same_token
 from flower_split.wire.sending import Outgoing
 
 
@@ -88,8 +88,7 @@ class CoordinatorCalls:
     def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
         with Answering(context, "GetAdapter", self._refusals):
             self._require_coordinator(context)
-            reply = Outgoing(pb.Header(reply=pb.ReplyHeader()), self._engine.adapter())
-        yield from reply.frames()
+            return Outgoing(pb.Header(reply=pb.ReplyHeader()), self._engine.adapter()).frames()
 
     def _require_coordinator(self, context: Context) -> None:
         if not same_token(token_of(context), self._token):

@@ -27,7 +27,6 @@ from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.handlers import WaitingPermits
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.trunk.service.session_tokens import same_token
 from flower_split.wire.grpc_options import SERVICE, is_loopback, read_pem, server_options
 
 logger = logging.getLogger(__name__)
@@ -90,13 +89,13 @@ class TrunkServer(Closing):
         self._health = health.HealthServicer()
         refusals = RefusalLog()
 
-        def knows(token: str) -> bool:
-            return same_token(token, coordinator_token) or engine.knows_token(token)
-
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
             options=server_options(),
-            interceptors=[Admission(knows, refusals), *interceptors],
+            interceptors=[
+                Admission(coordinator_token, engine.knows_token, refusals),
+                *interceptors,
+            ],
         )
         clients = ClientCalls(
             engine,

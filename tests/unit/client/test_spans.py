@@ -13,6 +13,7 @@ from flower_split.split import CutLayers, TrunkModel, set_trunk, split_model
 from flower_split.trunk.compute.activations import Activation
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.compute.kv_caches import bytes_per_position
 from flower_split.trunk.engine.engine import TrunkEngine
 from tests.support.generation_rig import MODES, generated, lively_model
 from tests.support.loopback import FINGERPRINT, coordinator, plan, remote, served
@@ -134,7 +135,7 @@ def test_key_value_cache_of_one_layer_needs_the_room_of_one() -> None:
     client, _ = split_model(model, narrow)
     compute = TrunkCompute(split_model(model, WIDE)[1], OptimizerConfig(), seed=0)
     compute.spans.admit(narrow)
-    whole, one = compute.cache_bytes_per_position(), compute.cache_bytes_per_position(narrow)
+    whole, one = bytes_per_position(compute), bytes_per_position(compute, narrow)
     assert whole > 2 * one
     # Room for the cache of one layer, not of three.
     budget = 80 * 2 * one + 2 * 7 * model.config.hidden_size * 4
