@@ -57,6 +57,7 @@ def _dispatch(arguments: argparse.Namespace) -> int:
         )
     if arguments.command == "trunk":
         from flower_split.cli.trunk import TrunkCommand, serve_trunk
+        from flower_split.runtime.logs import LogSettings
 
         return serve_trunk(
             TrunkCommand(
@@ -66,6 +67,8 @@ def _dispatch(arguments: argparse.Namespace) -> int:
                 tls_certificate=arguments.tls_certificate,
                 tls_key=arguments.tls_key,
                 checkpoints=arguments.checkpoints,
+                metrics_listen=arguments.metrics_listen,
+                log=LogSettings(level=arguments.log_level, form=arguments.log_format, times=True),
                 run_config=arguments.run_config,
             )
         )

@@ -14,6 +14,7 @@ def add_operator_commands(
     _add_new(commands)
     _add_certs(commands)
     _add_doctor(commands)
+    _add_status(commands)
 
 
 def _add_new(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -117,3 +118,43 @@ def _doctor(arguments: argparse.Namespace) -> int:
             as_json=arguments.json,
         )
     )
+
+
+def _add_status(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    status = commands.add_parser(
+        "status",
+        help="show who is in a trunk's round, who is waited for and since when, and how fast it goes",
+    )
+    _add_trunk_address(status)
+    status.add_argument("--json", action="store_true", help="print JSON, a line for each look")
+    status.add_argument(
+        "--watch",
+        nargs="?",
+        const=2.0,
+        type=float,
+        metavar="SECONDS",
+        help="look again and again, every 2 seconds or as often as said, until Ctrl-C",
+    )
+    status.set_defaults(handler=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.status import StatusCommand, show_status
+
+    return show_status(
+        StatusCommand(
+            address=arguments.address,
+            token_file=arguments.token_file,
+            root_certificates=arguments.root_certificates,
+            as_json=arguments.json,
+            watch=arguments.watch,
+        )
+    )
+
+
+def _add_trunk_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the trunk")
+    parser.add_argument(
+        "--token-file", required=True, type=Path, metavar="FILE", help="the coordinator's token"
+    )
+    parser.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")

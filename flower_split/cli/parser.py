@@ -6,6 +6,7 @@ from pathlib import Path
 from flower_split.cli.exit_codes import exit_code_table
 from flower_split.cli.operator_commands import add_operator_commands
 from flower_split.runs.resuming import resume_table
+from flower_split.runtime.logs import FORMATS, LEVELS
 
 _RUN_EPILOG = f"""exit status:
 {exit_code_table()}
@@ -97,6 +98,19 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         default="",
         metavar="DIR",
         help="keep every round there, so that a run goes on after this process was lost",
+    )
+    trunk.add_argument(
+        "--metrics-listen",
+        default="",
+        metavar="HOST:PORT",
+        help="serve figures for Prometheus there, at /metrics, as plain HTTP; needs the extra metrics",
+    )
+    trunk.add_argument("--log-level", default="", choices=LEVELS, help="info by default")
+    trunk.add_argument(
+        "--log-format",
+        default="text",
+        choices=FORMATS,
+        help="json: an object on each line, with time, level, experiment, round, attempt and slot",
     )
     _add_run_config(trunk)
 

@@ -13,7 +13,7 @@ from flower_split.cli.app_config import load_app
 from flower_split.cli.overrides import parse_overrides
 from flower_split.errors import ConfigError
 from flower_split.runtime import failpoints
-from flower_split.runtime.logs import log_to_stderr, quiet_libraries
+from flower_split.runtime.logs import LogSettings, log_to_stderr, quiet_libraries
 from flower_split.runtime.secret_files import read_secret
 from flower_split.trunk.serve import RunningTrunk, Serving
 
@@ -30,6 +30,8 @@ class TrunkCommand:
     tls_certificate: str = ""  # PEM file; required off loopback
     tls_key: str = ""  # PEM file
     checkpoints: str = ""  # directory; empty: none are kept
+    metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
+    log: LogSettings = LogSettings(times=True)
     run_config: Sequence[str] | None = None  # values of --run-config
 
 
@@ -40,7 +42,7 @@ def serve_trunk(command: TrunkCommand) -> int:
         FlowerSplitError: The configuration is wrong, the model cannot be loaded, or the port
             cannot be served.
     """
-    log_to_stderr()
+    log_to_stderr(settings=command.log)
     quiet_libraries()
     failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
     app = load_app(command.app)
@@ -52,6 +54,7 @@ def serve_trunk(command: TrunkCommand) -> int:
         tls_certificate=command.tls_certificate,
         tls_key=command.tls_key,
         checkpoints=command.checkpoints,
+        metrics_listen=command.metrics_listen,
     )
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -60,6 +63,8 @@ def serve_trunk(command: TrunkCommand) -> int:
         host = command.listen.rpartition(":")[0]
         # On standard output, for scripts that asked for port 0.
         print(f"trunk serves on {host}:{running.port}", flush=True)
+        if running.metrics_port:
+            logger.info("metrics at http://%s/metrics", command.metrics_listen)
         logger.info(
             'use it with: trunk.address="%s:%d" trunk.token-file="%s"',
             host,

@@ -50,6 +50,7 @@ from flower_split.parties.client_ranks import own_lora
 from flower_split.parties.parts import client_cuts
 from flower_split.runs.private_factors import PrivateFolder, client_directory
 from flower_split.runtime import failpoints
+from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
 from flower_split.runtime.simulation import simulated_clients_at_once
 
@@ -90,6 +91,7 @@ class Handlers:
     def train(self, message: Message, context: Context) -> RecordDict:
         """Train one round with the trunk, from the adapter in the message."""
         client, order = self._client(context), TrainOrder.read(message.content)
+        _say_where(order, client)
         kept = self._kept(client, order, context)
         failpoints.reach("client.train.begin")
         adapter = from_arrays(sent_adapter(message.content)) | kept.values
@@ -114,6 +116,7 @@ class Handlers:
     def evaluate(self, message: Message, context: Context) -> RecordDict:
         """Evaluate the adapter in the message on held-out data, with the trunk."""
         client, order = self._client(context), EvaluateOrder.read(message.content)
+        _say_where(order, client)
         own = self._kept(client, order, context).values
         adapter = from_arrays(sent_adapter(message.content)) | own
         result = client.evaluate(adapter, order, _base_change(order))
@@ -178,6 +181,17 @@ class Handlers:
         return KeptFactors(frozenset(order.private.names), order.private.digest, folder)
 
 
+def _say_where(order: PhaseOrder, client: Client) -> None:
+    """Have this process's log lines name the round."""
+    trunk = order.trunk
+    PROCESS_FIELDS.bind(
+        experiment=trunk.experiment,
+        round=trunk.server_round,
+        attempt=trunk.attempt,
+        slot=client.partition_id,
+    )
+
+
 def _base_change(order: PhaseOrder) -> dict[str, Tensor]:
     """Return what the method adds to the base weights of this client; empty: nothing."""
     return {} if order.base_change is None else from_arrays(order.base_change)
@@ -189,6 +203,7 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
     @functools.wraps(handler)
     def run(message: Message, context: Context) -> Message:
         log_to_stderr(logging.WARNING)
+        PROCESS_FIELDS.bind(run=message.metadata.run_id, node=context.node_id)
         quiet_libraries()
         code = _RAISED
         try:

@@ -375,7 +375,7 @@ class PrepareRoundRequest(_message.Message):
     def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., arrivals: _Optional[_Iterable[_Union[Arrival, _Mapping]]] = ...) -> None: ...
 
 class SlotReport(_message.Message):
-    __slots__ = ("slot", "completed", "problem", "contributions", "num_tokens", "bytes_received", "bytes_sent")
+    __slots__ = ("slot", "completed", "problem", "contributions", "num_tokens", "bytes_received", "bytes_sent", "joined", "waited_seconds", "silent_seconds")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     COMPLETED_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
@@ -383,6 +383,9 @@ class SlotReport(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
     BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    JOINED_FIELD_NUMBER: _ClassVar[int]
+    WAITED_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     completed: bool
     problem: str
@@ -390,7 +393,10 @@ class SlotReport(_message.Message):
     num_tokens: float
     bytes_received: int
     bytes_sent: int
-    def __init__(self, slot: _Optional[int] = ..., completed: _Optional[bool] = ..., problem: _Optional[str] = ..., contributions: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ...) -> None: ...
+    joined: bool
+    waited_seconds: float
+    silent_seconds: float
+    def __init__(self, slot: _Optional[int] = ..., completed: _Optional[bool] = ..., problem: _Optional[str] = ..., contributions: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., joined: _Optional[bool] = ..., waited_seconds: _Optional[float] = ..., silent_seconds: _Optional[float] = ...) -> None: ...
 
 class PrepareRoundReply(_message.Message):
     __slots__ = ("version", "digest", "slots", "optimizer_steps", "compute_seconds", "activations")
@@ -461,7 +467,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations")
+    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process")
     class FingerprintEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -483,6 +489,7 @@ class StatusReply(_message.Message):
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
     trunk_epoch: int
     version: int
     experiment: str
@@ -497,7 +504,36 @@ class StatusReply(_message.Message):
     problem: str
     fingerprint: _containers.ScalarMap[str, str]
     activations: ActivationReport
-    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ...) -> None: ...
+    process: ProcessReport
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ...) -> None: ...
+
+class ProcessReport(_message.Message):
+    __slots__ = ("package_version", "uptime_seconds", "round_seconds", "queue_seconds", "resident_bytes", "accelerator_bytes", "bytes_received", "bytes_sent", "rounds_committed", "rounds_aborted", "checkpoint_seconds", "compute_seconds")
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_BYTES_FIELD_NUMBER: _ClassVar[int]
+    BYTES_RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    BYTES_SENT_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_COMMITTED_FIELD_NUMBER: _ClassVar[int]
+    ROUNDS_ABORTED_FIELD_NUMBER: _ClassVar[int]
+    CHECKPOINT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    package_version: str
+    uptime_seconds: float
+    round_seconds: float
+    queue_seconds: float
+    resident_bytes: int
+    accelerator_bytes: int
+    bytes_received: int
+    bytes_sent: int
+    rounds_committed: int
+    rounds_aborted: int
+    checkpoint_seconds: float
+    compute_seconds: float
+    def __init__(self, package_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., rounds_aborted: _Optional[int] = ..., checkpoint_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ()

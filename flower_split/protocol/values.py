@@ -192,6 +192,10 @@ class SlotReport:
     num_tokens: float = 0.0
     bytes_received: int = 0
     bytes_sent: int = 0
+    # Of a status only:
+    joined: bool = False
+    waited_seconds: float = 0.0  # that others have waited for it now; 0: nobody does
+    silent_seconds: float = 0.0  # since its latest call; 0: it has made none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -218,6 +222,24 @@ class RoundReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessReport:
+    """The trunk's process, since it started."""
+
+    package_version: str = ""
+    uptime_seconds: float = 0.0
+    round_seconds: float = 0.0  # since the round began
+    queue_seconds: float = 0.0  # that the compute thread lets a call wait now
+    resident_bytes: int = 0
+    accelerator_bytes: int = 0  # that torch has allocated; 0: no accelerator
+    bytes_received: int = 0  # in clients' calls
+    bytes_sent: int = 0
+    rounds_committed: int = 0
+    rounds_aborted: int = 0
+    checkpoint_seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrunkStatus:
     """A snapshot for progress displays and health checks."""
 
@@ -235,3 +257,4 @@ class TrunkStatus:
     problem: str = ""
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     activations: ActivationReport = field(default_factory=ActivationReport)
+    process: ProcessReport = field(default_factory=ProcessReport)

@@ -20,6 +20,7 @@ from flower_split.runs.beforehand import check_files
 from flower_split.runs.manifest import FOLDER, RunCheckpoints
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
+from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_flowers_errors
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
@@ -223,6 +224,7 @@ def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
     @made.main()
     def main(grid: Grid, context: Context) -> None:
         log_to_stderr()
+        PROCESS_FIELDS.bind(run=context.run_id)
         shorten_flowers_errors()
         quiet_libraries()
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))

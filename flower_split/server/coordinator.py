@@ -11,9 +11,8 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     arrivals_to_proto,
     plan_to_proto,
-    report_from_proto,
-    status_from_proto,
 )
+from flower_split.protocol.reports import report_from_proto, status_from_proto
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, TrunkStatus
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.receiving import Incoming

@@ -16,6 +16,7 @@ from flower_split.server.trunk_rounds import TrunkRounds
 logger = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 2.0  # between two polls of the trunk's status
+_MISSED_SECONDS = 10.0  # that clients are waited for before progress names them
 _GRACE_SECONDS = 20.0  # for the other clients' replies, once a phase cannot succeed any more
 
 
@@ -97,7 +98,7 @@ class PhaseWatch:
             done = f"{len(self._replies)} of {len(self._phase.slots)} clients"
             return f"{self._label} evaluating: {done} done, {megabytes:.1f} MB"
         if status.phase == "joining":
-            return f"{self._label} clients are joining"
+            return f"{self._label} clients are joining{_missing(status)}"
         rate = status.num_tokens / max(now - self._start, 1e-9)
         steps = self._trunk_rounds.steps_per_round
         # The trunk's windows count its optimizer steps: none while it is frozen, one at the end of a
@@ -105,7 +106,7 @@ class PhaseWatch:
         done = f"step {min(status.window, steps)}/{steps}"
         if status.window == 0 and status.num_tokens:
             done = f"{status.num_tokens:.0f} label tokens done"
-        return f"{self._label} {done} {rate:.0f} tokens/s {megabytes:.1f} MB"
+        return f"{self._label} {done} {rate:.0f} tokens/s {megabytes:.1f} MB{_missing(status)}"
 
     def _mark_lost(self, why: str, now: float) -> None:
         """End the phase whose trunk is gone: whoever has not answered has lost the round."""
@@ -119,3 +120,13 @@ class PhaseWatch:
         logger.warning("%s cannot succeed any more: %s", self._label, why)
         self._trunk_rounds.abort(why)
         self._end = now + _GRACE_SECONDS
+
+
+def _missing(status: TrunkStatus) -> str:
+    """Say whom the others wait for, and since when, as the end of a progress line."""
+    late = [slot for slot in status.slots if slot.waited_seconds >= _MISSED_SECONDS]
+    if not late:
+        return ""
+    clients = ", ".join(str(slot.slot) for slot in late)
+    seconds = max(slot.waited_seconds for slot in late)
+    return f", waiting for client {clients} since {seconds:.0f} s"

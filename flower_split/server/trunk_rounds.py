@@ -39,6 +39,7 @@ from flower_split.protocol.values import (
     TrunkStatus,
 )
 from flower_split.runtime import failpoints
+from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.server.trunk_access import Coordinator, TrunkAccess
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,9 @@ class TrunkRounds:
         )
 
     def _begin(self, plan: RoundPlan) -> int:
+        PROCESS_FIELDS.bind(
+            experiment=plan.experiment, round=plan.server_round, attempt=plan.attempt
+        )
         self._epoch, _ = self._coordinator.begin_round(plan)
         self._open_round = plan.server_round
         return self._epoch

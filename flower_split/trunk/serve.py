@@ -32,6 +32,7 @@ class Serving:
     tls_certificate: str = ""  # PEM file; empty: plain text, loopback only
     tls_key: str = ""  # PEM file
     checkpoints: str = ""  # directory of the trunk's checkpoints; empty: none are kept
+    metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
 
     def __post_init__(self) -> None:
         """Check what needs no socket."""
@@ -75,10 +76,37 @@ class RunningTrunk(Closing):
             max_workers=_WORKERS,
             max_call_seconds=config.trunk.call_timeout,
         )
+        self._metrics: Closing | None = None
+        self.metrics_port = 0
         self.port = self._server.start()
+        if serving.metrics_listen:
+            try:
+                self._serve_metrics(serving, directory)
+            except ConfigError:
+                self.close()
+                raise
+
+    def _serve_metrics(self, serving: Serving, checkpoints: Path | None) -> None:
+        try:
+            from flower_split.trunk.service.metrics import MetricsServer, Sources
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"--metrics-listen needs {error.name}, which is not installed. Run: pip install "
+                "'flower-split[metrics]'"
+            ) from error
+        sources = Sources(
+            status=self.engine.status,
+            refusals=lambda: self._server.refusals.counts,
+            checkpoints=checkpoints,
+            certificate=Path(serving.tls_certificate) if serving.tls_certificate else None,
+        )
+        served = MetricsServer(serving.metrics_listen, sources)
+        self._metrics, self.metrics_port = served, served.port
 
     def close(self) -> None:
         """Stop serving; calls in progress get a short grace."""
+        if self._metrics is not None:
+            self._metrics.close()
         self._server.stop(_GRACE_SECONDS)
         self.engine.close()
 

@@ -115,6 +115,7 @@ class FakeEngine:
         self.epoch = 7
         self.hidden_size = HIDDEN
         self.fingerprint = FINGERPRINT
+        self.queue_seconds = 0.0
         self.calls: list[tuple[str, tuple[object, ...]]] = []
         self.bytes: list[tuple[str, int, int]] = []
         self.ended = threading.Event()  # set by close(): whoever waits may go

@@ -141,6 +141,7 @@ class ToyClient:
         last: bool = True,
         version: int | None = None,
         digest: bytes = b"b",
+        timeout: float = 20.0,
     ):
         return self.engine.backward(
             BackwardCall(
@@ -153,7 +154,7 @@ class ToyClient:
                 loss_denominator=num_tokens if denominator is None else denominator,
                 last=last,
                 digest=digest,
-                deadline=time.monotonic() + 20.0,
+                deadline=time.monotonic() + timeout,
             )
         )
 

@@ -1,4 +1,4 @@
-"""Deadline thread: expires windows and leases, and frees key-value caches that nobody uses."""
+"""Deadline thread: expires windows and leases, frees unused key-value caches, looks who is late."""
 
 import threading
 from collections.abc import Callable
@@ -18,6 +18,7 @@ class Deadlines:
         index: Of the open round, with the engine's lock.
         expire: Acts on what has ended; called without the lock.
         free_caches: Frees key-value caches that nobody uses any more; called once a second.
+        look: Notes who is waited for; called once a second, without the lock.
     """
 
     def __init__(
@@ -25,10 +26,13 @@ class Deadlines:
         index: RoundIndex,
         expire: Callable[[], None],
         free_caches: Callable[[], None],
+        look: Callable[[], None],
     ) -> None:
         self._index = index
         self._expire = expire
         self._free_caches = free_caches
+        self._look = look
+        self._next_look = index.clock()
         self._closed = False
         self._thread = threading.Thread(target=self._watch, name="trunk-deadlines", daemon=True)
         self._thread.start()
@@ -53,3 +57,11 @@ class Deadlines:
                 self._expire()
             elif not self._closed:  # the compute thread may have ended with it
                 self._free_caches()
+                self._look_now_and_then()
+
+    def _look_now_and_then(self) -> None:
+        """Look once a second at most: every change of a round wakes this thread."""
+        now = self._index.clock()
+        if now >= self._next_look:
+            self._next_look = now + _LONGEST_SLEEP
+            self._look()

@@ -11,6 +11,7 @@ over its clients, weighted by label tokens and reduced in slot order, whatever t
 Next: ``flower_split/trunk/compute/compute.py``.
 """
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +27,6 @@ from flower_split.protocol.values import (
     ForwardCall,
     ForwardMode,
     SessionGrant,
-    TrunkStatus,
 )
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import ActivationCache
@@ -42,14 +42,18 @@ from flower_split.trunk.engine.deadlines import Deadlines
 from flower_split.trunk.engine.dispatches import Dispatches
 from flower_split.trunk.engine.leaving_side import LeavingSide
 from flower_split.trunk.engine.ledger import CallKind
-from flower_split.trunk.engine.round_index import Inspection, RoundIndex
+from flower_split.trunk.engine.operator_side import OperatorSide
+from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
 from flower_split.trunk.engine.settling import Settling
 from flower_split.trunk.engine.step_ends import StepEnds
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
+from flower_split.trunk.engine.watching import Pulse, Waits
+
+logger = logging.getLogger(__name__)
 
 
-class TrunkEngine(CoordinatorSide, LeavingSide):
+class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
     """The trunk of one model, for one experiment at a time.
 
     Args:
@@ -126,7 +130,11 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
             self._index, compute, self._thread, self._settling.settle
         )
         self._step_ends = StepEnds(self._index, self._thread, self._settling.settle)
-        self._deadlines = Deadlines(self._index, self.expire, self._unrecorded.free_caches)
+        self._started = clock()
+        self._pulse, self._waits = Pulse(self._thread.submit, clock), Waits()
+        self._deadlines = Deadlines(
+            self._index, self.expire, self._unrecorded.free_caches, self.look
+        )
 
     # ------------------------------------------------------------------ clients
 
@@ -171,6 +179,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
                 current.windows.join(slot, planned_steps, self._clock())
             session = current.seat(slot, planned_steps, cuts)
             self._index.touch(current, slot)
+            logger.info("%s: slot %d joined", current, slot, extra={"slot": slot})
             return SessionGrant(
                 session=session.id,
                 epoch=self.epoch,
@@ -276,6 +285,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
                 return
             member = current.sessions[session]
             current.closed.add(session)
+            logger.info("%s: slot %d left", current, member.slot, extra={"slot": member.slot})
             if current.plan.evaluate or self.mode != "joint":
                 current.windows.slots[member.slot].finished = True
                 return
@@ -284,22 +294,6 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
         self._thread.do(
             lambda: self._settling.drop(current, member.slot, "it closed its session early")
         )
-
-    def cache_bytes(self) -> int:
-        """Return the bytes of key-value caches, after freeing those that nobody uses any more."""
-        return self._unrecorded.cache_bytes()
-
-    def status(self) -> TrunkStatus:
-        """Return where the trunk stands. Never waits for a forward or a backward."""
-        with self._changed:
-            base = TrunkStatus(
-                epoch=self.epoch,
-                version=self.compute.version,
-                experiment=self._weights.experiment,
-                fingerprint=self.fingerprint,
-            )
-            current = self._index.round
-            return base if current is None else current.described(base)
 
     def adapter(self) -> dict[str, Tensor]:
         """Return the trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
@@ -326,8 +320,3 @@ class TrunkEngine(CoordinatorSide, LeavingSide):
     def keep_as_initial(self) -> None:
         """Let every experiment begin with the weights as they are now."""
         self._thread.do(self._weights.keep_as_initial)
-
-    def inspect(self) -> Inspection:
-        """Return what the engine keeps, for figures and tests; it must not be changed."""
-        with self._changed:
-            return self._index.inspect()

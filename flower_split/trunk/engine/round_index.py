@@ -20,6 +20,7 @@ from flower_split.trunk.compute.weight_versions import Versions
 from flower_split.trunk.engine.dispatches import Dispatches
 from flower_split.trunk.engine.round_state import Round, hashed
 from flower_split.trunk.engine.sessions import Session
+from flower_split.trunk.engine.watching import Totals
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class RoundIndex:
     Attributes:
         changed: The engine's lock; see the module's docstring.
         round: The round begun last; None: none was.
+        totals: Counts since the process started.
     """
 
     def __init__(self, dispatches: Dispatches, epoch: int, clock: Callable[[], float]) -> None:
@@ -51,11 +53,13 @@ class RoundIndex:
         self.epoch = epoch
         self.clock = clock
         self.round: Round | None = None
+        self.totals = Totals()
 
     def replace(self, current: Round) -> None:
         """Make ``current`` the trunk's round; calls of the former one are refused from now on."""
         if self.round is not None:
             self.round.retired = True
+            self.totals.compute_seconds += self.round.compute_seconds
         self.round = current
         self.changed.notify_all()
 
@@ -131,6 +135,8 @@ class RoundIndex:
     def count_bytes(self, session: str, received: int, sent: int) -> None:
         """Add a call's bytes on the wire to its slot's totals. Takes the lock itself."""
         with self.changed:
+            self.totals.bytes_received += received
+            self.totals.bytes_sent += sent
             current = self.of_session(session)
             if current is not None:
                 slot = current.sessions[session].slot

@@ -11,6 +11,7 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport
 from flower_split.runtime import failpoints
+from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
@@ -81,6 +82,9 @@ class RoundLifecycle:
             self._compute.plan(_total_steps(plan))
             current = self._begun(plan)
             self._index.replace(current)
+            PROCESS_FIELDS.bind(
+                experiment=plan.experiment, round=plan.server_round, attempt=plan.attempt
+            )
             logger.info(
                 "begin %s: slots %s, version %d",
                 current,
@@ -191,6 +195,7 @@ class RoundLifecycle:
                 before=before,
                 activations=dispatches.activations,
                 slots_by_token={},
+                began=now,
                 last_activity=now,
                 dispatches=dispatches,
                 reduction=self._reduction,
@@ -203,6 +208,7 @@ class RoundLifecycle:
             before=before,
             activations=self._activations,
             slots_by_token={hashed(token): slot for slot, token in plan.participants.items()},
+            began=now,
             last_activity=now,
         )
 
@@ -223,8 +229,10 @@ class RoundLifecycle:
 
     def _save(self, current: Round, digest: str) -> None:
         """Write the round's checkpoint, or give the round up. The lock is free: disks are slow."""
+        started = self._index.clock()
         try:
             self._weights.save(current, digest)
+            self._index.totals.checkpoint_seconds += self._index.clock() - started
         except OSError as error:
             logger.error("%s: the checkpoint cannot be written: %s", current, error)
             with self._index.changed:
@@ -238,6 +246,7 @@ class RoundLifecycle:
     def _keep(self, current: Round) -> None:
         """Let what ``current`` did stay."""
         current.committed = True
+        self._index.totals.rounds_committed += not current.plan.evaluate
         self._weights.keep(current)
         self._activations.clear()
         self._index.changed.notify_all()

@@ -61,6 +61,7 @@ class Round:
     # step-every contribution: slot, window and micro-batch of the forward that has no backward yet
     open_contribution: tuple[int, int, int] | None = None
     open_since: float = 0.0
+    began: float = 0.0
     last_activity: float = 0.0
     last_seen: dict[int, float] = field(default_factory=dict)  # slot -> its latest call
     compute_seconds: float = 0.0
@@ -85,6 +86,10 @@ class Round:
     def weights(self) -> Weights | None:
         """The copies that its calls compute with; None: the trunk's own weights."""
         return None
+
+    def waited_for(self) -> list[int]:
+        """Return the slots that all others wait for now."""
+        return [] if self.plan.evaluate or self.over else self.windows.waited_for()
 
     # ------------------------------------------------------------------ calls
 

@@ -46,6 +46,7 @@ class Settling:
                 current.windows.abort(f"the trunk's optimizer step failed: {error}")
             if current.windows.phase is Phase.ABORTED and not current.rolled_back:
                 current.rolled_back = True
+                self._index.totals.rounds_aborted += not current.plan.evaluate
                 self._compute.restore(current.before)
                 current.forget_work()
                 level = logging.INFO if current.plan.evaluate else logging.WARNING

@@ -239,6 +239,16 @@ class WindowMachine:
         late = [s for s, state in self._members() if not state.dropped and not state.complete]
         return f"slots {late} have not contributed to window {self.window}"
 
+    def waited_for(self) -> list[int]:
+        """Return the slots that all others wait for now, where they go on together."""
+        if self.step_every is not StepEvery.LOCAL_STEP:
+            return []
+        if self.phase is Phase.JOINING:
+            return self._missing_joins()
+        there = [slot for slot, state in self._members() if not state.dropped]
+        late = [slot for slot in there if not self.slots[slot].complete]
+        return late if self.phase is Phase.OPEN and len(late) < len(there) else []
+
     def seal(self, now: float) -> None:
         """Open the next window, or be done: the engine has stepped with the open one."""
         self.window += 1

@@ -10,9 +10,8 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     arrivals_from_proto,
     plan_from_proto,
-    report_to_proto,
-    status_to_proto,
 )
+from flower_split.protocol.reports import report_to_proto, status_to_proto
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.handlers import (
     Answering,

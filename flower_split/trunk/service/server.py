@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
@@ -25,6 +25,7 @@ from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.admission import Admission
 from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
+from flower_split.trunk.service.following_health import FollowingHealth
 from flower_split.trunk.service.handlers import WaitingPermits
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE, is_loopback, read_pem, server_options
@@ -48,6 +49,9 @@ class TrunkServer(Closing):
         max_tensor_bytes: Limit on the tensors of one call.
         max_call_seconds: That a client's call may wait, whatever the client asks for.
         interceptors: Run around every call that is let in, as grpc's own.
+
+    Attributes:
+        refusals: Counts of refused calls.
 
     Raises:
         ConfigError: Plain text beyond loopback, an empty token, half a key pair, too few workers.
@@ -86,8 +90,8 @@ class TrunkServer(Closing):
         )
         if tls_key:
             check_private(tls_key, "tls-key")
-        self._health = health.HealthServicer()
-        refusals = RefusalLog()
+        self._health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
+        refusals = self.refusals = RefusalLog()
 
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),

@@ -7,13 +7,21 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.convert import (
     plan_from_proto,
     plan_to_proto,
+)
+from flower_split.protocol.reports import (
     report_from_proto,
     report_to_proto,
     status_from_proto,
     status_to_proto,
 )
 from flower_split.protocol.step_every import StepEvery
-from flower_split.protocol.values import RoundPlan, RoundReport, SlotReport, TrunkStatus
+from flower_split.protocol.values import (
+    ProcessReport,
+    RoundPlan,
+    RoundReport,
+    SlotReport,
+    TrunkStatus,
+)
 from tests.support.loopback import (
     FINGERPRINT,
     HIDDEN,
@@ -33,6 +41,23 @@ SLOT = SlotReport(
     num_tokens=5.5,
     bytes_received=6,
     bytes_sent=7,
+    joined=True,
+    waited_seconds=8.5,
+    silent_seconds=9.5,
+)
+PROCESS = ProcessReport(
+    package_version="10",
+    uptime_seconds=11.5,
+    round_seconds=12.5,
+    queue_seconds=13.5,
+    resident_bytes=14,
+    accelerator_bytes=15,
+    bytes_received=16,
+    bytes_sent=17,
+    rounds_committed=18,
+    rounds_aborted=19,
+    checkpoint_seconds=20.5,
+    compute_seconds=21.5,
 )
 
 
@@ -70,6 +95,7 @@ def test_plan_report_and_status_survive_the_protocol() -> None:
         slots=(SLOT,),
         problem="p",
         fingerprint={"a": "b"},
+        process=PROCESS,
     )
     assert status_from_proto(status_to_proto(status)) == status
 
