@@ -15,6 +15,7 @@ from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.structure.compute_mode import compute_fast
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.schema_probe import schema_of
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.wire.codecs import make_codec
@@ -53,6 +54,9 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
     trunk.requires_grad_(trains_fully)
     if config.mode == "joint" and not trains_fully:
         attach_lora(trunk, cuts, {"trunk": config.lora.trunk}, seed=config.seed)
+    inputs = schema_of(
+        trunk, trunk.hidden_size
+    )  # before compilation, which every form would repeat
     if config.trunk.compute == "fast":
         compute_fast(trunk, trunk.stack.layers(trunk))
     return TrunkEngine(
@@ -66,6 +70,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         weight_bytes=int(config.trunk.snapshot_memory * _GIB),
         reduction=_reduction(config.trunk),
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
+        inputs=inputs,
     )
 
 

@@ -3,9 +3,10 @@
 ====================  ==================================================  =================
 raised at the trunk   status code                                         raised at the client
 ====================  ==================================================  =================
-TrunkRefused          FAILED_PRECONDITION (UNAUTHENTICATED and            TrunkRefused, same reason
-                      RESOURCE_EXHAUSTED for those two reasons), with
-                      the typed ``Refusal`` in the trailing metadata
+TrunkRefused          FAILED_PRECONDITION (UNAUTHENTICATED, INVALID_    TrunkRefused, same reason
+                      ARGUMENT and RESOURCE_EXHAUSTED for those three
+                      reasons), with the typed ``Refusal`` in the
+                      trailing metadata
 RoundAborted          ABORTED                                             RoundAborted
 TrunkUnavailable      DEADLINE_EXCEEDED                                   retried, TrunkUnavailable
 TrunkBusy             UNAVAILABLE                                         retried, TrunkUnavailable
@@ -47,6 +48,7 @@ def status_of(error: FlowerSplitError) -> tuple[grpc.StatusCode, str, pb.Refusal
         code = {
             RefusalReason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
             RefusalReason.OVER_BUDGET: grpc.StatusCode.RESOURCE_EXHAUSTED,
+            RefusalReason.INVALID_REQUEST: grpc.StatusCode.INVALID_ARGUMENT,
         }.get(error.reason, grpc.StatusCode.FAILED_PRECONDITION)
         reason = pb.Refusal.Reason.Name(error.reason.value)
         return code, text, pb.Refusal(reason=reason, message=text)

@@ -7,7 +7,6 @@ several), ``layer_argument/PLACE`` and ``host_argument/PLACE``
 (:mod:`flower_split.split.structure.layer_arguments`): see ``TrunkModel.forward``.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,8 +18,6 @@ from flower_split.split.structure.host_call import Mask
 
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 _LAYER, _HOST = "layer_argument", "host_argument"
-_PLACE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}(\.[A-Za-z0-9_]{1,63}){0,3}|[0-9]{1,2}")
-_MAX_AXES = 4  # of position ids: text, time, height, width
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,21 +76,3 @@ class TrunkInputs:
             arguments[_LAYER],
             arguments[_HOST],
         )
-
-
-def fits(name: str, tensor: Tensor, batch: int, seq: int) -> bool:
-    """Return whether a tensor of that name may come with hidden states ``[batch, seq, ...]``."""
-    shape = tuple(tensor.shape)
-    whole = len(shape) == 4 and shape[0] in (1, batch) and shape[2:] == (seq, seq)
-    head, _, rest = name.partition("/")
-    if head == _MASK and rest:
-        return _PLACE.fullmatch(rest) is not None and (whole or shape == (0,))
-    if head in (_LAYER, _HOST):
-        values = tensor.is_floating_point() or (head == _HOST and tensor.dtype == torch.bool)
-        return _PLACE.fullmatch(rest) is not None and values
-    if name == _MASK:
-        return shape == (batch, seq) or whole
-    if name == _POSITIONS:
-        axes = len(shape) == 2 or (len(shape) == 3 and 0 < shape[0] <= _MAX_AXES)
-        return axes and shape[-2] in (1, batch) and shape[-1] == seq
-    return False

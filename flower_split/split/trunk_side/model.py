@@ -141,6 +141,11 @@ class TrunkModel(nn.Module):
         return span
 
     @property
+    def host(self) -> nn.Module:
+        """Return the module whose forward runs the layers."""
+        return self._host[0]
+
+    @property
     def hidden_size(self) -> int:
         """Return the width of the hidden states as they cross the cut layer."""
         return math.prod(self._position_shape)

@@ -161,6 +161,7 @@ class TrunkCompute:
                 trunk_output_grad.to(output.device, output.dtype),
                 allow_unused=True,
             )
+        activation.output = None  # its graph is used up: a backward that is tried again, recomputes
         computed = {"smashed_grad": smashed_grad}
         for (name, _), gradient in zip(self.named, gradients, strict=True):
             if gradient is not None:

@@ -30,13 +30,14 @@ from flower_split.protocol.values import (
 )
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import ActivationCache
-from flower_split.trunk.compute.checks import check_fingerprint, check_tensors
+from flower_split.trunk.compute.checks import InputSchema, check_fingerprint
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.schema_probe import schema_of
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.compute_thread import ComputeThread
-from flower_split.trunk.engine.contributions import Contribution, Contributions, naming
+from flower_split.trunk.engine.contributions import Contribution, Contributions
 from flower_split.trunk.engine.coordinator_side import CoordinatorSide
 from flower_split.trunk.engine.deadlines import Deadlines
 from flower_split.trunk.engine.dispatches import Dispatches
@@ -68,6 +69,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         weight_bytes: Budget of former weights, for clients that work on them in asynchronous rounds.
         checkpoints: Where rounds are kept before they are committed; None: a trunk that restarts
             can go on only with a new experiment.
+        inputs: What a forward may bring; None: the trunk's model is asked now.
         clock: Monotonic seconds; tests pass their own.
 
     Attributes:
@@ -91,6 +93,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         cache_bytes: int = 1 << 30,
         weight_bytes: int = 1 << 30,
         checkpoints: CheckpointStore | None = None,
+        inputs: InputSchema | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epoch = secrets.randbits(63)
@@ -100,6 +103,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         trains = mode == "joint"
         reduction = reduction or Reduction()
         self.compute = compute
+        self._inputs = inputs or schema_of(compute.trunk, hidden_size)
         self._clock = clock
         dispatches = Dispatches(
             compute,
@@ -208,16 +212,9 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             current, member = self._index.member(call.session, call.epoch)
             evaluates = call.mode is ForwardMode.EVALUATE
             name = None if evaluates else current.name_of(member, call.key, CallKind.FORWARD)
-        try:
-            check_tensors(call.tensors, self.hidden_size)
-        except TrunkRefused as error:
-            raise naming(error, member.slot) from None
+        call = self._inputs.forward(call, member.slot)
         if name is None:
             return self._unrecorded.evaluate(call, current, member)
-        if call.cache is not None:
-            raise TrunkRefused(
-                RefusalReason.INVALID_REQUEST, "only an evaluation may keep a key-value cache."
-            )
         if call.mode is ForwardMode.NO_GRAD:
             result = self._unrecorded.forward(call, member, current.seed_name(name))
             with self._changed:
@@ -244,6 +241,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
             name = current.name_of(member, call.key, CallKind.BACKWARD)
+        self._inputs.check_gradient(call.grad)
         return self._contributions.once(Contribution(current, member, name, call, arrived))
 
     def finish_step(self, call: FinishCall) -> FinishResult:

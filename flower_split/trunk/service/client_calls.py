@@ -218,7 +218,7 @@ def _forward_call(header: pb.ForwardHeader, received: Received, deadline: float)
         CodecError: Its mode is unknown, or it is recorded and has no key.
     """
     tensors = received.tensors
-    rows = tensors.pop("cache_rows", None)
+    rows = tensors.pop("cache_rows", None) if header.HasField("cache") else None
     mask = tensors.get("attention_mask")
     if mask is not None and mask.dtype == torch.bool and mask.ndim == 2:
         tensors["attention_mask"] = mask.to(torch.int64)  # as tokenizers give it

@@ -1,6 +1,6 @@
 """The coordinator's methods of the trunk's service: rounds, status, the adapter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 from google.protobuf.message import Message
@@ -16,6 +16,7 @@ from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
+    Request,
     deadline_of,
     same_token,
     token_of,
@@ -42,21 +43,25 @@ class CoordinatorCalls:
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name."""
         return {
-            "BeginRound": unary(pb.BeginRoundRequest, self._begin_round, self._refusals),
-            "PrepareRound": unary(pb.PrepareRoundRequest, self._prepare_round, self._refusals),
-            "CommitRound": unary(pb.CommitRoundRequest, self._commit_round, self._refusals),
-            "AbortRound": unary(pb.AbortRoundRequest, self._abort_round, self._refusals),
-            "Status": unary(pb.StatusRequest, self._status, self._refusals),
+            "BeginRound": self._own(pb.BeginRoundRequest, self._begin_round),
+            "PrepareRound": self._own(pb.PrepareRoundRequest, self._prepare_round),
+            "CommitRound": self._own(pb.CommitRoundRequest, self._commit_round),
+            "AbortRound": self._own(pb.AbortRoundRequest, self._abort_round),
+            "Status": self._own(pb.StatusRequest, self._status),
             "GetAdapter": grpc.unary_stream_rpc_method_handler(self._get_adapter),
         }
 
+    def _own(
+        self, request_type: type[Request], behaviour: Callable[[Request, Context], Message]
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        """Return the handler of a call that is the coordinator's alone."""
+        return unary(request_type, behaviour, self._refusals, self._require_coordinator)
+
     def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
         epoch, version = self._engine.begin_round(plan_from_proto(request))
         return pb.BeginRoundReply(trunk_epoch=epoch, version=version)
 
     def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
         report = self._engine.prepare_round(
             request.experiment,
             request.server_round,
@@ -67,21 +72,18 @@ class CoordinatorCalls:
         return report_to_proto(report)
 
     def _commit_round(self, request: pb.CommitRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
         version = self._engine.commit_round(
             request.experiment, request.server_round, request.attempt
         )
         return pb.CommitRoundReply(version=version)
 
     def _abort_round(self, request: pb.AbortRoundRequest, context: Context) -> Message:
-        self._require_coordinator(context)
         version = self._engine.abort_round(
             request.experiment, request.server_round, request.attempt, request.why
         )
         return pb.AbortRoundReply(version=version)
 
     def _status(self, request: pb.StatusRequest, context: Context) -> Message:
-        self._require_coordinator(context)
         return status_to_proto(self._engine.status())
 
     def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:

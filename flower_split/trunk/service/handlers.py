@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import grpc
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
 from flower_split.trunk.service.refusals import RefusalLog
@@ -107,7 +107,7 @@ def parsed(request_type: type[Request], data: bytes) -> Request:
     """
     try:
         return request_type.FromString(data)
-    except ValueError as error:  # protobuf's DecodeError is one
+    except (DecodeError, ValueError) as error:  # by the version of protobuf, one is the other
         raise CodecError("the request is not a valid protobuf message.") from error
 
 
@@ -115,12 +115,21 @@ def unary(
     request_type: type[Request],
     behaviour: Callable[[Request, Context], Message],
     refusals: RefusalLog,
+    admit: Callable[[Context], None] = lambda context: None,
 ) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    """Return the handler of a control call: its bytes parsed, its reply's serialised."""
+    """Return the handler of a control call: its bytes parsed, its reply's serialised.
+
+    Args:
+        request_type: Of the call.
+        behaviour: Answers it.
+        refusals: Notes it where it is refused.
+        admit: Raises for a caller who may not make it, before anything of the request is read.
+    """
     name = request_type.DESCRIPTOR.name.removesuffix("Request")
 
     def handle(data: bytes, context: Context) -> bytes:
         with Answering(context, name, refusals):
+            admit(context)
             return behaviour(parsed(request_type, data), context).SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(handle)

@@ -209,6 +209,18 @@ def test_not_finite_tensors_are_refused_and_leave_no_trace(engine, value):
     assert engine.prepare_round("test", 1, 0, time.monotonic() + 5).optimizer_steps == 1
 
 
+def test_backward_is_tried_again_after_one_whose_gradients_were_not_finite(engine):
+    engine.begin_round(make_plan((0,)))
+    client = ToyClient(engine, 0)
+    large = torch.full_like(batch(0), 1e20)
+    client.forward(large)
+    with refusal(RefusalReason.NON_FINITE):
+        client.backward(large, digest=b"1")  # h^T g is 1e40, beyond fp32
+    small = client.backward(torch.ones_like(large), digest=b"2")  # the graph was used up
+    weight = engine.compute.parameters[0].detach()
+    torch.testing.assert_close(small.tensor, torch.ones_like(large) @ weight.T)
+
+
 @pytest.mark.parametrize(
     ("tensors", "what"),
     [
