@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from flower_split.cli.exit_codes import exit_code_table
+from flower_split.cli.experiment_commands import add_experiment_commands
 from flower_split.cli.operator_commands import add_operator_commands
 from flower_split.runs.resuming import resume_table
 from flower_split.runtime.logs import FORMATS, LEVELS
@@ -34,6 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_trunk(commands)
     _add_export(commands)
     _add_generate(commands)
+    add_experiment_commands(commands)
     add_operator_commands(commands)
     return parser
 

@@ -6,9 +6,9 @@ the parts that the run trains, each with its own optimizer (``train.optimizer`` 
 so both optimizers go on from the first step to the last.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from flower_split.client.client import SAME_AS_RUN, Client
@@ -24,23 +24,32 @@ from flower_split.lora.state import adapter_parameters
 from flower_split.parties.client_ranks import widened
 from flower_split.parties.parts import model_cuts
 from flower_split.training.loss import evaluate
-from flower_split.training.measures import EvalResult
+from flower_split.training.measures import EvalResult, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
 
 
-def train_alone(client: Client) -> dict[str, Tensor]:
+def train_alone(
+    client: Client, on_round: Callable[[int, TrainResult], None] = lambda number, result: None
+) -> dict[str, Tensor]:
     """Train all three parts, for as many steps as the run, from the same start.
+
+    Args:
+        client: Whose data it trains on.
+        on_round: Called after each of the run's rounds, from 1, with what was measured.
 
     Returns:
         The adapter of the whole model; trained at this client's ranks, written at the run's.
     """
     model, initial = client.kept.whole_model(client.own)
     load_adapter_state(model, initial)
-    optimizers = _optimizers(client, model)
+    optimizers = part_optimizers(client, model)
     for server_round in range(1, client.config.num_server_rounds + 1):
         position, batches = client.position(server_round), client.batches(server_round)
-        train_round(model, batches, client.config, position, None, optimizers=optimizers)
+        on_round(
+            server_round,
+            train_round(model, batches, client.config, position, None, optimizers=optimizers),
+        )
     state = adapter_state(model)
     if client.own == SAME_AS_RUN:
         return state
@@ -55,17 +64,31 @@ def evaluate_alone(client: Client, adapter: Mapping[str, Tensor]) -> EvalResult:
     return evaluate(model, client.eval_batches(), client.device)
 
 
-def _optimizers(client: Client, model: PreTrainedModel) -> list[PartOptimizer]:
-    """Return one optimizer for bottom and top, and one for the trunk where it trains."""
-    config, stack, cuts = client.config, stack_of(model), model_cuts(client.config)
-    embeddings = frozenset(name.removesuffix(".base_layer") for name in embedding_names(model))
-    of_trunk: list[nn.Parameter] = []
-    of_client: list[nn.Parameter] = []
-    for name, parameter in adapter_parameters(model):
-        if parameter.requires_grad:
-            module = name.split(".lora_", 1)[0] if ".lora_" in name else name.rpartition(".")[0]
-            part = part_of(module, stack, cuts, embeddings)
-            (of_trunk if part == "trunk" else of_client).append(parameter)
+def part_optimizers(client: Client, model: PreTrainedModel) -> list[PartOptimizer]:
+    """Return one optimizer for bottom and top, and one for the trunk where it trains.
+
+    Args:
+        client: Its configuration names the optimizers, and its steps place their schedules.
+        model: The unsplit model, with LoRA.
+    """
+    config = client.config
+    named = {name: p for name, p in adapter_parameters(model) if p.requires_grad}
+    of_trunk = names_of_trunk(client, model, named)
     total = client.position(1).total_steps
-    pairs = ((of_client, config.train.optimizer), (of_trunk, config.trunk.optimizer))
+    pairs = (
+        ([p for name, p in named.items() if name not in of_trunk], config.train.optimizer),
+        ([p for name, p in named.items() if name in of_trunk], config.trunk.optimizer),
+    )
     return [PartOptimizer(owned, settings, total) for owned, settings in pairs if owned]
+
+
+def names_of_trunk(client: Client, model: PreTrainedModel, names: Iterable[str]) -> frozenset[str]:
+    """Return those of ``names``, parameters of an unsplit model, that the run's trunk would hold."""
+    stack, cuts = stack_of(model), model_cuts(client.config)
+    embeddings = frozenset(name.removesuffix(".base_layer") for name in embedding_names(model))
+    found = set()
+    for name in names:
+        module = name.split(".lora_", 1)[0] if ".lora_" in name else name.rpartition(".")[0]
+        if part_of(module, stack, cuts, embeddings) == "trunk":
+            found.add(name)
+    return frozenset(found)

@@ -17,6 +17,11 @@ SCRIPTS = [
     pytest.param("block docs/how-to/doctor.md doctor", []),
     pytest.param("block docs/how-to/doctor.md certs", ["certificates"]),
     pytest.param("block docs/how-to/new-app.md new-app", ["job/job"], marks=pytest.mark.slow),
+    pytest.param(
+        "block docs/how-to/experiments.md experiments",
+        ["sweeps/modes/runs"],
+        marks=pytest.mark.slow,
+    ),
     pytest.param("block docs/how-to/resume.md resume", ["resumed"], marks=pytest.mark.slow),
     pytest.param(
         "block docs/how-to/differential-privacy.md differential-privacy",

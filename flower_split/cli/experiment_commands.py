@@ -1,0 +1,54 @@
+"""The commands of a researcher: ``sweep``."""
+
+import argparse
+from pathlib import Path
+
+
+def add_experiment_commands(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+) -> None:
+    """Add the commands, each with its function as the default ``handler``."""
+    sweep = commands.add_parser(
+        "sweep",
+        help="run a grid of configurations and their baselines, and print one table",
+        description="Runs what is missing, without SuperLink (as run --local), a directory each; then "
+        "writes results.csv,\na table and a figure with deviations over seeds.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    sweep.add_argument(
+        "what", type=Path, metavar="APP", help="the app's directory; or a sweep's TOML file"
+    )
+    sweep.add_argument(
+        "--grid",
+        metavar="'KEY=VALUE,VALUE …'",
+        help="every combination runs; the first value of a key is what the others are compared with",
+    )
+    sweep.add_argument("--baselines", metavar="NAME,…", help="central, alone; default: none")
+    sweep.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="where all of it goes"
+    )
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
+    sweep.add_argument(
+        "--run-config",
+        "-c",
+        action="append",
+        metavar="KEY=VALUE …",
+        help="override the app's configuration in every run",
+    )
+    sweep.set_defaults(handler=_sweep)
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    # Torch and Flower take seconds to load: only the command that needs them does.
+    from flower_split.cli.sweep import SweepCommand, sweep
+
+    return sweep(
+        SweepCommand(
+            what=arguments.what,
+            grid=arguments.grid,
+            baselines=arguments.baselines,
+            out=arguments.out,
+            jobs=arguments.jobs,
+            run_config=arguments.run_config,
+        )
+    )

@@ -1,0 +1,143 @@
+"""``flower-split sweep``: all runs of a grid and their baselines, and one table of them."""
+
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flower_split.cli.app_config import load_app
+from flower_split.cli.exit_codes import COMPLETED, FAILED, STOPPED
+from flower_split.cli.interrupts import Interrupts
+from flower_split.cli.overrides import flatten, parse_overrides
+from flower_split.cli.paths import absolute_paths
+from flower_split.config import Scalar
+from flower_split.errors import ConfigError
+from flower_split.experiments.grid import Axes, checked_axis, parse_grid
+from flower_split.experiments.results import read_result
+from flower_split.experiments.sweep import Sweep, check_sweep, outcomes, run_sweep
+from flower_split.experiments.table import check_libraries, write_results
+from flower_split.local.job import LocalJob, load_modules
+
+_KEYS = ("app", "grid", "baselines", "run-config")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepCommand:
+    """What the command line asks for."""
+
+    what: Path  # an app's directory, or a sweep's TOML file
+    grid: str | None = None
+    baselines: str | None = None  # separated by commas
+    out: Path
+    jobs: int = 1
+    run_config: Sequence[str] | None = None  # values of --run-config
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Described:
+    """What a sweep's TOML file says."""
+
+    app: Path
+    axes: Axes = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()
+    run_config: Mapping[str, Scalar] = field(default_factory=dict)
+
+
+def sweep(command: SweepCommand) -> int:
+    """Run what is missing of a sweep, print its table, and return the exit code.
+
+    Raises:
+        FlowerSplitError: The sweep cannot be; nothing was started.
+    """
+    wanted = prepare(command, Path.cwd())
+    check_sweep(wanted)
+    check_libraries()
+    load_modules()  # before the forks, so that every process has them
+    with Interrupts() as interrupts:
+        failed = run_sweep(wanted, stopped=lambda: interrupts.count > 0)
+        stopped = interrupts.count > 0
+    found = outcomes(wanted)
+    if found:
+        results = [read_result(cell, directory) for cell, directory in found.items()]
+        print(f"\n{write_results(wanted.out, results, wanted.axes)}\n")
+        print(f"{len(found)} of {len(wanted.cells)} runs; tables and figure in {wanted.out}")
+    if stopped or failed:
+        why = "the sweep was stopped" if stopped else f"{len(failed)} runs failed"
+        print(f"flower-split: {why}. The same command runs what is missing.", file=sys.stderr)
+    return STOPPED if stopped else FAILED if failed else COMPLETED
+
+
+def prepare(command: SweepCommand, here: Path) -> Sweep:
+    """Read what the command line and the sweep's file ask for.
+
+    Args:
+        command: What is asked for; options come before what the file says.
+        here: The directory that relative paths are meant from.
+
+    Raises:
+        ConfigError: The app, the grid, a baseline or a key is wrong.
+    """
+    described = _described(command.what)
+    app = load_app(described.app)
+    overrides = {**described.run_config, **parse_overrides(command.run_config)}
+    config = replace(app.config(overrides), run_dir="", resume="")
+    axes = described.axes if command.grid is None else parse_grid(command.grid)
+    if not axes:
+        raise ConfigError("a sweep needs a grid: --grid 'seed=0,1,2 mode=joint,frozen'.")
+    app.check_keys({key: values[0] for key, values in axes.items()})
+    baselines = described.baselines
+    if command.baselines is not None:
+        baselines = tuple(filter(None, command.baselines.split(",")))
+    return Sweep(
+        app=LocalJob(
+            folder=app.project.parent.absolute(),
+            server_app=app.server_app,
+            client_app=app.client_app,
+            run_config={**app.values, **absolute_paths(config, here)},
+        ),
+        axes=axes,
+        baselines=baselines,
+        out=(here / command.out.expanduser()).resolve(),
+        jobs=command.jobs,
+    )
+
+
+def _described(path: Path) -> _Described:
+    if path.suffix != ".toml":
+        return _Described(app=path)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the sweep {path} cannot be read: {error}. Correct the file.") from error
+    unknown = sorted(table.keys() - set(_KEYS))
+    app, grid, baselines = table.get("app"), table.get("grid", {}), table.get("baselines", [])
+    config = table.get("run-config", {})
+    well = isinstance(app, str) and isinstance(grid, dict) and isinstance(config, dict)
+    if unknown or not well or not isinstance(baselines, list):
+        raise ConfigError(
+            f"the sweep {path} must have app (a directory, from the file's), and may have the tables "
+            "grid (key = list of values) and run-config, and the list baselines"
+            + (f"; it has {', '.join(unknown)}." if unknown else "; one of them is something else.")
+        )
+    return _Described(
+        app=path.parent / str(app),
+        axes=dict(_axes(grid, path)),
+        baselines=tuple(str(name) for name in baselines),
+        run_config=flatten(config),
+    )
+
+
+def _axes(
+    table: Mapping[str, object], path: Path, prefix: str = ""
+) -> list[tuple[str, tuple[Scalar, ...]]]:
+    axes = []
+    for name, values in table.items():
+        key = prefix + name
+        if isinstance(values, dict):
+            axes += _axes(values, path, f"{key}.")
+        elif isinstance(values, list) and values:
+            axes.append((key, checked_axis(key, values)))
+        else:
+            raise ConfigError(f"{path}: grid.{key} must be a list of values; it is {values!r}.")
+    return axes
