@@ -39,6 +39,12 @@ class TrunkConfig:
     """GiB of saved activations, over all clients."""
     activation_memory_per_client: float = 0.0
     """GiB of saved activations of one client; 0: an equal share."""
+    max_calls_in_flight: int = 32
+    """Calls that one client may have in progress at the trunk."""
+    call_memory_per_client: float = 1.0
+    """GiB of tensors of one client's calls in progress, as they are announced."""
+    max_call_positions: int = 262144
+    """Rows times positions of one call."""
     cache_memory: float = 1.0
     """GiB of key-value caches of generation, over all clients."""
     snapshot_memory: float = 1.0
@@ -93,11 +99,13 @@ class TrunkConfig:
             "window_timeout",
             "call_timeout",
             "activation_memory",
+            "call_memory_per_client",
             "cache_memory",
             "snapshot_memory",
         ):
             above(f"trunk.{kebab(name)}", getattr(self, name), 0)
-        at_least("trunk.num-threads", self.num_threads, 1)
+        for name in ("num_threads", "max_calls_in_flight", "max_call_positions"):
+            at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         one_of("trunk.compute", self.compute, COMPUTE_MODES)
         if self.address and ":" not in self.address:
             raise ConfigError(f"trunk.address must be host:port; it is {self.address!r}.")

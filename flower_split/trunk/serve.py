@@ -63,6 +63,7 @@ class RunningTrunk(Closing):
     def __init__(self, config: RunConfig, serving: Serving) -> None:
         # Loading torch and the model takes seconds: only the process that serves pays for it.
         from flower_split.trunk.build import make_engine
+        from flower_split.trunk.service.handlers import Limits
         from flower_split.trunk.service.server import TrunkServer
 
         directory = Path(serving.checkpoints) if serving.checkpoints else None
@@ -75,6 +76,11 @@ class RunningTrunk(Closing):
             tls_key=serving.tls_key or None,
             max_workers=_WORKERS,
             max_call_seconds=config.trunk.call_timeout,
+            limits=Limits(
+                calls=config.trunk.max_calls_in_flight,
+                call_bytes=int(config.trunk.call_memory_per_client * 2**30),
+                call_positions=config.trunk.max_call_positions,
+            ),
         )
         self._metrics: Closing | None = None
         self.metrics_port = 0

@@ -313,7 +313,9 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
 
     def expire(self) -> None:
         """Act on deadlines and leases that have ended; the deadline thread calls it."""
-        self._thread.do(self._settling.expire)
+        current = self._settling.expire()
+        if current is not None:
+            self._thread.do(lambda: self._settling.settle(current))
 
     def keep_as_initial(self) -> None:
         """Let every experiment begin with the weights as they are now."""

@@ -69,6 +69,8 @@ class RoundLifecycle:
             )
         with self._index.changed:
             former = self._index.round
+            if former is not None and former.windows.phase is Phase.ABORTED:
+                self._settling.settle(former)  # its deadline may have ended a moment ago
             if former is not None and not former.over:
                 if former.plan == plan:  # a retry
                     return self._index.epoch, former.before.version

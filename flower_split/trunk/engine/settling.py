@@ -1,7 +1,7 @@
 """What follows from a change in a round: optimizer steps, clients dropped, deadlines, roll-back.
 
-Only the compute thread calls these methods. Each holds the engine's lock while it decides and while
-it steps, so that nobody sees a window that is complete and not yet stepped.
+Only the compute thread calls these methods, but for :meth:`Settling.expire`. Each holds the engine's
+lock while it decides and while it steps, so that nobody sees a window that is complete and not yet stepped.
 """
 
 import logging
@@ -83,20 +83,24 @@ class Settling:
             )
         self.settle(current)
 
-    def expire(self) -> None:
-        """Act on deadlines and leases that have ended."""
+    def expire(self) -> Round | None:
+        """End deadlines and leases; return the round, which is then to be settled.
+
+        Any thread may call it: whoever waits is told at once, whatever the compute thread does.
+        """
         with self._index.changed:
             now = self._index.clock()
             self._index.dispatches.expire()
             current = self._index.round
             if current is None or current.over:
-                return
+                return current
             current.windows.expire(now)
             for slot in current.silent(now):
                 why = f"it was silent for {current.plan.window_seconds:g} s, so its lease ended"
                 current.windows.drop(slot, why, now)
             current.release_dropped()
-        self.settle(current)
+            self._index.changed.notify_all()
+            return current
 
     def _complete(self, current: Round) -> list[int]:
         """Return the slots that make a step now, in their order; none: it must wait for more."""

@@ -5,6 +5,7 @@ thread and are freed when their session ends or falls silent.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 
 from torch import Tensor
@@ -41,6 +42,7 @@ class UnrecordedForwards:
         self._compute = compute
         self._thread = thread
         self._caches = CacheStore(compute, cache_bytes, clock)
+        self._freeing: Future[None] | None = None  # the deadline thread's alone
 
     def evaluate(self, call: ForwardCall, current: Round, member: Session) -> CallResult:
         """Run a forward without dropout, which may go on from a key-value cache."""
@@ -76,9 +78,9 @@ class UnrecordedForwards:
         return self._thread.do(run)
 
     def free_caches(self) -> None:
-        """Free the key-value caches of closed sessions and ended leases."""
-        if not self._caches.is_empty:
-            self.cache_bytes()
+        """Free the key-value caches of closed sessions and ended leases, without waiting for it."""
+        if not self._caches.is_empty and (self._freeing is None or self._freeing.done()):
+            self._freeing = self._thread.submit(self._caches.expire, self._is_open)
 
     def _evaluate(self, call: ForwardCall, member: Session, lease: float) -> Tensor:
         self._caches.release(call.session, call.released)

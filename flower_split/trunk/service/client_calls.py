@@ -34,8 +34,9 @@ from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
+    Holding,
+    Quotas,
     SessionTokens,
-    WaitingPermits,
     deadline_of,
     token_of,
     unary,
@@ -52,7 +53,7 @@ class ClientCalls:
 
     Args:
         engine: What computes.
-        permits: Of the calls that may wait for others.
+        quotas: Of the calls in progress.
         max_tensor_bytes: Limit on the tensors of one call.
         max_call_seconds: That a call may wait, whatever its caller asks for.
         refusals: Notes refused calls.
@@ -64,7 +65,7 @@ class ClientCalls:
     def __init__(
         self,
         engine: TrunkEngine,
-        permits: WaitingPermits,
+        quotas: Quotas,
         max_tensor_bytes: int,
         max_call_seconds: float,
         refusals: RefusalLog,
@@ -72,7 +73,7 @@ class ClientCalls:
         self._max_call_seconds = max_call_seconds
         self._refusals = refusals
         self._engine = engine
-        self._permits = permits
+        self._quotas = quotas
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
         self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
@@ -107,7 +108,7 @@ class ClientCalls:
         self._tokens.check(
             token_of(context), request.session, request.trunk_epoch, self._engine.epoch
         )
-        with self._permits.taken():
+        with Holding(self._quotas, context, waits=True):
             version = self._engine.wait_version(
                 request.session,
                 request.trunk_epoch,
@@ -131,12 +132,15 @@ class ClientCalls:
         return pb.CloseSessionReply()
 
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with Answering(context, "Forward", self._refusals), self._permits.taken():
+        with (
+            Answering(context, "Forward", self._refusals),
+            Holding(self._quotas, context, waits=True) as held,
+        ):
             deadline = deadline_of(context, self._max_call_seconds)
-            token = token_of(context)
             incoming = Incoming(requests, "forward")
             header = incoming.header.forward
-            self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
+            self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
+            held.announce(incoming.header.tensors)
             recorded = header.HasField("key") or header.HasField("cache")
             received = incoming.receive(
                 self._max_tensor_bytes,
@@ -148,12 +152,15 @@ class ClientCalls:
             return self._reply("trunk_output", result, header.session, received)
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with Answering(context, "Backward", self._refusals):
+        with (
+            Answering(context, "Backward", self._refusals),
+            Holding(self._quotas, context, waits=False) as held,
+        ):
             deadline = deadline_of(context, self._max_call_seconds)
-            token = token_of(context)
             incoming = Incoming(requests, "backward")
             header = incoming.header.backward
-            self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
+            self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
+            held.announce(incoming.header.tensors)
             received = incoming.receive(
                 self._max_tensor_bytes,
                 coded=Coded(self._codec, "trunk_output_grad"),
@@ -164,11 +171,15 @@ class ClientCalls:
             return self._reply("smashed_grad", result, header.session, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with Answering(context, "FinishStep", self._refusals), self._permits.taken():
-            deadline, token = deadline_of(context, self._max_call_seconds), token_of(context)
+        with (
+            Answering(context, "FinishStep", self._refusals),
+            Holding(self._quotas, context, waits=True) as held,
+        ):
+            deadline = deadline_of(context, self._max_call_seconds)
             incoming = Incoming(requests, "finish_step")
             header = incoming.header.finish_step
-            self._tokens.check(token, header.session, header.trunk_epoch, self._engine.epoch)
+            self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
+            held.announce(incoming.header.tensors)
             received = incoming.receive(self._max_tensor_bytes, digest=True)
             result = self._engine.finish_step(_finish_call(header, received, deadline))
             head = pb.ReplyHeader(

@@ -1,4 +1,4 @@
-"""Around every call to the trunk: its deadline, its tokens, permits to wait, and its status."""
+"""Around every call to the trunk: its deadline, its tokens, its quotas, and its status."""
 
 import hmac
 import logging
@@ -6,9 +6,10 @@ import math
 import secrets
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
@@ -16,6 +17,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
+from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
 
@@ -28,32 +30,126 @@ Request = TypeVar("Request", bound=Message)
 Context = grpc.ServicerContext
 
 
-class WaitingPermits:
-    """Permits of the calls that may wait for others; without one, a client is told to try again.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What the calls of one session may take at once; the trunk's own configuration says it."""
+
+    calls: int = 32  # trunk.max-calls-in-flight
+    call_bytes: int = 1 << 30  # trunk.call-memory-per-client: of their tensors, as announced
+    call_positions: int = 1 << 18  # trunk.max-call-positions: rows x positions of each
+
+
+class Quotas:
+    """What the calls in progress take: permits to wait, and each session's share.
+
+    A client that wants more than its share is refused by the key of the limit; it never costs another
+    client anything. Thread-safe: a lock of its own, under which nothing else is locked.
 
     Args:
-        count: Of calls that may wait at once.
+        waiting: Calls that may wait for others at once, of all sessions.
+        limits: Of one session.
     """
 
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._free = threading.BoundedSemaphore(count)
+    def __init__(self, waiting: int, limits: Limits) -> None:
+        self.limits = limits
+        self._waiting = waiting
+        self._lock = threading.Lock()
+        self._num_waiting = 0
+        self._calls: Counter[str] = Counter()  # by token
+        self._bytes: Counter[str] = Counter()
 
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Hold a permit inside the block.
+    def enter(self, token: str, waits: bool) -> None:
+        """Count a call in.
 
         Raises:
-            TrunkBusy: All are taken.
+            TrunkRefused: Its session makes too many at once (OVER_BUDGET).
+            TrunkBusy: Too many calls wait.
         """
-        if not self._free.acquire(blocking=False):
-            raise TrunkBusy(
-                f"the trunk already has {self._count} waiting calls; the client will retry this one."
-            )
-        try:
-            yield
-        finally:
-            self._free.release()
+        with self._lock:
+            if self._calls[token] >= self.limits.calls:
+                raise TrunkRefused(
+                    RefusalReason.OVER_BUDGET,
+                    f"a client may have {self.limits.calls} calls in progress "
+                    "(trunk.max-calls-in-flight); this one has as many. Lower "
+                    "train.micro-batches-in-flight, or raise the key at the trunk.",
+                )
+            if waits and self._num_waiting >= self._waiting:
+                raise TrunkBusy(
+                    f"the trunk already has {self._waiting} waiting calls; the client will retry "
+                    "this one."
+                )
+            self._calls[token] += 1
+            self._num_waiting += waits
+
+    def announce(self, token: str, num_bytes: int) -> None:
+        """Count the bytes of a call's tensors in, before anything is allocated for them.
+
+        Raises:
+            TrunkRefused: Its session holds too many (OVER_BUDGET).
+        """
+        with self._lock:
+            held, limit = self._bytes[token], self.limits.call_bytes
+            if held + num_bytes > limit:
+                raise TrunkRefused(
+                    RefusalReason.OVER_BUDGET,
+                    f"the calls in progress of a client may hold {limit} bytes of tensors "
+                    f"(trunk.call-memory-per-client); this one's hold {held}, and its next call has "
+                    f"{num_bytes}. Lower train.batch-size or train.micro-batches-in-flight.",
+                )
+            self._bytes[token] = held + num_bytes
+
+    def leave(self, token: str, waits: bool, num_bytes: int) -> None:
+        """Count a call out, with what it announced."""
+        with self._lock:
+            self._num_waiting -= waits
+            self._calls[token] -= 1
+            self._bytes[token] -= num_bytes
+            if not self._calls[token]:
+                del self._calls[token], self._bytes[token]
+
+
+class Holding(AbstractContextManager["Holding"]):
+    """One call's part of the quotas, inside its block.
+
+    Args:
+        quotas: Of the trunk.
+        context: Of the call.
+        waits: Whether it may wait for other clients.
+    """
+
+    def __init__(self, quotas: Quotas, context: Context, *, waits: bool) -> None:
+        self._quotas = quotas
+        self._waits = waits
+        self._num_bytes = 0
+        self.token = token_of(context)
+
+    def __enter__(self) -> "Holding":
+        """Count the call in."""
+        self._quotas.enter(self.token, self._waits)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Count it out."""
+        self._quotas.leave(self.token, self._waits, self._num_bytes)
+
+    def announce(self, tensors: Iterable[pb.TensorSpec]) -> None:
+        """Look at what the call's header announces.
+
+        Raises:
+            TrunkRefused: It is more than a call, or its session, may have (OVER_BUDGET).
+        """
+        total, limit = 0, self._quotas.limits.call_positions
+        for spec in tensors:
+            shape = spec.shape
+            if len(shape) == 3 and shape[0] * shape[1] > limit:
+                raise TrunkRefused(
+                    RefusalReason.OVER_BUDGET,
+                    f"a call may have {limit} rows x positions (trunk.max-call-positions); this one "
+                    f"has {shape[0]} x {shape[1]}. Send smaller batches, or raise the key at the trunk.",
+                )
+            total += spec.num_bytes
+        self._quotas.announce(self.token, total)
+        self._num_bytes = total
 
 
 class Answering(AbstractContextManager[None]):

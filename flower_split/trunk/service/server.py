@@ -26,7 +26,7 @@ from flower_split.trunk.service.admission import Admission
 from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.following_health import FollowingHealth
-from flower_split.trunk.service.handlers import WaitingPermits
+from flower_split.trunk.service.handlers import Limits, Quotas
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE, is_loopback, read_pem, server_options
 
@@ -48,6 +48,7 @@ class TrunkServer(Closing):
         max_workers: Threads; at most three quarters of them hold calls that wait.
         max_tensor_bytes: Limit on the tensors of one call.
         max_call_seconds: That a client's call may wait, whatever the client asks for.
+        limits: Of the calls in progress of one session; None: the defaults.
         interceptors: Run around every call that is let in, as grpc's own.
 
     Attributes:
@@ -68,6 +69,7 @@ class TrunkServer(Closing):
         max_workers: int = 256,
         max_tensor_bytes: int = MAX_TENSOR_BYTES,
         max_call_seconds: float = 3600.0,
+        limits: Limits | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
         if not coordinator_token:
@@ -103,7 +105,7 @@ class TrunkServer(Closing):
         )
         clients = ClientCalls(
             engine,
-            WaitingPermits(max_workers * 3 // 4),
+            Quotas(max_workers * 3 // 4, limits or Limits()),
             max_tensor_bytes,
             max_call_seconds,
             refusals,
