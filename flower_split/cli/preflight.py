@@ -112,6 +112,7 @@ def check_trunk(config: RunConfig) -> None:
         ConfigError: The codec of ``trunk.wire-dtype`` is not installed here.
         TrunkUnavailable: It does not answer.
         TrunkRefused: The token is not its own.
+        ConfigError: It would train otherwise than the configuration says.
     """
     from flower_split.wire.codecs import make_codec
 
@@ -119,7 +120,7 @@ def check_trunk(config: RunConfig) -> None:
     if not config.trunk.address:
         return
     from flower_split.server.coordinator import TrunkCoordinator
-    from flower_split.server.trunk_connection import read_token
+    from flower_split.server.trunk_connection import check_settings, read_token
 
     coordinator = TrunkCoordinator(
         config.trunk.address,
@@ -128,7 +129,7 @@ def check_trunk(config: RunConfig) -> None:
         timeout=_CONTROL_SECONDS,
     )
     with closing(coordinator):
-        coordinator.status()
+        check_settings(config, coordinator.status())
 
 
 def simulation_settings(config: RunConfig, given: str | None) -> str:

@@ -10,6 +10,7 @@ from flwr.app import Message, RecordDict
 from flower_split.errors import FederationError, SplitError
 from flower_split.messages import keys
 from flower_split.messages.carrier import Fields, stamped
+from flower_split.runtime.version import __version__
 from flower_split.split import CutLayers
 
 
@@ -30,6 +31,7 @@ class ClientFacts:
     cuts: CutLayers | None = None  # where its model is cut; None: where the run says
     base_digests: Mapping[str, str] = field(default_factory=dict)  # of its base values' weights
     data_counts: Mapping[str, int] = field(default_factory=dict)  # see flower_split.data.DataCounts
+    package_version: str = __version__  # of flower-split there; travels in every message
     too_little: str = ""  # why its data is too little to take part; empty: it is enough
 
     def write(self) -> RecordDict:
@@ -84,6 +86,7 @@ class ClientFacts:
                 cuts=CutLayers.parse(text("cut-layers")) if text("cut-layers") else None,
                 base_digests=_texts(text("base-digests")),
                 data_counts=_counts(text("data-counts")),
+                package_version=fields.text(keys.VERSION),
                 too_little=text("too-little-data"),
             )
         except (ValueError, AttributeError, SplitError) as error:

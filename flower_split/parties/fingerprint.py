@@ -1,18 +1,19 @@
 """What client, trunk and ServerApp must agree on, as named values that can be compared.
 
-Weights are told apart by content: files of up to 64 MiB are hashed whole, larger ones by their
-size, their header and blocks spread over them. A hub checkpoint, of which a party may hold only
-some shards, is told by its id and commit.
+Weights are told apart by content: :mod:`flower_split.parties.weights_digest` hashes files whole. A hub
+checkpoint, of which a party may hold only some shards, is told by its id and commit. Settings are told
+apart where they change a number; those that are each party's own (devices, timeouts, data) are left out.
 """
 
-import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.config import LoraPartConfig, OptimizerConfig, RunConfig
 from flower_split.errors import SplitError
+from flower_split.parties.weights_digest import file_digest
 from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetch
 from flower_split.split.loading.model_source import ModelSource
 
@@ -21,9 +22,18 @@ CUT_LAYERS = "cut-layers"
 """The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
 CODEC = "codec"
 """The field that names the codec of activations and gradients between a client and the trunk."""
-_HASHED_WHOLE = 64 << 20  # bytes
-_BLOCK = 1 << 20  # bytes
-_NUM_BLOCKS = 64
+TRAINING = frozenset(
+    {
+        "seed",
+        "trunk.compute",
+        "trunk.max-client-grad-norm",
+        "trunk.num-threads",
+        "trunk.on-bad-client",
+        "trunk.optimizer",
+        "trunk.reduction",
+    }
+)
+"""Fields that say how a trunk trains; an evaluation is the same whatever they are."""
 # Of config.json: what says nothing about the function that the model computes.
 _IGNORED_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
@@ -34,28 +44,48 @@ def fingerprint(config: RunConfig) -> dict[str, str]:
     """Return the fingerprint of a run's model and settings, the same on every party.
 
     Returns:
-        Field name -> short readable value or hex digest: ``protocol``, ``mode``, ``model``
-        (configuration), ``weights``, ``cut-layers``, ``dtype``, ``attention``, ``quantization``,
-        ``trunk.train``, ``codec`` and ``lora.bottom``, ``lora.trunk``, ``lora.top``.
+        Field name -> short readable value or hex digest: ``model`` (configuration), ``weights``, and
+        those of :func:`settings`.
 
     Raises:
         SplitError: The model's configuration or weights cannot be read.
     """
     source = ModelSource.of(config.model)
     return {
-        "protocol": PROTOCOL_VERSION,
-        "mode": config.mode,
+        **settings(config),
         "model": _model_config_digest(source),
         "weights": _weights_identity(source),
+    }
+
+
+def settings(config: RunConfig) -> dict[str, str]:
+    """Return the fields of the fingerprint for which no model is read.
+
+    Returns:
+        Field name -> short readable value: ``protocol``, ``mode``, ``cut-layers``, ``dtype``,
+        ``attention``, ``quantization``, ``trunk.train``, ``codec``, ``lora.bottom``, ``lora.trunk``,
+        ``lora.top``, and those of :data:`TRAINING`.
+    """
+    trunk = config.trunk
+    return {
+        "protocol": PROTOCOL_VERSION,
+        "mode": config.mode,
         CUT_LAYERS: f"{config.model.first_cut}:{config.model.second_cut}",
         "dtype": config.model.dtype,
-        "attention": source.attn_implementation or "default",
+        "attention": ModelSource.of(config.model).attn_implementation or "default",
         "quantization": _quantization_text(config.model.quantization),
-        "trunk.train": config.trunk.train,
-        CODEC: config.trunk.wire_dtype,
+        "trunk.train": trunk.train,
+        CODEC: trunk.wire_dtype,
         "lora.bottom": _lora_text(config.lora.bottom),
         "lora.trunk": _lora_text(config.lora.trunk),
         "lora.top": _lora_text(config.lora.top),
+        "seed": str(config.seed),
+        "trunk.compute": trunk.compute,
+        "trunk.num-threads": str(trunk.num_threads),
+        "trunk.reduction": trunk.reduction,
+        "trunk.max-client-grad-norm": f"{trunk.max_client_grad_norm:g}",
+        "trunk.on-bad-client": trunk.on_bad_client,
+        "trunk.optimizer": _optimizer_text(trunk.optimizer),
     }
 
 
@@ -74,6 +104,32 @@ def differing_fields(
         name
         for name in mine.keys() | theirs.keys()
         if mine.get(name) != theirs.get(name) and not (own_cuts and name == CUT_LAYERS)
+    )
+
+
+def differences(
+    mine: Mapping[str, str],
+    theirs: Mapping[str, str],
+    names: Sequence[str],
+    *,
+    labels: tuple[str, str],
+) -> str:
+    """Return fields with both parties' values, as part of an error.
+
+    Args:
+        mine: One party's.
+        theirs: The other's.
+        names: Of the fields.
+        labels: What the two are called.
+    """
+    return "; ".join(
+        f"{name} ({labels[0]}: {mine.get(name)}, {labels[1]}: {theirs.get(name)})" for name in names
+    )
+
+
+def _optimizer_text(optimizer: OptimizerConfig) -> str:
+    return " ".join(
+        f"{name.replace('_', '-')}={value}" for name, value in asdict(optimizer).items()
     )
 
 
@@ -139,20 +195,5 @@ def _weights_identity(source: ModelSource) -> str:
                 f"{name!r} lacks {file_name}, so its weights cannot be told from others. Fetch the "
                 "missing file."
             )
-        status = path.stat()
-        whole.update(_file_digest(str(path.resolve()), status.st_size, status.st_mtime_ns))
+        whole.update(file_digest(path))
     return whole.hexdigest()
-
-
-@functools.lru_cache(maxsize=256)
-def _file_digest(path: str, size: int, modified: int) -> bytes:
-    """Return a digest of a file's content, computed once as long as its size and time stay."""
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        if size <= _HASHED_WHOLE:
-            digest.update(file.read())
-        else:
-            for block in range(_NUM_BLOCKS):
-                file.seek(block * (size - _BLOCK) // (_NUM_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.digest()

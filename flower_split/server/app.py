@@ -31,6 +31,7 @@ from flower_split.server.federation.handshake import (
     shake_hands,
     wait_for_nodes,
 )
+from flower_split.server.federation.version_notes import version_notes
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.flower_strategies import InnerFactory, check_flower
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -77,7 +78,7 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
         recorder.clients(facts)
-        for note in data_notes(federation, facts):
+        for note in data_notes(federation, facts) + version_notes(facts, trunk.package_version):
             logger.warning("%s", note)
             recorder.notes.append(note)
         grid = MeteredGrid(grid, recorder.traffic, federation.nodes)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
+from flower_split.parties.fingerprint import differences, differing_fields, settings
+from flower_split.protocol.values import TrunkStatus
 from flower_split.runtime.secret_files import read_secret
+from flower_split.runtime.version import __version__
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
 from flower_split.server.trunk_process import TrunkProcess
@@ -28,6 +31,7 @@ class ConnectedTrunk:
     access: TrunkAccess
     fingerprint: Mapping[str, str]  # of its model and configuration, by field
     health: TrunkHealth
+    package_version: str = ""  # of flower-split; empty: it does not tell
 
 
 @contextlib.contextmanager
@@ -43,7 +47,8 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
 
     Raises:
         TrunkUnavailable: It does not start, or does not answer.
-        ConfigError: The token file or the certificate file cannot be read.
+        ConfigError: The token file or the certificate file cannot be read, or the trunk would train
+            otherwise than this run says.
     """
     # The stack ends in reverse order: the connection closes before the process stops.
     with contextlib.ExitStack() as stack:
@@ -63,10 +68,36 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
         stack.callback(coordinator.close)
         status = coordinator.status()
         logger.info("the trunk serves on %s", address)
+        check_settings(config, status)
         pem = _read_text(certificates, "trunk.root-certificates") if certificates else ""
         access = TrunkAccess(address=address, root_certificates=pem)
         health = _health_of(process, coordinator, config.join_timeout)
-        yield ConnectedTrunk(coordinator, access, status.fingerprint, health)
+        version = status.process.package_version
+        yield ConnectedTrunk(coordinator, access, status.fingerprint, health, version)
+
+
+def check_settings(config: RunConfig, status: TrunkStatus) -> None:
+    """Check that a trunk trains as this run's configuration says: its record must be what happened.
+
+    Cut layers are left out: clients may have their own, within the trunk's; each is checked.
+
+    Args:
+        config: The run's.
+        status: As the trunk answered.
+
+    Raises:
+        ConfigError: They differ, in fields that are named with both values.
+    """
+    mine = settings(config)
+    theirs = {name: value for name, value in status.fingerprint.items() if name in mine}
+    if differing := differing_fields(mine, theirs, own_cuts=True):
+        where = config.trunk.address or "that this run started"
+        raise ConfigError(
+            f"the trunk {where} (flower-split {status.process.package_version or 'of another version'}; "
+            f"here {__version__}) would not do what this run's configuration says: they differ in "
+            f"{differences(mine, theirs, differing, labels=('run', 'trunk'))}. Start the trunk with the "
+            "run's own configuration: flower-split trunk APP --run-config '…', or change the run's."
+        )
 
 
 def check_free(trunk: ConnectedTrunk, start: StartingPoint, retries: int) -> None:

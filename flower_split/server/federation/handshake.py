@@ -218,8 +218,9 @@ def _check_fingerprint(facts: ClientFacts, node: int, trunk_fingerprint: Mapping
             for name in differing
         )
         raise FederationError(
-            f"partition {facts.partition_id} (node {node}) and the trunk do not hold parts of the "
-            f"same model and configuration; they differ in {pairs}. Start the trunk with the run's "
+            f"partition {facts.partition_id} (node {node}, flower-split {facts.package_version}) and the "
+            f"trunk do not hold parts of the same model and configuration; they differ in {pairs}. "
+            "Start the trunk with the run's "
             "own configuration: flower-split trunk APP --run-config '…', and use the same model "
             "files on every machine."
         )

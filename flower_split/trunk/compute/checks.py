@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.parties.fingerprint import CUT_LAYERS
+from flower_split.parties.fingerprint import TRAINING, differences, differing_fields
 from flower_split.protocol.values import ForwardCall, ForwardMode
 
 HIDDEN, MASK, POSITIONS = "hidden_states", "attention_mask", "position_ids"
@@ -242,7 +242,12 @@ def _invalid(message: str) -> TrunkRefused:
 
 
 def check_fingerprint(
-    mine: Mapping[str, str], theirs: Mapping[str, str], slot: int, *, own_cuts: bool = False
+    mine: Mapping[str, str],
+    theirs: Mapping[str, str],
+    slot: int,
+    *,
+    own_cuts: bool = False,
+    evaluate: bool = False,
 ) -> None:
     """Refuse a client that does not hold parts of the same model, naming the fields that differ.
 
@@ -252,17 +257,20 @@ def check_fingerprint(
         slot: The client's.
         own_cuts: The client names its own cut layers, which are checked elsewhere: the run's need
             not be the trunk's.
+        evaluate: It only evaluates: how the trunk trains does not count.
     """
     differing = [
-        f"{name} (trunk: {mine.get(name)}, client: {theirs.get(name)})"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name) and not (own_cuts and name == CUT_LAYERS)
+        name
+        for name in differing_fields(mine, theirs, own_cuts=own_cuts)
+        if not (evaluate and name in TRAINING)
     ]
     if differing:
         raise TrunkRefused(
             RefusalReason.FINGERPRINT_MISMATCH,
-            f"slot {slot} and the trunk do not hold parts of the same model: they differ in "
-            f"{'; '.join(differing)}. Give both the same run config and the same checkpoint.",
+            f"slot {slot} and the trunk do not hold parts of the same model, trained in the same way: "
+            "they differ in "
+            f"{differences(mine, theirs, differing, labels=('trunk', 'client'))}. Give both the same "
+            "run config and the same checkpoint.",
         )
 
 

@@ -172,7 +172,9 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         with self._changed:
             current = self._index.of_token(token)
             slot = current.slot_of(token)
-            check_fingerprint(self.fingerprint, fingerprint, slot, own_cuts=cuts is not None)
+            check_fingerprint(
+                self.fingerprint, fingerprint, slot, own_cuts=cuts is not None, evaluate=evaluate
+            )
             if evaluate != current.plan.evaluate:
                 raise TrunkRefused(
                     RefusalReason.INVALID_REQUEST,

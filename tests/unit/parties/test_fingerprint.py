@@ -10,7 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from flower_split.config import LoraPartConfig, ModelConfig, RunConfig
 from flower_split.errors import SplitError
-from flower_split.parties.fingerprint import differing_fields, fingerprint
+from flower_split.parties.fingerprint import (
+    TRAINING,
+    differences,
+    differing_fields,
+    fingerprint,
+    settings,
+)
 from tests.support.tiny_models import tiny_model
 
 
@@ -76,11 +82,43 @@ def test_fingerprint_ignores_what_is_each_partys_own(checkpoint: Path) -> None:
     config = _config(checkpoint)
     other = replace(
         config,
-        seed=config.seed + 1,
         train=replace(config.train, batch_size=3),
-        trunk=replace(config.trunk, call_timeout=9.0),
+        trunk=replace(config.trunk, call_timeout=9.0, device="cpu", activation_memory=1.0),
     )
     assert fingerprint(config) == fingerprint(other)
+
+
+def test_fingerprint_has_everything_by_which_the_trunk_trains() -> None:
+    config = RunConfig()
+    trunk, optimizer = config.trunk, config.trunk.optimizer
+    others = {
+        "seed": replace(config, seed=3),
+        "codec": replace(config, trunk=replace(trunk, wire_dtype="bfloat16")),
+        "trunk.train": replace(config, trunk=replace(trunk, train="full")),
+        "trunk.compute": replace(config, trunk=replace(trunk, compute="fast")),
+        "trunk.num-threads": replace(config, trunk=replace(trunk, num_threads=2)),
+        "trunk.reduction": replace(config, trunk=replace(trunk, reduction="median")),
+        "trunk.max-client-grad-norm": replace(config, trunk=replace(trunk, max_client_grad_norm=1)),
+        "trunk.on-bad-client": replace(config, trunk=replace(trunk, on_bad_client="abort")),
+    }
+    for name, other in others.items():
+        assert differing_fields(settings(config), settings(other)) == [name]
+    for changed in (
+        replace(optimizer, name="sgd"),
+        replace(optimizer, learning_rate=1e-9),
+        replace(optimizer, weight_decay=0.1),
+        replace(optimizer, max_grad_norm=0.5),
+        replace(optimizer, schedule="linear"),
+        replace(optimizer, schedule="linear", warmup_ratio=0.1),
+    ):
+        other = replace(config, trunk=replace(trunk, optimizer=changed))
+        assert differing_fields(settings(config), settings(other)) == ["trunk.optimizer"]
+    assert set(TRAINING) <= settings(config).keys()
+
+
+def test_differences_name_both_values() -> None:
+    text = differences({"a": "1", "b": "x"}, {"a": "2"}, ["a", "b"], labels=("run", "trunk"))
+    assert text == "a (run: 1, trunk: 2); b (run: x, trunk: None)"
 
 
 def test_fingerprint_of_a_sharded_checkpoint_needs_its_files(tmp_path: Path) -> None:
