@@ -17,6 +17,7 @@
     └── RunDirectoryError    a run directory is incomplete, damaged or not one of ours
 """
 
+from collections.abc import Mapping
 from enum import Enum
 
 
@@ -49,7 +50,16 @@ class FederationError(FlowerSplitError):
 
 
 class RoundLost(FederationError):
-    """A round failed only because processes or connections were lost: it may be tried again."""
+    """A round failed only because processes or connections were lost: it may be tried again.
+
+    Args:
+        message: As for any error.
+        missing: Slot to node of the clients that gave no answer, or are gone.
+    """
+
+    def __init__(self, message: str, missing: Mapping[int, int] | None = None) -> None:
+        super().__init__(message)
+        self.missing = dict(missing or {})
 
 
 class RunDirectoryError(FlowerSplitError):

@@ -15,6 +15,7 @@ def add_operator_commands(
     _add_certs(commands)
     _add_doctor(commands)
     _add_status(commands)
+    _add_release(commands)
 
 
 def _add_new(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -148,6 +149,33 @@ def _status(arguments: argparse.Namespace) -> int:
             root_certificates=arguments.root_certificates,
             as_json=arguments.json,
             watch=arguments.watch,
+        )
+    )
+
+
+def _add_release(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    release = commands.add_parser(
+        "trunk-release",
+        help="free a trunk from the open round of a run that has gone",
+        description="Gives the trunk's open round up, so that another run may begin. Committed rounds "
+        "stay, and the run can be resumed.",
+    )
+    _add_trunk_address(release)
+    release.add_argument(
+        "--force", action="store_true", help="also where the round's clients are at work"
+    )
+    release.set_defaults(handler=_release)
+
+
+def _release(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.trunk_release import ReleaseCommand, release
+
+    return release(
+        ReleaseCommand(
+            address=arguments.address,
+            token_file=arguments.token_file,
+            root_certificates=arguments.root_certificates,
+            force=arguments.force,
         )
     )
 

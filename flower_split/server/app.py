@@ -6,6 +6,8 @@ Next: ``rounds.py``, the loop, and ``trunk_strategy.py``, the hooks that it call
 import logging
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
@@ -32,6 +34,7 @@ from flower_split.server.federation.handshake import (
     wait_for_nodes,
 )
 from flower_split.server.federation.version_notes import version_notes
+from flower_split.server.federation.waiting import wait_for_clients
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.flower_strategies import InnerFactory, check_flower
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -81,6 +84,9 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
         for note in data_notes(federation, facts) + version_notes(facts, trunk.package_version):
             logger.warning("%s", note)
             recorder.notes.append(note)
+        if not is_simulation(grid):  # whose lost processes do not come back
+            wait = partial(wait_for_clients, grid, seconds=config.join_timeout)
+            trunk = replace(trunk, health=replace(trunk.health, await_clients=wait))
         grid = MeteredGrid(grid, recorder.traffic, federation.nodes)
         parts = RunParts(
             grid=grid,

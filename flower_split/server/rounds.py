@@ -46,7 +46,8 @@ def with_retries(
 
     Raises:
         RoundLost: It was lost once more than ``retries``.
-        FederationError: The round failed for another reason.
+        FederationError: The round failed for another reason, or a client that was lost did not come
+            back.
     """
     left = retries
     while True:
@@ -59,6 +60,8 @@ def with_retries(
             left -= 1
             # The trunk first: an attempt that begins on a dead one would be lost at once.
             health.ensure_running()
+            if isinstance(error, RoundLost) and error.missing:
+                health.await_clients(error.missing)
             attempt = trunk_rounds.new_attempt()
             logger.warning("%s begins again (attempt %d): %s", label, attempt, error)
 

@@ -1,6 +1,6 @@
 """How the ServerApp and its clients reach the trunk: address, round control, health of its process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,9 +25,13 @@ def _nothing() -> None:
     pass
 
 
+def _nobody(missing: Mapping[int, int]) -> None:
+    pass
+
+
 @dataclass(frozen=True, slots=True)
 class TrunkHealth:
-    """How the round loops watch the trunk's process, and wait for it."""
+    """How the round loops watch the trunk's process, and wait for it and for lost clients."""
 
     is_running: Callable[[], bool] = _always
     """Return whether the process that this app started runs or is being restarted; True where
@@ -37,6 +41,12 @@ class TrunkHealth:
 
     Raises:
         TrunkUnavailable: It does not within its deadline.
+    """
+    await_clients: Callable[[Mapping[int, int]], None] = _nobody
+    """Wait until clients answer that a lost round has not heard of; given their nodes by slot.
+
+    Raises:
+        FederationError: One does not within the deadline.
     """
 
 

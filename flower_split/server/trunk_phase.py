@@ -33,6 +33,7 @@ class TrunkPhase:
     _failed_first: dict[int, str] = field(default_factory=dict, init=False)  # and so ended it
     _lost: set[int] = field(default_factory=set, init=False)  # lost a process or a connection
     _left: set[int] = field(default_factory=set, init=False)  # whose node or process is gone
+    _silent: set[int] = field(default_factory=set, init=False)  # who has not answered at all
 
     @property
     def slots(self) -> list[int]:
@@ -78,6 +79,12 @@ class TrunkPhase:
         arrived, sent = list(replies), list(self.messages.values())
         self._lost = lost_slots(self.federation, sent, arrived)
         self._left = left_slots(self.federation, sent, arrived)
+        answered = {reply.metadata.reply_to_message_id for reply in arrived}
+        self._silent = {
+            slot
+            for slot, message in self.messages.items()
+            if message.metadata.message_id not in answered
+        }
         return by_slot(self.federation, sent, arrived)
 
     def is_lost(self, problems: Mapping[int, str]) -> bool:
@@ -96,11 +103,15 @@ class TrunkPhase:
         total, required = len(self.messages), self.required
         lower = " Or lower trunk.quorum to go on without them." if required > 1 else ""
         why = self._why(problems)
-        raise (RoundLost if self.is_lost(problems) else FederationError)(
+        text = (
             f"round {self.server_round}: {len(good)} of {total} clients completed, and the quorum "
             f"(trunk.quorum, trunk.quorum-count) needs {required}. Cause: {why.rstrip('.')}. "
             f"Mend it, then resume the run or start it again.{lower}"
         )
+        if not self.is_lost(problems):
+            raise FederationError(text)
+        gone = self._left | self._silent
+        raise RoundLost(text, {slot: self.federation.nodes[slot] for slot in sorted(gone)})
 
     def _why(self, problems: Mapping[int, str]) -> str:
         """Return the cause of a failed phase: clients that left first, with their nodes.

@@ -4,7 +4,8 @@ One client and one trunk in this process, over loopback, train a tiny Llama for 
 micro-batch each; the second step is counted. Usage: ``python -m tests.support.step_profile``.
 
 A *change of file* is a call into a file of flower_split other than the one that the same thread
-entered last. The deadline thread takes no part in a step and is not counted. *Frames* are those of
+entered last. The deadline thread, and the question that it has the compute thread answer once a second
+(``watching.py``), take no part in a step and are not counted. *Frames* are those of
 flower_split on the two threads that a forward passes: from the gRPC handler to the hand-over to the
 compute thread, and from there to the trunk module's forward.
 """
@@ -58,6 +59,8 @@ class StepProfile:
         if thread.name == "trunk-deadlines" or code.co_filename.endswith("engine/watching.py"):
             return  # what is looked at once a second belongs to no step
         name = code.co_filename.removeprefix(ROOT)
+        if name == "trunk/engine/watching.py":
+            return
         self.calls[name] += 1
         before = self._last.get(thread.ident or 0, "")
         if before != name:

@@ -62,7 +62,8 @@ def described(subject: str, status: TrunkStatus, mine: dict[str, str]) -> list[F
             warning(
                 subject,
                 f"it is at work on experiment {status.experiment}, round {status.server_round}",
-                "A run that begins now is refused. Wait for that one to end.",
+                "A run that begins now is refused. Wait for that one to end; or, if it has gone, free the "
+                "trunk: flower-split trunk-release.",
             )
         )
     return found

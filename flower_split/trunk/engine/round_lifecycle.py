@@ -222,7 +222,8 @@ class RoundLifecycle:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST,
                 f"the trunk is at work on {former} (last call {idle:.0f} s ago) and serves one "
-                f"experiment at a time. Wait for it to end, or for {patience:.0f} s without a call.",
+                f"experiment at a time. Wait for it to end, or for {patience:.0f} s without a call; "
+                "or, if its run has gone, free it: flower-split trunk-release ADDRESS --token-file FILE.",
             )
         former.windows.abort(
             f"it was superseded by round {plan.server_round} (attempt {plan.attempt})"

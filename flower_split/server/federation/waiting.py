@@ -1,0 +1,70 @@
+"""Wait for clients that a lost round has not heard of, before another attempt is spent on them.
+
+A SuperNode that was killed counts as online for about a minute, and its successor is refused as long.
+A round that begins meanwhile is lost at once. So whoever gave no answer is asked until it answers: a
+query is proof that its SuperNode is back, and that its ClientApp starts.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from flower_split.errors import FederationError
+from flower_split.messages.orders import HandshakeOrder
+from flower_split.server.federation.exchange import by_slot, exchange
+from flower_split.server.federation.nodes import Federation, describe
+
+logger = logging.getLogger(__name__)
+
+_PAUSE_SECONDS = 5.0  # between two questions, where Flower says at once that a node is not there
+
+
+def wait_for_clients(
+    grid: Grid,
+    missing: Mapping[int, int],
+    seconds: float,
+    *,
+    pause: Callable[[float], None] = time.sleep,
+) -> None:
+    """Ask clients until each has answered.
+
+    Args:
+        grid: Flower's grid.
+        missing: Slot to node of those that a lost round has not heard of.
+        seconds: How long to wait in all.
+        pause: Waits between two questions.
+
+    Raises:
+        FederationError: One has not answered in time; names it with its node.
+    """
+    left, problems = dict(missing), {slot: "no answer" for slot in missing}
+    deadline = time.monotonic() + seconds
+    while left:
+        federation = Federation(left)
+        logger.warning(
+            "waiting for %s, %.0f s at most", _named(left), max(deadline - time.monotonic(), 0.0)
+        )
+        messages = [
+            Message(HandshakeOrder().write(), node, MessageType.QUERY, ttl=seconds + 60.0)
+            for node in left.values()
+        ]
+        replies = exchange(grid, messages, timeout=max(deadline - time.monotonic(), 1.0))
+        good, problems = by_slot(federation, messages, replies)
+        if good:
+            logger.info("%s: there again", _named({slot: left[slot] for slot in good}))
+        left = {slot: node for slot, node in left.items() if slot not in good}
+        if left and time.monotonic() >= deadline:
+            raise FederationError(
+                f"{describe(problems, federation)}. They left the run, and did not come back within "
+                f"{seconds:g} s (join-timeout). Start their SuperNodes again (one that was killed is let "
+                "in after 65 s), then resume the run."
+            )
+        if left:
+            pause(_PAUSE_SECONDS)
+
+
+def _named(nodes: Mapping[int, int]) -> str:
+    return ", ".join(f"partition {slot} (node {node})" for slot, node in sorted(nodes.items()))
