@@ -16,6 +16,7 @@ def add_operator_commands(
     _add_doctor(commands)
     _add_status(commands)
     _add_release(commands)
+    _add_health(commands)
 
 
 def _add_new(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -178,6 +179,24 @@ def _release(arguments: argparse.Namespace) -> int:
             force=arguments.force,
         )
     )
+
+
+def _add_health(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    health = commands.add_parser(
+        "health",
+        help="ask a trunk whether it serves; exits with 0 where it does",
+        description="gRPC's standard health check, with TLS and without a credential: a probe for "
+        "containers.",
+    )
+    health.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the trunk")
+    health.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
+    health.set_defaults(handler=_health)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.health import health
+
+    return health(arguments.address, arguments.root_certificates)
 
 
 def _add_trunk_address(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from flower_split.cli.overrides import parse_overrides
 from flower_split.errors import ConfigError
 from flower_split.runtime import failpoints
 from flower_split.runtime.logs import LogSettings, log_to_stderr, quiet_libraries
+from flower_split.runtime.notify import notify
 from flower_split.runtime.secret_files import read_secret
 from flower_split.trunk.serve import RunningTrunk, Serving
 
@@ -71,7 +72,9 @@ def serve_trunk(command: TrunkCommand) -> int:
             running.port,
             command.token_file.expanduser().absolute(),
         )
+        notify(f"READY=1\nSTATUS=serving on port {running.port}")
         ended.wait()
+        notify("STOPPING=1")
         logger.info("ending")
     return 0
 

@@ -125,3 +125,16 @@ def test_health_follows_the_compute_thread(caplog: pytest.LogCaptureFixture) -> 
         assert health_of(port) == "NOT_SERVING"
         engine.queue_seconds = 1.0
         assert health_of(port) == "SERVING"
+
+
+def test_health_command_exits_with_what_the_trunk_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = FakeEngine()
+    with served(engine, max_call_seconds=150.0) as port:
+        assert main(["health", f"127.0.0.1:{port}"]) == 0
+        engine.queue_seconds = 151.0
+        assert main(["health", f"127.0.0.1:{port}"]) == 1
+        assert capsys.readouterr().out == "SERVING\nNOT_SERVING\n"
+    assert main(["health", f"127.0.0.1:{port}"]) == 1
+    assert "does not answer" in capsys.readouterr().err

@@ -1,0 +1,16 @@
+"""``flower-split health``: a probe for containers and load balancers, with TLS and without a credential."""
+
+from flower_split.cli.exit_codes import COMPLETED, FAILED
+
+
+def health(address: str, root_certificates: str) -> int:
+    """Print what a trunk says of itself, and exit with 0 where it serves.
+
+    Raises:
+        TrunkUnavailable: It does not answer.
+    """
+    from flower_split.wire.grpc_health import health_of
+
+    found = health_of(address, root_certificates)
+    print(found)
+    return COMPLETED if found == "SERVING" else FAILED

@@ -1,0 +1,34 @@
+"""gRPC's standard health check of a trunk, which needs no credential."""
+
+from contextlib import closing
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from flower_split.errors import TrunkUnavailable
+from flower_split.wire.grpc_options import open_channel
+
+
+def health_of(address: str, root_certificates: str = "", timeout: float = 5.0) -> str:
+    """Return what a trunk says of itself: SERVING or NOT_SERVING.
+
+    Args:
+        address: ``host:port``.
+        root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
+        timeout: Seconds.
+
+    Raises:
+        TrunkUnavailable: It does not answer.
+        ConfigError: Plain text to another machine, or a PEM file that cannot be read.
+    """
+    with closing(open_channel(address, root_certificates)) as channel:
+        try:
+            answer = health_pb2_grpc.HealthStub(channel).Check(
+                health_pb2.HealthCheckRequest(), timeout=timeout
+            )
+        except grpc.RpcError as error:
+            raise TrunkUnavailable(
+                f"the trunk at {address} does not answer a health check within {timeout:g} s. Look "
+                "whether it runs there, and, with TLS, whether its certificate is for that name."
+            ) from error
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
