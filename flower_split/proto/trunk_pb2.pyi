@@ -297,7 +297,7 @@ class Participant(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRoundRequest(_message.Message):
-    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "finish", "dispatches")
+    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "finish", "coordinator_seconds", "dispatches")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -311,6 +311,7 @@ class BeginRoundRequest(_message.Message):
     EVALUATE_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    COORDINATOR_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DISPATCHES_FIELD_NUMBER: _ClassVar[int]
     experiment: str
     server_round: int
@@ -325,8 +326,9 @@ class BeginRoundRequest(_message.Message):
     evaluate: bool
     base: RoundBase
     finish: FinishRule
+    coordinator_seconds: float
     dispatches: _containers.RepeatedCompositeFieldContainer[Dispatch]
-    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ...) -> None: ...
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ..., coordinator_seconds: _Optional[float] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ...) -> None: ...
 
 class Dispatch(_message.Message):
     __slots__ = ("number", "slot", "token")
@@ -463,8 +465,10 @@ class AbortRoundReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("keep_alive",)
+    KEEP_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    keep_alive: bool
+    def __init__(self, keep_alive: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
     __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process")

@@ -106,6 +106,7 @@ def plan_to_proto(plan: RoundPlan) -> pb.BeginRoundRequest:
         quorum=plan.quorum,
         join_seconds=plan.join_seconds,
         window_seconds=plan.window_seconds,
+        coordinator_seconds=plan.coordinator_seconds,
         evaluate=plan.evaluate,
         base=(
             pb.RoundBase(server_round=plan.base.server_round, digest=plan.base.digest)
@@ -165,6 +166,7 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
         quorum=request.quorum,
         join_seconds=request.join_seconds,
         window_seconds=request.window_seconds,
+        coordinator_seconds=request.coordinator_seconds,
         evaluate=request.evaluate,
         base=(
             RoundBase(request.base.server_round, request.base.digest)

@@ -82,6 +82,7 @@ class RoundPlan:
     quorum: float = 1.0
     join_seconds: float = 120.0
     window_seconds: float = 120.0
+    coordinator_seconds: float = 0.0  # without its word, the round is given up; 0: never
     evaluate: bool = False
     base: RoundBase | None = None  # None: begin with the weights that are there
     dispatches: tuple[Dispatch, ...] = ()  # asynchronous: everybody at work, old and new

@@ -99,6 +99,12 @@ class TrunkCoordinator:
             self._channel.unary("Status", pb.StatusRequest(), pb.StatusReply, timeout=timeout)
         )
 
+    def keep_alive(self) -> None:
+        """Say that this coordinator lives; see ``RoundPlan.coordinator_seconds``."""
+        timeout = min(self._timeout, _SHORT_SECONDS)
+        request = pb.StatusRequest(keep_alive=True)
+        self._channel.unary("Status", request, pb.StatusReply, timeout=timeout)
+
     def get_adapter(self) -> dict[str, Tensor]:
         """Return the trunk's trainable parameters, fp32 on the CPU, by the unsplit model's names."""
         return self._channel.download(

@@ -14,6 +14,7 @@ from flower_split.protocol.values import TrunkStatus
 from flower_split.runtime.secret_files import read_secret
 from flower_split.runtime.version import __version__
 from flower_split.server.coordinator import TrunkCoordinator
+from flower_split.server.heartbeat import Heartbeat
 from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
 from flower_split.server.trunk_process import TrunkProcess
 from flower_split.server.trunk_rounds import StartingPoint, stand_at_base
@@ -72,6 +73,8 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
         pem = _read_text(certificates, "trunk.root-certificates") if certificates else ""
         access = TrunkAccess(address=address, root_certificates=pem)
         health = _health_of(process, coordinator, config.join_timeout)
+        if process is None:
+            stack.enter_context(Heartbeat(coordinator))
         version = status.process.package_version
         yield ConnectedTrunk(coordinator, access, status.fingerprint, health, version)
 

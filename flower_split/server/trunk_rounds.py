@@ -40,6 +40,7 @@ from flower_split.protocol.values import (
 )
 from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
+from flower_split.server.heartbeat import LEASE_SECONDS
 from flower_split.server.trunk_access import Coordinator, TrunkAccess
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,8 @@ class TrunkRounds:
                 quorum=trunk.quorum_of(len(tokens)),
                 join_seconds=trunk.join_timeout,
                 window_seconds=trunk.window_timeout,
+                # A trunk that this app started ends with it.
+                coordinator_seconds=LEASE_SECONDS if trunk.address else 0.0,
                 evaluate=evaluate,
                 base=self._base,
                 finish=None if evaluate else finish_rule(self._config),

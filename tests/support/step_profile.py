@@ -59,8 +59,6 @@ class StepProfile:
         if thread.name == "trunk-deadlines" or code.co_filename.endswith("engine/watching.py"):
             return  # what is looked at once a second belongs to no step
         name = code.co_filename.removeprefix(ROOT)
-        if name == "trunk/engine/watching.py":
-            return
         self.calls[name] += 1
         before = self._last.get(thread.ident or 0, "")
         if before != name:

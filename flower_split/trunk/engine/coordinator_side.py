@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport
 from flower_split.trunk.engine.compute_thread import ComputeThread
+from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
 
 
 class CoordinatorSide:
     """The engine as the coordinator sees it; :class:`TrunkEngine` sets what it works with."""
 
+    _index: RoundIndex
     _thread: ComputeThread
     _lifecycle: RoundLifecycle
 
@@ -81,3 +83,8 @@ class CoordinatorSide:
         return self._thread.do(
             lambda: self._lifecycle.abort(experiment, server_round, attempt, why)
         )
+
+    def keep_alive(self) -> None:
+        """Note that the coordinator lives; see ``RoundPlan.coordinator_seconds``. Waits for nothing."""
+        with self._index.changed:
+            self._index.hear_coordinator()

@@ -54,6 +54,7 @@ class RoundIndex:
         self.clock = clock
         self.round: Round | None = None
         self.totals = Totals()
+        self._heard = clock()  # from the coordinator
 
     def replace(self, current: Round) -> None:
         """Make ``current`` the trunk's round; calls of the former one are refused from now on."""
@@ -172,11 +173,26 @@ class RoundIndex:
             and session not in current.closed
         )
 
+    def hear_coordinator(self) -> None:
+        """Note a word of the coordinator's."""
+        self._heard = self.clock()
+
+    @property
+    def coordinator_deadline(self) -> float:
+        """When the open round ends for want of its coordinator; a prepared one waits for ever."""
+        current = self.round
+        if current is None or current.over or current.report is not None:
+            return math.inf
+        seconds = current.plan.coordinator_seconds
+        return self._heard + seconds if seconds > 0 else math.inf
+
     @property
     def deadline(self) -> float:
         """When something ends next in the open round; infinite where nothing is awaited."""
         current = self.round
-        return math.inf if current is None or current.over else current.windows.deadline
+        if current is None or current.over:
+            return math.inf
+        return min(current.windows.deadline, self.coordinator_deadline)
 
     def has_silent(self) -> bool:
         """Return whether the lease of a client at work has ended."""

@@ -68,6 +68,7 @@ class RoundLifecycle:
                 "steps end together only where the trunk trains and steps with every local step.",
             )
         with self._index.changed:
+            self._index.hear_coordinator()
             former = self._index.round
             if former is not None and former.windows.phase is Phase.ABORTED:
                 self._settling.settle(former)  # its deadline may have ended a moment ago

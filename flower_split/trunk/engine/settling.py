@@ -95,6 +95,11 @@ class Settling:
             if current is None or current.over:
                 return current
             current.windows.expire(now)
+            if now >= self._index.coordinator_deadline:
+                current.windows.abort(
+                    f"its coordinator has said nothing for {current.plan.coordinator_seconds:g} s: the "
+                    "ServerApp has ended, or does not reach the trunk. Resume the run"
+                )
             for slot in current.silent(now):
                 why = f"it was silent for {current.plan.window_seconds:g} s, so its lease ended"
                 current.windows.drop(slot, why, now)

@@ -84,6 +84,8 @@ class CoordinatorCalls:
         return pb.AbortRoundReply(version=version)
 
     def _status(self, request: pb.StatusRequest, context: Context) -> Message:
+        if request.keep_alive:
+            self._engine.keep_alive()
         return status_to_proto(self._engine.status())
 
     def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:

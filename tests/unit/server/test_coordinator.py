@@ -74,6 +74,7 @@ def test_plan_report_and_status_survive_the_protocol() -> None:
         quorum=0.75,
         join_seconds=7.5,
         window_seconds=8.5,
+        coordinator_seconds=9.5,
         evaluate=True,
     )
     assert plan_from_proto(plan_to_proto(plan_)) == plan_
