@@ -1,4 +1,4 @@
-"""The commands of a researcher: ``sweep``."""
+"""The commands of a researcher: ``sweep`` and ``report``."""
 
 import argparse
 from pathlib import Path
@@ -36,6 +36,20 @@ def add_experiment_commands(
         help="override the app's configuration in every run",
     )
     sweep.set_defaults(handler=_sweep)
+    report = commands.add_parser(
+        "report",
+        help="write one HTML page about a run, or about several beside each other",
+        description="The page needs no network. Of one run, also of one that goes on, it is "
+        "RUN/report.html by default.",
+    )
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    report.add_argument(
+        "--out", type=Path, metavar="FILE", help="the page; of several runs: needed"
+    )
+    report.add_argument(
+        "--figures", type=Path, metavar="DIR", help="write every chart there as PNG and PDF, too"
+    )
+    report.set_defaults(handler=_report)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -52,3 +66,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
             run_config=arguments.run_config,
         )
     )
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.report import ReportCommand, report
+
+    return report(ReportCommand(runs=arguments.runs, out=arguments.out, figures=arguments.figures))

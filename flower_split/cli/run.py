@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flower_split.cli.app_config import App, load_app
 from flower_split.cli.connections import LOCAL, Connection, find_connection
-from flower_split.cli.exit_codes import STILL_AT_WORK
+from flower_split.cli.exit_codes import COMPLETED, STILL_AT_WORK
 from flower_split.cli.flwr import Flwr
 from flower_split.cli.follow import FollowedRun, follow
 from flower_split.cli.interrupts import Interrupts
@@ -73,7 +73,12 @@ def run_app(command: RunCommand) -> int:
     options = _checked_options(job)
     with Interrupts() as interrupts:
         if job.connection.is_local:
-            return _run_locally(job, options, interrupts)
+            code = _run_locally(job, options, interrupts)
+            if code == COMPLETED:
+                from flower_split.cli.report import write_report_of
+
+                write_report_of(job.directory)
+            return code
         flwr = Flwr(connection=job.connection.name)
         print(f"SuperLink: {job.connection.name or 'default'} at {job.connection.address}")
         run_id = flwr.start_run(str(command.app), options)

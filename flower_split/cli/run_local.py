@@ -2,8 +2,9 @@
 
 import sys
 
-from flower_split.cli.exit_codes import STOPPED
+from flower_split.cli.exit_codes import COMPLETED, STOPPED
 from flower_split.cli.interrupts import Interrupts
+from flower_split.cli.report import write_report_of
 from flower_split.cli.run import Job
 from flower_split.local.job import LocalJob, load_modules, run_job
 from flower_split.local.process import Output, RunProcess
@@ -37,7 +38,9 @@ def run_local(job: Job) -> int:
                     file=sys.stderr,
                 )
                 return STOPPED
-    return process.exit_code or 0
+    if process.exit_code == COMPLETED:
+        write_report_of(job.directory)
+    return process.exit_code or COMPLETED
 
 
 def _check(job: Job) -> None:

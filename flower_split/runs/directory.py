@@ -12,6 +12,7 @@ Layout::
     clients/                       simulated clients' own factors (flower_split.runs.private_factors)
     adapters/trunk.safetensors     the trunk's adapter, fp32
     summary.json, report.md        the outcome, for programs and for people
+    report.html                    the same with charts, where the extra "report" is installed
     flower/                        the local SuperLink of flower-split run, and its log
 
 Whole files appear by write, fsync, rename, so that no reader ever sees half of one; metrics are
