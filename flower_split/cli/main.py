@@ -68,10 +68,15 @@ def _dispatch(arguments: argparse.Namespace) -> int:
                 tls_key=arguments.tls_key,
                 checkpoints=arguments.checkpoints,
                 metrics_listen=arguments.metrics_listen,
+                audit_log=arguments.audit_log,
                 log=LogSettings(level=arguments.log_level, form=arguments.log_format, times=True),
                 run_config=arguments.run_config,
             )
         )
+    if arguments.command == "audit-log":
+        from flower_split.cli.audit_log import verify
+
+        return verify(arguments.files)
     if arguments.command == "generate":
         from flower_split.cli.generate import generate
 

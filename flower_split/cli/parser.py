@@ -33,6 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_attach(commands)
     _add_trunk(commands)
+    _add_audit_log(commands)
     _add_export(commands)
     _add_generate(commands)
     add_experiment_commands(commands)
@@ -107,6 +108,12 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="HOST:PORT",
         help="serve figures for Prometheus there, at /metrics, as plain HTTP; needs the extra metrics",
     )
+    trunk.add_argument(
+        "--audit-log",
+        default="",
+        metavar="FILE",
+        help="append every call there: who, what, its outcome; see flower-split audit-log verify",
+    )
     trunk.add_argument("--log-level", default="", choices=LEVELS, help="info by default")
     trunk.add_argument(
         "--log-format",
@@ -115,6 +122,18 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="json: an object on each line, with time, level, experiment, round, attempt and slot",
     )
     _add_run_config(trunk)
+
+
+def _add_audit_log(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    log = commands.add_parser("audit-log", help="check a trunk's audit log")
+    actions = log.add_subparsers(dest="action", required=True, metavar="ACTION")
+    verify = actions.add_parser(
+        "verify",
+        help="check that no line was changed, taken out or put in",
+        description="Checks the hash chain of an audit log's files, and prints its last hash, beside "
+        "which lines that were cut off at the end would show.",
+    )
+    verify.add_argument("files", nargs="+", type=Path, metavar="FILE", help="oldest first")
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

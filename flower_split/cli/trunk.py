@@ -32,6 +32,7 @@ class TrunkCommand:
     tls_key: str = ""  # PEM file
     checkpoints: str = ""  # directory; empty: none are kept
     metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
+    audit_log: str = ""  # file; empty: none is kept
     log: LogSettings = LogSettings(times=True)
     run_config: Sequence[str] | None = None  # values of --run-config
 
@@ -56,6 +57,7 @@ def serve_trunk(command: TrunkCommand) -> int:
         tls_key=command.tls_key,
         checkpoints=command.checkpoints,
         metrics_listen=command.metrics_listen,
+        audit_log=command.audit_log,
     )
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

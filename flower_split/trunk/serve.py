@@ -33,6 +33,7 @@ class Serving:
     tls_key: str = ""  # PEM file
     checkpoints: str = ""  # directory of the trunk's checkpoints; empty: none are kept
     metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
+    audit_log: str = ""  # file; empty: none is kept
 
     def __post_init__(self) -> None:
         """Check what needs no socket."""
@@ -63,9 +64,11 @@ class RunningTrunk(Closing):
     def __init__(self, config: RunConfig, serving: Serving) -> None:
         # Loading torch and the model takes seconds: only the process that serves pays for it.
         from flower_split.trunk.build import make_engine
+        from flower_split.trunk.service.audit_log import AuditLog
         from flower_split.trunk.service.handlers import Limits
         from flower_split.trunk.service.server import TrunkServer
 
+        self._audit = AuditLog(Path(serving.audit_log)) if serving.audit_log else None
         directory = Path(serving.checkpoints) if serving.checkpoints else None
         self.engine = make_engine(config, directory)
         self._server = TrunkServer(
@@ -81,6 +84,7 @@ class RunningTrunk(Closing):
                 call_bytes=int(config.trunk.call_memory_per_client * 2**30),
                 call_positions=config.trunk.max_call_positions,
             ),
+            audit=self._audit,
         )
         self._metrics: Closing | None = None
         self.metrics_port = 0
@@ -115,6 +119,8 @@ class RunningTrunk(Closing):
             self._metrics.close()
         self._server.stop(_GRACE_SECONDS)
         self.engine.close()
+        if self._audit is not None:
+            self._audit.close()
 
 
 def main() -> int:

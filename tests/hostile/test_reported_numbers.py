@@ -135,6 +135,20 @@ def test_attacker_in_a_single_window_of_all_steps_is_left_out():
     assert digests[0] == digests[1]
 
 
+def test_gradient_of_zeros_with_a_huge_denominator_makes_no_nan_of_a_step():
+    # Where every contribution is a step, the window's tokens do not bound it: 0 x 1e300 in fp32 is NaN.
+    with engine_with() as engine:
+        engine.begin_round(make_plan((0, ATTACKER), quorum=0.5, step_every=StepEvery.CONTRIBUTION))
+        clients = {slot: ToyClient(engine, slot, 1) for slot in (0, ATTACKER)}
+        zeros = Attack(gradient=0.0, denominator=lambda tokens: 1e300)
+        contribute(clients[ATTACKER], ATTACKER, 0, zeros)
+        contribute(clients[0], 0, 0, Attack())  # the honest one goes on
+        report = engine.prepare_round("test", 1, 0, time.monotonic() + 5)
+        left_out = {item.slot: item.problem for item in report.slots if not item.completed}
+        assert list(left_out) == [ATTACKER] and "loss_denominator is 1e+300" in left_out[ATTACKER]
+        assert report.optimizer_steps == 1
+
+
 def test_excluded_client_is_told_why_at_its_next_call():
     with engine_with() as engine:
         engine.begin_round(make_plan((0, ATTACKER), quorum=0.5))

@@ -36,8 +36,14 @@ def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
             f"tokens that it declared in the window, {gradient.num_tokens:g}. Divide the summed loss "
             "by the label tokens of the micro-batch or of the optimizer step"
         )
+    weight = gradient.denominator / gradient.num_tokens
+    if not weight <= MAX_ENTRY:  # of a gradient of zeros as well: 0 times infinity is NaN
+        return (
+            f"its loss_denominator is {gradient.denominator:g} for {gradient.num_tokens:g} label tokens, "
+            f"and may be at most {MAX_ENTRY:g} times as many"
+        )
     largest = _largest([total for total in gradient.total if total is not None])
-    mean = largest * (gradient.denominator / gradient.num_tokens)
+    mean = largest * weight
     if not mean <= MAX_ENTRY:  # NaN is not
         return (
             f"the largest entry of its gradient is {mean:g}, and may be at most {MAX_ENTRY:g}. Lower "

@@ -133,7 +133,7 @@ class ClientCalls:
 
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
-            Answering(context, "Forward", self._refusals),
+            Answering(context, "Forward", self._refusals) as call,
             Holding(self._quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
@@ -141,6 +141,7 @@ class ClientCalls:
             header = incoming.header.forward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
+            call.header = header
             recorded = header.HasField("key") or header.HasField("cache")
             received = incoming.receive(
                 self._max_tensor_bytes,
@@ -148,12 +149,13 @@ class ClientCalls:
                 allocate=self._allocate,
                 digest=recorded,
             )
+            call.digest = received.digest
             result = self._engine.forward(_forward_call(header, received, deadline))
             return self._reply("trunk_output", result, header.session, received)
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
-            Answering(context, "Backward", self._refusals),
+            Answering(context, "Backward", self._refusals) as call,
             Holding(self._quotas, context, waits=False) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
@@ -161,18 +163,20 @@ class ClientCalls:
             header = incoming.header.backward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
+            call.header = header
             received = incoming.receive(
                 self._max_tensor_bytes,
                 coded=Coded(self._codec, "trunk_output_grad"),
                 allocate=self._allocate,
                 digest=True,
             )
+            call.digest = received.digest
             result = self._engine.backward(_backward_call(header, received, deadline))
             return self._reply("smashed_grad", result, header.session, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
-            Answering(context, "FinishStep", self._refusals),
+            Answering(context, "FinishStep", self._refusals) as call,
             Holding(self._quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
@@ -180,7 +184,9 @@ class ClientCalls:
             header = incoming.header.finish_step
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
+            call.header = header
             received = incoming.receive(self._max_tensor_bytes, digest=True)
+            call.digest = received.digest
             result = self._engine.finish_step(_finish_call(header, received, deadline))
             head = pb.ReplyHeader(
                 version=result.version,

@@ -18,6 +18,7 @@ from google.protobuf.message import DecodeError, Message
 
 from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.trunk.service.audit_log import Told, event_of
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
 
@@ -152,16 +153,22 @@ class Holding(AbstractContextManager["Holding"]):
         self._num_bytes = total
 
 
-class Answering(AbstractContextManager[None]):
+class Answering(AbstractContextManager["Answering"]):
     """Turns what is raised inside its block into the call's status, here and nowhere else.
 
     Args:
         context: Of the call.
         method: Its name, for the log.
         refusals: Notes refused calls.
+
+    Attributes:
+        header: What the call says of itself, once it has been read; for the audit log.
+        digest: Of what arrived.
     """
 
     def __init__(self, context: Context, method: str, refusals: RefusalLog) -> None:
+        self.header: Message | None = None
+        self.digest = b""
         self._context = context
         self._method = method
         self._refusals = refusals
@@ -173,6 +180,10 @@ class Answering(AbstractContextManager[None]):
         trace: TracebackType | None,
     ) -> None:
         """End the call with the status of ``error``, if there is one."""
+        if self._refusals.audit is not None:
+            token = bearer_in(self._context.invocation_metadata())
+            told = Told(self._context.peer(), token, self._method, self.header, self.digest)
+            self._refusals.audit.note(event_of(told, error))
         if isinstance(error, FlowerSplitError):
             code, text, refusal = status_of(error)
             if refusal is not None:
@@ -224,9 +235,10 @@ def unary(
     name = request_type.DESCRIPTOR.name.removesuffix("Request")
 
     def handle(data: bytes, context: Context) -> bytes:
-        with Answering(context, name, refusals):
+        with Answering(context, name, refusals) as call:
             admit(context)
-            return behaviour(parsed(request_type, data), context).SerializeToString()
+            call.header = request = parsed(request_type, data)
+            return behaviour(request, context).SerializeToString()
 
     return grpc.unary_unary_rpc_method_handler(handle)
 

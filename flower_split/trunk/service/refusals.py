@@ -6,7 +6,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
+from flower_split.errors import FlowerSplitError, RefusalReason
+from flower_split.trunk.service.audit_log import AuditLog, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +21,14 @@ class RefusalLog:
 
     Args:
         clock: Monotonic seconds; tests pass their own.
+        audit: Where every call is noted; None: nowhere.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, audit: AuditLog | None = None
+    ) -> None:
         self._clock = clock
+        self.audit = audit
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()  # by method and reason
         self._silent = 0  # refusals since the last line
@@ -37,11 +42,8 @@ class RefusalLog:
 
     def note(self, peer: str, method: str, error: FlowerSplitError) -> None:
         """Count a refused call, and log it unless another one was logged a moment ago."""
-        if isinstance(error, TrunkRefused):
-            reason = error.reason.name
-        elif isinstance(error, CodecError):
-            reason = "MALFORMED"
-        else:
+        reason = reason_of(error)
+        if not reason:
             return  # the round was given up, or the trunk is busy: no fault of the caller
         with self._lock:
             self._counts[method, reason] += 1

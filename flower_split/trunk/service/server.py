@@ -23,6 +23,7 @@ from flower_split.runtime.closing import Closing
 from flower_split.runtime.secret_files import check_private
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.admission import Admission
+from flower_split.trunk.service.audit_log import AuditLog
 from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.following_health import FollowingHealth
@@ -49,6 +50,7 @@ class TrunkServer(Closing):
         max_tensor_bytes: Limit on the tensors of one call.
         max_call_seconds: That a client's call may wait, whatever the client asks for.
         limits: Of the calls in progress of one session; None: the defaults.
+        audit: Where every call is noted; the caller closes it. None: nowhere.
         interceptors: Run around every call that is let in, as grpc's own.
 
     Attributes:
@@ -70,6 +72,7 @@ class TrunkServer(Closing):
         max_tensor_bytes: int = MAX_TENSOR_BYTES,
         max_call_seconds: float = 3600.0,
         limits: Limits | None = None,
+        audit: AuditLog | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
         if not coordinator_token:
@@ -93,7 +96,7 @@ class TrunkServer(Closing):
         if tls_key:
             check_private(tls_key, "tls-key")
         self._health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
-        refusals = self.refusals = RefusalLog()
+        refusals = self.refusals = RefusalLog(audit=audit)
 
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),

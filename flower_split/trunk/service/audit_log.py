@@ -1,0 +1,229 @@
+"""The audit log: who asked the trunk for what, and what came of it, as JSON lines in a hash chain.
+
+Every line carries the hash of the line before it, so a line that is changed, taken out or put in
+shows (:func:`verify_audit_log`); lines cut off at the end show only beside a hash noted elsewhere.
+A file that is moved away is followed by a new one that goes on with the chain. No line holds tensors,
+tokens, session ids in full, or texts that a peer wrote beyond names it chose in a key.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TextIO
+
+from google.protobuf.message import Message
+
+from flower_split.errors import CodecError, ConfigError, DataError, TrunkRefused
+from flower_split.runtime.closing import Closing
+from flower_split.runtime.secret_files import PRIVATE_FILE
+from flower_split.trunk.compute.checks import printable
+
+logger = logging.getLogger(__name__)
+
+START = "0" * 64  # what the first line of a chain says of the line before it
+_QUIET_SECONDS = 1.0  # between two lines of refused calls: a flood of calls is no flood of lines
+# What is told of a call's header, and how many characters of it.
+_NAMES = {
+    "session": 8,
+    "experiment": 40,
+    "server_round": 20,
+    "attempt": 20,
+    "window": 20,
+    "micro_batch": 20,
+    "planned_steps": 20,
+}
+_TAIL_BYTES = 1 << 16  # enough for the last line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Event:
+    """One call, as the log tells it."""
+
+    peer: str  # address
+    subject: str  # the first digits of its token's SHA-256; empty: it has none
+    rpc: str
+    key: str = ""  # round, attempt, window, micro-batch, as the call names them
+    digest: str = ""  # of what arrived, hex
+    outcome: str = "OK"  # or REFUSED, FAILED
+    reason: str = ""  # of a refusal, typed
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a call tells of itself."""
+
+    peer: str  # address
+    token: str | None
+    method: str
+    header: Message | None  # None: it was not read
+    digest: bytes  # of what arrived
+
+
+def event_of(call: Told, error: BaseException | None) -> Event:
+    """Return how a call ended; its token is told by its hash alone, which tells clients apart."""
+    reason = reason_of(error)
+    return Event(
+        peer=call.peer,
+        # Tokens are random, so that nobody finds one by its hash.
+        subject="" if call.token is None else hashlib.sha256(call.token.encode()).hexdigest()[:12],
+        rpc=call.method,
+        key="" if call.header is None else _key_text(call.header),
+        digest=call.digest.hex(),
+        outcome="OK" if error is None else "REFUSED" if reason else "FAILED",
+        reason=reason or ("" if error is None else type(error).__name__),
+    )
+
+
+def reason_of(error: BaseException | None) -> str:
+    """Return why a call was refused, typed; empty: it was not, or through no fault of its caller."""
+    if isinstance(error, TrunkRefused):
+        return error.reason.name
+    return "MALFORMED" if isinstance(error, CodecError) else ""
+
+
+def _key_text(header: Message) -> str:
+    """Return the names in a call: of its round, its contribution, and the beginning of its session."""
+    named = {field.name: value for field, value in header.ListFields()}
+    if isinstance(key := named.get("key"), Message):
+        named |= {field.name: value for field, value in key.ListFields()}
+    texts = [
+        f"{name}={printable(str(named[name]))[:longest]}"
+        for name, longest in _NAMES.items()
+        if name in named
+    ]
+    return " ".join(texts)
+
+
+class AuditLog(Closing):
+    """Appends events to a file. Thread-safe: a lock of its own, under which nothing else is locked.
+
+    Args:
+        path: The file; one that is there is gone on with.
+
+    Raises:
+        ConfigError: The file cannot be written, or its end is no line of such a log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._next_refusal = -float("inf")
+        self._unwritten = 0  # refused calls since the last line of one
+        try:
+            self._number, self._last = _end_of(path)
+            self._file = _opened(path)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"--audit-log {path} cannot be gone on with ({error}). Name a file that this user may "
+                "write; move one aside that is damaged, and keep it."
+            ) from error
+
+    def note(self, event: Event) -> None:
+        """Append an event; of refused calls one a second, with the number of those left out."""
+        with self._lock:
+            refused = event.outcome == "REFUSED"
+            if refused and time.monotonic() < self._next_refusal:
+                self._unwritten += 1
+                return
+            unwritten = 0
+            if refused:
+                self._next_refusal = time.monotonic() + _QUIET_SECONDS
+                unwritten, self._unwritten = self._unwritten, 0
+            self._append({**asdict(event), "also_refused": unwritten})
+
+    def close(self) -> None:
+        """Write how many refused calls have no line, and close the file. Idempotent."""
+        with self._lock:
+            if self._file.closed:
+                return
+            closing = Event(peer="", subject="trunk", rpc="close")
+            self._append({**asdict(closing), "also_refused": self._unwritten})
+            self._file.close()
+            logger.info("audit log ends at line %d, %s", self._number, self._last)
+
+    def _append(self, fields: dict[str, object]) -> None:
+        if not self._path.exists() or os.fstat(self._file.fileno()).st_ino != (
+            self._path.stat().st_ino
+        ):
+            self._file.close()  # moved away: the chain goes on in a new file
+            self._file = _opened(self._path)
+        utc = datetime.now(UTC).isoformat(timespec="milliseconds")
+        record = {"number": self._number + 1, "utc": utc, **fields, "previous": self._last}
+        digest = _hash_of(record)
+        self._file.write(json.dumps({**record, "hash": digest}) + "\n")
+        self._file.flush()
+        self._number, self._last = self._number + 1, digest
+
+
+def verify_audit_log(paths: Sequence[Path]) -> tuple[int, str]:
+    """Check files of one log, oldest first; return the number and hash of the last line.
+
+    Raises:
+        DataError: A line is damaged, missing, or out of its place; names file and line.
+    """
+    number, last = None, None
+    for path, line, text in _lines(paths):
+        try:
+            record = json.loads(text)
+            digest = record.pop("hash")
+            given, previous = int(record["number"]), record["previous"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {line} is no line of an audit log: {error!r}."
+            ) from error
+        if digest != _hash_of(record):
+            raise DataError(f"{path}, line {line}: the line was changed after it was written.")
+        if number is not None and (given, previous) != (number + 1, last):
+            raise DataError(
+                f"{path}, line {line}: event {given} does not follow event {number}: lines were taken "
+                "out or put in, or the files are not given oldest first."
+            )
+        if given == 1 and previous != START:
+            raise DataError(f"{path}, line {line}: the chain does not begin where it should.")
+        number, last = given, digest
+    if number is None or last is None:
+        raise DataError(f"{', '.join(str(path) for path in paths)}: there are no lines.")
+    return number, last
+
+
+def _lines(paths: Sequence[Path]) -> Iterator[tuple[Path, int, str]]:
+    for path in paths:
+        try:
+            with path.open(encoding="utf-8") as file:
+                for line, text in enumerate(file, 1):
+                    yield path, line, text
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
+
+
+def _hash_of(record: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _opened(path: Path) -> TextIO:
+    return os.fdopen(
+        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_FILE), "a", encoding="utf-8"
+    )
+
+
+def _end_of(path: Path) -> tuple[int, str]:
+    """Return number and hash of a file's last line; where there is none, of the chain's beginning."""
+    if not path.exists() or path.stat().st_size == 0:
+        return 0, START
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        tail = file.read()
+    if not tail.endswith(b"\n"):
+        raise ValueError("its last line is cut off")
+    record = json.loads(tail.splitlines()[-1])
+    digest = str(record.pop("hash"))
+    if digest != _hash_of(record):
+        raise ValueError("its last line was changed")
+    return int(record["number"]), digest
