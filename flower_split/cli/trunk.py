@@ -67,7 +67,8 @@ def serve_trunk(command: TrunkCommand) -> int:
         # On standard output, for scripts that asked for port 0.
         print(f"trunk serves on {host}:{running.port}", flush=True)
         if running.metrics_port:
-            logger.info("metrics at http://%s/metrics", command.metrics_listen)
+            where = command.metrics_listen.rpartition(":")[0]
+            logger.info("metrics at http://%s:%d/metrics", where, running.metrics_port)
         logger.info(
             'use it with: trunk.address="%s:%d" trunk.token-file="%s"',
             host,

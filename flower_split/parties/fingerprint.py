@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flower_split.config import LoraPartConfig, OptimizerConfig, RunConfig
+from flower_split.config.validation import kebab
 from flower_split.errors import SplitError
 from flower_split.parties.weights_digest import file_digest
 from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetch
@@ -22,18 +23,18 @@ CUT_LAYERS = "cut-layers"
 """The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
 CODEC = "codec"
 """The field that names the codec of activations and gradients between a client and the trunk."""
-TRAINING = frozenset(
+_TRAINING = frozenset(
     {
         "seed",
         "trunk.compute",
         "trunk.max-client-grad-norm",
         "trunk.num-threads",
         "trunk.on-bad-client",
-        "trunk.optimizer",
         "trunk.reduction",
     }
 )
-"""Fields that say how a trunk trains; an evaluation is the same whatever they are."""
+OPTIMIZER = "trunk.optimizer."
+"""Begins the names of the trunk optimizer's fields."""
 # Of config.json: what says nothing about the function that the model computes.
 _IGNORED_KEYS = frozenset(
     {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}
@@ -64,7 +65,7 @@ def settings(config: RunConfig) -> dict[str, str]:
     Returns:
         Field name -> short readable value: ``protocol``, ``mode``, ``cut-layers``, ``dtype``,
         ``attention``, ``quantization``, ``trunk.train``, ``codec``, ``lora.bottom``, ``lora.trunk``,
-        ``lora.top``, and those of :data:`TRAINING`.
+        ``lora.top``, and those that :func:`is_of_training` names.
     """
     trunk = config.trunk
     return {
@@ -85,8 +86,13 @@ def settings(config: RunConfig) -> dict[str, str]:
         "trunk.reduction": trunk.reduction,
         "trunk.max-client-grad-norm": f"{trunk.max_client_grad_norm:g}",
         "trunk.on-bad-client": trunk.on_bad_client,
-        "trunk.optimizer": _optimizer_text(trunk.optimizer),
+        **_optimizer_fields(trunk.optimizer),
     }
+
+
+def is_of_training(name: str) -> bool:
+    """Return whether a field says how a trunk trains; an evaluation is the same whatever it is."""
+    return name in _TRAINING or name.startswith(OPTIMIZER)
 
 
 def differing_fields(
@@ -127,10 +133,8 @@ def differences(
     )
 
 
-def _optimizer_text(optimizer: OptimizerConfig) -> str:
-    return " ".join(
-        f"{name.replace('_', '-')}={value}" for name, value in asdict(optimizer).items()
-    )
+def _optimizer_fields(optimizer: OptimizerConfig) -> dict[str, str]:
+    return {OPTIMIZER + kebab(name): str(value) for name, value in asdict(optimizer).items()}
 
 
 def _lora_text(part: LoraPartConfig) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.parties.fingerprint import TRAINING, differences, differing_fields
+from flower_split.parties.fingerprint import differences, differing_fields, is_of_training
 from flower_split.protocol.values import ForwardCall, ForwardMode
 
 HIDDEN, MASK, POSITIONS = "hidden_states", "attention_mask", "position_ids"
@@ -262,7 +262,7 @@ def check_fingerprint(
     differing = [
         name
         for name in differing_fields(mine, theirs, own_cuts=own_cuts)
-        if not (evaluate and name in TRAINING)
+        if not (evaluate and is_of_training(name))
     ]
     if differing:
         raise TrunkRefused(

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from flower_split.config import LoraPartConfig, ModelConfig, RunConfig
 from flower_split.errors import SplitError
 from flower_split.parties.fingerprint import (
-    TRAINING,
     differences,
     differing_fields,
     fingerprint,
+    is_of_training,
     settings,
 )
 from tests.support.tiny_models import tiny_model
@@ -103,17 +103,19 @@ def test_fingerprint_has_everything_by_which_the_trunk_trains() -> None:
     }
     for name, other in others.items():
         assert differing_fields(settings(config), settings(other)) == [name]
-    for changed in (
-        replace(optimizer, name="sgd"),
-        replace(optimizer, learning_rate=1e-9),
-        replace(optimizer, weight_decay=0.1),
-        replace(optimizer, max_grad_norm=0.5),
-        replace(optimizer, schedule="linear"),
-        replace(optimizer, schedule="linear", warmup_ratio=0.1),
-    ):
+    optimizers = {
+        "name": replace(optimizer, name="sgd"),
+        "learning-rate": replace(optimizer, learning_rate=1e-9),
+        "weight-decay": replace(optimizer, weight_decay=0.1),
+        "max-grad-norm": replace(optimizer, max_grad_norm=0.5),
+        "schedule": replace(optimizer, schedule="linear"),
+    }
+    for name, changed in optimizers.items():
         other = replace(config, trunk=replace(trunk, optimizer=changed))
-        assert differing_fields(settings(config), settings(other)) == ["trunk.optimizer"]
-    assert set(TRAINING) <= settings(config).keys()
+        assert differing_fields(settings(config), settings(other)) == [f"trunk.optimizer.{name}"]
+        assert is_of_training(f"trunk.optimizer.{name}")
+    assert "trunk.optimizer.warmup-ratio" in settings(config)
+    assert is_of_training("seed") and not is_of_training("weights") and not is_of_training("codec")
 
 
 def test_differences_name_both_values() -> None:

@@ -32,18 +32,18 @@ def trunk_of(**changes: Scalar) -> TrunkStatus:
     ("changes", "field", "mine", "theirs"),
     [
         ({"seed": 3}, "seed", "0", "3"),
-        ({"trunk__optimizer__name": "sgd"}, "trunk.optimizer", "name=adamw", "name=sgd"),
+        ({"trunk__optimizer__name": "sgd"}, "trunk.optimizer.name", "adamw", "sgd"),
         (
             {"trunk__optimizer__learning_rate": 1e-9},
-            "trunk.optimizer",
-            "learning-rate=0.002",
-            "learning-rate=1e-09",
+            "trunk.optimizer.learning-rate",
+            "0.002",
+            "1e-09",
         ),
         (
             {"trunk__optimizer__max_grad_norm": 0.5},
-            "trunk.optimizer",
-            "max-grad-norm=1.0",
-            "max-grad-norm=0.5",
+            "trunk.optimizer.max-grad-norm",
+            "1.0",
+            "0.5",
         ),
         ({"trunk__reduction": "median"}, "trunk.reduction", "mean", "median"),
         ({"trunk__max_client_grad_norm": 2.0}, "trunk.max-client-grad-norm", "0", "2"),
@@ -80,7 +80,9 @@ def test_trunk_that_tells_fewer_fields_is_refused() -> None:
 def test_trunk_itself_refuses_a_client_of_another_rate_but_not_an_evaluation() -> None:
     mine = dict(trunk_of().fingerprint)
     theirs = dict(trunk_of(trunk__optimizer__learning_rate=1e-9).fingerprint)
-    with pytest.raises(TrunkRefused, match="learning-rate=1e-09") as caught:
+    with pytest.raises(
+        TrunkRefused, match=r"learning-rate \(trunk: 0.002, client: 1e-09\)"
+    ) as caught:
         check_fingerprint(mine, theirs, 2)
     assert caught.value.reason is RefusalReason.FINGERPRINT_MISMATCH
     check_fingerprint(mine, theirs, 2, evaluate=True)
