@@ -25,13 +25,14 @@ from flower_split.local.job import LocalJob, run_job
 from flower_split.local.process import Output, RunProcess
 from flower_split.runs.files import read_config
 from flower_split.runs.manifest import FOLDER, RunCheckpoints
+from flower_split.runs.resuming import MAY_CHANGE, ROUNDS
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 RUNS = "runs"
 _LOGS = "logs"
 _LOOK_SECONDS = 0.5
 _OUTCOME = "summary.json"  # written last
-_MAY_DIFFER = ("run-dir", "resume", "resume-previous")
+_MAY_DIFFER = frozenset(MAY_CHANGE) - {ROUNDS}  # deadlines and places: nothing that is computed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

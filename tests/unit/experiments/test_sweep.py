@@ -119,6 +119,18 @@ def test_sweep_refuses_a_directory_of_another_configuration(tmp_path: Path, ran:
         check_sweep(replace(sweep, app=other))
 
 
+def test_sweep_takes_a_run_that_had_other_deadlines(tmp_path: Path, ran: list[str]) -> None:
+    sweep = sweep_of(tmp_path)
+    run_sweep(sweep)
+    ran.clear()
+    patient = replace(sweep.app, run_config={**sweep.app.run_config, "join-timeout": 900.0})
+    check_sweep(replace(sweep, app=patient))
+    assert run_sweep(replace(sweep, app=patient)) == [] and ran == []
+    longer = replace(sweep.app, run_config={**sweep.app.run_config, "num-server-rounds": 9})
+    with pytest.raises(RunDirectoryError, match="num-server-rounds"):
+        check_sweep(replace(sweep, app=longer))
+
+
 def test_sweep_refuses_a_combination_before_anything_runs(tmp_path: Path, ran: list[str]) -> None:
     sweep = sweep_of(tmp_path, "fraction-train=1.0,0.5")
     with pytest.raises(ConfigError, match=r"central_fraction-train=0\.5 .* fraction-train is 0\.5"):
