@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flower_split.client.alone import evaluate_alone, train_alone
 from flower_split.client.client import Client
-from flower_split.client.kept_factors import NOTHING_KEPT, KeptFactors
+from flower_split.client.kept_state import NOTHING_KEPT, KeptState
 from flower_split.client.model_cache import ClientCache
 from flower_split.client.privacy_mod import PrivacyMod
 from flower_split.errors import (
@@ -95,10 +95,10 @@ class Handlers:
         kept = self._kept(client, order, context)
         failpoints.reach("client.train.begin")
         adapter = from_arrays(sent_adapter(message.content)) | kept.values
-        result = client.train(adapter, order, _base_change(order))
+        result = client.train(adapter, order, _base_change(order), kept.optimizer_state)
         failpoints.reach("client.train.end")
         state = adapter_state(client.model)
-        digest = kept.write(state, order.trunk.server_round)
+        digest = kept.write(state, result.optimizer_state, order.trunk.server_round)
         norms = weight_norms(client.model) if order.wants_weight_norms else {}
         reply = TrainReply(
             adapter=to_arrays({name: state[name] for name in state if name not in kept.names}),
@@ -168,8 +168,8 @@ class Handlers:
             cuts=client_cuts(config, numbers[0], context.node_config),
         )
 
-    def _kept(self, client: Client, order: PhaseOrder, context: Context) -> KeptFactors:
-        """Return what of the adapter stays with this client, by what the order says.
+    def _kept(self, client: Client, order: PhaseOrder, context: Context) -> KeptState:
+        """Return what stays with this client, by what the order says.
 
         Raises:
             ConfigError: It has no directory for it.
@@ -178,7 +178,9 @@ class Handlers:
             return NOTHING_KEPT
         directory = client_directory(client.config, context.node_config, order.private.folder)
         folder = PrivateFolder.of(directory, order.trunk.experiment, client.partition_id)
-        return KeptFactors(frozenset(order.private.names), order.private.digest, folder)
+        return KeptState(
+            frozenset(order.private.names), order.private.digest, folder, order.private.optimizer
+        )
 
 
 def _say_where(order: PhaseOrder, client: Client) -> None:

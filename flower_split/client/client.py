@@ -36,6 +36,7 @@ from flower_split.parties.parts import client_cuts, client_parts
 from flower_split.split import CutLayers, set_trunk
 from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
+from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
 from flower_split.wire.codecs import make_codec
 
@@ -160,6 +161,7 @@ class Client:
         adapter: Mapping[str, Tensor],
         order: TrainOrder,
         base_change: Mapping[str, Tensor] = NOTHING,
+        optimizer_state: Mapping[str, Tensor] | None = None,
     ) -> TrainResult:
         """Train one round with the trunk, from ``adapter``; the model holds the result afterwards.
 
@@ -168,6 +170,8 @@ class Client:
             order: How to reach the trunk, what trains, and on which pass over the data.
             base_change: What the method adds to the frozen base weights; and the frozen factors of
                 the cores that train instead of B.
+            optimizer_state: With what the optimizer goes on, and then is in the result; None: it
+                begins anew, and is forgotten.
 
         Raises:
             TrunkError: The trunk refused, aborted the round, or did not answer in time.
@@ -176,14 +180,26 @@ class Client:
         set_trainable(self.model, order.trainable)
         position = self.position(order.trunk.server_round)
         with trained_cores(self.model, base_change), self._trunk(order.trunk) as trunk:
+            named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            optimizer = PartOptimizer(
+                list(named.values()), self.config.train.optimizer, position.total_steps
+            )
+            optimizer.load_state(list(named), optimizer_state or NOTHING)
             trunk.open(position.num_steps)
-            return train_round(
+            result = train_round(
                 self.model,
                 self.batches(order.data_pass or order.trunk.server_round),
                 self.config,
                 position,
                 trunk,
                 proximal_mu=order.proximal_mu or self.config.train.proximal_mu,
+                optimizers=[optimizer],
+            )
+            if optimizer_state is None:
+                return result
+            # What does not train in this round stays as it was left.
+            return replace(
+                result, optimizer_state={**optimizer_state, **optimizer.state(list(named))}
             )
 
     def evaluate(

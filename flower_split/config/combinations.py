@@ -134,6 +134,48 @@ def _clips_over_model(config: "RunConfig") -> bool:
     return config.train.max_grad_norm_over == "model"
 
 
+def _beside_shared_gradients(config: "RunConfig", **wanted: object) -> tuple[str, ...]:
+    """Return train.sync and the keys that differ from what it needs; (): it is off, or all is well.
+
+    Args:
+        config: The run's.
+        wanted: Section and field, joined by two underscores, to the one value that goes with it.
+    """
+    keys = {".".join(kebab(part) for part in name.split("__")): v for name, v in wanted.items()}
+    differing = tuple(key for key, value in keys.items() if _value(config, key) != value)
+    return ("train.sync", *differing) if config.shares_gradients and differing else ()
+
+
+def _misses_steps(config: "RunConfig") -> tuple[str, ...]:
+    return _beside_shared_gradients(
+        config, train__local_epochs=0, fraction_train=1.0, trunk__quorum=1.0, trunk__quorum_count=0
+    )
+
+
+def _unlike_clients(config: "RunConfig") -> tuple[str, ...]:
+    return _beside_shared_gradients(config, model__cuts_by_partition="", lora__rank_by_partition="")
+
+
+def _guards_of_shared_gradients(config: "RunConfig") -> tuple[str, ...]:
+    return _beside_shared_gradients(
+        config,
+        privacy__mechanism="none",
+        trunk__reduction="mean",
+        trunk__max_client_grad_norm=0.0,
+        strategy__rules="",
+    )
+
+
+def _not_the_identity(config: "RunConfig") -> tuple[str, ...]:
+    return _beside_shared_gradients(
+        config,
+        strategy__name="lora-fedavg",
+        strategy__aggregator="fedit",
+        strategy__server_optimizer="none",
+        strategy__server_learning_rate=1.0,
+    )
+
+
 ALWAYS = (
     Combination(
         condition="`resume-previous` without `resume`",
@@ -214,6 +256,59 @@ ALWAYS = (
             "privacy.mechanism",
             "trunk.reduction",
             holds=lambda c: _clips_over_model(c) and is_guarded(c),
+        ),
+    ),
+    Combination(
+        condition="`train.sync = gradients` where the trunk does not step with every local step",
+        reason="the clients share their gradients at the end of every step, when the trunk steps",
+        remedy='Set mode = "joint" and trunk.step-every = "local-step", or train.sync = "rounds"',
+        keys=_when(
+            "train.sync",
+            "mode",
+            "trunk.step-every",
+            holds=lambda c: c.shares_gradients and not steps_with_every_local_step(c),
+        ),
+    ),
+    Combination(
+        condition="`train.sync = gradients` with `train.local-epochs`, `fraction-train` or "
+        "`trunk.quorum` below 1, or `trunk.quorum-count`",
+        reason="a client that misses a step no longer has the others' adapter and optimizer state",
+        remedy="Set train.local-steps, fraction-train = 1.0 and trunk.quorum = 1.0, or train.sync = "
+        '"rounds"',
+        keys=_misses_steps,
+    ),
+    Combination(
+        condition="`train.sync = gradients` with `model.cuts-by-partition` or "
+        "`lora.rank-by-partition`",
+        reason="a mean of gradients is over the same parameters on every client",
+        remedy='Leave them empty, or set train.sync = "rounds"',
+        keys=_unlike_clients,
+    ),
+    Combination(
+        condition="`train.sync = gradients` with a mechanism of `privacy.*`, `trunk.reduction`, "
+        "`trunk.max-client-grad-norm` or `strategy.rules`",
+        reason="the trunk sees every client's gradient as it is, and all clients step with the plain "
+        "mean",
+        remedy='Set train.sync = "rounds", or leave the others at their defaults',
+        keys=_guards_of_shared_gradients,
+    ),
+    Combination(
+        condition="`train.sync = gradients` with an aggregation that is not the plain mean "
+        "(`lora-fedavg` with `fedit`, no server optimizer)",
+        reason="all clients return the same adapter, and the aggregation must leave it as it is, or "
+        "the optimizer's state would be of other weights",
+        remedy='Set strategy.name = "lora-fedavg", strategy.aggregator = "fedit", '
+        'strategy.server-optimizer = "none" and strategy.server-learning-rate = 1.0',
+        keys=_not_the_identity,
+    ),
+    Combination(
+        condition="`train.optimizer-state = keep` with a strategy other than `lora-fedavg`",
+        reason="the strategy does not tell a client which of its states is of the last committed round",
+        remedy='Set strategy.name = "lora-fedavg", or train.optimizer-state = "reset"',
+        keys=_when(
+            "train.optimizer-state",
+            "strategy.name",
+            holds=lambda c: c.train.optimizer_state == "keep" and c.strategy.name != "lora-fedavg",
         ),
     ),
     Combination(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from flower_split.config.validation import at_least, one_of
 from flower_split.errors import ConfigError
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "dequantize")
 _OWN_CUTS = re.compile(r"(\d+)\s*=\s*(\d+)\s*:\s*(\d+)")
 
@@ -27,7 +27,8 @@ class ModelConfig:
     cuts_by_partition: str = ""
     """Cut layers of clients that keep more layers, as "partition=first:second, ..."."""
     dtype: str = "float32"
-    """dtype of the base weights and the activations: float32, bfloat16 or float16."""
+    """dtype of the base weights and the activations: float32, bfloat16, float16 or float64 (what
+    trains is then float64 too, within a round)."""
     attn_implementation: str = ""
     """Attention implementation, by transformers' name; empty: the model's default."""
     quantization: str = ""

@@ -69,6 +69,16 @@ class RunConfig:
         """Whether max-grad-norm is that of bottom, trunk and top together."""
         return clips_over_model(self)
 
+    @property
+    def shares_gradients(self) -> bool:
+        """Whether all clients take every optimizer step with the mean of their gradients."""
+        return self.train.sync == "gradients"
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether a client's optimizer goes on from round to round."""
+        return self.shares_gradients or self.train.optimizer_state == "keep"
+
     def __post_init__(self) -> None:
         """Check choices and ranges, and that the settings can go together."""
         one_of("mode", self.mode, MODES)

@@ -8,6 +8,8 @@ from flower_split.errors import ConfigError
 OPTIMIZERS = ("adamw", "adam", "sgd")
 MAX_GRAD_NORM_OVER = ("auto", "model", "part")
 COMPUTE_MODES = ("exact", "fast")
+SYNC = ("rounds", "gradients")
+OPTIMIZER_STATES = ("reset", "keep")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,12 +74,19 @@ class TrainConfig:
     max_grad_norm_over: str = "part"
     """What max-grad-norm is the norm of: model (bottom, trunk and top together, as an unsplit model
     clips), part (each by itself), or auto (model where the settings allow it)."""
+    sync: str = "rounds"
+    """When the clients' adapters are the same: rounds (averaged after each), or gradients (in every
+    optimizer step all clients take the mean of their gradients, which the trunk then sees)."""
+    optimizer_state: str = "reset"
+    """Of a client's optimizer, at the start of a round: reset (a new one), or keep (as its last
+    committed round left it, on the client's own disk). With sync = gradients it is always kept."""
     proximal_mu: float = 0.0
     """Weight of FedProx's pull to the round's first weights; strategy.options may set it too."""
     auxiliary_head: bool = False
     """In mode forward-only: train the bottom with a local head and loss."""
     client_dir: str = ""
-    """Directory of a client's private factors; empty: in the run directory, if simulated."""
+    """Directory of what a client keeps (private factors, optimizer state); empty: in the run
+    directory, if simulated."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The clients' optimizer."""
 
@@ -99,5 +108,7 @@ class TrainConfig:
         ):
             at_least(f"train.{kebab(name)}", getattr(self, name), 1)
         one_of("train.max-grad-norm-over", self.max_grad_norm_over, MAX_GRAD_NORM_OVER)
+        one_of("train.sync", self.sync, SYNC)
+        one_of("train.optimizer-state", self.optimizer_state, OPTIMIZER_STATES)
         at_least("train.proximal-mu", self.proximal_mu, 0)
         at_least("train.sequence-length", self.sequence_length, 2)

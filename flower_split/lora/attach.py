@@ -51,10 +51,11 @@ def attach_lora(
 ) -> None:
     """Put an adapter into some parts of a model, in place, and freeze everything else.
 
-    The class of the model does not change. Everything that trains is fp32. LoRA begins with values
-    drawn from ``seed`` and the weight's unsplit name, by PEFT's distributions, so that a part's
-    initial adapter does not depend on who holds it; magnitudes of DoRA and weights that train whole
-    begin as the base weights say. On the meta device no values are drawn.
+    The class of the model does not change. Everything that trains is fp32, or fp64 in an fp64 model.
+    LoRA begins with values drawn from ``seed`` and the weight's unsplit name, by PEFT's
+    distributions, so that a part's initial adapter does not depend on who holds it; magnitudes of
+    DoRA and weights that train whole begin as the base weights say. On the meta device no values are
+    drawn.
 
     Args:
         model: An unsplit model, a client model or a trunk.
@@ -84,7 +85,8 @@ def attach_lora(
             _inject(model, plan.config, plan.targets, meta)
     init_of = Inits(model, stack_of(model), cuts, parts)
     for name, parameter in lora_parameters(model):
-        parameter.data = parameter.data.to(torch.float32)  # PEFT gives them the base's dtype
+        if parameter.dtype != torch.float64:  # PEFT gives them the base's dtype
+            parameter.data = parameter.data.to(torch.float32)
         if not meta and not name.endswith(MAGNITUDE):
             with torch.no_grad():
                 parameter.copy_(initial_value(seed, name, parameter.shape, init_of(name)))

@@ -38,6 +38,7 @@ WANTS_WEIGHT_NORMS = PREFIX + "wants-weight-norms"
 PRIVATE_NAMES = PREFIX + "private-names"
 PRIVATE_DIGEST = PREFIX + "private-digest"  # also of a training reply
 PRIVATE_FOLDER = PREFIX + "private-folder"
+KEEPS_OPTIMIZER = PREFIX + "keeps-optimizer"
 PROXIMAL_MU = "proximal-mu"  # Flower's own: its FedProx writes it
 
 # Of a training reply: one key for each list, and for each module.

@@ -60,11 +60,12 @@ NO_TRUNK = TrunkOrder(address="", token="", server_round=0)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrivateOrder:
-    """Which weights of the adapter stay with the client, and from which values it goes on."""
+    """What stays with the client, weights or its optimizer's state, and from which it goes on."""
 
-    names: tuple[str, ...]  # sorted
+    names: tuple[str, ...]  # of the adapter's weights that do, sorted
     digest: str = ""  # of its values after its last committed round; empty: it has none yet
     folder: str = ""  # where a simulated client keeps them, unless its node config says otherwise
+    optimizer: bool = False  # whether its optimizer goes on from the last committed round's state
 
     def values(self) -> dict[str, Value]:
         """Return the keys that travel."""
@@ -72,6 +73,7 @@ class PrivateOrder:
             keys.PRIVATE_NAMES: list(self.names),
             keys.PRIVATE_DIGEST: self.digest,
             keys.PRIVATE_FOLDER: self.folder,
+            keys.KEEPS_OPTIMIZER: self.optimizer,
         }
 
     @classmethod
@@ -83,6 +85,7 @@ class PrivateOrder:
             names=fields.names(keys.PRIVATE_NAMES),
             digest=fields.text(keys.PRIVATE_DIGEST),
             folder=fields.text(keys.PRIVATE_FOLDER),
+            optimizer=fields.flag(keys.KEEPS_OPTIMIZER),
         )
 
 

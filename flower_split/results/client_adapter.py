@@ -15,7 +15,7 @@ from flower_split.runs.directory import RunDirectory
 from flower_split.runs.manifest import FOLDER as CHECKPOINTS
 from flower_split.runs.manifest import RunCheckpoints
 from flower_split.runs.private_factors import FOLDER as CLIENTS
-from flower_split.runs.private_factors import PrivateFolder, digests_of
+from flower_split.runs.private_factors import OPTIMIZER, PrivateFolder, digests_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ def read_client_adapter(run: RunDirectory, client: OneClient | None = None) -> d
         )
     named = client.client_dir or run.config.train.client_dir or run.path / CLIENTS
     folder = PrivateFolder.of(Path(named).expanduser(), last.entry.experiment, client.partition_id)
-    own = folder.read(digest)
+    own = {n: value for n, value in folder.read(digest).items() if not n.startswith(OPTIMIZER)}
     unknown = sorted(own.keys() - state.keys())
     if unknown:
         raise RunDirectoryError(

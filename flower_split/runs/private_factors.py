@@ -1,10 +1,10 @@
-"""Factors that stay with a client: FedSA-LoRA's B, on the client's own disk, exactly once.
+"""What stays with a client on its own disk, exactly once: FedSA-LoRA's B, the optimizer's state.
 
-A client trains its private factors in every round and sends back only their digest. The server keeps
-the digest of the last *committed* round of every client, in its checkpoint, and names it in the next
-message: a client goes on from exactly those factors, whatever rounds were aborted, tried again or
-rolled back since, on either side. Factors of a round that was not committed are never read, and the
-server never sees one.
+A client trains its private factors in every round, and its optimizer's state grows with them; it
+sends back only the digest of both. The server keeps the digest of the last *committed* round of every
+client, in its checkpoint, and names it in the next message: a client goes on from exactly those
+values, whatever rounds were aborted, tried again or rolled back since, on either side. Values of a
+round that was not committed are never read, and the server never sees one.
 
 Layout, under the client's directory::
 
@@ -43,6 +43,9 @@ _FILE = re.compile(r"\.?round-(?P<round>\d+)\.(?P<digest>[0-9a-f]{64})\.safetens
 _ORIGIN = "round-and-base"
 _STATE = "private/"
 
+OPTIMIZER = "optimizer/"
+"""Before the names of the optimizer's state in a client's file; other names are of the adapter."""
+
 
 def client_directory(config: RunConfig, node_config: Mapping[str, object], simulated: str) -> Path:
     """Return where this client keeps what is its own.
@@ -63,8 +66,9 @@ def client_directory(config: RunConfig, node_config: Mapping[str, object], simul
         named = simulated
     if not named:
         raise ConfigError(
-            f'strategy.aggregator = "{config.strategy.aggregator}" leaves factors with each client, '
-            "on its own disk, but no directory is named for them. Start the SuperNode with "
+            f'strategy.aggregator = "{config.strategy.aggregator}" with train.optimizer-state = '
+            f'"{config.train.optimizer_state}" and train.sync = "{config.train.sync}" leaves something '
+            "with each client, on its own disk, but no directory is named for it. Start the SuperNode with "
             "--node-config 'client-dir=\"…\" …', or set train.client-dir."
         )
     return Path(named).expanduser()

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from flower_split.aggregation.core.client_updates import AdapterSpec
 from flower_split.aggregation.from_config import check_clients
 from flower_split.config import RunConfig
+from flower_split.errors import ConfigError
 from flower_split.lora import initial_client_adapter
 from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.messages.client_facts import ClientFacts
@@ -36,6 +37,11 @@ from flower_split.split import CutLayers
 from flower_split.split.loading.model_source import ModelSource
 
 logger = logging.getLogger(__name__)
+
+GRADIENTS_ARE_SEEN = (
+    'train.sync = "gradients": in every optimizer step each client sends the gradients of its own LoRA '
+    "to the trunk, which therefore sees them, beside the activations."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +83,7 @@ def make_strategy(
     if isinstance(inner, LoraFedAvg):
         arrays = inner.initial_arrays()
         inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
+        inner.keeps_optimizer = config.keeps_optimizer
     if resumed is not None:
         check_resumed(resumed.adapter, context.initial)
         check_resumable(inner)
@@ -218,10 +225,18 @@ def inner_strategy(
         check_clients(
             config.strategy, context.specs, context.num_sampled, federation.nodes.__getitem__
         )
+    if config.shares_gradients and context.specs:
+        raise ConfigError(
+            'train.sync = "gradients" needs the same LoRA and the same cut layers on every client; '
+            f"those of partitions {', '.join(map(str, sorted(context.specs)))} have their own (node "
+            'config). Leave them out, or set train.sync = "rounds".'
+        )
     inner = with_privacy(context) if make_inner is None else own_inner(context, make_inner)
     if isinstance(inner, LoraFedAvg):
         inner.largest_weights = largest_weights(config, facts)
     notes = inner_notes(context) if make_inner is None else []
+    if config.shares_gradients:
+        notes.append(GRADIENTS_ARE_SEEN)
     cuts = client_cut_layers(config, facts)
     return inner, notes + privacy_notes(context, inner) + cut_notes(config, cuts)
 

@@ -61,9 +61,12 @@ class StartingPoint:
 
 def finish_rule(config: RunConfig) -> FinishRule | None:
     """Return how the steps of a run's rounds end together; None: each party ends its own."""
-    if not config.clips_over_model:
+    if not (config.clips_over_model or config.shares_gradients):
         return None
-    return FinishRule(max_grad_norm=config.train.optimizer.max_grad_norm)
+    return FinishRule(
+        max_grad_norm=config.train.optimizer.max_grad_norm if config.clips_over_model else 0.0,
+        share_gradients=config.shares_gradients,
+    )
 
 
 def stand_at_base(coordinator: Coordinator, start: StartingPoint, server_round: int) -> int:

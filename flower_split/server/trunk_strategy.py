@@ -39,6 +39,7 @@ from flower_split.server.federation.replies import (
 )
 from flower_split.server.inner.reply_checks import check_for_inner, checked_result, weighs_uniformly
 from flower_split.server.inner.state import begin_again, load_state, state_of
+from flower_split.server.inner.sync_check import check_synchronised, check_unchanged
 from flower_split.server.metric_sinks import MetricSinks
 from flower_split.server.node_view import NodeView
 from flower_split.server.privacy.mechanisms import check_wrapped
@@ -127,6 +128,8 @@ class TrunkStrategy(Strategy):
             failpoints.reach("server.aggregate.before")
             contents = [self._for_inner(server_round, slot, reply) for slot, reply in kept.items()]
             arrays, metrics = self._aggregate(server_round, contents)
+            if self.config.shares_gradients:
+                check_unchanged(arrays, kept, server_round)
             problems |= excluded_by(self.inner)  # the quorum is about the trunk's windows
             self.trunk_rounds.commit(server_round, report, arrays)
         except BaseException as error:  # also an interrupt: nothing of the round may stay
@@ -248,6 +251,8 @@ class TrunkStrategy(Strategy):
         by_examples = self.config.strategy.weighting == "examples"
         weight = WEIGHT_METRICS["examples" if by_examples else "tokens"]
         check_values(kept, self.federation, phase.server_round, self.inner)
+        if self.config.shares_gradients:
+            check_synchronised(kept, self.federation, phase.server_round)
         check_for_inner(
             self.inner,
             kept,

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from flower_split.errors import DataError
 from flower_split.training.measures import EvalResult
@@ -21,9 +23,16 @@ def causal_lm_loss(
     """Return the summed token loss of ``batch`` over ``denominator``, by the model's loss function."""
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
     logits = model(**inputs, use_cache=False).logits
+    labels = batch["labels"].to(device)
+    if logits.dtype == torch.float64 and model.loss_function is ForCausalLMLoss:
+        # The same loss, which transformers computes in fp32 whatever the logits are.
+        summed = cross_entropy(
+            logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum"
+        )
+        return summed / denominator
     loss: Tensor = model.loss_function(
         logits=logits,
-        labels=batch["labels"].to(device),
+        labels=labels,
         vocab_size=logits.shape[-1],
         num_items_in_batch=denominator,
     )

@@ -4,7 +4,10 @@
 """
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +62,8 @@ class StepMetrics:
     bytes_received: int
     gradient_bytes_sent: int = 0  # of bytes_sent, in backwards
     gradient_bytes_received: int = 0  # of bytes_received, in backwards
+    learning_rate: float = 0.0  # the client's
+    grad_norm: float = 0.0  # L2, before clipping: of the client's own parameters, or over the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class TrainResult:
 
     steps: list[StepMetrics]
     num_examples: int
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)  # where it is kept
 
     @property
     def num_tokens(self) -> int:

@@ -4,10 +4,10 @@ A schedule is a function of the optimizer step within the whole run, not an obje
 client that makes a new optimizer every round and a trunk that resumes both just ask for the rate.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -25,6 +25,39 @@ def make_optimizer(
     if config.name == "adam":
         return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
     return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+
+
+def optimizer_tensors(
+    named: Sequence[tuple[str, nn.Parameter]], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return the state of an optimizer as ``NAME/KEY``, bit for bit, on the CPU.
+
+    Args:
+        named: Its parameters, by name.
+        optimizer: Over them, in their order.
+    """
+    return {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in named
+        for key, value in optimizer.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def load_optimizer_tensors(
+    named: Sequence[tuple[str, nn.Parameter]],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Go to the state of :func:`optimizer_tensors`; names that are not in ``named`` are left alone."""
+    indices = {name: index for index, (name, _) in enumerate(named)}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, value in tensors.items():
+        name, _, key = full_name.rpartition("/")
+        if name in indices:
+            state.setdefault(indices[name], {})[key] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 class LearningRate:
@@ -87,19 +120,60 @@ class PartOptimizer:
         self._optimizer = make_optimizer(self.parameters, config)
         self._rate = LearningRate(config, total_steps)
 
+    def state(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the optimizer's state; see :func:`optimizer_tensors`.
+
+        Args:
+            names: Of the parameters, in their order.
+        """
+        return optimizer_tensors(self._named(names), self._optimizer)
+
+    def load_state(self, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a state of :meth:`state`; a parameter that it does not name begins anew.
+
+        Raises:
+            ConfigError: It is of parameters of other shapes.
+        """
+        named = self._named(names)
+        for name, parameter in named:
+            for key, value in tensors.items():
+                if (
+                    key.rpartition("/")[0] == name
+                    and value.dim()
+                    and value.shape != parameter.shape
+                ):
+                    raise ConfigError(
+                        f'train.optimizer-state = "keep": the state {key} is {list(value.shape)}, and '
+                        f"the parameter is {list(parameter.shape)} in this round. An aggregation that "
+                        'changes ranks between rounds needs train.optimizer-state = "reset".'
+                    )
+        load_optimizer_tensors(named, self._optimizer, tensors)
+
+    def _named(self, names: Sequence[str]) -> list[tuple[str, nn.Parameter]]:
+        return list(zip(names, self.parameters, strict=True))
+
     def forget_gradients(self) -> None:
         """Drop gradients that a round which was lost may have left behind."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, step: int, *, clip: bool = True) -> None:
+    def step(self, step: int, *, clip: bool = True) -> tuple[float, float]:
         """Take optimizer step ``step``, counted from 0 over the whole run, with ``.grad`` as it is.
 
         Args:
             step: Places the learning rate.
             clip: Clip this part's gradient by itself; False: it has been clipped with the others.
+
+        Returns:
+            ``(L2 norm of the part's gradient before clipping, learning rate)``; the norm is 0 where
+            it was clipped with the others.
         """
+        norm = 0.0
         if clip and self._max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm))
+        elif clip:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
         self._rate.apply(self._optimizer, step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return norm, self._rate(step)

@@ -10,10 +10,12 @@ Next: ``flower_split/client/remote_trunk.py``, where the forward and the backwar
 
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -141,30 +143,35 @@ class _StepTrainer:
         self.num_micro_batches += len(micro_batches)
         if self.proximity is not None:
             self.proximity.add_gradient()
-        clipped = self._clip_together(step, len(micro_batches))
+        whole_norm = self._clip_together(step, len(micro_batches))
         wire = self.trunk.take_stats() if self.trunk is not None else None
-        for optimizer in optimizers:
-            optimizer.step(self.first_step + step, clip=not clipped)
+        at = self.first_step + step
+        taken = [optimizer.step(at, clip=whole_norm is None) for optimizer in optimizers]
         seconds = time.perf_counter() - started
-        return _metrics(step, loss, sum(tokens), seconds, wire)
+        return replace(
+            _metrics(step, loss, sum(tokens), seconds, wire),
+            learning_rate=taken[0][1],
+            grad_norm=math.hypot(*(n for n, _ in taken)) if whole_norm is None else whole_norm,
+        )
 
-    def _clip_together(self, step: int, num_micro_batches: int) -> bool:
-        """Clip ``.grad`` by one norm over the whole model, where the round says so.
+    def _clip_together(self, step: int, num_micro_batches: int) -> float | None:
+        """End the step with the other parties where the round says so: share ``.grad``, clip it.
 
         Returns:
-            Whether it has; otherwise every part's optimizer clips its own.
+            The norm over the whole model, by which ``.grad`` has been clipped; None: every part's
+            optimizer clips its own.
         """
         if self.trunk is None:  # the whole model is here
-            if self.config.clips_over_model:
-                most = self.config.train.optimizer.max_grad_norm
-                nn.utils.clip_grad_norm_(self.parameters, most)
-            return self.config.clips_over_model
+            if not self.config.clips_over_model:
+                return None
+            most = self.config.train.optimizer.max_grad_norm
+            return float(nn.utils.clip_grad_norm_(self.parameters, most))
         rule = self.trunk.finish
         if rule is None:
-            return False
+            return None
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        end_step_together(self.trunk, rule, step, num_micro_batches, named)
-        return rule.max_grad_norm > 0
+        norm = end_step_together(self.trunk, rule, step, num_micro_batches, named)
+        return norm if rule.max_grad_norm > 0 else None
 
     def _accumulate(
         self, step: int, micro_batches: Sequence[Batch], tokens: Sequence[int]

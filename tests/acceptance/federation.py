@@ -35,6 +35,7 @@ from flower_split.protocol.values import RoundPlan, RoundReport
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.trunk_rounds import finish_rule
 from flower_split.split import CutLayers, load_client_model, set_trunk
+from flower_split.split.loading.model_source import ModelSource
 from flower_split.training.loss import Batch
 from flower_split.training.measures import RoundPosition, TrainResult
 from flower_split.training.round import train_round
@@ -106,7 +107,9 @@ class Whole:
     """The unsplit model with the same LoRA: the reference."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            config.model.name, dtype=getattr(torch, config.model.dtype)
+        )
         attach_lora(self.model, model_cuts(config), all_parts(config), seed=config.seed)
         self.model.train()
 
@@ -148,7 +151,8 @@ class Federation:
         """The slot's own part of the model, with LoRA."""
         if slot not in self.models:
             cuts = self.cuts.get(slot, model_cuts(self.config))
-            model = load_client_model(self.config.model.name, cuts, torch.nn.Identity())
+            source = ModelSource.of(self.config.model)
+            model = load_client_model(source, cuts, torch.nn.Identity())
             parts = held_parts(self.config, cuts)
             attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
             self.models[slot] = model

@@ -42,7 +42,8 @@ class LoraFedAvg(FedAvg):
         aggregator: The adapter over all rounds.
         excludes_invalid: Whether malformed updates are left out instead of refused.
         last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
-        private_folder: Where simulated clients keep the factors that stay with them, if any do.
+        private_folder: Where simulated clients keep what stays with them, if anything does.
+        keeps_optimizer: Whether a client's optimizer state stays with it from round to round.
         largest_weights: Slot to the largest weight that this client can report truthfully; one above
             is malformed. Slots that are not named have no bound.
 
@@ -81,8 +82,9 @@ class LoraFedAvg(FedAvg):
         self.excludes_invalid = config.on_invalid == "exclude"
         self.last_summary = RoundSummary(())
         self.private_folder = ""
+        self.keeps_optimizer = False
         self.largest_weights: Mapping[int, float] = MappingProxyType({})
-        self._digests: dict[int, str] = {}  # slot -> of its private factors, last committed round
+        self._digests: dict[int, str] = {}  # slot -> of what it keeps, last committed round
         tried: list[AdapterSpec] = []
         for spec in self._specs.values():  # what cannot be served ends the run now
             if spec not in tried:
@@ -129,7 +131,7 @@ class LoraFedAvg(FedAvg):
                 wants_weight_norms=self._dora is not None,
             )
             message.content = order.write(message.content)
-        self._add_residuals(messages)
+        self._add_residuals(messages, train=True)
         return messages
 
     def configure_evaluate(
@@ -138,7 +140,7 @@ class LoraFedAvg(FedAvg):
         """Send each client its own adapter."""
         messages = list(super().configure_evaluate(server_round, arrays, config, grid))
         self._address(messages, arrays)
-        self._add_residuals(messages)
+        self._add_residuals(messages, train=False)
         return messages
 
     def aggregate_train(
@@ -159,8 +161,8 @@ class LoraFedAvg(FedAvg):
             slot = self._slot_of(reply.metadata.src_node_id)
             try:
                 update = self._update(slot, reply.content)
-                private = self.aggregator.method.private
-                digest = kept_digest(slot, reply.content) if private else {}
+                keeps = self.keeps_optimizer or self.aggregator.method.private
+                digest = kept_digest(slot, reply.content) if keeps else {}
                 if self._dora is not None:
                     norms[slot] = self._norms(slot, reply.content)
                 updates.append(update)  # only now: nothing of it may be malformed
@@ -237,17 +239,18 @@ class LoraFedAvg(FedAvg):
             )
         return sent
 
-    def _add_residuals(self, messages: Sequence[Message]) -> None:
+    def _add_residuals(self, messages: Sequence[Message], *, train: bool) -> None:
         """Add what a method has the clients hold beside the adapter, or keep to themselves."""
         add_base_change(messages, self.aggregator, self._spec_of)
-        private = self.aggregator.private()
-        for message in messages if private else ():
+        private, optimizer = self.aggregator.private(), train and self.keeps_optimizer
+        for message in messages if private or optimizer else ():
             leave_private(
                 message,
                 private,
                 digest=self._digests.get(self._slot_of(message.metadata.dst_node_id), ""),
                 folder=self.private_folder,
                 arrays_key=self.arrayrecord_key,
+                optimizer=optimizer,
             )
 
     def _spec_of(self, message: Message) -> AdapterSpec:

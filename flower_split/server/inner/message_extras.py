@@ -87,8 +87,9 @@ def leave_private(
     digest: str,
     folder: str,
     arrays_key: str,
+    optimizer: bool = False,
 ) -> None:
-    """Say what stays with a client, and from which of its own factors it goes on.
+    """Say what stays with a client, and from which of its own values it goes on.
 
     Args:
         message: Its content is replaced. A client that has factors of its own is not sent any.
@@ -96,12 +97,15 @@ def leave_private(
         digest: Of what the client kept in its last committed round; empty: it has none yet.
         folder: Where it keeps them if it is simulated.
         arrays_key: Of the adapter's record.
+        optimizer: Its optimizer's state stays with it, too.
     """
     arrays = message.content.array_records[arrays_key]
     private = set(names) & set(arrays)
-    order = PrivateOrder(names=tuple(sorted(private)), digest=digest, folder=folder)
+    order = PrivateOrder(
+        names=tuple(sorted(private)), digest=digest, folder=folder, optimizer=optimizer
+    )
     content = PhaseOrder(private=order).write(message.content)
-    if digest:
+    if digest and private:
         shared = {name: arrays[name] for name in arrays if name not in private}
         content[arrays_key] = ArrayRecord(shared)
     message.content = content

@@ -264,7 +264,9 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return dtype
     found = getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
-        raise SplitError(f"{dtype!r} is no dtype of torch; use float32, bfloat16 or float16.")
+        raise SplitError(
+            f"{dtype!r} is no dtype of torch; use float32, bfloat16, float16 or float64."
+        )
     return found
 
 

@@ -28,7 +28,7 @@ FEATURES = "host_argument/deepstack_visual_embeds"  # what is added there, one e
 
 Size = int | str  # a number, or "batch", "seq", "past+seq", "visual" (positions of images)
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.uint8, torch.bool)
 _LONGEST_NAME = 80  # of a peer's name in a message
 

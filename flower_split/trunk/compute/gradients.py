@@ -38,7 +38,7 @@ class SlotGradient:
     denominator: float = 0.0
     largest_denominator: float = 0.0  # of its micro-batches
     num_tokens: float = 0.0
-    total: list[Tensor | None] = field(default_factory=list)  # fp32, per parameter
+    total: list[Tensor | None] = field(default_factory=list)  # fp32 or fp64, per parameter
     _next: int = 0
     _waiting: dict[int, tuple[list[Tensor | None], float, float]] = field(default_factory=dict)
 
@@ -51,8 +51,8 @@ class SlotGradient:
         loss_denominator: float,
     ) -> None:
         """Add micro-batch ``micro_batch``; one that comes early waits for those before it."""
-        fp32 = [None if g is None else g.detach().float() for g in gradients]
-        self._waiting[micro_batch] = (fp32, num_tokens, loss_denominator)
+        wide = [None if g is None else _at_least_fp32(g.detach()) for g in gradients]
+        self._waiting[micro_batch] = (wide, num_tokens, loss_denominator)
         while self._next in self._waiting:
             self._fold(*self._waiting.pop(self._next))
             self._next += 1
@@ -85,6 +85,10 @@ class SlotGradient:
         return norm * (self.denominator / self.num_tokens)
 
 
+def _at_least_fp32(gradient: Tensor) -> Tensor:
+    return gradient if gradient.dtype == torch.float64 else gradient.float()
+
+
 def _sum(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
     if gradient is None:
         return total
@@ -99,7 +103,7 @@ def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | Non
         slots: Slot -> its gradient; ``num_tokens`` over all slots must be above 0.
 
     Returns:
-        One fp32 tensor per parameter, or ``None`` where no slot has a gradient. Both sums are over
+        One tensor per parameter, fp32 or fp64, or ``None`` where no slot has a gradient. Both sums are over
         the slots that pass through the parameter.
     """
     count = len(next(iter(slots.values())).total)
@@ -143,7 +147,7 @@ class Reduction:
     def __call__(
         self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None
     ) -> list[Tensor | None]:
-        """Return the window's gradient: an fp32 tensor per parameter, or None where nobody has one.
+        """Return the window's gradient: a tensor per parameter, or None where nobody has one.
 
         Args:
             slots: Slot -> its gradient.
@@ -167,7 +171,7 @@ class Reduction:
             for name in clients[0].others:
                 mean = sum(client.others[name][1] * (client.weight / total) for client in clients)
                 assert isinstance(mean, Tensor)
-                result[int(name)] = mean.float()
+                result[int(name)] = mean.to(_dtype_of(int(name), slots))
         return result
 
     def _clipped(self, gradient: SlotGradient) -> SlotGradient:
@@ -177,6 +181,11 @@ class Reduction:
         if norm <= self.max_client_norm:
             return gradient
         return _times(gradient, self.max_client_norm / norm)
+
+
+def _dtype_of(index: int, slots: Mapping[int, SlotGradient]) -> torch.dtype:
+    """Return the dtype of the slots' gradients of a parameter."""
+    return next(t.dtype for g in slots.values() if (t := g.total[index]) is not None)
 
 
 def _times(gradient: SlotGradient, factor: float) -> SlotGradient:

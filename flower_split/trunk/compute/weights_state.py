@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.training.optimizers import load_optimizer_tensors, optimizer_tensors
+
+_OPTIMIZER = "optimizer/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +34,9 @@ def checkpoint_tensors(
     Returns:
         ``parameter/NAME`` and ``optimizer/NAME/KEY``.
     """
-    tensors: dict[str, Tensor] = {f"parameter/{name}": p for name, p in named}
-    if optimizer is not None:
-        for name, parameter in named:
-            for key, value in optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer/{name}/{key}"] = value
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    state = {} if optimizer is None else optimizer_tensors(named, optimizer)
+    parameters = {f"parameter/{name}": p.detach().cpu().contiguous() for name, p in named}
+    return parameters | {f"{_OPTIMIZER}{name}": value for name, value in state.items()}
 
 
 def load_checkpoint_tensors(
@@ -64,16 +63,13 @@ def load_checkpoint_tensors(
             f"the checkpoint is of another trunk: it differs in {', '.join(differing[:4])}. "
             "Resume with the configuration that the run began with.",
         )
-    state: dict[int, dict[str, Tensor]] = {}
-    indices = {name: index for index, (name, _) in enumerate(named)}
-    for full_name, value in tensors.items():
-        kind, _, rest = full_name.partition("/")
-        if kind == "optimizer":
-            name, _, key = rest.rpartition("/")
-            state.setdefault(indices[name], {})[key] = value
     with torch.no_grad():
         for name, parameter in named:
             parameter.copy_(tensors[f"parameter/{name}"])
     if optimizer is not None:
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        state = {
+            name.removeprefix(_OPTIMIZER): value
+            for name, value in tensors.items()
+            if name.startswith(_OPTIMIZER)
+        }
+        load_optimizer_tensors(named, optimizer, state)

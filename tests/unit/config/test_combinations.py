@@ -13,6 +13,7 @@ from flower_split.errors import ConfigError
 
 FEDBUFF: dict[str, Scalar] = {"strategy.name": "fedbuff", "trunk.step-every": "server-round"}
 OVER_MODEL: dict[str, Scalar] = {"train.max-grad-norm-over": "model"}
+SHARED: dict[str, Scalar] = {"train.sync": "gradients", "strategy.aggregator": "fedit"}
 CENTRAL: dict[str, Scalar] = {
     "privacy.mechanism": "server-fixed",
     "strategy.name": "fedavg",
@@ -26,6 +27,19 @@ BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     (OVER_MODEL | {"trunk.step-every": "server-round"}, "all three gradients at the same step"),
     (OVER_MODEL | {"trunk.optimizer.max-grad-norm": 0.5}, "is clipped to one value"),
     (OVER_MODEL | {"trunk.reduction": "trimmed-mean=0.2"}, "scales everybody's step"),
+    (SHARED | {"trunk.step-every": "server-round"}, "at the end of every step"),
+    (SHARED | {"fraction-train": 0.5, "trunk.quorum": 0.5}, "fraction-train = 0.5 with trunk.quo"),
+    (SHARED | {"lora.rank-by-partition": "0=2"}, "the same parameters on every client"),
+    (SHARED | {"privacy.mechanism": "local"}, "sees every client's gradient as it is"),
+    (SHARED | {"strategy.aggregator": "product-delta"}, "must leave it as it is"),
+    (
+        {
+            "train.optimizer-state": "keep",
+            "strategy.name": "fedavg",
+            "strategy.aggregator": "fedit",
+        },
+        "does not tell a client which",
+    ),
     ({"lora.bottom.r": 0, "lora.top.r": 0}, "a client would have nothing to train"),
     (
         {"train.auxiliary-head": True, "mode": "forward-only", "lora.top.modules-to-save": "x"},
@@ -71,7 +85,8 @@ def test_every_row_is_broken_by_a_case_of_this_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, FEDBUFF, OVER_MODEL, CENTRAL, {"strategy.name": "fedadam"}]
+    "settings",
+    [{}, FEDBUFF, OVER_MODEL, SHARED, SHARED | OVER_MODEL, CENTRAL, {"strategy.name": "fedadam"}],
 )
 def test_settings_that_go_together_pass(settings: dict[str, Scalar]) -> None:
     check_named_strategy(parse_run_config(settings))
@@ -93,7 +108,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 22
+    assert len(rows) == 28
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "
