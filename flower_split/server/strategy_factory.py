@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 from flower_split.aggregation.core.client_updates import AdapterSpec
 from flower_split.aggregation.from_config import check_clients
 from flower_split.config import RunConfig
+from flower_split.config.clipping import why_per_part
 from flower_split.errors import ConfigError
 from flower_split.lora import initial_client_adapter
 from flower_split.messages.arrays import from_arrays, to_arrays
@@ -235,10 +236,21 @@ def inner_strategy(
     if isinstance(inner, LoraFedAvg):
         inner.largest_weights = largest_weights(config, facts)
     notes = inner_notes(context) if make_inner is None else []
-    if config.shares_gradients:
-        notes.append(GRADIENTS_ARE_SEEN)
+    notes += step_notes(config)
     cuts = client_cut_layers(config, facts)
     return inner, notes + privacy_notes(context, inner) + cut_notes(config, cuts)
+
+
+def step_notes(config: RunConfig) -> list[str]:
+    """Return what a reader must know about how the run's optimizer steps end."""
+    notes = [GRADIENTS_ARE_SEEN] if config.shares_gradients else []
+    why = why_per_part(config)
+    clips = config.train.optimizer.max_grad_norm > 0
+    if config.train.max_grad_norm_over == "auto" and clips and why:
+        notes.append(
+            f'train.max-grad-norm-over = "auto" clips each part by itself in this run: {why}.'
+        )
+    return notes
 
 
 def client_cut_layers(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, CutLayers]:
