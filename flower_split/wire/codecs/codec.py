@@ -59,8 +59,8 @@ class Codec(ABC):
             tensor: On the CPU, of :attr:`dtype` if that is set; never changed.
 
         Returns:
-            Dense CPU tensors of the wire's dtypes (float64, float32, bfloat16, float16, int64, int32, uint8,
-            bool). Sizes that no part tells can travel as the shape of an empty one: it takes no
+            Dense CPU tensors of the wire's dtypes (float64, float32, bfloat16, float16, int64, int32,
+            uint8, bool). Sizes that no part tells can travel as the shape of an empty one: it takes no
             payload, and :meth:`form` sees it before anything is allocated.
         """
 
