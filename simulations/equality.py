@@ -39,7 +39,7 @@ from flower_split.parties.parts import all_parts, client_parts, model_cuts
 from flower_split.protocol.values import RoundPlan
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.server.coordinator import TrunkCoordinator
-from flower_split.server.trunk_rounds import finish_rule
+from flower_split.server.step_ends import finish_rule
 from flower_split.split import load_client_model, load_whole_model, set_trunk
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.training.loss import Batch, causal_lm_loss, count_label_tokens

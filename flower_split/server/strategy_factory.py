@@ -11,7 +11,6 @@ from flwr.serverapp.strategy import Strategy
 from flower_split.aggregation.core.client_updates import AdapterSpec
 from flower_split.aggregation.from_config import check_clients
 from flower_split.config import RunConfig
-from flower_split.config.clipping import why_per_part
 from flower_split.errors import ConfigError
 from flower_split.lora import initial_client_adapter
 from flower_split.messages.arrays import from_arrays, to_arrays
@@ -31,6 +30,7 @@ from flower_split.server.metric_sinks import MetricSinks
 from flower_split.server.privacy.accounting import privacy_notes
 from flower_split.server.privacy.mechanisms import own_inner, with_privacy
 from flower_split.server.recorder import Recorder
+from flower_split.server.step_ends import step_notes
 from flower_split.server.trunk_connection import ConnectedTrunk
 from flower_split.server.trunk_rounds import StartingPoint, TrunkRounds
 from flower_split.server.trunk_strategy import TrunkStrategy
@@ -38,11 +38,6 @@ from flower_split.split import CutLayers
 from flower_split.split.loading.model_source import ModelSource
 
 logger = logging.getLogger(__name__)
-
-GRADIENTS_ARE_SEEN = (
-    'train.sync = "gradients": in every optimizer step each client sends the gradients of its own LoRA '
-    "to the trunk, which therefore sees them, beside the activations."
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,18 +234,6 @@ def inner_strategy(
     notes += step_notes(config)
     cuts = client_cut_layers(config, facts)
     return inner, notes + privacy_notes(context, inner) + cut_notes(config, cuts)
-
-
-def step_notes(config: RunConfig) -> list[str]:
-    """Return what a reader must know about how the run's optimizer steps end."""
-    notes = [GRADIENTS_ARE_SEEN] if config.shares_gradients else []
-    why = why_per_part(config)
-    clips = config.train.optimizer.max_grad_norm > 0
-    if config.train.max_grad_norm_over == "auto" and clips and why:
-        notes.append(
-            f'train.max-grad-norm-over = "auto" clips each part by itself in this run: {why}.'
-        )
-    return notes
 
 
 def client_cut_layers(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, CutLayers]:

@@ -32,7 +32,6 @@ from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     Arrival,
     Dispatch,
-    FinishRule,
     RoundBase,
     RoundPlan,
     RoundReport,
@@ -41,6 +40,7 @@ from flower_split.protocol.values import (
 from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.server.heartbeat import LEASE_SECONDS
+from flower_split.server.step_ends import finish_rule
 from flower_split.server.trunk_access import Coordinator, TrunkAccess
 
 logger = logging.getLogger(__name__)
@@ -57,16 +57,6 @@ class StartingPoint:
     experiment: str
     attempt: int = 0  # of the next round
     base: RoundBase | None = None  # the committed round to begin with; None: whatever the trunk has
-
-
-def finish_rule(config: RunConfig) -> FinishRule | None:
-    """Return how the steps of a run's rounds end together; None: each party ends its own."""
-    if not (config.clips_over_model or config.shares_gradients):
-        return None
-    return FinishRule(
-        max_grad_norm=config.train.optimizer.max_grad_norm if config.clips_over_model else 0.0,
-        share_gradients=config.shares_gradients,
-    )
 
 
 def stand_at_base(coordinator: Coordinator, start: StartingPoint, server_round: int) -> int:

@@ -33,7 +33,7 @@ from flower_split.parties.parts import all_parts, held_parts, model_cuts
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, RoundReport
 from flower_split.server.coordinator import TrunkCoordinator
-from flower_split.server.trunk_rounds import finish_rule
+from flower_split.server.step_ends import finish_rule
 from flower_split.split import CutLayers, load_client_model, set_trunk
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.training.loss import Batch

@@ -20,7 +20,7 @@ from flower_split.results.client_adapter import OneClient, read_client_adapter
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.private_factors import PrivateFolder
 from flower_split.server.app import run
-from flower_split.server.strategy_factory import GRADIENTS_ARE_SEEN
+from flower_split.server.step_ends import GRADIENTS_ARE_SEEN
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
 from tests.support.local_grid import LocalGrid, TrunkHere

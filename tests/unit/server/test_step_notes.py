@@ -3,7 +3,7 @@
 import pytest
 
 from flower_split.config import Scalar, parse_run_config
-from flower_split.server.strategy_factory import GRADIENTS_ARE_SEEN, step_notes
+from flower_split.server.step_ends import GRADIENTS_ARE_SEEN, step_notes
 
 AUTO: dict[str, Scalar] = {"train.max-grad-norm-over": "auto"}
 
