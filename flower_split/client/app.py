@@ -183,6 +183,14 @@ class Handlers:
         )
 
 
+def _say_who(message: Message, context: Context) -> None:
+    """Have this process's log lines name the run and the node.
+
+    Ray pickles the handlers with whatever of this module they name themselves, but functions by name.
+    """
+    PROCESS_FIELDS.bind(run=message.metadata.run_id, node=context.node_id)
+
+
 def _say_where(order: PhaseOrder, client: Client) -> None:
     """Have this process's log lines name the round."""
     trunk = order.trunk
@@ -205,7 +213,7 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
     @functools.wraps(handler)
     def run(message: Message, context: Context) -> Message:
         log_to_stderr(logging.WARNING)
-        PROCESS_FIELDS.bind(run=message.metadata.run_id, node=context.node_id)
+        _say_who(message, context)
         quiet_libraries()
         code = _RAISED
         try:

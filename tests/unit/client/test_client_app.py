@@ -7,7 +7,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 import flower_split.client.client
-from flower_split.client.app import app
+from flower_split.client.app import app, make_client_app
 from flower_split.client.client import planned_steps
 from flower_split.config import Scalar, parse_run_config
 from flower_split.messages.client_facts import ClientFacts
@@ -139,3 +139,9 @@ def test_clients_at_once_follow_from_the_actors_share(
 def test_client_reads_no_flower_and_no_server_code() -> None:
     source = Path(flower_split.client.client.__file__).read_text()
     assert not any(name in source for name in ("flwr", "flower_split.server", "flower_split.trunk"))
+
+
+def test_client_app_travels_to_a_simulations_actors() -> None:
+    """Flower's simulation hands the app to Ray, which pickles it with all that its handlers name."""
+    pickle = pytest.importorskip("ray.cloudpickle", reason="the simulation's own")
+    assert len(pickle.dumps(make_client_app())) > 0
