@@ -1,7 +1,8 @@
 """A transport over gRPC: two connections, deadlines, and retries that repeat the same bytes.
 
-Only UNAVAILABLE and DEADLINE_EXCEEDED are retried: every call names what it is about, so the trunk
-recognises a repetition. :mod:`flower_split.wire.grpc_status` says what the other codes mean.
+Only UNAVAILABLE and DEADLINE_EXCEEDED are retried, and no TLS handshake that failed: every call names
+what it is about, so the trunk recognises a repetition. :mod:`flower_split.wire.grpc_status` says what
+the other codes mean.
 """
 
 import logging
@@ -18,6 +19,7 @@ from flower_split.runtime.closing import Closing
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.grpc_status import error_of, failed_call
 from flower_split.wire.sending import Outgoing
+from flower_split.wire.tls_errors import tls_fault
 from flower_split.wire.transport import Reply, Result
 
 logger = logging.getLogger(__name__)
@@ -139,6 +141,8 @@ class TrunkChannel(Closing):
                 code, text = failed_call(error).code(), failed_call(error).details()
                 if code not in _RETRIED:
                     raise error_of(error, what) from None
+                if fault := tls_fault(text):
+                    raise TrunkError(f"{what}: no connection, for {fault} ({text}).") from None
             except ValueError as error:  # how grpc says that the channel is closed
                 raise TrunkError(f"{what}: the connection has been closed ({error}).") from error
             pause = backoff * self._jitter.uniform(0.5, 1.5)

@@ -68,7 +68,7 @@ class InputSchema:
         max_positions: Of a sequence, what a key-value cache holds included; None: no limit.
         max_position_id: Largest position id; None: no limit.
         plain: Inputs beside the hidden states, by name, of a call without a key-value cache.
-        cached: The same for a call with one.
+        cached: The same for a call with one; None: the model takes no key-value cache.
         use_cache: Whether the model runs where it is told to use a key-value cache.
         kinds: Masks per kind of layer that must come where one of them comes.
     """
@@ -77,7 +77,7 @@ class InputSchema:
     max_positions: int | None = None
     max_position_id: int | None = None
     plain: Forms = field(default_factory=dict)
-    cached: Forms = field(default_factory=dict)
+    cached: Forms | None = field(default_factory=dict)
     use_cache: bool = True
     kinds: frozenset[str] = frozenset()
 
@@ -115,7 +115,8 @@ class InputSchema:
             TrunkRefused: A tensor is missing, unknown, or of another form (INVALID_REQUEST).
         """
         hidden = self._hidden_states(tensors)
-        if (use_cache or past is not None) and not self.use_cache:
+        table = self.plain if past is None else self.cached
+        if table is None or (use_cache and not self.use_cache):
             raise _invalid(
                 "this trunk's model uses no key-value cache; call it with use_cache=False."
             )
@@ -130,7 +131,6 @@ class InputSchema:
             "past+seq": seq + (past or 0),
             "visual": int(visual.sum()) if has_mask and visual is not None else 0,
         }
-        table = self.plain if past is None else self.cached
         # Names of the table, each in its order: what a peer calls a tensor goes no further.
         found = {name: tensors[name] for name in table if name in tensors}
         unknown = tensors.keys() - found.keys() - {HIDDEN}

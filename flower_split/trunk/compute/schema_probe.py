@@ -61,7 +61,7 @@ def schema_of(trunk: nn.Module, hidden_size: int) -> InputSchema:
         max_positions=limit,
         max_position_id=None if limit is None else max(limit, int(table or 0)) - 1,
         plain=plain | _features(trunk),
-        cached=_beside_cache(trunk, plain),
+        cached=_beside_cache(trunk, plain) if use_cache and _takes_cache(trunk) else None,
         use_cache=use_cache,
         kinds=frozenset(_kinds_of_layers(trunk)),
     )
@@ -187,6 +187,11 @@ def _features(trunk: TrunkModel) -> dict[str, tuple[Form, ...]]:
     features = Form(FLOATS, ("visual", trunk.hidden_size))
     layers = {f"{FEATURES}.{index}": (features,) for index in range(trunk.stack.num_layers)}
     return {VISUAL: (Form((torch.bool,), ("batch", "seq")),), **layers}
+
+
+def _takes_cache(trunk: TrunkModel) -> bool:
+    """Return whether the model goes on from keys and values that it is given."""
+    return "past_key_values" in argument_names(type(trunk.host).forward)
 
 
 def _beside_cache(

@@ -20,7 +20,6 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
-from flower_split.runtime.secret_files import check_private
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.admission import Admission
 from flower_split.trunk.service.audit_log import AuditLog
@@ -29,7 +28,8 @@ from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.following_health import FollowingHealth
 from flower_split.trunk.service.handlers import Limits, Quotas
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.wire.grpc_options import SERVICE, is_loopback, read_pem, server_options
+from flower_split.trunk.service.tls import ServerCertificate
+from flower_split.wire.grpc_options import SERVICE, is_loopback, server_options
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class TrunkServer(Closing):
         engine: What computes.
         coordinator_token: Who knows it may begin, commit and abort rounds.
         listen: ``host:port``; port 0 takes any free one.
-        tls_certificate: PEM file; ``None``: plain text, on loopback only.
+        tls_certificate: PEM file, read again when it is renewed; ``None``: plain text, on loopback.
         tls_key: PEM file.
         max_workers: Threads; at most three quarters of them hold calls that wait.
         max_tensor_bytes: Limit on the tensors of one call.
@@ -57,7 +57,8 @@ class TrunkServer(Closing):
         refusals: Counts of refused calls.
 
     Raises:
-        ConfigError: Plain text beyond loopback, an empty token, half a key pair, too few workers.
+        ConfigError: Plain text beyond loopback, an empty token, half a key pair, a certificate that
+            is not valid or not the key's, too few workers.
     """
 
     def __init__(
@@ -89,12 +90,8 @@ class TrunkServer(Closing):
             )
         self._listen = listen
         self._tls = (
-            (read_pem("tls-key", tls_key), read_pem("tls-certificate", tls_certificate))
-            if tls_certificate and tls_key
-            else None
+            ServerCertificate(tls_certificate, tls_key) if tls_certificate and tls_key else None
         )
-        if tls_key:
-            check_private(tls_key, "tls-key")
         self._health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
         refusals = self.refusals = RefusalLog(audit=audit)
 
@@ -128,8 +125,7 @@ class TrunkServer(Closing):
         """
         try:
             if self._tls:
-                credentials = grpc.ssl_server_credentials([self._tls])
-                port = self._server.add_secure_port(self._listen, credentials)
+                port = self._server.add_secure_port(self._listen, self._tls.credentials())
             else:
                 port = self._server.add_insecure_port(self._listen)
         except RuntimeError as error:

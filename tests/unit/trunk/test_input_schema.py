@@ -152,6 +152,16 @@ def test_bias_by_relative_position_is_taken_where_the_layers_have_one() -> None:
         found.checked(call(), use_cache=True)  # an encoder
 
 
+@pytest.mark.parametrize(
+    ("family", "auto_class"),
+    [("t5", "AutoModelForSeq2SeqLM"), ("deberta-v2", "AutoModelForSequenceClassification")],
+)
+def test_call_with_a_cache_is_refused_where_the_model_takes_none(
+    family: str, auto_class: str
+) -> None:
+    assert "no key-value cache" in refused(schema(family, auto_class), call(), 0)
+
+
 def test_features_of_images_have_one_row_per_position_of_the_mask() -> None:
     found = schema("qwen3_vl", "AutoModelForImageTextToText")
     mask, features = "host_argument/visual_pos_masks", "host_argument/deepstack_visual_embeds"
