@@ -39,6 +39,7 @@ from flower_split.training.measures import EvalResult, RoundPosition, TrainResul
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
 from flower_split.wire.codecs import make_codec
+from flower_split.wire.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +126,7 @@ class Client:
             ConfigError: The codec of the run's activations is not installed here.
         """
         make_codec(self.config.trunk.wire_dtype)
+        TRANSPORTS.get(self.config.trunk.transport)
         return ClientFacts(
             partition_id=self.partition_id,
             num_partitions=self.num_partitions,
@@ -273,6 +275,7 @@ class Client:
                 call_timeout=self.config.trunk.call_timeout,
                 root_certificates=order.root_certificates,
                 cuts=self.cuts,
+                transport=self.config.trunk.transport,
             )
             stack.callback(set_trunk, self.model, NoTrunk())
             stack.callback(trunk.close)

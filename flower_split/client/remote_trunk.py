@@ -32,8 +32,8 @@ from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs
-from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.staging import allocator, tensors_to_host
+from flower_split.wire.transports import TRANSPORTS
 
 
 class RemoteTrunk(nn.Module, Closing):
@@ -53,6 +53,8 @@ class RemoteTrunk(nn.Module, Closing):
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
         cuts: Where this client's model is cut, within the trunk's own span; None: where the
             fingerprint says, which must then be the trunk's span.
+        transport: The name of what carries the calls: ``auto`` (shared memory where client and trunk
+            share host and user, else gRPC), ``grpc``, ``shared-memory``, or a plug-in's.
 
     Attributes:
         waiting: Entered around every call: give back there what other micro-batches need to
@@ -63,8 +65,8 @@ class RemoteTrunk(nn.Module, Closing):
             given it among its inputs (its gradient is ``None``).
 
     Raises:
-        ConfigError: Plain text to another machine, a PEM file that cannot be read, or a codec
-            that is not installed here.
+        ConfigError: Plain text to another machine, a PEM file that cannot be read, or a codec or a
+            transport that is not installed here.
     """
 
     def __init__(
@@ -77,11 +79,12 @@ class RemoteTrunk(nn.Module, Closing):
         call_timeout: float,
         root_certificates: str = "",
         cuts: CutLayers | None = None,
+        transport: str = "grpc",
     ) -> None:
         super().__init__()
         self.always = torch.empty(0, requires_grad=True)
         self._session = TrunkSession(
-            TrunkChannel(
+            TRANSPORTS.get(transport)(
                 address, token=token, timeout=call_timeout, root_certificates=root_certificates
             ),
             fingerprint,

@@ -58,6 +58,9 @@ class TrunkConfig:
     wire_dtype: str = "native"
     """Codec of the activations on the wire: native (as they are), float32, bfloat16, or a plug-in's
     name."""
+    transport: str = "auto"
+    """What carries the clients' calls: auto (shared memory where client and trunk share host and user,
+    else gRPC), grpc, shared-memory, or a plug-in's name."""
     device: str = "auto"
     """Device of the trunk: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
     device_map: str = ""
@@ -82,6 +85,7 @@ class TrunkConfig:
         one_of("trunk.train", self.train, ("lora", "full"))
         one_of("trunk.step-every", self.step_every, STEP_EVERY)
         plug_in_name("trunk.wire-dtype", self.wire_dtype)
+        plug_in_name("trunk.transport", self.transport)
         one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
         if self.device_map:
             one_of("trunk.device-map", self.device_map, DEVICE_MAPS)

@@ -84,18 +84,30 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("tensors", "forward", "backward", "reply", "finish_step")
+    __slots__ = ("tensors", "forward", "backward", "reply", "finish_step", "shared")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     FINISH_STEP_FIELD_NUMBER: _ClassVar[int]
+    SHARED_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     forward: ForwardHeader
     backward: BackwardHeader
     reply: ReplyHeader
     finish_step: FinishStepHeader
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ..., finish_step: _Optional[_Union[FinishStepHeader, _Mapping]] = ...) -> None: ...
+    shared: SharedPayload
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ..., finish_step: _Optional[_Union[FinishStepHeader, _Mapping]] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
+
+class SharedPayload(_message.Message):
+    __slots__ = ("slot", "generation", "offset")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    generation: int
+    offset: int
+    def __init__(self, slot: _Optional[int] = ..., generation: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class ContributionKey(_message.Message):
     __slots__ = ("experiment", "server_round", "attempt", "window", "micro_batch")
@@ -202,6 +214,26 @@ class WaitVersionReply(_message.Message):
     VERSION_FIELD_NUMBER: _ClassVar[int]
     version: int
     def __init__(self, version: _Optional[int] = ...) -> None: ...
+
+class ShareMemoryRequest(_message.Message):
+    __slots__ = ("boot_id", "user")
+    BOOT_ID_FIELD_NUMBER: _ClassVar[int]
+    USER_FIELD_NUMBER: _ClassVar[int]
+    boot_id: str
+    user: int
+    def __init__(self, boot_id: _Optional[str] = ..., user: _Optional[int] = ...) -> None: ...
+
+class ShareMemoryReply(_message.Message):
+    __slots__ = ("process", "descriptor", "num_bytes", "nonce")
+    PROCESS_FIELD_NUMBER: _ClassVar[int]
+    DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    process: int
+    descriptor: int
+    num_bytes: int
+    nonce: bytes
+    def __init__(self, process: _Optional[int] = ..., descriptor: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("fingerprint", "planned_steps", "evaluate", "cuts")

@@ -269,6 +269,7 @@ def _remote(
                 call_timeout=config.trunk.call_timeout,
                 root_certificates=server.root_certificates,
                 cuts=cuts,
+                transport=config.trunk.transport,
             ) as trunk:
                 trunk.open(0, evaluate=True)
                 yield trunk

@@ -7,7 +7,7 @@ written with its fields in another order goes through the protobuf parser.
 Next: ``flower_split/trunk/service/server.py``.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,8 @@ from flower_split.wire.format import (
     MAX_TENSORS,
     PAYLOAD_TAG,
 )
+from flower_split.wire.sending import framed_bytes
+from flower_split.wire.shared_memory import Place, SharedFrames, SharedMemory
 from flower_split.wire.staging import Allocate, pooled
 
 
@@ -99,7 +101,8 @@ class Received:
     """The tensors of a message that has arrived in full.
 
     Args:
-        tensors: By name; writable, each over memory of its own.
+        tensors: By name; writable, each over memory of its own (shared memory keeps the place of
+            each until the tensor is gone).
         digest: XXH3 of 128 bits over the descriptions and the payload, to tell a repetition from
             other content; no protection against an attacker. Empty if it was not asked for.
         num_bytes: Bytes of all frames.
@@ -116,15 +119,22 @@ class Incoming:
     Between the two, the receiver can check who calls and what is announced.
 
     Args:
-        frames: Serialized frames. What it raises passes through.
+        frames: Serialized frames; ``SharedFrames`` where payloads may lie in shared memory. What it
+            raises passes through.
         call: What the header must be of; None: anything.
+        memory: Asked for the memory that the payloads lie in, if the header says that they do.
 
     Raises:
         CodecError: The stream is empty, or its first frame has no valid header, or one of another
             call.
     """
 
-    def __init__(self, frames: Iterator[bytes], call: str | None = None) -> None:
+    def __init__(
+        self,
+        frames: Iterator[bytes],
+        call: str | None = None,
+        memory: Callable[[], SharedMemory | None] | None = None,
+    ) -> None:
         self._frames = frames
         first = next(frames, None)
         if first is None:
@@ -137,6 +147,15 @@ class Incoming:
             raise CodecError(f"the header of this call must be of {call!r}; it is of {found!r}.")
         self.header = header
         self._num_bytes = len(first)
+        # The memory that the payloads lie in; None: they come in frames.
+        self.shared: SharedMemory | None = None
+        if header.HasField("shared"):
+            if memory is not None:
+                self.shared = memory()
+            elif isinstance(frames, SharedFrames):
+                self.shared = frames.memory
+            if self.shared is None:
+                raise CodecError("the message's payloads lie in memory that nobody shares with it.")
 
     def receive(
         self,
@@ -167,8 +186,11 @@ class Incoming:
             announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
             form = coded.form(announced, max_bytes)
         payloads = []
-        for layout in layouts:
-            payloads.append(allocate(layout.num_bytes))
+        if self.shared is not None:
+            payloads = self._open(self.shared, layouts)
+        else:
+            for layout in layouts:
+                payloads.append(allocate(layout.num_bytes))
         content = self._fill(layouts, payloads, digest)
         tensors = {
             layout.name: decode_tensor(layout, payload)
@@ -178,12 +200,29 @@ class Incoming:
             tensors = coded.decode(tensors, form)
         return Received(tensors, content, self._num_bytes)
 
+    def _open(self, memory: SharedMemory, layouts: list[Layout]) -> list[Tensor]:
+        """Return the payloads where they lie; tensors without one get memory of their own."""
+        shared = self.header.shared
+        if self._first_payload.nbytes or next(self._frames, None) is not None:
+            raise CodecError("a message with payloads in shared memory is one frame without any.")
+        sizes = [layout.num_bytes for layout in layouts]
+        place = Place(shared.slot, shared.generation, shared.offset)
+        opened = iter(memory.receiving.open(place, [size for size in sizes if size]))
+        self.header.ClearField("shared")
+        self._num_bytes = framed_bytes(self.header.ByteSize(), sum(sizes))
+        return [next(opened) if size else torch.empty(0, dtype=torch.uint8) for size in sizes]
+
     def _fill(self, layouts: list[Layout], payloads: list[Tensor], digest: bool) -> bytes:
         """Fill the payloads from the stream, and return the digest."""
         content = xxhash.xxh3_128()
         if digest:
             for layout in layouts:
                 content.update(repr((layout.name, str(layout.dtype), layout.shape)).encode())
+        if self.shared is not None:
+            for payload in payloads:
+                if digest and payload.nbytes:
+                    content.update(payload.numpy().data)
+            return content.digest() if digest else b""
         chunks = self._chunks(sum(layout.num_bytes for layout in layouts))
         chunk = memoryview(b"")
         for payload in payloads:

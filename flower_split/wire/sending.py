@@ -6,6 +6,7 @@ length + bytes``, joined once. :mod:`flower_split.wire.receiving` is the way bac
 Next: ``flower_split/wire/receiving.py``, then ``flower_split/trunk/service/server.py``.
 """
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from flower_split.wire.format import (
     NUMBERS,
     PAYLOAD_TAG,
 )
+from flower_split.wire.shared_memory import Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Outgoing:
     Attributes:
         num_bytes: Of all frames.
         tensor_bytes: Of the tensors in memory.
+        payloads: Of the tensors that have one, in their order.
 
     Raises:
         CodecError: A tensor has no place on the wire, or the header is too large.
@@ -94,15 +97,16 @@ class Outgoing:
                 f"the header of a message may have {MAX_HEADER_BYTES} bytes; this one, describing "
                 f"{len(encoded)} tensors, has {len(serialized)}."
             )
+        self._serialized = serialized
         header_bytes = HEADER_TAG + _varint(len(serialized)) + serialized
-        self._parts = [item.data for item in encoded if item.data.nbytes]
-        self._plan = _planned(header_bytes, sum(part.nbytes for part in self._parts))
+        self.payloads = [item.data for item in encoded if item.data.nbytes]
+        self._plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
         self.tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self.num_bytes = sum(len(prefix) + size for prefix, size in self._plan)
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames, each made when it is asked for."""
-        parts = iter(self._parts)
+        parts = iter(self.payloads)
         part, used = memoryview(b""), 0
         for prefix, size in self._plan:
             pieces: list[bytes | memoryview] = [prefix]
@@ -114,6 +118,29 @@ class Outgoing:
                 used += piece.nbytes
                 size -= piece.nbytes
             yield b"".join(pieces)
+
+    def placed(self, place: Place) -> "Outgoing":
+        """Return the message as the one frame that says where its payloads lie.
+
+        Its :attr:`num_bytes` stay those of all frames, so that what is counted is the same.
+        """
+        shared = pb.SharedPayload(slot=place.slot, generation=place.generation, offset=place.offset)
+        serialized = self._serialized + pb.Header(shared=shared).SerializeToString()
+        message = copy.copy(self)
+        message.payloads = []
+        message._plan = [(HEADER_TAG + _varint(len(serialized)) + serialized, 0)]
+        return message
+
+
+def framed_bytes(header_bytes: int, payload_bytes: int) -> int:
+    """Return the bytes of all frames of a message.
+
+    Args:
+        header_bytes: Of the serialized header alone.
+        payload_bytes: Of all tensors.
+    """
+    header = HEADER_TAG + _varint(header_bytes) + bytes(header_bytes)
+    return sum(len(prefix) + size for prefix, size in _planned(header, payload_bytes))
 
 
 def _planned(header: bytes, payload_bytes: int) -> list[tuple[bytes, int]]:

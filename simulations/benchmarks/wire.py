@@ -1,8 +1,10 @@
-"""Round-trip time of activations through the trunk's server, against raw TCP of the same bytes.
+"""Round-trip time of activations through the trunk's server, against raw TCP and against memcpy.
 
-The trunk is an echo in another process, so what is timed is the wire: framing, gRPC, checks, the
-digest of a training call. Both run in turns within one run, because loopback varies by a third
-between runs. Usage: ``python simulations/benchmarks/wire.py [--repeats N] [--sizes MB ...]``.
+The trunk is an echo in another process, so what is timed is the wire: framing or shared memory, gRPC,
+checks, the digest of a training call. ``memcpy`` copies the same bytes there and back within this
+process, into memory that has been used before. All run in turns within one run, because loopback
+varies by a third between runs. Usage:
+``python simulations/benchmarks/wire.py [--repeats N] [--sizes MB ...]``.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from multiprocessing.connection import Connection
 from types import MappingProxyType
 from typing import cast
@@ -45,7 +48,7 @@ class EchoEngine:
     ) -> SessionGrant:
         """Take anyone."""
         return SessionGrant(
-            session="s",
+            session=f"of {token}",
             epoch=self.epoch,
             version=0,
             experiment="benchmark",
@@ -142,53 +145,83 @@ def main() -> None:
         tcp_port, trunk_port = start(serve_tcp, stack), start(serve_trunk, stack)
         connection = stack.enter_context(socket.create_connection(("127.0.0.1", tcp_port)))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        trunk = stack.enter_context(
-            RemoteTrunk(
-                f"127.0.0.1:{trunk_port}",
-                token="benchmark",
-                fingerprint={},
-                mode="joint",
-                call_timeout=60.0,
-            )
+        framed, shared = (
+            stack.enter_context(client(trunk_port, transport))
+            for transport in ("grpc", "shared-memory")
         )
-        trunk.open(1)
-        print("size MB   TCP ms   evaluate ms  ratio   train ms  ratio   (medians of round trips)")
+        print(
+            "medians of round trips in ms; ratios: gRPC to TCP, shared memory to memcpy\n"
+            "size MB      TCP | gRPC eval  ratio     train  ratio |   memcpy | shared eval  ratio     "
+            "train  ratio"
+        )
         for size in arguments.sizes:
             smashed = torch.randn(1, max(1, round(size * 1e6 / 4 / HIDDEN)), HIDDEN)
-            print(line(size, smashed, connection, trunk, arguments.repeats), flush=True)
+            trunks = {"gRPC": framed, "shared": shared}
+            print(line(size, smashed, connection, trunks, arguments.repeats), flush=True)
+
+
+def client(port: int, transport: str) -> RemoteTrunk:
+    """An open session of its own with the echo trunk."""
+    trunk = RemoteTrunk(
+        f"127.0.0.1:{port}",
+        token=f"benchmark-{transport}",
+        fingerprint={},
+        mode="joint",
+        call_timeout=60.0,
+        transport=transport,
+    )
+    trunk.open(1)
+    return trunk
 
 
 def line(
-    size: float, smashed: Tensor, connection: socket.socket, trunk: RemoteTrunk, repeats: int
+    size: float,
+    smashed: Tensor,
+    connection: socket.socket,
+    trunks: Mapping[str, RemoteTrunk],
+    repeats: int,
 ) -> str:
-    """Time the three ways in turns, after two rounds that do not count."""
+    """Time all ways in turns, after two rounds that do not count."""
     data = smashed.numpy().tobytes()
     back = memoryview(bytearray(len(data)))
+    there = memoryview(bytearray(len(data)))
 
     def tcp() -> None:
         connection.sendall(len(data).to_bytes(8, "little"))
         connection.sendall(data)
         _fill(connection, back)
 
-    def evaluate() -> None:
+    def memcpy() -> None:
+        there[:] = data
+        back[:] = there
+
+    def evaluate(trunk: RemoteTrunk) -> None:
         with torch.no_grad():
             trunk(smashed)
 
-    def train() -> None:
+    def train(trunk: RemoteTrunk) -> None:
         with trunk.micro_batch(0, 0, num_tokens=1, loss_denominator=1.0, last=True):
             trunk(smashed)
 
-    ways = (tcp, evaluate, train)
-    seconds: list[list[float]] = [[] for _ in ways]
+    ways: dict[str, Callable[[], None]] = {"tcp": tcp, "memcpy": memcpy}
+    for name, trunk in trunks.items():
+        ways[f"{name} evaluate"] = partial(evaluate, trunk)
+        ways[f"{name} train"] = partial(train, trunk)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
     for repeat in range(repeats + 2):
-        for way, kept in zip(ways, seconds, strict=True):
+        for name, way in ways.items():
             taken = timed(way)
             if repeat >= 2:
-                kept.append(taken)
-    base, evaluated, trained = (1e3 * statistics.median(kept) for kept in seconds)
+                seconds[name].append(taken)
+    ms = {name: 1e3 * statistics.median(kept) for name, kept in seconds.items()}
+
+    def beside(name: str, base: str) -> str:
+        pairs = (ms[f"{name} {kind}"] for kind in ("evaluate", "train"))
+        return " ".join(f"{value:10.2f} {value / ms[base]:6.2f}" for value in pairs)
+
     return (
-        f"{size:7.2f} {base:8.2f} {evaluated:13.2f} {evaluated / base:6.1f} {trained:10.2f} "
-        f"{trained / base:6.1f}"
+        f"{size:7.2f} {ms['tcp']:8.2f} |{beside('gRPC', 'tcp')} | {ms['memcpy']:8.2f} | "
+        f"{beside('shared', 'memcpy')}"
     )
 
 

@@ -22,12 +22,14 @@ NAMED: dict[str, Scalar] = {
     "strategy.aggregator": "median-lora",
     "strategy.rules": "heaviest=2",
     "trunk.wire-dtype": "row-int8",
+    "trunk.transport": "measured",
     "data.source": "notes",
 }
 GROUPS = {
     "strategy.aggregator": "flower_split.aggregators",
     "strategy.rules": "flower_split.rules",
     "trunk.wire-dtype": "flower_split.codecs",
+    "trunk.transport": "flower_split.transports",
     "data.source": "flower_split.data_sources",
 }
 
@@ -72,11 +74,16 @@ def finished(config: dict[str, Scalar]) -> RunDirectory:
     return RunDirectory.open(Path(str(config["run-dir"])))
 
 
-def test_a_run_uses_every_plug_in_that_its_config_names(tmp_path: Path, plugins: None) -> None:
+def test_a_run_uses_every_plug_in_that_its_config_names(
+    tmp_path: Path, plugins: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "newcomer.measured")
     config = job(tmp_path, "run")
     preflight.check_aggregation(parse_run_config(config))
     preflight.check_trunk(parse_run_config(config))
     done = finished(config)
+    methods = {record.args[0] for record in caplog.records if record.name == "newcomer.measured"}
+    assert methods == {"Forward", "Backward"}
     plain = finished(job(tmp_path, "plain", **{"trunk.wire-dtype": "native"}))
     mean = finished(job(tmp_path, "mean", **{"strategy.aggregator": "fedit"}))
     everybody = finished(job(tmp_path, "everybody", **{"strategy.rules": ""}))
@@ -94,7 +101,12 @@ def test_a_run_uses_every_plug_in_that_its_config_names(tmp_path: Path, plugins:
 
 @pytest.mark.parametrize("key", NAMED)
 def test_without_the_distribution_its_names_are_refused(tmp_path: Path, key: str) -> None:
-    known = {"strategy.aggregator": "fedit", "strategy.rules": "", "trunk.wire-dtype": "native"}
+    known = {
+        "strategy.aggregator": "fedit",
+        "strategy.rules": "",
+        "trunk.wire-dtype": "native",
+        "trunk.transport": "grpc",
+    }
     changes = {other: value for other, value in known.items() if other != key}
     if key != "data.source":
         changes["data.source"] = "text"

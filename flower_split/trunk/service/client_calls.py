@@ -8,6 +8,7 @@ Next: ``flower_split/trunk/engine/engine.py``.
 import math
 import struct
 from collections.abc import Iterator
+from functools import partial
 
 import grpc
 import torch
@@ -42,6 +43,7 @@ from flower_split.trunk.service.handlers import (
     unary,
 )
 from flower_split.trunk.service.refusals import RefusalLog
+from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_frames
 from flower_split.wire.codecs import NATIVE, Coded, make_codec
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
@@ -76,6 +78,7 @@ class ClientCalls:
         self._quotas = quotas
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
+        self._shared = SharedPayloads(engine.knows_token)
         self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
         on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._allocate: Allocate = pinned if on_gpu else pooled
@@ -87,6 +90,7 @@ class ClientCalls:
             "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version, self._refusals),
             "ShortenPlan": unary(pb.ShortenPlanRequest, self._shorten_plan, self._refusals),
             "CloseSession": unary(pb.CloseSessionRequest, self._close_session, self._refusals),
+            "ShareMemory": unary(pb.ShareMemoryRequest, self._share_memory, self._refusals),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
             "FinishStep": grpc.stream_stream_rpc_method_handler(self._finish_step),
@@ -129,7 +133,11 @@ class ClientCalls:
             token_of(context), request.session, request.trunk_epoch, self._engine.epoch
         )
         self._engine.close_session(request.session, request.trunk_epoch)
+        self._shared.drop(token_of(context))
         return pb.CloseSessionReply()
+
+    def _share_memory(self, request: pb.ShareMemoryRequest, context: Context) -> Message:
+        return self._shared.offer(request, token_of(context))
 
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
@@ -137,7 +145,7 @@ class ClientCalls:
             Holding(self._quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
-            incoming = Incoming(requests, "forward")
+            incoming = Incoming(requests, "forward", partial(self._shared.of, held.token))
             header = incoming.header.forward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
@@ -151,7 +159,7 @@ class ClientCalls:
             )
             call.digest = received.digest
             result = self._engine.forward(_forward_call(header, received, deadline))
-            return self._reply("trunk_output", result, header.session, received)
+            return self._reply("trunk_output", result, header.session, incoming, received)
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
@@ -159,7 +167,7 @@ class ClientCalls:
             Holding(self._quotas, context, waits=False) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
-            incoming = Incoming(requests, "backward")
+            incoming = Incoming(requests, "backward", partial(self._shared.of, held.token))
             header = incoming.header.backward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
@@ -172,7 +180,7 @@ class ClientCalls:
             )
             call.digest = received.digest
             result = self._engine.backward(_backward_call(header, received, deadline))
-            return self._reply("smashed_grad", result, header.session, received)
+            return self._reply("smashed_grad", result, header.session, incoming, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
@@ -180,7 +188,7 @@ class ClientCalls:
             Holding(self._quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
-            incoming = Incoming(requests, "finish_step")
+            incoming = Incoming(requests, "finish_step", partial(self._shared.of, held.token))
             header = incoming.header.finish_step
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
@@ -197,10 +205,16 @@ class ClientCalls:
             )
             reply = Outgoing(pb.Header(reply=head), result.gradients)
             self._engine.count_bytes(header.session, received.num_bytes, reply.num_bytes)
-            return reply.frames()
+            memory = incoming.shared  # a reply goes the way that its request came
+            return reply.frames() if memory is None else placed_frames(memory, reply)
 
     def _reply(
-        self, name: str, result: CallResult, session: str, received: Received
+        self,
+        name: str,
+        result: CallResult,
+        session: str,
+        incoming: Incoming,
+        received: Received,
     ) -> Iterator[bytes]:
         header = pb.ReplyHeader(
             version=result.version,
@@ -210,7 +224,8 @@ class ClientCalls:
         tensors = Coded(self._codec, name).encode(to_host(result.tensor))
         reply = Outgoing(pb.Header(reply=header), tensors)
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
-        return reply.frames()
+        memory = incoming.shared  # a reply goes the way that its request came
+        return reply.frames() if memory is None else placed_frames(memory, reply)
 
 
 def _mode_of(header: pb.ForwardHeader) -> ForwardMode:

@@ -1,0 +1,140 @@
+"""Transports that send payloads through shared memory where client and trunk share host and user.
+
+gRPC keeps control, ordering, deadlines, status codes and retries: a call is the one frame of its header,
+which says where the payloads lie. What finds no room there travels in frames.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+
+from google.protobuf.message import Message
+
+from flower_split.errors import TrunkError
+from flower_split.proto import trunk_pb2 as pb
+from flower_split.runtime.closing import Closing
+from flower_split.wire.grpc_transport import TrunkChannel
+from flower_split.wire.sending import Outgoing
+from flower_split.wire.shared_memory import SharedFrames, SharedMemory, host_identity
+from flower_split.wire.transport import Reply, Result
+
+logger = logging.getLogger(__name__)
+
+_OFFER_SECONDS = 10.0
+
+
+class AutomaticChannel(Closing):
+    """A :class:`~flower_split.wire.transport.Transport` that shares memory where it can.
+
+    The trunk is asked once, before the first call with tensors.
+
+    Args:
+        address: ``host:port``.
+        token: Sent with every call.
+        timeout: Seconds that one call may take, retries included.
+        root_certificates: CA for TLS; empty: plain text, on loopback only.
+
+    Raises:
+        ConfigError: See :class:`~flower_split.wire.grpc_transport.TrunkChannel`.
+    """
+
+    def __init__(
+        self, address: str, *, token: str, timeout: float, root_certificates: str = ""
+    ) -> None:
+        self.address = address
+        self._grpc = TrunkChannel(
+            address, token=token, timeout=timeout, root_certificates=root_certificates
+        )
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._asked = False
+        self._memory: SharedMemory | None = None
+
+    def unary(
+        self,
+        method: str,
+        request: Message,
+        reply_type: type[Reply],
+        *,
+        timeout: float | None = None,
+        retry: bool = True,
+    ) -> Reply:
+        """Make one control call; see :class:`~flower_split.wire.transport.Transport`."""
+        return self._grpc.unary(method, request, reply_type, timeout=timeout, retry=retry)
+
+    def stream(
+        self, method: str, message: Outgoing, read: Callable[[Iterator[bytes]], Result]
+    ) -> Result:
+        """Make one call that sends and reads frames; see ``Transport``."""
+        memory = self._shared()
+        place = memory.sending.put(message.payloads) if memory and message.payloads else None
+        if memory is None or place is None:
+            return self._grpc.stream(method, message, read)
+        result = self._grpc.stream(
+            method, message.placed(place), lambda frames: read(SharedFrames(frames, memory))
+        )
+        # A call that failed keeps its place: a late attempt of it may still be under way.
+        memory.sending.answered(place)
+        return result
+
+    def download(
+        self, method: str, request: Message, read: Callable[[Iterator[bytes]], Result]
+    ) -> Result:
+        """Make one call that sends a message and reads frames; see ``Transport``."""
+        return self._grpc.download(method, request, read)
+
+    def close(self) -> None:
+        """Close the connections, and let go of the memory. Idempotent."""
+        self._grpc.close()
+        self._memory = None
+
+    def _shared(self) -> SharedMemory | None:
+        """Return the memory shared with the trunk; None: there is none."""
+        with self._lock:
+            if not self._asked:
+                self._asked = True
+                try:
+                    self._memory = self._agree()
+                except (OSError, TrunkError) as error:
+                    self._refuse(str(error))
+            return self._memory
+
+    def _agree(self) -> SharedMemory:
+        """Open the memory that the trunk offers.
+
+        Raises:
+            OSError: It offers none, or this process cannot open it.
+            TrunkError: It did not answer.
+        """
+        boot_id, user = host_identity()
+        if not boot_id:
+            raise OSError("this host has no Linux kernel that tells its boot id")
+        request = pb.ShareMemoryRequest(boot_id=boot_id, user=user)
+        offer = self._grpc.unary(
+            "ShareMemory",
+            request,
+            pb.ShareMemoryReply,
+            timeout=min(self._timeout, _OFFER_SECONDS),
+            retry=False,
+        )
+        if not offer.process:
+            raise OSError("the trunk runs on another host or as another user")
+        return SharedMemory.of_process(
+            offer.process, offer.descriptor, offer.num_bytes, offer.nonce
+        )
+
+    def _refuse(self, why: str) -> None:
+        """Go on with frames."""
+        logger.debug("payloads to the trunk at %s travel in frames: %s", self.address, why)
+
+
+class SharedMemoryChannel(AutomaticChannel):
+    """As :class:`AutomaticChannel`, but calls with tensors fail where no memory can be shared."""
+
+    def _refuse(self, why: str) -> None:
+        self._asked = False  # the next call asks again
+        raise TrunkError(
+            f"no memory can be shared with the trunk at {self.address}: {why}. Client and trunk must "
+            "run on one Linux host as one user, and see each other's processes. Set trunk.transport "
+            '= "auto", or "grpc".'
+        )
