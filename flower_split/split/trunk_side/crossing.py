@@ -45,7 +45,9 @@ class TrunkInput(BaseException):
 class TrunkOutput(BaseException):
     """Ends a forward at the trunk's last layer. Not an Exception: no model may swallow it."""
 
-    hidden_states: Tensor
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
 
 
 def enter_trunk(
@@ -92,6 +94,5 @@ def leave_trunk(module: nn.Module, args: tuple[object, ...], output: object) -> 
     """End the running call after a trunk's last layer."""
     smashed = running.get()
     if smashed is not None and smashed.last is module:
-        reached = TrunkOutput()
-        reached.hidden_states = hidden_states_of(output)
-        raise reached
+        # Raised without a name here: its traceback would keep the frame, and the frame the tensors.
+        raise TrunkOutput(hidden_states_of(output))

@@ -310,7 +310,8 @@ class _SavedBytes:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.num_bytes += storage.nbytes()
-        return tensor
+        # Itself would be a cycle that only a backward ends: a node that saves its own output.
+        return tensor.detach()
 
     def __enter__(self) -> "_SavedBytes":
         self._hooks.__enter__()

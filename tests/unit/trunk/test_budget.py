@@ -2,12 +2,16 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
+from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
+from flower_split.trunk.compute.compute import TrunkCompute
+from tests.support.loopback import TinyTrunk
 from tests.support.toy_trunk import HIDDEN, ToyClient, make_engine, make_plan
 
 INPUT = torch.ones(2, 4, HIDDEN)
@@ -205,3 +209,13 @@ def test_lease_of_a_silent_client_ends_and_the_others_go_on(step_every):
         silent.forward(INPUT, 0, 1, digest=b"late", timeout=1e9)
     assert info.value.reason is RefusalReason.DROPPED
     engine.close()
+
+
+def test_a_forward_that_no_backward_follows_is_freed_with_its_activation() -> None:
+    trunk = TinyTrunk()
+    compute = TrunkCompute(trunk, OptimizerConfig(name="sgd"), seed=0)
+    hidden = torch.ones(1, 2, trunk.one.in_features)
+    _, activation = compute.forward_train({"hidden_states": hidden}, seed_of="a")
+    left = weakref.ref(activation.hidden)
+    del hidden, activation
+    assert left() is None
