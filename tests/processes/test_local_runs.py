@@ -74,6 +74,19 @@ def test_local_run_of_a_job_that_cannot_run_says_why_and_leaves_no_process(
     assert set(processes_of(flower.home)) <= set(before)
 
 
+def test_local_run_that_fails_exits_with_1_and_names_file_and_line(
+    flower: Flower, tmp_path: Path, parts: tuple[Path, str]
+) -> None:
+    data = make_data(tmp_path / "broken", 3)
+    Path(data.replace("{partition_id}", "1")).write_text("{no json\n")
+    app = app_of(tmp_path, (parts[0], data))
+    done = flower.command("flower-split", "run", str(app), "--local")
+    assert done.returncode == 1, done.stdout
+    assert "Traceback" not in done.stdout
+    last = done.stdout.strip().splitlines()[-1]
+    assert last.startswith("flower-split: ") and "line 1" in last and "1.jsonl" in last
+
+
 def test_local_run_stops_on_sigterm_and_leaves_no_process(
     flower: Flower, tmp_path: Path, parts: tuple[Path, str]
 ) -> None:

@@ -145,6 +145,7 @@ def test_run_again_in_another_order_ends_on_the_same_adapters(
     assert digest(adapters_of(again)) == digest(adapters_of(finished))
 
 
+@pytest.mark.slow  # the same without a SuperLink: test_local_runs.py
 def test_flower_split_run_of_a_job_that_fails_exits_with_1_and_one_paragraph(
     flower: Flower, tiny: Tiny
 ) -> None:
