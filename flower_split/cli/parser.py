@@ -125,15 +125,14 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 
 def _add_audit_log(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    log = commands.add_parser("audit-log", help="check a trunk's audit log")
-    actions = log.add_subparsers(dest="action", required=True, metavar="ACTION")
-    verify = actions.add_parser(
-        "verify",
-        help="check that no line was changed, taken out or put in",
+    log = commands.add_parser(
+        "audit-log",
+        help="check a trunk's audit log",
         description="Checks the hash chain of an audit log's files, and prints its last hash, beside "
         "which lines that were cut off at the end would show.",
     )
-    verify.add_argument("files", nargs="+", type=Path, metavar="FILE", help="oldest first")
+    log.add_argument("action", choices=("verify",), help="that no line was changed or taken out")
+    log.add_argument("files", nargs="+", type=Path, help="of one log, oldest first")
 
 
 def _add_export(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
