@@ -95,7 +95,7 @@ def check_clients(
         num_clients=count,
         initial=adapter,
         scales=scales,
-        slot_of=int,
+        partition_of=int,
         specs=rank_specs(config, own, scales),
     )
     if config.strategy.aggregates_lora:

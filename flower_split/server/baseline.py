@@ -18,7 +18,7 @@ from flower_split.messages.local_only import (
     LocalOnlyTrainReply,
 )
 from flower_split.runs.summary import HeldOut
-from flower_split.server.federation.exchange import by_slot, exchange
+from flower_split.server.federation.exchange import by_partition, exchange
 from flower_split.server.federation.nodes import Federation, describe
 from flower_split.server.recorder import Recorder
 
@@ -36,33 +36,34 @@ def run_local_only(grid: Grid, federation: Federation, recorder: Recorder) -> No
     train = LocalOnlyTrainOrder()
     trained = _ask(grid, federation, train.message_type, train.write(), timeout)
     adapters = {
-        slot: LocalOnlyTrainReply.read(reply.content).adapter for slot, reply in trained.items()
+        partition_id: LocalOnlyTrainReply.read(reply.content).adapter
+        for partition_id, reply in trained.items()
     }
     logger.info("local-only baseline: every client evaluates all %d adapters", len(adapters))
     order = LocalOnlyEvaluateOrder(adapters)
     replies = _ask(grid, federation, order.message_type, order.write(), timeout)
-    for slot, reply in replies.items():
+    for partition_id, reply in replies.items():
         losses = LocalOnlyEvaluateReply.read(reply.content).losses
         for trained_by in adapters:
             if trained_by not in losses:
                 raise FederationError(
-                    f"the local-only baseline's reply of partition {slot} lacks the adapter of "
+                    f"the local-only baseline's reply of partition {partition_id} lacks the adapter of "
                     f"partition {trained_by}. Run the same version of flower_split on every machine."
                 )
-            recorder.local_only(trained_by, slot, HeldOut(*losses[trained_by]))
+            recorder.local_only(trained_by, partition_id, HeldOut(*losses[trained_by]))
 
 
 def _ask(
     grid: Grid, federation: Federation, message_type: str, content: RecordDict, timeout: float
 ) -> Mapping[int, Message]:
-    """Send one message to every client; return the replies by slot.
+    """Send one message to every client; return the replies by partition.
 
     Raises:
         FederationError: A client failed.
     """
     messages = [
-        Message(content, federation.nodes[slot], message_type, ttl=timeout + 60.0)
-        for slot in federation.slots
+        Message(content, federation.nodes[partition_id], message_type, ttl=timeout + 60.0)
+        for partition_id in federation.partition_ids
     ]
     done = 0
 
@@ -74,7 +75,7 @@ def _ask(
         return False
 
     replies = exchange(grid, messages, timeout=timeout, watch=watch)
-    good, problems = by_slot(federation, messages, replies)
+    good, problems = by_partition(federation, messages, replies)
     if problems:
         raise FederationError(
             f"the local-only baseline failed: {describe(problems, federation)}. Mend it, or set "

@@ -7,10 +7,10 @@ Record = Mapping[str, int | float | str]
 """One line of the metrics: an arrival that a round took, or a dispatch that was dropped."""
 
 StepsSink = Callable[[int, int, Mapping[str, list[float]], Mapping[str, float]], None]
-"""Receives ``(server_round, slot, per-step lists, metrics)`` of every accepted training reply."""
+"""Receives ``(server_round, partition, per-step lists, metrics)`` of every accepted training reply."""
 
 EvaluationSink = Callable[[int, int, Mapping[str, float]], None]
-"""Receives ``(server_round, slot, metrics)`` of every evaluation reply."""
+"""Receives ``(server_round, partition, metrics)`` of every evaluation reply."""
 
 ArrivalsSink = Callable[[int, Sequence[Record]], None]
 """Receives ``(server_round, records)`` of an asynchronous round before it is committed: who arrived,
@@ -18,12 +18,15 @@ in this order, then who was dropped why."""
 
 
 def _no_steps(
-    server_round: int, slot: int, lists: Mapping[str, list[float]], metrics: Mapping[str, float]
+    server_round: int,
+    partition_id: int,
+    lists: Mapping[str, list[float]],
+    metrics: Mapping[str, float],
 ) -> None:
     pass
 
 
-def _no_evaluation(server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
+def _no_evaluation(server_round: int, partition_id: int, metrics: Mapping[str, float]) -> None:
     pass
 
 

@@ -95,7 +95,7 @@ class PhaseWatch:
     def _progress(self, status: TrunkStatus, now: float) -> str:
         megabytes = (status.bytes_received + status.bytes_sent) / 1e6
         if self._phase.evaluate:
-            done = f"{len(self._replies)} of {len(self._phase.slots)} clients"
+            done = f"{len(self._replies)} of {len(self._phase.partition_ids)} clients"
             return f"{self._label} evaluating: {done} done, {megabytes:.1f} MB"
         if status.phase == "joining":
             return f"{self._label} clients are joining{_missing(status)}"

@@ -46,13 +46,13 @@ class Recorder:
         self.run = run
         self.config = config
         self.notes: list[str] = []
-        self.names: dict[int, str] = {}  # slot -> what its data is about
+        self.names: dict[int, str] = {}  # partition -> what its data is about
         if config.mode == "forward-only" and not config.train.auxiliary_head:
             self.notes.append(BOTTOM_DOES_NOT_TRAIN)
             logger.warning("%s", BOTTOM_DOES_NOT_TRAIN)
         self.traffic = Traffic()  # since the last round's lines
         self._start = time.monotonic()
-        self._held_out: dict[int, dict[int, HeldOut]] = {}  # round -> slot
+        self._held_out: dict[int, dict[int, HeldOut]] = {}  # round -> partition
         self._local_only: dict[int, dict[int, HeldOut]] = {}  # trained by -> evaluated on
         self._rounds: set[int] = set()
         self._round_metrics: dict[int, list[Mapping[str, float]]] = {}
@@ -77,18 +77,18 @@ class Recorder:
                     self._totals[name] += value if isinstance(value, (int, float)) else 0.0
             elif record["kind"] == "evaluation" and isinstance(number, int):
                 loss, tokens = float(str(record["loss_sum"])), int(str(record["num_tokens"]))
-                slot = int(str(record["partition_id"]))
-                self._held_out.setdefault(number, {})[slot] = HeldOut(loss, tokens)
+                partition_id = int(str(record["partition_id"]))
+                self._held_out.setdefault(number, {})[partition_id] = HeldOut(loss, tokens)
 
     def clients(self, facts: Mapping[int, ClientFacts]) -> None:
-        """Record what every client says of its data, by slot, before it trains."""
-        self.names = {slot: item.name for slot, item in facts.items()}
-        for slot, item in sorted(facts.items()):
+        """Record what every client says of its data, by partition, before it trains."""
+        self.names = {partition_id: item.name for partition_id, item in facts.items()}
+        for partition_id, item in sorted(facts.items()):
             self.run.append(
                 "data",
                 {
                     "server_round": max(self._rounds, default=0),
-                    "partition_id": slot,
+                    "partition_id": partition_id,
                     "name": item.name,
                     "num_examples": item.num_examples,
                     "num_eval_examples": item.num_eval_examples,
@@ -103,7 +103,7 @@ class Recorder:
     def steps(
         self,
         server_round: int,
-        slot: int,
+        partition_id: int,
         lists: Mapping[str, Sequence[float]],
         metrics: Mapping[str, float],
     ) -> None:
@@ -113,12 +113,17 @@ class Recorder:
             values = {name: items[index] for name, items in lists.items() if index < len(items)}
             self.run.append(
                 "step",
-                {"server_round": server_round, "partition_id": slot, "step": index, **values},
+                {
+                    "server_round": server_round,
+                    "partition_id": partition_id,
+                    "step": index,
+                    **values,
+                },
             )
         self._round_metrics.setdefault(server_round, []).append(dict(metrics))
         activations, gradients = trunk_calls(lists)
-        self.traffic.add(slot, "activations", up=activations[0], down=activations[1])
-        self.traffic.add(slot, "gradients", up=gradients[0], down=gradients[1])
+        self.traffic.add(partition_id, "activations", up=activations[0], down=activations[1])
+        self.traffic.add(partition_id, "gradients", up=gradients[0], down=gradients[1])
 
     def trunk_round(self, server_round: int, attempt: int, report: RoundReport) -> None:
         """Record a round on the trunk: steps, time, activation memory, and who was left out."""
@@ -162,17 +167,19 @@ class Recorder:
         for record in records:
             self.run.append("arrival", {"server_round": server_round, **record})
 
-    def evaluation(self, server_round: int, slot: int, metrics: Mapping[str, float]) -> None:
+    def evaluation(
+        self, server_round: int, partition_id: int, metrics: Mapping[str, float]
+    ) -> None:
         """Record one client's held-out result after a round; round 0 is before the first."""
         held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]))
-        self._held_out.setdefault(server_round, {})[slot] = held_out
+        self._held_out.setdefault(server_round, {})[partition_id] = held_out
         sent, received = metrics.get(BYTES_SENT, 0), metrics.get(BYTES_RECEIVED, 0)
-        self.traffic.add(slot, "evaluation", up=sent, down=received)
+        self.traffic.add(partition_id, "evaluation", up=sent, down=received)
         self.run.append(
             "evaluation",
             {
                 "server_round": server_round,
-                "partition_id": slot,
+                "partition_id": partition_id,
                 "perplexity": held_out.perplexity,
                 **metrics,
             },
@@ -238,8 +245,10 @@ class Recorder:
         self._rounds.add(server_round)
 
     def _append_traffic(self, server_round: int) -> None:
-        for slot, counts in self.traffic.take().items():
-            self.run.append("bytes", {"server_round": server_round, "partition_id": slot, **counts})
+        for partition_id, counts in self.traffic.take().items():
+            self.run.append(
+                "bytes", {"server_round": server_round, "partition_id": partition_id, **counts}
+            )
 
     def pooled(self, server_round: int) -> HeldOut | None:
         """Return all clients' held-out results of a round together; None where nobody evaluated."""
@@ -255,13 +264,13 @@ class Recorder:
         last = self._held_out.get(self.config.num_server_rounds, {})
         outcomes = [
             ClientOutcome(
-                partition_id=slot,
-                before=first[slot],
-                after=last[slot],
-                local_only=self._by_own(slot),
-                name=self.names.get(slot, ""),
+                partition_id=partition_id,
+                before=first[partition_id],
+                after=last[partition_id],
+                local_only=self._by_own(partition_id),
+                name=self.names.get(partition_id, ""),
             )
-            for slot in sorted(first.keys() & last.keys())
+            for partition_id in sorted(first.keys() & last.keys())
         ]
         rows = summarize(outcomes) if outcomes else []
         seconds = time.monotonic() - self._start
@@ -314,10 +323,10 @@ class Recorder:
             for client in sorted(rounds)
         ]
 
-    def _by_own(self, slot: int) -> dict[int, HeldOut]:
-        """Return the results of the model that ``slot`` trained alone, on every partition's data."""
+    def _by_own(self, partition_id: int) -> dict[int, HeldOut]:
+        """Return the results of the model that a partition trained alone, by partition."""
         return {
-            evaluated_on: results[slot]
+            evaluated_on: results[partition_id]
             for evaluated_on, results in sorted(self._local_only.items())
-            if slot in results
+            if partition_id in results
         }

@@ -48,7 +48,7 @@ class RunParts:
     config: RunConfig
     trunk: ConnectedTrunk
     federation: Federation
-    facts: Mapping[int, ClientFacts]  # by slot
+    facts: Mapping[int, ClientFacts]  # by partition
     recorder: Recorder
     checkpoints: RunCheckpoints
     resumed: Resumed | None  # None: a new run
@@ -169,8 +169,8 @@ def inner_context(
     Args:
         grid: Flower's grid; clients are asked for initial values that only base weights say.
         config: The run's configuration.
-        federation: The nodes by slot.
-        facts: Slot to what the client said of itself.
+        federation: The nodes by partition.
+        facts: Partition to what the client said of itself.
 
     Raises:
         FederationError: Clients do not answer, or their base weights differ.
@@ -193,7 +193,7 @@ def inner_context(
         num_clients=len(federation.nodes),
         initial=state,
         scales=scales,
-        slot_of=federation.slot_of,
+        partition_of=federation.partition_of,
         specs=cut_specs(config, cuts, state, client_specs(config, facts, scales)),
     )
 
@@ -208,8 +208,8 @@ def inner_strategy(
 
     Args:
         context: What it is made from.
-        facts: Slot to what the client said of itself.
-        federation: The nodes by slot, for errors.
+        facts: Partition to what the client said of itself.
+        federation: The nodes by partition, for errors.
         make_inner: The app's own; None: what ``strategy.*`` and ``privacy.*`` name.
 
     Raises:
@@ -237,22 +237,23 @@ def inner_strategy(
 
 
 def client_cut_layers(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict[int, CutLayers]:
-    """Return where each client's model is cut, by slot."""
-    return {slot: item.cuts or model_cuts(config) for slot, item in facts.items()}
+    """Return where each client's model is cut, by partition."""
+    return {partition_id: item.cuts or model_cuts(config) for partition_id, item in facts.items()}
 
 
 def client_specs(
     config: RunConfig, facts: Mapping[int, ClientFacts], scales: Mapping[str, float]
 ) -> dict[int, AdapterSpec]:
-    """Return what a client holds of the adapter, by slot, for those that do not hold all of it."""
+    """Return what a client holds of the adapter, by partition, for those that do not hold all of it."""
     own = {
-        slot: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha) for slot, item in facts.items()
+        partition_id: OwnLora(rank=item.lora_rank, alpha=item.lora_alpha)
+        for partition_id, item in facts.items()
     }
     specs = rank_specs(config, own, scales)
     if specs:
         logger.info(
             "clients with a LoRA rank or scale of their own, by partition: %s",
-            ", ".join(f"{slot}: {own[slot]}" for slot in specs),
+            ", ".join(f"{partition_id}: {own[partition_id]}" for partition_id in specs),
         )
     return specs
 
@@ -265,4 +266,6 @@ def largest_weights(config: RunConfig, facts: Mapping[int, ClientFacts]) -> dict
     in_a_step = train.batch_size * train.gradient_accumulation_steps
     if config.strategy.weighting == "tokens":
         in_a_step *= train.sequence_length
-    return {slot: float(item.planned_steps * in_a_step) for slot, item in facts.items()}
+    return {
+        partition_id: float(item.planned_steps * in_a_step) for partition_id, item in facts.items()
+    }

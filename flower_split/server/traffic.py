@@ -25,7 +25,7 @@ class Traffic:
         """Count bytes that a client sent (``up``) and received (``down``).
 
         Args:
-            client: Its slot.
+            client: Its partition.
             kind: One of :data:`KINDS`.
             up: Bytes from the client.
             down: Bytes to the client.
@@ -48,15 +48,15 @@ class MeteredGrid(Grid):
 
     Args:
         grid: Flower's.
-        traffic: Where it is counted, by slot.
-        nodes: Slot -> node id; other nodes are not counted.
+        traffic: Where it is counted, by partition.
+        nodes: Partition -> node id; other nodes are not counted.
     """
 
     def __init__(self, grid: Grid, traffic: Traffic, nodes: Mapping[int, int]) -> None:
         self._grid = grid
         self._traffic = traffic
-        self._slots = {node: slot for slot, node in nodes.items()}
-        self._asked: dict[str, tuple[int, str]] = {}  # message id -> slot, kind
+        self._partitions = {node: partition_id for partition_id, node in nodes.items()}
+        self._asked: dict[str, tuple[int, str]] = {}  # message id -> partition, kind
 
     def set_run(self, run: Run) -> None:
         """See Flower's Grid."""
@@ -88,10 +88,10 @@ class MeteredGrid(Grid):
         ids = list(self._grid.push_messages(sent))
         for identity, message in zip(ids, sent, strict=True):
             kind = kind_of(message.metadata.message_type)
-            slot = self._slots.get(message.metadata.dst_node_id)
-            if identity and kind and slot is not None:
-                self._asked[identity] = slot, kind
-                self._traffic.add(slot, kind, down=content_bytes(message.content))
+            partition_id = self._partitions.get(message.metadata.dst_node_id)
+            if identity and kind and partition_id is not None:
+                self._asked[identity] = partition_id, kind
+                self._traffic.add(partition_id, kind, down=content_bytes(message.content))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:

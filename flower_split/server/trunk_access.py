@@ -43,7 +43,7 @@ class TrunkHealth:
         TrunkUnavailable: It does not within its deadline.
     """
     await_clients: Callable[[Mapping[int, int]], None] = _nobody
-    """Wait until clients answer that a lost round has not heard of; given their nodes by slot.
+    """Wait until clients answer that a lost round has not heard of; given their nodes by partition.
 
     Raises:
         FederationError: One does not within the deadline.

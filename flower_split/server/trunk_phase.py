@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message
 
 from flower_split.errors import FederationError, RoundLost
-from flower_split.server.federation.exchange import by_slot, left_slots, lost_slots
+from flower_split.server.federation.exchange import by_partition, left_partitions, lost_partitions
 from flower_split.server.federation.nodes import Federation, describe
 
 
@@ -18,7 +18,7 @@ class TrunkPhase:
     Args:
         server_round: From 1; 0 for the evaluation before round 1.
         evaluate: Whether it only evaluates.
-        messages: What was sent, by slot, ascending.
+        messages: What was sent, by partition, ascending.
         federation: The run's nodes.
         quorum: Share of the clients that must complete a training; see ``trunk.quorum``.
     """
@@ -36,8 +36,8 @@ class TrunkPhase:
     _silent: set[int] = field(default_factory=set, init=False)  # who has not answered at all
 
     @property
-    def slots(self) -> list[int]:
-        """Return the slots that were asked, ascending."""
+    def partition_ids(self) -> list[int]:
+        """Return the partitions that were asked, ascending."""
         return list(self.messages)
 
     @property
@@ -48,14 +48,14 @@ class TrunkPhase:
         return max(1, math.ceil(len(self.messages) * self.quorum - 1e-9))
 
     def failures(self, replies: Iterable[Message]) -> dict[int, str]:
-        """Return the reasons of the failed replies among ``replies``, by slot.
+        """Return the reasons of the failed replies among ``replies``, by partition.
 
         Clients that have not replied yet do not count.
         """
         arrived = list(replies)
         answered = {reply.metadata.reply_to_message_id for reply in arrived}
         sent = [m for m in self.messages.values() if m.metadata.message_id in answered]
-        return by_slot(self.federation, sent, arrived)[1]
+        return by_partition(self.federation, sent, arrived)[1]
 
     def can_succeed(self, failed: Mapping[int, str]) -> bool:
         """Return whether enough clients can still complete without those that ``failed``."""
@@ -75,17 +75,17 @@ class TrunkPhase:
         self._trunk_lost = True
 
     def sort(self, replies: Iterable[Message]) -> tuple[dict[int, Message], dict[int, str]]:
-        """Sort the final replies into good ones and reasons of failure, both by slot, ascending."""
+        """Sort the final replies into good ones and reasons of failure, both by partition, ascending."""
         arrived, sent = list(replies), list(self.messages.values())
-        self._lost = lost_slots(self.federation, sent, arrived)
-        self._left = left_slots(self.federation, sent, arrived)
+        self._lost = lost_partitions(self.federation, sent, arrived)
+        self._left = left_partitions(self.federation, sent, arrived)
         answered = {reply.metadata.reply_to_message_id for reply in arrived}
         self._silent = {
-            slot
-            for slot, message in self.messages.items()
+            partition_id
+            for partition_id, message in self.messages.items()
             if message.metadata.message_id not in answered
         }
-        return by_slot(self.federation, sent, arrived)
+        return by_partition(self.federation, sent, arrived)
 
     def is_lost(self, problems: Mapping[int, str]) -> bool:
         """Return whether ``problems`` are losses of processes or connections alone."""
@@ -111,7 +111,10 @@ class TrunkPhase:
         if not self.is_lost(problems):
             raise FederationError(text)
         gone = self._left | self._silent
-        raise RoundLost(text, {slot: self.federation.nodes[slot] for slot in sorted(gone)})
+        raise RoundLost(
+            text,
+            {partition_id: self.federation.nodes[partition_id] for partition_id in sorted(gone)},
+        )
 
     def _why(self, problems: Mapping[int, str]) -> str:
         """Return the cause of a failed phase: clients that left first, with their nodes.
@@ -119,7 +122,11 @@ class TrunkPhase:
         Where one client is gone, the trunk ends the round of all: the others' failures follow from
         it, and are not the cause even if they were heard of first.
         """
-        left = {slot: text for slot, text in problems.items() if slot in self._left}
+        left = {
+            partition_id: text
+            for partition_id, text in problems.items()
+            if partition_id in self._left
+        }
         if self._cause:
             named = f"; left the run: {describe(left, self.federation)}" if left else ""
             return self._cause.rstrip(".") + named

@@ -151,7 +151,7 @@ class TrunkRounds:
 
         Args:
             server_round: From 1; 0 for the evaluation before round 1.
-            tokens: Slot to the token with which that client joins.
+            tokens: Partition to the token with which that client joins.
             evaluate: Its sessions only evaluate.
 
         Returns:

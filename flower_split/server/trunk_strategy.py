@@ -7,8 +7,8 @@ clients' adapters; the trunk commits. Whatever fails in between aborts the round
 returns to its weights of the round's beginning.
 
 The inner strategy may be any of Flower's, also inside one of its wrappers for differential privacy.
-It sees a grid that holds only the clients chosen for the phase (seeded, over slots), and receives
-replies in slot order, so that its sums are repeatable. What it carries from round to round is kept
+It sees a grid that holds only the clients chosen for the phase (seeded, over partitions), and receives
+replies in order of partitions, so that its sums are repeatable. What it carries from round to round is kept
 with the round, and restored where a round is lost (``flower_split/server/inner/state.py``).
 
 This is the last of the seven files that a training step passes through.
@@ -60,7 +60,7 @@ class TrunkStrategy(Strategy):
         trunk_rounds: The run's rounds on the trunk.
         federation: The run's nodes, from the handshake.
         config: The run's configuration.
-        largest_weights: Slot to the largest weight that this client can report truthfully, where
+        largest_weights: Partition to the largest weight that this client can report truthfully, where
             Flower's strategies weigh clients by what they say; one above is refused.
         sinks: Where the clients' metrics go.
 
@@ -126,7 +126,10 @@ class TrunkStrategy(Strategy):
             kept, problems, report = self._completed(phase, replies)
             self._check(phase, kept)
             failpoints.reach("server.aggregate.before")
-            contents = [self._for_inner(server_round, slot, reply) for slot, reply in kept.items()]
+            contents = [
+                self._for_inner(server_round, partition_id, reply)
+                for partition_id, reply in kept.items()
+            ]
             arrays, metrics = self._aggregate(server_round, contents)
             if self.config.shares_gradients:
                 check_unchanged(arrays, kept, server_round)
@@ -176,8 +179,8 @@ class TrunkStrategy(Strategy):
             logger.warning(
                 "round=%d evaluation without %s", server_round, describe(problems, self.federation)
             )
-        for slot, reply in good.items():
-            self._sinks.evaluation(server_round, slot, scalars(reply.content))
+        for partition_id, reply in good.items():
+            self._sinks.evaluation(server_round, partition_id, scalars(reply.content))
             if weighs_uniformly(self.inner):
                 reply.content = with_uniform_weight(reply.content)
         return self.inner.aggregate_evaluate(server_round, list(good.values()))
@@ -185,17 +188,19 @@ class TrunkStrategy(Strategy):
     # ---------------------------------------------------------------- shared
 
     def _view(self, grid: Grid, server_round: int, fraction: float, phase: str) -> NodeView:
-        """Return the grid with only the nodes chosen for this phase, in slot order.
+        """Return the grid with only the nodes chosen for this phase, in order of partitions.
 
         Everybody evaluates before the first and after the last round, so that the two compare.
         """
-        slots = self.federation.slots
+        partition_ids = self.federation.partition_ids
         whole = phase == "evaluate" and server_round in (0, self.config.num_server_rounds)
-        count = len(slots) if whole else num_participants(len(slots), fraction)
-        if count < len(slots):
+        count = len(partition_ids) if whole else num_participants(len(partition_ids), fraction)
+        if count < len(partition_ids):
             generator = random.Random(f"{self.config.seed}/{server_round}/{phase}")
-            slots = sorted(generator.sample(slots, count))
-        return NodeView(grid, [self.federation.nodes[slot] for slot in slots])
+            partition_ids = sorted(generator.sample(partition_ids, count))
+        return NodeView(
+            grid, [self.federation.nodes[partition_id] for partition_id in partition_ids]
+        )
 
     def _open(self, server_round: int, inner: list[Message], *, evaluate: bool) -> list[Message]:
         """Open the trunk's round for the clients that the inner strategy wrote to."""
@@ -205,13 +210,13 @@ class TrunkStrategy(Strategy):
                 "client. Its fraction-train and fraction-evaluate must be above 0; set the run "
                 "config's instead."
             )
-        chosen = {self.federation.slot_of(m.metadata.dst_node_id): m for m in inner}
-        tokens = {slot: secrets.token_urlsafe(32) for slot in sorted(chosen)}
+        chosen = {self.federation.partition_of(m.metadata.dst_node_id): m for m in inner}
+        tokens = {partition_id: secrets.token_urlsafe(32) for partition_id in sorted(chosen)}
         self.trunk_rounds.begin(server_round, tokens, evaluate=evaluate)
         # Only now: the order carries the attempt that the trunk has just opened.
         messages = {
-            slot: self.trunk_rounds.addressed(chosen[slot], token, server_round)
-            for slot, token in tokens.items()
+            partition_id: self.trunk_rounds.addressed(chosen[partition_id], token, server_round)
+            for partition_id, token in tokens.items()
         }
         quorum = self.config.trunk.quorum_of(len(messages))
         self._phase = TrunkPhase(server_round, evaluate, messages, self.federation, quorum)
@@ -234,7 +239,7 @@ class TrunkStrategy(Strategy):
     def _completed(
         self, phase: TrunkPhase, replies: Iterable[Message]
     ) -> tuple[dict[int, Message], dict[int, str], RoundReport]:
-        """Return the replies of clients that completed, by slot, the others' problems, and the report.
+        """Return the replies of clients that completed, by partition, the others' problems, and the report.
 
         The trunk's round is prepared; both sides must have enough clients.
         """
@@ -262,11 +267,11 @@ class TrunkStrategy(Strategy):
             {weight: self._largest_weights},
         )
 
-    def _for_inner(self, server_round: int, slot: int, reply: Message) -> Message:
+    def _for_inner(self, server_round: int, partition_id: int, reply: Message) -> Message:
         """Return the reply as Flower's strategies expect it; its step metrics go to the sink."""
         content, steps = take_steps(reply.content)
         if steps:
-            self._sinks.steps(server_round, slot, steps, scalars(reply.content))
+            self._sinks.steps(server_round, partition_id, steps, scalars(reply.content))
         reply.content = with_uniform_weight(content) if weighs_uniformly(self.inner) else content
         return reply
 

@@ -592,7 +592,7 @@ def context_of(
         num_clients=num_clients,
         initial=state,
         scales=scales,
-        slot_of=lambda node: node,
+        partition_of=lambda node: node,
     )
 
 

@@ -30,10 +30,10 @@ MAGNITUDES = {0: torch.tensor([6.0, 2.0]), 1: torch.tensor([5.0, 4.0])}
 
 def one_round(config: StrategyConfig, silent: int | None = None) -> tuple[LoraFedAvg, Tensor]:
     """The strategy after a round of equal weights, and the magnitudes; ``silent`` says no norms."""
-    strategy = LoraFedAvg(config, {"m": 1.0}, INITIAL, FEDERATION.slot_of)
+    strategy = LoraFedAvg(config, {"m": 1.0}, INITIAL, FEDERATION.partition_of)
 
     def answer(message: Message) -> RecordDict:
-        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
+        slot = FEDERATION.partition_of(message.metadata.dst_node_id)
         state = {
             "m.lora_A.weight": A,
             "m.lora_B.weight": B[slot],
@@ -90,4 +90,6 @@ def test_method_that_dora_does_not_fit_is_refused_when_the_strategy_is_made(
     aggregator: str,
 ) -> None:
     with pytest.raises(AggregationError, match="use-dora"):
-        LoraFedAvg(StrategyConfig(aggregator=aggregator), {"m": 1.0}, INITIAL, FEDERATION.slot_of)
+        LoraFedAvg(
+            StrategyConfig(aggregator=aggregator), {"m": 1.0}, INITIAL, FEDERATION.partition_of
+        )

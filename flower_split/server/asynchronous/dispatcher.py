@@ -71,9 +71,11 @@ class Dispatcher:
         self._arrivals = arrivals
         self._concurrency = concurrency
         self._open: dict[str, _OpenDispatch] = {}  # by message id
-        self._failures: dict[int, int] = {}  # slot -> in a row
-        self._left_out: dict[int, str] = {}  # slot -> why it takes no further part
-        self._sent_from: dict[int, int] = {}  # slot -> the version that it was sent out with last
+        self._failures: dict[int, int] = {}  # partition -> in a row
+        self._left_out: dict[int, str] = {}  # partition -> why it takes no further part
+        self._sent_from: dict[
+            int, int
+        ] = {}  # partition -> the version that it was sent out with last
         # The trunk process that all open dispatches were named to. TrunkRounds.epoch is not enough:
         # an evaluation in between may have begun on another process.
         self._epoch = 0
@@ -102,7 +104,10 @@ class Dispatcher:
             TrunkError: It does not answer, or refuses.
             FederationError: Flower did not take a message, and too few clients are left.
         """
-        new = [self._prepare(slot, server_round, arrays) for slot in self.choose(server_round)]
+        new = [
+            self._prepare(partition_id, server_round, arrays)
+            for partition_id in self.choose(server_round)
+        ]
         self._name_to_trunk(server_round, [item.dispatch for item in new])
         # Messages go out only after the trunk knows their tokens: a quick client joins at once.
         for item in new:
@@ -113,7 +118,7 @@ class Dispatcher:
                 self._fail(item, "Flower did not take its message")
 
     def choose(self, server_round: int) -> list[int]:
-        """Return the slots to send out now, ascending.
+        """Return the partitions to send out now, ascending.
 
         Clients that have not been sent out with the current version come first; the seed decides
         among equals.
@@ -124,26 +129,30 @@ class Dispatcher:
         if last or self._arrivals.max_staleness == 0:  # more could not be used
             useful = sum(not item.recalled for item in self._open.values())
             room = min(room, self._arrivals.size - len(self._arrivals.pending) - useful)
-        idle = [s for s in self._federation.slots if s not in busy and s not in self._left_out]
+        idle = [
+            s for s in self._federation.partition_ids if s not in busy and s not in self._left_out
+        ]
         generator = random.Random(f"{self._config.seed}/dispatch/{self._inner.dispatched + 1}")
         generator.shuffle(idle)
         # A stable sort: the shuffled order stays among clients of equal rank.
-        idle.sort(key=lambda slot: self._sent_from.get(slot, -1) == server_round - 1)
+        idle.sort(
+            key=lambda partition_id: self._sent_from.get(partition_id, -1) == server_round - 1
+        )
         return sorted(idle[: max(0, room)])
 
-    def _prepare(self, slot: int, server_round: int, arrays: ArrayRecord) -> _OpenDispatch:
+    def _prepare(self, partition_id: int, server_round: int, arrays: ArrayRecord) -> _OpenDispatch:
         """Write the message of a dispatch under the next number."""
         self._inner.dispatched += 1
-        dispatch = Dispatch(self._inner.dispatched, slot, secrets.token_urlsafe(32))
+        dispatch = Dispatch(self._inner.dispatched, partition_id, secrets.token_urlsafe(32))
         message, sent = self._inner.order(
             dispatch,
-            self._federation.nodes[slot],
+            self._federation.nodes[partition_id],
             arrays,
-            ahead=sum(item.dispatch.slot == slot for item in self._arrivals.pending),
+            ahead=sum(item.dispatch.slot == partition_id for item in self._arrivals.pending),
             ttl=self._config.round_timeout + _TTL_SPARE,
         )
         message = self._trunk_rounds.addressed(message, dispatch.token, server_round)
-        self._sent_from[slot] = server_round - 1
+        self._sent_from[partition_id] = server_round - 1
         deadline = time.monotonic() + self._config.round_timeout
         return _OpenDispatch(dispatch, server_round - 1, message, sent, deadline)
 
@@ -185,23 +194,23 @@ class Dispatcher:
             else:
                 came.append((item, reply))
         for item, reply in sorted(came, key=lambda pair: pair[0].dispatch.number):
-            slot = item.dispatch.slot
+            partition_id = item.dispatch.slot
             if item.recalled:
                 continue
-            text = failure_text(reply) or self._objection(server_round, slot, reply)
+            text = failure_text(reply) or self._objection(server_round, partition_id, reply)
             if text:
                 self._fail(item, text)
                 continue
-            self._failures.pop(slot, None)
+            self._failures.pop(partition_id, None)
             self._arrivals.add(
                 ClientArrival(item.dispatch, item.base_round, item.sent, reply.content)
             )
         return bool(came)
 
-    def _objection(self, server_round: int, slot: int, reply: Message) -> str:
+    def _objection(self, server_round: int, partition_id: int, reply: Message) -> str:
         """Return why a reply cannot be used; empty if it can."""
         try:
-            check_values({slot: reply}, self._federation, server_round, self._inner)
+            check_values({partition_id: reply}, self._federation, server_round, self._inner)
         except FederationError as error:
             return str(error)
         return ""
@@ -232,14 +241,14 @@ class Dispatcher:
         Raises:
             FederationError: Too few clients are left.
         """
-        slot = item.dispatch.slot
-        self._failures[slot] = self._failures.get(slot, 0) + 1
-        self._sent_from.pop(slot, None)
+        partition_id = item.dispatch.slot
+        self._failures[partition_id] = self._failures.get(partition_id, 0) + 1
+        self._sent_from.pop(partition_id, None)
         self._arrivals.drop(item.dispatch, item.base_round, why)
-        if self._failures[slot] <= self._config.round_retries:
+        if self._failures[partition_id] <= self._config.round_retries:
             return
-        self._left_out[slot] = why
-        total = len(self._federation.slots)
+        self._left_out[partition_id] = why
+        total = len(self._federation.partition_ids)
         left = total - len(self._left_out)
         needed = max(1, math.ceil(total * self._config.trunk.quorum_of(total) - 1e-9))
         named = describe(self._left_out, self._federation)

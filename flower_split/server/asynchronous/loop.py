@@ -241,7 +241,7 @@ def _concurrency(strategy: TrunkStrategy, at_once: int) -> int:
     Raises:
         FederationError: More are configured than there are.
     """
-    total, wanted = len(strategy.federation.slots), strategy.config.strategy.concurrency
+    total, wanted = len(strategy.federation.partition_ids), strategy.config.strategy.concurrency
     if wanted > total:
         raise FederationError(
             f"strategy.concurrency is {wanted}, but the run has {total} clients. Lower it, or 0: all."

@@ -20,7 +20,7 @@ from flower_split.messages.arrays import from_arrays
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.messages.orders import BaseValuesOrder
 from flower_split.messages.replies import BaseValuesReply
-from flower_split.server.federation.exchange import by_slot, exchange
+from flower_split.server.federation.exchange import by_partition, exchange
 from flower_split.server.federation.nodes import Federation, describe
 
 logger = logging.getLogger(__name__)
@@ -34,12 +34,12 @@ def gather_base_values(
     *,
     timeout: float,
 ) -> dict[str, Tensor]:
-    """Ask for the base values, the lowest slot first, until every name has its value.
+    """Ask for the base values, the lowest partition first, until every name has its value.
 
     Args:
         grid: Flower's grid.
         federation: The run's nodes.
-        facts: What the clients said in the handshake, by slot.
+        facts: What the clients said in the handshake, by partition.
         shapes: Names and shapes of the values.
         timeout: Seconds for one client's answer.
 
@@ -53,21 +53,23 @@ def gather_base_values(
     digests = agreed_digests(federation, facts)
     values: dict[str, Tensor] = {}
     problems: dict[int, str] = {}
-    for slot in federation.slots:
-        names = sorted((shapes.keys() - values.keys()) & facts[slot].base_digests.keys())
+    for partition_id in federation.partition_ids:
+        names = sorted((shapes.keys() - values.keys()) & facts[partition_id].base_digests.keys())
         if not names:
             continue
         ask = Message(
             BaseValuesOrder(names=tuple(names)).write(),
-            federation.nodes[slot],
+            federation.nodes[partition_id],
             MessageType.QUERY,
             ttl=timeout + 60.0,
         )
-        good, failed = by_slot(federation, [ask], exchange(grid, [ask], timeout=timeout))
+        good, failed = by_partition(federation, [ask], exchange(grid, [ask], timeout=timeout))
         problems |= failed
-        if slot in good:
-            values |= _checked(good[slot], slot, names, digests)
-            logger.info("partition %d gave %d initial values of the adapter", slot, len(names))
+        if partition_id in good:
+            values |= _checked(good[partition_id], partition_id, names, digests)
+            logger.info(
+                "partition %d gave %d initial values of the adapter", partition_id, len(names)
+            )
     missing = sorted(shapes.keys() - values.keys())
     if missing:
         why = f" {describe(problems, federation)}." if problems else ""
@@ -86,20 +88,20 @@ def agreed_digests(federation: Federation, facts: Mapping[int, ClientFacts]) -> 
         FederationError: Two clients differ.
     """
     agreed: dict[str, tuple[str, int]] = {}
-    for slot in federation.slots:
-        for name, digest in facts[slot].base_digests.items():
-            known, first = agreed.setdefault(name, (digest, slot))
+    for partition_id in federation.partition_ids:
+        for name, digest in facts[partition_id].base_digests.items():
+            known, first = agreed.setdefault(name, (digest, partition_id))
             if digest != known:
                 raise FederationError(
-                    f"partitions {first} (node {federation.nodes[first]}) and {slot} (node "
-                    f"{federation.nodes[slot]}) hold other base weights: they differ in {name}. "
+                    f"partitions {first} (node {federation.nodes[first]}) and {partition_id} (node "
+                    f"{federation.nodes[partition_id]}) hold other base weights: they differ in {name}. "
                     "Use the same model files on every machine."
                 )
     return {name: digest for name, (digest, _) in agreed.items()}
 
 
 def _checked(
-    reply: Message, slot: int, names: list[str], digests: Mapping[str, str]
+    reply: Message, partition_id: int, names: list[str], digests: Mapping[str, str]
 ) -> dict[str, Tensor]:
     """Return the values of one reply that were asked for, checked.
 
@@ -118,7 +120,7 @@ def _checked(
         else:
             continue
         raise FederationError(
-            f"partition {slot} was asked for the adapter's initial values, and {name} {fault}. "
+            f"partition {partition_id} was asked for the adapter's initial values, and {name} {fault}. "
             "Start the run again; if it stays, check that client's model files."
         )
     return {name: found[name] for name in names}

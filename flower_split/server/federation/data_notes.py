@@ -12,14 +12,14 @@ def data_notes(federation: Federation, facts: Mapping[int, ClientFacts]) -> list
 
     Args:
         federation: Its ``left_out`` are the clients without a part in the run.
-        facts: Slot to what each of the others said of itself.
+        facts: Partition to what each of the others said of itself.
     """
     notes = [
-        f"Partition {slot} takes no part in this run (data.on-small-client = skip): {reason}"
-        for slot, reason in sorted(federation.left_out.items())
+        f"Partition {partition_id} takes no part in this run (data.on-small-client = skip): {reason}"
+        for partition_id, reason in sorted(federation.left_out.items())
     ]
-    for slot, item in sorted(facts.items()):
+    for partition_id, item in sorted(facts.items()):
         losses = DataCounts.from_mapping(item.data_counts).losses()
         if losses:
-            notes.append(f"Partition {slot}: {'; '.join(losses)}.")
+            notes.append(f"Partition {partition_id}: {'; '.join(losses)}.")
     return notes

@@ -1,6 +1,6 @@
 """One exchange of Flower messages: push, wait with a deadline, and sort the replies.
 
-Failures come back as words without Flower's wrapping, by slot.
+Failures come back as words without Flower's wrapping, by partition.
 """
 
 import logging
@@ -88,40 +88,42 @@ def exchange(
     return replies
 
 
-def lost_slots(
+def lost_partitions(
     federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
 ) -> set[int]:
-    """Return the slots that failed by losing a process or a connection, not by an error of their own."""
+    """Return the partitions that failed by losing a process or a connection, not by an error."""
     by_message = {message.metadata.message_id: message for message in sent}
-    lost = {federation.slot_of(message.metadata.dst_node_id) for message in sent}
+    lost = {federation.partition_of(message.metadata.dst_node_id) for message in sent}
     for reply in replies:
         message = by_message.get(reply.metadata.reply_to_message_id)
         if message is not None and not (reply.has_error() and reply.error.code in _LOSSES):
-            lost.discard(federation.slot_of(message.metadata.dst_node_id))
+            lost.discard(federation.partition_of(message.metadata.dst_node_id))
     return lost
 
 
-def left_slots(
+def left_partitions(
     federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
 ) -> set[int]:
-    """Return the slots whose node or process is gone, by Flower's word.
+    """Return the partitions whose node or process is gone, by Flower's word.
 
     A client that is silent, or that lost its connection to the trunk, may be well.
     """
-    slots = {m.metadata.message_id: federation.slot_of(m.metadata.dst_node_id) for m in sent}
+    partition_ids = {
+        m.metadata.message_id: federation.partition_of(m.metadata.dst_node_id) for m in sent
+    }
     return {
-        slots[reply.metadata.reply_to_message_id]
+        partition_ids[reply.metadata.reply_to_message_id]
         for reply in replies
         if reply.has_error()
         and reply.error.code in _GONE
-        and reply.metadata.reply_to_message_id in slots
+        and reply.metadata.reply_to_message_id in partition_ids
     }
 
 
-def by_slot(
+def by_partition(
     federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
 ) -> tuple[dict[int, Message], dict[int, str]]:
-    """Sort replies by slot into good ones and reasons of failure.
+    """Sort replies by partition into good ones and reasons of failure.
 
     Args:
         federation: The run's nodes.
@@ -129,21 +131,23 @@ def by_slot(
         replies: Their replies, in any order; missing ones count as failures.
 
     Returns:
-        ``(good, problems)``, both by slot, ascending.
+        ``(good, problems)``, both by partition, ascending.
     """
-    slots = {message.metadata.message_id: federation.slot_of(message.metadata.dst_node_id)
+    partition_ids = {message.metadata.message_id: federation.partition_of(message.metadata.dst_node_id)
              for message in sent}  # fmt: skip
     good: dict[int, Message] = {}
-    problems = {slot: "no reply within the deadline" for slot in slots.values()}
+    problems = {
+        partition_id: "no reply within the deadline" for partition_id in partition_ids.values()
+    }
     for reply in replies:
-        slot = slots.get(reply.metadata.reply_to_message_id)
-        if slot is None:
+        partition_id = partition_ids.get(reply.metadata.reply_to_message_id)
+        if partition_id is None:
             logger.warning("a reply to a message of another phase was ignored")
             continue
         text = failure_text(reply)
         if text:
-            problems[slot] = text
+            problems[partition_id] = text
         else:
-            good[slot] = reply
-            problems.pop(slot, None)
+            good[partition_id] = reply
+            problems.pop(partition_id, None)
     return dict(sorted(good.items())), dict(sorted(problems.items()))

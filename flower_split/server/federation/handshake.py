@@ -19,7 +19,7 @@ from flower_split.messages.orders import HandshakeOrder
 from flower_split.parties.fingerprint import CUT_LAYERS, differing_fields
 from flower_split.parties.parts import model_cuts
 from flower_split.runtime.simulation import pool_cap
-from flower_split.server.federation.exchange import by_slot, exchange, lost_slots
+from flower_split.server.federation.exchange import by_partition, exchange, lost_partitions
 from flower_split.server.federation.nodes import Federation, describe_nodes
 from flower_split.split import CutLayers
 
@@ -104,12 +104,12 @@ def shake_hands(
     """Ask every node what it holds and check the answers. Lost clients are asked again.
 
     Returns:
-        ``(federation, facts by slot)``.
+        ``(federation, facts by partition)``.
 
     Raises:
         FederationError: A node failed, or the answers do not allow the run; see :func:`check_facts`.
     """
-    # No slots are known yet: number the nodes in the order of their ids to name them in errors.
+    # No partitions are known yet: number the nodes in the order of their ids to name them in errors.
     unnamed = Federation(dict(enumerate(sorted(nodes))))
     good: dict[int, Message] = {}
     ask, left = list(nodes), config.round_retries
@@ -124,19 +124,21 @@ def shake_hands(
             for node in ask
         ]
         replies = exchange(grid, messages, timeout=config.round_timeout)
-        answered, problems = by_slot(unnamed, messages, replies)
+        answered, problems = by_partition(unnamed, messages, replies)
         good |= answered
-        lost = lost_slots(unnamed, messages, replies)
+        lost = lost_partitions(unnamed, messages, replies)
         if problems and (left == 0 or lost != set(problems) or len(replies) < len(messages)):
             raise FederationError(
                 f"{len(problems)} of {len(nodes)} clients cannot start. "
                 f"{describe_nodes(problems, unnamed)}"
             )
-        ask, left = [unnamed.nodes[slot] for slot in problems], left - 1
+        ask, left = [unnamed.nodes[partition_id] for partition_id in problems], left - 1
     answers = [(unnamed.nodes[index], ClientFacts.read(m)) for index, m in sorted(good.items())]
     federation = check_facts(answers, config, trunk_fingerprint)
     facts = {answer.partition_id: answer for _, answer in answers}
-    return federation, {slot: facts[slot] for slot in federation.slots}
+    return federation, {
+        partition_id: facts[partition_id] for partition_id in federation.partition_ids
+    }
 
 
 def check_facts(
@@ -173,15 +175,16 @@ def _check_partition(
     facts: ClientFacts, node: int, nodes: Mapping[int, int], num_nodes: int
 ) -> None:
     """Check that a client's partition exists, and that no other node in ``nodes`` holds it."""
-    slot = facts.partition_id
-    if slot in nodes:
+    partition_id = facts.partition_id
+    if partition_id in nodes:
         raise FederationError(
-            f"nodes {nodes[slot]} and {node} both hold partition {slot}. Give every SuperNode "
-            f"its own: flower-supernode … --node-config 'partition-id=… num-partitions={num_nodes}'."
+            f"nodes {nodes[partition_id]} and {node} both hold partition {partition_id}. Give every "
+            "SuperNode its own: flower-supernode … --node-config 'partition-id=… "
+            f"num-partitions={num_nodes}'."
         )
-    if not 0 <= slot < facts.num_partitions:
+    if not 0 <= partition_id < facts.num_partitions:
         raise FederationError(
-            f"node {node} holds partition {slot} of {facts.num_partitions}; partition-id must "
+            f"node {node} holds partition {partition_id} of {facts.num_partitions}; partition-id must "
             "be at least 0 and below num-partitions. Restart that SuperNode with "
             "--node-config 'partition-id=… num-partitions=…'."
         )
@@ -189,20 +192,20 @@ def _check_partition(
 
 def _check_data(facts: ClientFacts, node: int, config: RunConfig) -> None:
     """Check that a client has examples to train and to evaluate on, and steps to take."""
-    slot = facts.partition_id
+    partition_id = facts.partition_id
     for count, what in (
         (facts.num_examples, "training"),
         (facts.num_eval_examples, "held-out"),
     ):
         if count < 1:
             raise FederationError(
-                f"partition {slot} (node {node}) has no {what} examples. Give it more data "
+                f"partition {partition_id} (node {node}) has no {what} examples. Give it more data "
                 "(data.path, data.dataset), use fewer partitions, or change "
                 f"data.eval-fraction, which is {config.data.eval_fraction:g}."
             )
     if facts.planned_steps < 1:
         raise FederationError(
-            f"partition {slot} (node {node}) plans no optimizer step. Raise train.local-steps "
+            f"partition {partition_id} (node {node}) plans no optimizer step. Raise train.local-steps "
             "or train.local-epochs."
         )
 
@@ -285,6 +288,7 @@ def needs_all_at_once(config: RunConfig) -> bool:
 def describe_clients(facts: Mapping[int, ClientFacts], federation: Federation) -> str:
     """Return one line for the log: which clients are there, with how many examples."""
     counts = ", ".join(
-        f"{slot} {item.name}".rstrip() + f": {item.num_examples}" for slot, item in facts.items()
+        f"{partition_id} {item.name}".rstrip() + f": {item.num_examples}"
+        for partition_id, item in facts.items()
     )
     return f"{len(federation.nodes)} clients; training examples by partition: {counts}"

@@ -17,10 +17,10 @@ from flower_split.server.federation.nodes import Federation
 def completed(
     good: Mapping[int, Message], problems: Mapping[int, str], report: RoundReport
 ) -> tuple[dict[int, Message], dict[int, str]]:
-    """Drop the replies of slots whose contributions the trunk does not have in full.
+    """Drop the replies of partitions whose contributions the trunk does not have in full.
 
     Returns:
-        ``(kept replies, problems with the dropped ones added)``, by slot.
+        ``(kept replies, problems with the dropped ones added)``, by partition.
     """
     kept, left = dict(good), dict(problems)
     for item in report.slots:
@@ -39,16 +39,16 @@ class Excluding(Protocol):
     excludes_invalid: bool
     """True: it leaves them out; False: it refuses the round."""
     last_summary: RoundSummary
-    """The summary of the round it aggregated last; ``excluded`` is by slot."""
+    """The summary of the round it aggregated last; ``excluded`` is by partition."""
 
 
 def excluded_by(inner: Strategy) -> dict[int, str]:
-    """Return why the inner strategy left out clients' adapters of its last round, by slot."""
+    """Return why the inner strategy left out clients' adapters of its last round, by partition."""
     if not isinstance(inner, Excluding):
         return {}
     return {
-        int(slot): f"its adapter was left out: {why}"
-        for slot, why in inner.last_summary.excluded.items()
+        int(partition_id): f"its adapter was left out: {why}"
+        for partition_id, why in inner.last_summary.excluded.items()
     }
 
 
@@ -63,14 +63,14 @@ def check_values(
         FederationError: A reply holds NaN or Inf, or no client trained on a label token.
     """
     checks_itself = isinstance(inner, Excluding) and inner.excludes_invalid
-    for slot, reply in replies.items():
+    for partition_id, reply in replies.items():
         for record in () if checks_itself else reply.content.array_records.values():
             for name, array in record.items():
                 if not np.isfinite(array.numpy()).all():
                     raise FederationError(
-                        f"round {server_round}: partition {slot} (node {federation.nodes[slot]}) "
-                        f"returned NaN or Inf in {name}. Lower train.optimizer.learning-rate, or "
-                        "check that client's data."
+                        f"round {server_round}: partition {partition_id} (node "
+                        f"{federation.nodes[partition_id]}) returned NaN or Inf in {name}. Lower "
+                        "train.optimizer.learning-rate, or check that client's data."
                     )
     if all(scalars(reply.content).get(NUM_TOKENS) == 0 for reply in replies.values()):
         raise FederationError(

@@ -12,14 +12,17 @@ def version_notes(facts: Mapping[int, ClientFacts], trunk_version: str) -> list[
     Versions that cannot work together are refused before: their protocols or message formats differ.
 
     Args:
-        facts: Slot to what each client said of itself.
+        facts: Partition to what each client said of itself.
         trunk_version: The trunk's; empty: it did not say.
     """
     parties = {
         "the ServerApp": __version__,
         "the trunk": trunk_version or "one that it does not tell",
     }
-    parties |= {f"partition {slot}": item.package_version for slot, item in sorted(facts.items())}
+    parties |= {
+        f"partition {partition_id}": item.package_version
+        for partition_id, item in sorted(facts.items())
+    }
     if len(set(parties.values())) == 1:
         return []
     named = [

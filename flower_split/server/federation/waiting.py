@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError
 from flower_split.messages.orders import HandshakeOrder
-from flower_split.server.federation.exchange import by_slot, exchange
+from flower_split.server.federation.exchange import by_partition, exchange
 from flower_split.server.federation.nodes import Federation, describe
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ def wait_for_clients(
 
     Args:
         grid: Flower's grid.
-        missing: Slot to node of those that a lost round has not heard of.
+        missing: Partition to node of those that a lost round has not heard of.
         seconds: How long to wait in all.
         pause: Waits between two questions.
 
     Raises:
         FederationError: One has not answered in time; names it with its node.
     """
-    left, problems = dict(missing), {slot: "no answer" for slot in missing}
+    left, problems = dict(missing), {partition_id: "no answer" for partition_id in missing}
     deadline = time.monotonic() + seconds
     while left:
         federation = Federation(left)
@@ -52,10 +52,15 @@ def wait_for_clients(
             for node in left.values()
         ]
         replies = exchange(grid, messages, timeout=max(deadline - time.monotonic(), 1.0))
-        good, problems = by_slot(federation, messages, replies)
+        good, problems = by_partition(federation, messages, replies)
         if good:
-            logger.info("%s: there again", _named({slot: left[slot] for slot in good}))
-        left = {slot: node for slot, node in left.items() if slot not in good}
+            logger.info(
+                "%s: there again",
+                _named({partition_id: left[partition_id] for partition_id in good}),
+            )
+        left = {
+            partition_id: node for partition_id, node in left.items() if partition_id not in good
+        }
         if left and time.monotonic() >= deadline:
             raise FederationError(
                 f"{describe(problems, federation)}. They left the run, and did not come back within "
@@ -67,4 +72,6 @@ def wait_for_clients(
 
 
 def _named(nodes: Mapping[int, int]) -> str:
-    return ", ".join(f"partition {slot} (node {node})" for slot, node in sorted(nodes.items()))
+    return ", ".join(
+        f"partition {partition_id} (node {node})" for partition_id, node in sorted(nodes.items())
+    )

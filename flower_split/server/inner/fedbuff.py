@@ -58,7 +58,7 @@ class ClientArrival:
 
     @property
     def name(self) -> str:
-        """Return its name in errors, which also orders the sums: by slot, then by dispatch."""
+        """Return its name in errors, which also orders the sums: by partition, then by dispatch."""
         return f"partition {self.dispatch.slot:05d} (dispatch {self.dispatch.number:07d})"
 
     def staleness(self, server_round: int) -> int:
@@ -71,13 +71,13 @@ class FedBuff(LoraFedAvg):
 
     Attributes:
         dispatched: The number of the latest dispatch.
-        turns: Slot to how many of its trainings have been aggregated.
+        turns: Partition to how many of its trainings have been aggregated.
 
     Args:
         config: Aggregator, weighting, staleness; see :class:`~flower_split.config.StrategyConfig`.
         scales: As for :class:`LoraFedAvg`.
         initial: As for :class:`LoraFedAvg`.
-        slot_of: As for :class:`LoraFedAvg`.
+        partition_of: As for :class:`LoraFedAvg`.
         specs: As for :class:`LoraFedAvg`.
     """
 
@@ -86,10 +86,10 @@ class FedBuff(LoraFedAvg):
         config: StrategyConfig,
         scales: Mapping[str, float],
         initial: Mapping[str, Tensor],
-        slot_of: Callable[[int], int],
+        partition_of: Callable[[int], int],
         specs: Mapping[int, AdapterSpec] = MappingProxyType({}),
     ) -> None:
-        super().__init__(config, scales, initial, slot_of, specs)
+        super().__init__(config, scales, initial, partition_of, specs)
         self.staleness = Staleness(name=config.staleness, exponent=config.staleness_exponent)
         self.dispatched = 0
         self.turns: dict[int, int] = {}
@@ -130,11 +130,11 @@ class FedBuff(LoraFedAvg):
                 invalid and not to be excluded; client and dispatch are named.
         """
         updates: list[AdapterUpdate] = []
-        slots: dict[str | int, int] = {}
+        partition_ids: dict[str | int, int] = {}
         malformed: dict[str | int, str] = {}
         norms: dict[str | int, Mapping[str, Tensor]] = {}
         for arrived in sorted(arrivals, key=lambda item: item.name):
-            slots[arrived.name] = arrived.dispatch.slot
+            partition_ids[arrived.name] = arrived.dispatch.slot
             self._sent = {arrived.dispatch.slot: arrived.sent}
             try:
                 update = self._update(arrived.dispatch.slot, arrived.content)
@@ -158,27 +158,29 @@ class FedBuff(LoraFedAvg):
         self.last_summary = replace(
             summary,
             clients=tuple(sorted(arrived.dispatch.slot for arrived in used)),
-            excluded={slots[name]: why for name, why in sorted(excluded.items(), key=str)},
+            excluded={partition_ids[name]: why for name, why in sorted(excluded.items(), key=str)},
         )
         contents = [arrived.content for arrived in sorted(used, key=lambda item: item.name)]
         metrics = self.train_metrics_aggr_fn(contents, self.weighted_by_key)
-        for slot in slots.values():
-            self.turns[slot] = self.turns.get(slot, 0) + 1
+        for partition_id in partition_ids.values():
+            self.turns[partition_id] = self.turns.get(partition_id, 0) + 1
         return to_arrays(self.aggregator.distribute()), metrics
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the aggregator's state, the dispatches so far, and every client's trainings."""
-        slots = sorted(self.turns)
+        partition_ids = sorted(self.turns)
         return {
             **super().state_dict(),
             _STATE + "dispatched": torch.tensor([self.dispatched]),
-            _STATE + "slots": torch.tensor(slots, dtype=torch.int64),
-            _STATE + "turns": torch.tensor([self.turns[s] for s in slots], dtype=torch.int64),
+            _STATE + "slots": torch.tensor(partition_ids, dtype=torch.int64),
+            _STATE + "turns": torch.tensor(
+                [self.turns[s] for s in partition_ids], dtype=torch.int64
+            ),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a state of :meth:`state_dict`."""
         super().load_state_dict({n: t for n, t in state.items() if not n.startswith(_STATE)})
         self.dispatched = int(state[_STATE + "dispatched"])
-        slots, turns = state[_STATE + "slots"].tolist(), state[_STATE + "turns"].tolist()
-        self.turns = dict(zip(slots, turns, strict=True))
+        partition_ids, turns = state[_STATE + "slots"].tolist(), state[_STATE + "turns"].tolist()
+        self.turns = dict(zip(partition_ids, turns, strict=True))

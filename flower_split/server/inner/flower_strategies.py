@@ -71,7 +71,7 @@ class InnerContext:
     num_clients: int  # that take part in the run
     initial: Mapping[str, Tensor]  # the clients' adapter before round 1, by tensor name
     scales: Mapping[str, float]  # module name -> scale of ΔW
-    slot_of: Callable[[int], int]  # a node's data partition
+    partition_of: Callable[[int], int]  # a node's data partition
     specs: Mapping[int, AdapterSpec] = field(default_factory=dict)
     """Slot -> ranks, scales and modules of clients that do not hold the whole adapter."""
 
@@ -104,7 +104,7 @@ def make_inner(context: InnerContext) -> Strategy:
         ours = _OURS[config.name]
         if context.config.privacy.mechanism != "none":  # the norms would travel without noise
             config = replace(config, dora="mean")
-        return ours(config, context.scales, context.initial, context.slot_of, context.specs)
+        return ours(config, context.scales, context.initial, context.partition_of, context.specs)
     check_flower(config)
     if context.specs:
         raise ConfigError(

@@ -44,15 +44,15 @@ class LoraFedAvg(FedAvg):
         last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
         private_folder: Where simulated clients keep what stays with them, if anything does.
         keeps_optimizer: Whether a client's optimizer state stays with it from round to round.
-        largest_weights: Slot to the largest weight that this client can report truthfully; one above
-            is malformed. Slots that are not named have no bound.
+        largest_weights: Partition to the largest weight that this client can report truthfully; one above
+            is malformed. Partitions that are not named have no bound.
 
     Args:
         config: Aggregator with its options, rules, weighting and server optimizer.
         scales: Module name to ΔW scale, of the clients' adapters.
         initial: The adapter before round 1, by tensor name.
-        slot_of: A node's slot; sums run in slot order, so that they are repeatable.
-        specs: Slot to what that client holds of the adapter; slots that are not named hold all of
+        partition_of: A node's partition; sums run in order of partitions, so that they are repeatable.
+        specs: Partition to what that client holds of the adapter; partitions that are not named hold all of
             it, at the initial ranks and scales.
     """
 
@@ -61,7 +61,7 @@ class LoraFedAvg(FedAvg):
         config: StrategyConfig,
         scales: Mapping[str, float],
         initial: Mapping[str, Tensor],
-        slot_of: Callable[[int], int],
+        partition_of: Callable[[int], int],
         specs: Mapping[int, AdapterSpec] = MappingProxyType({}),
     ) -> None:
         super().__init__(
@@ -76,15 +76,17 @@ class LoraFedAvg(FedAvg):
         self.aggregator.init(initial)
         self._dora = DoraMean(initial, scales) if fits_dora(config, initial) else None
         self._initial = dict(initial)
-        self._slot_of = slot_of
+        self._partition_of = partition_of
         self._specs = dict(specs)
-        self._sent: Mapping[int, Mapping[str, Tensor]] = {}  # slot -> what this round sent to it
+        self._sent: Mapping[
+            int, Mapping[str, Tensor]
+        ] = {}  # partition -> what this round sent to it
         self.excludes_invalid = config.on_invalid == "exclude"
         self.last_summary = RoundSummary(())
         self.private_folder = ""
         self.keeps_optimizer = False
         self.largest_weights: Mapping[int, float] = MappingProxyType({})
-        self._digests: dict[int, str] = {}  # slot -> of what it keeps, last committed round
+        self._digests: dict[int, str] = {}  # partition -> of what it keeps, last committed round
         tried: list[AdapterSpec] = []
         for spec in self._specs.values():  # what cannot be served ends the run now
             if spec not in tried:
@@ -124,7 +126,7 @@ class LoraFedAvg(FedAvg):
         trainable = set(self.aggregator.trainable())
         self._sent = self._address(messages, arrays)
         for message in messages:
-            sent = self._sent[self._slot_of(message.metadata.dst_node_id)]
+            sent = self._sent[self._partition_of(message.metadata.dst_node_id)]
             all_train = sent.keys() <= trainable
             order = TrainOrder(
                 trainable=None if all_train else tuple(sorted(sent.keys() & trainable)),
@@ -158,32 +160,36 @@ class LoraFedAvg(FedAvg):
         contents: dict[int, RecordDict] = {}
         malformed: dict[str | int, str] = {}
         for reply in replies:
-            slot = self._slot_of(reply.metadata.src_node_id)
+            partition_id = self._partition_of(reply.metadata.src_node_id)
             try:
-                update = self._update(slot, reply.content)
+                update = self._update(partition_id, reply.content)
                 keeps = self.keeps_optimizer or self.aggregator.method.private
-                digest = kept_digest(slot, reply.content) if keeps else {}
+                digest = kept_digest(partition_id, reply.content) if keeps else {}
                 if self._dora is not None:
-                    norms[slot] = self._norms(slot, reply.content)
+                    norms[partition_id] = self._norms(partition_id, reply.content)
                 updates.append(update)  # only now: nothing of it may be malformed
                 digests |= digest
-                contents[slot] = reply.content
+                contents[partition_id] = reply.content
             except AggregationError as error:
                 if not self.excludes_invalid:
                     raise
-                malformed[slot] = str(error)
+                malformed[partition_id] = str(error)
         if not updates:
             raise AggregationError("no client update to aggregate. " + " ".join(malformed.values()))
         exact = [] if self._dora is None else [replace(self._dora, norms=norms)]
         summary = self.aggregator.aggregate(updates, then=exact)
         excluded = dict(sorted({**malformed, **summary.excluded}.items(), key=lambda item: item[0]))
         self.last_summary = replace(summary, excluded=excluded)
-        self._digests |= {slot: d for slot, d in digests.items() if slot not in excluded}
-        honest = [content for slot, content in contents.items() if slot not in excluded]
+        self._digests |= {
+            partition_id: d for partition_id, d in digests.items() if partition_id not in excluded
+        }
+        honest = [
+            content for partition_id, content in contents.items() if partition_id not in excluded
+        ]
         metrics = self.train_metrics_aggr_fn(honest, self.weighted_by_key)
         return to_arrays(self.aggregator.distribute()), metrics
 
-    def _update(self, slot: int, content: RecordDict) -> AdapterUpdate:
+    def _update(self, partition_id: int, content: RecordDict) -> AdapterUpdate:
         """Return what a client returned, beside what it was sent.
 
         Raises:
@@ -192,31 +198,31 @@ class LoraFedAvg(FedAvg):
         records, metrics = content.array_records, content.metric_records
         if len(records) != 1 or len(metrics) != 1:
             raise AggregationError(
-                f"client {slot} returned {len(records)} ArrayRecords and {len(metrics)} "
+                f"client {partition_id} returned {len(records)} ArrayRecords and {len(metrics)} "
                 "MetricRecords; it must be one of each."
             )
-        spec = self._specs.get(slot, AdapterSpec())
+        spec = self._specs.get(partition_id, AdapterSpec())
         return AdapterUpdate(
-            client_id=slot,
-            received=self._sent[slot],
+            client_id=partition_id,
+            received=self._sent[partition_id],
             returned=from_arrays(next(iter(records.values()))),
-            weight=self._weight(next(iter(metrics.values())), slot),
+            weight=self._weight(next(iter(metrics.values())), partition_id),
             scales=spec.scales,
             modules=spec.modules,
         )
 
-    def _norms(self, slot: int, content: RecordDict) -> dict[str, Tensor]:
+    def _norms(self, partition_id: int, content: RecordDict) -> dict[str, Tensor]:
         """Return the norms that a client reports of its modules with DoRA.
 
         Raises:
             AggregationError: It does not say them, or they cannot be.
         """
-        return norms_from(slot, weight_norms(content), self._sent[slot])
+        return norms_from(partition_id, weight_norms(content), self._sent[partition_id])
 
     def _address(
         self, messages: Iterable[Message], arrays: ArrayRecord
     ) -> dict[int, Mapping[str, Tensor]]:
-        """Put each receiver's own adapter into its message; return them by slot.
+        """Put each receiver's own adapter into its message; return them by partition.
 
         A client without a spec of its own gets ``arrays`` as they are. Clients of equal specs
         share their tensors.
@@ -225,15 +231,15 @@ class LoraFedAvg(FedAvg):
         kinds: list[tuple[AdapterSpec, Mapping[str, Tensor], ArrayRecord]] = []
         sent: dict[int, Mapping[str, Tensor]] = {}
         for message in messages:
-            slot = self._slot_of(message.metadata.dst_node_id)
-            spec = self._specs.get(slot)
+            partition_id = self._partition_of(message.metadata.dst_node_id)
+            spec = self._specs.get(partition_id)
             if spec is None:
-                sent[slot] = common
+                sent[partition_id] = common
                 continue
             if not any(spec == known for known, _, _ in kinds):
                 state = self.aggregator.distribute(spec.ranks, spec.scales, spec.modules)
                 kinds.append((spec, state, to_arrays(state)))
-            sent[slot], own = next((s, a) for known, s, a in kinds if known == spec)
+            sent[partition_id], own = next((s, a) for known, s, a in kinds if known == spec)
             message.content = RecordDict(
                 {**dict(message.content.items()), self.arrayrecord_key: own}
             )
@@ -247,16 +253,16 @@ class LoraFedAvg(FedAvg):
             leave_private(
                 message,
                 private,
-                digest=self._digests.get(self._slot_of(message.metadata.dst_node_id), ""),
+                digest=self._digests.get(self._partition_of(message.metadata.dst_node_id), ""),
                 folder=self.private_folder,
                 arrays_key=self.arrayrecord_key,
                 optimizer=optimizer,
             )
 
     def _spec_of(self, message: Message) -> AdapterSpec:
-        return self._specs.get(self._slot_of(message.metadata.dst_node_id), AdapterSpec())
+        return self._specs.get(self._partition_of(message.metadata.dst_node_id), AdapterSpec())
 
-    def _weight(self, metrics: MetricRecord, slot: int) -> float:
+    def _weight(self, metrics: MetricRecord, partition_id: int) -> float:
         if self.weighting == "uniform":
             return 1.0
         key = WEIGHT_METRICS[self.weighting]
@@ -264,12 +270,12 @@ class LoraFedAvg(FedAvg):
         if not isinstance(value, (int, float)):
             raise AggregationError(
                 f'strategy.weighting = "{self.weighting}" needs {key} in every reply; that of '
-                f"partition {slot} has {value!r}."
+                f"partition {partition_id} has {value!r}."
             )
-        most = self.largest_weights.get(slot)
+        most = self.largest_weights.get(partition_id)
         if most is not None and value > most:
             raise AggregationError(
-                f"client {slot} reports {key} = {value:g}, but its steps, batch size and sequence "
+                f"client {partition_id} reports {key} = {value:g}, but its steps, batch size and sequence "
                 f"length allow at most {most:g} in a round. Either its report is wrong, or its train.* "
                 "settings differ from the run's."
             )

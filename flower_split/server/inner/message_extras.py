@@ -111,13 +111,13 @@ def leave_private(
     message.content = content
 
 
-def kept_digest(slot: int, content: RecordDict) -> Mapping[int, str]:
-    """Return the digest of the factors that a client has kept, from its reply, by slot.
+def kept_digest(partition_id: int, content: RecordDict) -> Mapping[int, str]:
+    """Return the digest of the factors that a client has kept, from its reply, by partition.
 
     Raises:
         AggregationError: The client does not say.
     """
     try:
-        return {slot: checked_digest(private_digest(content))}
+        return {partition_id: checked_digest(private_digest(content))}
     except FederationError as error:
-        raise AggregationError(f"client {slot}: {error}") from error
+        raise AggregationError(f"client {partition_id}: {error}") from error

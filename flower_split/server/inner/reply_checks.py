@@ -43,8 +43,8 @@ def check_for_inner(
 
     Args:
         inner: The strategy that will aggregate them.
-        replies: By slot.
-        messages: By slot, what was sent.
+        replies: By partition.
+        messages: By partition, what was sent.
         federation: The run's nodes.
         server_round: For errors.
         largest_weights: As for :func:`check_like_sent`.
@@ -60,11 +60,11 @@ def check_for_inner(
     check_like_sent(replies, sent, federation, server_round, largest_weights)
     for part in parts:
         if isinstance(part, (*FixedClipping, *AdaptiveClipping)):
-            for slot, reply in replies.items():
+            for partition_id, reply in replies.items():
                 if isinstance(part, _CLIENT_SIDE):
-                    who = f"partition {slot} (node {federation.nodes[slot]})"
-                    check_clipped(reply, sent[slot], part.clipping_norm, who, server_round)
-                move_zero_update(reply, sent[slot])
+                    who = f"partition {partition_id} (node {federation.nodes[partition_id]})"
+                    check_clipped(reply, sent[partition_id], part.clipping_norm, who, server_round)
+                move_zero_update(reply, sent[partition_id])
 
 
 def check_like_sent(
@@ -77,29 +77,29 @@ def check_like_sent(
     """Check what Flower's strategies take on trust: names, shapes and types as sent, sane weights.
 
     Args:
-        replies: By slot.
-        sent: By slot, what the client was sent.
+        replies: By partition.
+        sent: By partition, what the client was sent.
         federation: The run's nodes.
         server_round: For the error.
         largest_weights: Metric by which clients are weighed, to the largest value of it that the
-            client of a slot can report truthfully.
+            client of a partition can report truthfully.
 
     Raises:
         FederationError: A reply's tensors differ in names or order from those that its client was
             sent (Flower would broadcast them), or a count is no number of at least 0; the client is
             named.
     """
-    for slot, reply in replies.items():
-        who = f"round {server_round}: partition {slot} (node {federation.nodes[slot]})"
+    for partition_id, reply in replies.items():
+        who = f"round {server_round}: partition {partition_id} (node {federation.nodes[partition_id]})"
         records = list(reply.content.array_records.values())
-        if len(records) != 1 or list(records[0]) != list(sent[slot]):
+        if len(records) != 1 or list(records[0]) != list(sent[partition_id]):
             raise FederationError(
                 f"{who} returned tensors whose names or order differ from those it was sent: "
                 "Flower's strategies and mods need them equal, in one ArrayRecord. Run the same version "
                 "of the app on every machine."
             )
         for name, array in records[0].items():
-            expected = sent[slot][name]
+            expected = sent[partition_id][name]
             if (tuple(array.shape), array.dtype) != (tuple(expected.shape), expected.dtype):
                 raise FederationError(
                     f"{who} returned {name} as {array.dtype} {list(array.shape)}; it was sent "
@@ -114,7 +114,7 @@ def check_like_sent(
                     "that client's data."
                 )
         for key, largest in largest_weights.items():
-            value, most = scalars(reply.content).get(key), largest.get(slot)
+            value, most = scalars(reply.content).get(key), largest.get(partition_id)
             if value is not None and most is not None and value > most:
                 raise FederationError(
                     f"{who} reports {key} = {value:g}, but its steps, batch size and sequence length "
@@ -124,8 +124,10 @@ def check_like_sent(
 
 
 def sent_arrays(messages: Mapping[int, Message]) -> dict[int, ArrayRecord]:
-    """Return the adapter in every message, by slot."""
-    return {slot: sent_adapter(message.content) for slot, message in messages.items()}
+    """Return the adapter in every message, by partition."""
+    return {
+        partition_id: sent_adapter(message.content) for partition_id, message in messages.items()
+    }
 
 
 def weighs_uniformly(inner: Strategy) -> bool:

@@ -25,7 +25,7 @@ def check_synchronised(
     """Check that all replies have the same adapter and name the same optimizer state.
 
     Args:
-        replies: By slot.
+        replies: By partition.
         federation: The run's nodes.
         server_round: For the error.
 
@@ -34,16 +34,16 @@ def check_synchronised(
     """
     first = min(replies)
     adapter, digest = sole_adapter(replies[first].content), private_digest(replies[first].content)
-    for slot in sorted(replies):
-        content = replies[slot].content
+    for partition_id in sorted(replies):
+        content = replies[partition_id].content
         name = _difference(adapter, sole_adapter(content))
         if not name and private_digest(content) != digest:
             name = "the state of its optimizer"
         if name:
             raise FederationError(
                 f'round {server_round}: train.sync = "gradients" makes all clients equal, but partition '
-                f"{slot} (node {federation.nodes[slot]}) differs from partition {first} in {name}. "
-                f"{_REMEDY}."
+                f"{partition_id} (node {federation.nodes[partition_id]}) differs from partition {first} "
+                f"in {name}. {_REMEDY}."
             )
 
 

@@ -80,10 +80,12 @@ def test_module_is_the_mean_over_the_clients_that_hold_it():
     sent = aggregator.distribute(12)
     for module, slots in holders.items():
         total = sum(WEIGHTS[slot] for slot in slots)
-        by_slot = {one.client_id: one.returned for one in updates}
-        mean = sum(WEIGHTS[slot] / total * dense(by_slot[slot], module) for slot in slots)
+        by_partition = {one.client_id: one.returned for one in updates}
+        mean = sum(WEIGHTS[slot] / total * dense(by_partition[slot], module) for slot in slots)
         assert relative(dense(sent, module), mean) < 1e-6, module
-        bias = sum(WEIGHTS[s] / total * by_slot[s][f"{module}.lora_B.bias"].double() for s in slots)
+        bias = sum(
+            WEIGHTS[s] / total * by_partition[s][f"{module}.lora_B.bias"].double() for s in slots
+        )
         assert relative(sent[f"{module}.lora_B.bias"].double(), bias) < 1e-6, module
 
 

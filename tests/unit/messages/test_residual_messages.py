@@ -39,7 +39,7 @@ def strategy_of(
 ) -> LoraFedAvg:
     config = StrategyConfig(aggregator=aggregator, **changes)
     scales = dict.fromkeys(MODULES, 2.0)
-    return LoraFedAvg(config, scales, INITIAL, FEDERATION.slot_of, specs or {})
+    return LoraFedAvg(config, scales, INITIAL, FEDERATION.partition_of, specs or {})
 
 
 def messages_of(strategy: LoraFedAvg, *, evaluate: bool = False) -> dict[int, Message]:
@@ -48,14 +48,14 @@ def messages_of(strategy: LoraFedAvg, *, evaluate: bool = False) -> dict[int, Me
     configure = strategy.configure_evaluate if evaluate else strategy.configure_train
     arrays = to_arrays(strategy.aggregator.distribute())
     sent = configure(1, arrays, ConfigRecord({"kept": 1}), grid)
-    return {FEDERATION.slot_of(message.metadata.dst_node_id): message for message in sent}
+    return {FEDERATION.partition_of(message.metadata.dst_node_id): message for message in sent}
 
 
 def one_round(strategy: LoraFedAvg, answer: Answer) -> None:
     """A round in which every client answers for its slot."""
 
     def reply(message: Message) -> RecordDict:
-        return answer(FEDERATION.slot_of(message.metadata.dst_node_id))
+        return answer(FEDERATION.partition_of(message.metadata.dst_node_id))
 
     grid = FakeGrid([9, 4], reply)
     arrays = to_arrays(strategy.aggregator.distribute())

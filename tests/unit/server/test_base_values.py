@@ -34,9 +34,9 @@ SHAPES = {name: value.shape for name, value in VALUES.items()}
 Answer = Callable[[int, list[str]], dict[str, Tensor] | Error]
 
 
-def facts(slot: int, digests: dict[str, str]) -> ClientFacts:
+def facts(partition_id: int, digests: dict[str, str]) -> ClientFacts:
     return ClientFacts(
-        partition_id=slot,
+        partition_id=partition_id,
         num_partitions=3,
         num_examples=1,
         num_eval_examples=1,
@@ -50,24 +50,27 @@ def facts(slot: int, digests: dict[str, str]) -> ClientFacts:
 def gather(
     answer: Answer, digests: dict[int, dict[str, str]] | None = None
 ) -> tuple[dict[str, Tensor], list[tuple[int, list[str]]]]:
-    """The values, and which slot was asked for what."""
+    """The values, and which partition was asked for what."""
     asked: list[tuple[int, list[str]]] = []
-    slots = {node: slot for slot, node in NODES.items()}
+    partition_ids = {node: partition_id for partition_id, node in NODES.items()}
 
     def reply(message: Message) -> RecordDict | Error:
         order = read_query(message.content)
         assert isinstance(order, BaseValuesOrder)
-        slot, names = slots[message.metadata.dst_node_id], list(order.names)
-        asked.append((slot, names))
-        found = answer(slot, names)
+        partition_id, names = partition_ids[message.metadata.dst_node_id], list(order.names)
+        asked.append((partition_id, names))
+        found = answer(partition_id, names)
         return found if isinstance(found, Error) else BaseValuesReply(to_arrays(found)).write()
 
-    known = {slot: facts(slot, (digests or {}).get(slot, DIGESTS)) for slot in NODES}
+    known = {
+        partition_id: facts(partition_id, (digests or {}).get(partition_id, DIGESTS))
+        for partition_id in NODES
+    }
     grid = FakeGrid(NODES.values(), reply)
     return gather_base_values(grid, Federation(NODES), known, SHAPES, timeout=1.0), asked
 
 
-def honest(slot: int, names: list[str]) -> dict[str, Tensor]:
+def honest(partition_id: int, names: list[str]) -> dict[str, Tensor]:
     return {name: VALUES[name] for name in names}
 
 
@@ -111,20 +114,20 @@ def test_base_values_come_from_the_lowest_slot_alone() -> None:
 def test_base_values_that_one_client_does_not_hold_come_from_another() -> None:
     only_head = {"lm_head.weight": DIGESTS["lm_head.weight"]}
     values, asked = gather(honest, {0: only_head})
-    assert [slot for slot, _ in asked] == [0, 1] and values.keys() == VALUES.keys()
+    assert [partition_id for partition_id, _ in asked] == [0, 1] and values.keys() == VALUES.keys()
 
 
 def test_base_values_of_a_client_that_is_lost_come_from_the_next() -> None:
-    def answer(slot: int, names: list[str]) -> dict[str, Tensor] | Error:
-        return Error(code=1, reason="gone") if slot == 0 else honest(slot, names)
+    def answer(partition_id: int, names: list[str]) -> dict[str, Tensor] | Error:
+        return Error(code=1, reason="gone") if partition_id == 0 else honest(partition_id, names)
 
     values, asked = gather(answer)
-    assert [slot for slot, _ in asked] == [0, 1] and values.keys() == VALUES.keys()
+    assert [partition_id for partition_id, _ in asked] == [0, 1] and values.keys() == VALUES.keys()
 
 
 def test_base_values_of_nobody_name_the_reason() -> None:
     with pytest.raises(FederationError, match=r"no client gave .*magnitude.*no memory left"):
-        gather(lambda slot, names: Error(code=2, reason="no memory left"))
+        gather(lambda partition_id, names: Error(code=2, reason="no memory left"))
 
 
 def test_base_weights_that_differ_name_both_clients_and_the_weight() -> None:
@@ -144,9 +147,9 @@ def test_base_value_that_is_not_what_was_promised_is_refused(
     change: Callable[[Tensor], Tensor], words: str
 ) -> None:
     with pytest.raises(FederationError, match=f"partition 0 was .*{words}"):
-        gather(lambda slot, names: {name: change(VALUES[name]) for name in names})
+        gather(lambda partition_id, names: {name: change(VALUES[name]) for name in names})
 
 
 def test_base_value_that_is_not_in_the_reply_is_refused() -> None:
     with pytest.raises(FederationError, match="partition 0 .*lm_head.weight is missing"):
-        gather(lambda slot, names: {[*VALUES][1]: VALUES[[*VALUES][1]]})
+        gather(lambda partition_id, names: {[*VALUES][1]: VALUES[[*VALUES][1]]})

@@ -4,7 +4,7 @@ import time
 
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
-from flower_split.server.federation.exchange import by_slot, exchange, failure_text
+from flower_split.server.federation.exchange import by_partition, exchange, failure_text
 from flower_split.server.federation.nodes import Federation, describe, describe_nodes
 from tests.support.fakes import FakeGrid, reply
 
@@ -46,7 +46,7 @@ def test_by_slot_sorts_by_slot_whatever_the_order_and_counts_the_missing() -> No
 
     sent = messages()
     replies = exchange(FakeGrid([10, 20, 30], answer), sent, timeout=0.1)
-    good, problems = by_slot(FEDERATION, sent, replies)
+    good, problems = by_partition(FEDERATION, sent, replies)
     assert list(good) == [0]
     assert problems == {1: "bad", 2: "no reply within the deadline"}
 

@@ -38,7 +38,7 @@ from flower_split.server.trunk_rounds import StartingPoint, TrunkRounds
 from flower_split.server.trunk_strategy import TrunkStrategy
 from tests.support.fakes import FakeCoordinator, FakeGrid, reply, train_content
 
-NODES = {0: 900, 1: 300, 2: 700}  # slot -> node id
+NODES = {0: 900, 1: 300, 2: 700}  # partition -> node id
 FEDERATION = Federation(NODES)
 SCALES = {"layers.0.q": 2.0, "layers.1.v": 0.5}
 Adapter = dict[str, Tensor]
@@ -77,14 +77,16 @@ def run_config(**changes: Scalar) -> RunConfig:
 
 
 def fedbuff(config: RunConfig, initial: Adapter, specs: Mapping[int, AdapterSpec] | None = None):
-    return FedBuff(config.strategy, SCALES, initial, FEDERATION.slot_of, specs or {})
+    return FedBuff(config.strategy, SCALES, initial, FEDERATION.partition_of, specs or {})
 
 
 def arrived(
-    number: int, slot: int, base_round: int, sent: Adapter, returned: Adapter, tokens: int
+    number: int, partition_id: int, base_round: int, sent: Adapter, returned: Adapter, tokens: int
 ) -> ClientArrival:
     content, _ = take_steps(train_content(to_arrays(returned), tokens))
-    return ClientArrival(Dispatch(number, slot, f"token-{number}"), base_round, sent, content)
+    return ClientArrival(
+        Dispatch(number, partition_id, f"token-{number}"), base_round, sent, content
+    )
 
 
 # ---------------------------------------------------------------------- staleness
@@ -210,7 +212,7 @@ def test_arrivals_without_staleness_are_a_synchronous_round_bit_for_bit() -> Non
     inner, plain = fedbuff(config, initial), AdapterAggregator("product-delta", SCALES)
     plain.init(initial)
     sent = plain.distribute()
-    returned = {slot: adapter(slot + 5) for slot in (0, 1, 2)}
+    returned = {partition_id: adapter(partition_id + 5) for partition_id in (0, 1, 2)}
     inner.aggregate_arrivals(
         1, [arrived(9 - s, s, 0, sent, returned[s], 10 * s + 1) for s in (2, 0, 1)]
     )
@@ -313,17 +315,17 @@ class Scripted(FakeGrid):
         return [reply(message, content)]
 
 
-def slot_of(message: Message) -> int:
-    return FEDERATION.slot_of(message.metadata.dst_node_id)
+def partition_of(message: Message) -> int:
+    return FEDERATION.partition_of(message.metadata.dst_node_id)
 
 
 def good(message: Message) -> RecordDict:
-    """The client adds its slot + 1 to every B."""
+    """The client adds its partition + 1 to every B."""
     (arrays,) = message.content.array_records.values()
     state = from_arrays(arrays)
     for name in state:
         if "lora_B" in name:
-            state[name] = state[name] + slot_of(message) + 1.0
+            state[name] = state[name] + partition_of(message) + 1.0
     return train_content(to_arrays(state), tokens=10)
 
 
@@ -401,7 +403,7 @@ def test_every_client_gets_its_own_token_and_the_next_part_of_its_data() -> None
     assert len(set(tokens)) == len(tokens)
     turns: dict[int, list[object]] = {}
     for message, order in zip(loop.grid.pushed, orders, strict=True):
-        turns.setdefault(slot_of(message), []).append(order["flower-split.data-pass"])
+        turns.setdefault(partition_of(message), []).append(order["flower-split.data-pass"])
     assert turns[0][:2] == [1, 2] and turns[1][:2] == [1, 2]
     named = {d.token for plan in loop.coordinator.plans for d in plan.dispatches}
     assert named == set(tokens)
@@ -419,7 +421,7 @@ def test_no_more_clients_than_the_concurrency_are_at_work() -> None:
     loop.grid.pull_messages = watched
     loop.run(3)
     assert max(at_work) == 2
-    assert {slot_of(m) for m in loop.grid.pushed} == {0, 1, 2}  # everybody gets a turn
+    assert {partition_of(m) for m in loop.grid.pushed} == {0, 1, 2}  # everybody gets a turn
 
 
 def test_concurrency_of_a_small_simulation_is_respected_and_said(
@@ -452,7 +454,7 @@ def test_too_stale_clients_are_recalled_dropped_and_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fast(waiting: list[Message]) -> Message | None:
-        others = [m for m in waiting if slot_of(m) != 1]
+        others = [m for m in waiting if partition_of(m) != 1]
         return others[0] if others else None
 
     grid = Scripted(good, fast)
@@ -463,13 +465,13 @@ def test_too_stale_clients_are_recalled_dropped_and_named(
     assert record["partition_id"] == 1 and record["base_round"] == 0
     assert "2 versions behind, above strategy.max-staleness 1" in str(record["dropped"])
     assert "partition 1 (node 300)" in caplog.text
-    slow = next(m for m in grid.pushed if slot_of(m) == 1)
+    slow = next(m for m in grid.pushed if partition_of(m) == 1)
     token = next(iter(slow.content.config_records.values()))["flower-split.trunk-token"]
     assert token not in {d.token for d in loop.coordinator.plans[-1].dispatches}
     grid.policy = lambda waiting: waiting[0]
     loop.run(1)  # now it answers; its work does not count, and it is sent out again
-    assert all(slot != 1 for slot, _ in loop.arrived()[-1])
-    assert sum(slot_of(m) == 1 for m in grid.pushed) == 2
+    assert all(partition_id != 1 for partition_id, _ in loop.arrived()[-1])
+    assert sum(partition_of(m) == 1 for m in grid.pushed) == 2
 
 
 def test_surplus_arrivals_wait_for_the_next_round() -> None:
@@ -483,9 +485,9 @@ def test_failed_client_is_sent_out_again_with_the_same_data_and_named() -> None:
     failures = {1: 1}
 
     def answer(message: Message) -> RecordDict | Error:
-        slot = slot_of(message)
-        if failures.get(slot, 0):
-            failures[slot] -= 1
+        partition_id = partition_of(message)
+        if failures.get(partition_id, 0):
+            failures[partition_id] -= 1
             return Error(ErrorCode.CLIENT_APP_CRASHED, "it was killed")
         return good(message)
 
@@ -496,7 +498,7 @@ def test_failed_client_is_sent_out_again_with_the_same_data_and_named() -> None:
     turns = [
         next(iter(m.content.config_records.values()))["flower-split.data-pass"]
         for m in loop.grid.pushed
-        if slot_of(m) == 1
+        if partition_of(m) == 1
     ]
     assert turns[:2] == [1, 1]
 
@@ -505,7 +507,7 @@ def test_client_that_always_fails_is_left_out_where_the_quorum_allows(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def answer(message: Message) -> RecordDict | Error:
-        if slot_of(message) == 1:
+        if partition_of(message) == 1:
             return Error(ErrorCode.CLIENT_APP_CRASHED, "no space left")
         return good(message)
 
@@ -515,14 +517,14 @@ def test_client_that_always_fails_is_left_out_where_the_quorum_allows(
     with caplog.at_level(logging.WARNING, logger="flower_split"):
         loop.run(3)
     assert "the run goes on without partition 1 (node 300): no space left" in caplog.text
-    assert {slot for arrivals in loop.arrived() for slot, _ in arrivals} == {0, 2}
-    assert sum(slot_of(m) == 1 for m in loop.grid.pushed) == 2  # round-retries = 1
+    assert {partition_id for arrivals in loop.arrived() for partition_id, _ in arrivals} == {0, 2}
+    assert sum(partition_of(m) == 1 for m in loop.grid.pushed) == 2  # round-retries = 1
 
 
 def test_client_that_returns_nan_counts_as_failed() -> None:
     def answer(message: Message) -> RecordDict:
         content = good(message)
-        if slot_of(message) == 2:
+        if partition_of(message) == 2:
             state = from_arrays(content.array_records["arrays"])
             bad = {name: torch.full_like(tensor, float("nan")) for name, tensor in state.items()}
             return train_content(to_arrays(bad), 10)
@@ -534,10 +536,10 @@ def test_client_that_returns_nan_counts_as_failed() -> None:
 
 def test_silent_client_fails_by_its_deadline() -> None:
     def answer(message: Message) -> RecordDict | None:
-        return None if slot_of(message) == 0 else good(message)
+        return None if partition_of(message) == 0 else good(message)
 
     def others(waiting: list[Message]) -> Message | None:
-        return next((m for m in waiting if slot_of(m) != 0), None)
+        return next((m for m in waiting if partition_of(m) != 0), None)
 
     loop = Loop(
         Scripted(answer, others),
@@ -563,7 +565,7 @@ def test_restarted_trunk_loses_the_round_and_its_clients_are_sent_out_again() ->
 
 
 def test_refusal_of_a_restarted_trunk_loses_the_round_and_another_refusal_ends_the_run() -> None:
-    """A new process does not know that an earlier dispatch of a slot has arrived, and refuses."""
+    """A new process does not know that an earlier dispatch of a partition has arrived, and refuses."""
     for epoch, error in ((2, RoundLost), (1, TrunkRefused)):
         loop = Loop(Scripted(good), strategy__buffer_size=3)
         loop.coordinator.state = dataclasses.replace(loop.coordinator.state, epoch=epoch)
@@ -614,7 +616,7 @@ def test_dismissing_recalls_whoever_is_at_work() -> None:
 
 def test_config_names_the_weighting_of_the_arrivals() -> None:
     config = dataclasses.replace(run_config().strategy, weighting="uniform", staleness="constant")
-    inner = FedBuff(config, SCALES, adapter(0), FEDERATION.slot_of)
+    inner = FedBuff(config, SCALES, adapter(0), FEDERATION.partition_of)
     sent = inner.aggregator.distribute()
     one, two = adapter(1), adapter(2)
     given = [arrived(1, 0, 0, sent, one, 1000), arrived(2, 1, 0, sent, two, 1)]

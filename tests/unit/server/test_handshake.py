@@ -51,7 +51,7 @@ def test_check_facts_maps_slots_to_nodes() -> None:
     answers = [(50, facts(1)), (10, facts(3)), (30, facts(0)), (20, facts(2))]
     federation = check_facts(answers, config(), FINGERPRINT)
     assert dict(federation.nodes) == {0: 30, 1: 50, 2: 20, 3: 10}
-    assert federation.slot_of(10) == 3
+    assert federation.partition_of(10) == 3
 
 
 def test_check_facts_of_two_nodes_with_one_partition_names_both() -> None:
@@ -77,14 +77,18 @@ def test_check_facts_of_a_client_that_cannot_train_names_it_and_the_remedy(
 
 
 def test_check_facts_with_too_few_at_once_gives_the_line_to_use() -> None:
-    text = check([(10 + slot, facts(slot, concurrency=2)) for slot in range(4)])
+    text = check(
+        [(10 + partition_id, facts(partition_id, concurrency=2)) for partition_id in range(4)]
+    )
     assert f"flwr run APP --stream --federation-config '{federation_config(4)}'" in text
     assert "num-supernodes=4 client-resources-num-cpus=1 init-args-num-cpus=4" in text
 
 
 def test_check_facts_beyond_the_pool_offers_what_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "pool_cap", lambda: 3)
-    text = check([(10 + slot, facts(slot, concurrency=3)) for slot in range(4)])
+    text = check(
+        [(10 + partition_id, facts(partition_id, concurrency=3)) for partition_id in range(4)]
+    )
     assert "server-round" in text and "at most 3" in text
 
 
@@ -101,12 +105,16 @@ def test_check_facts_beyond_the_pool_offers_what_can_work(monkeypatch: pytest.Mo
 def test_check_facts_with_few_at_once_passes_where_no_barrier_needs_more(
     changes: dict[str, Scalar],
 ) -> None:
-    answers = [(10 + slot, facts(slot, concurrency=2)) for slot in range(4)]
+    answers = [(10 + partition_id, facts(partition_id, concurrency=2)) for partition_id in range(4)]
     check_facts(answers, config(**changes), FINGERPRINT)
 
 
 def test_check_facts_outside_a_simulation_asks_for_no_concurrency() -> None:
-    check_facts([(slot, facts(slot, concurrency=0)) for slot in range(4)], config(), FINGERPRINT)
+    check_facts(
+        [(partition_id, facts(partition_id, concurrency=0)) for partition_id in range(4)],
+        config(),
+        FINGERPRINT,
+    )
 
 
 @pytest.mark.parametrize(

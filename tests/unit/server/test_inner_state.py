@@ -191,7 +191,7 @@ def test_result_in_double_precision_is_sent_in_single() -> None:
     reference = FedAdam(eta=0.1, **KEYS)
     bare = reference.configure_train(1, SENT, ConfigRecord(), grid())
     replies = exchange(grid(), bare, timeout=0.2)
-    in_order = sorted(replies, key=lambda r: FEDERATION.slot_of(r.metadata.src_node_id))
+    in_order = sorted(replies, key=lambda r: FEDERATION.partition_of(r.metadata.src_node_id))
     double, _ = reference.aggregate_train(1, in_order)  # sums depend on the order of the replies
     result, _ = train(around(FedAdam(eta=0.1, **KEYS)), grid())
     assert double is not None and result is not None
@@ -233,7 +233,7 @@ def test_reply_that_flower_would_broadcast_or_believe_is_refused_and_named(
 
 
 def test_weight_above_what_a_clients_steps_allow_is_refused_and_named() -> None:
-    most = {0: 10.0, 1: 20.0, 2: 29.0, 3: 40.0}  # slot s reports 10 (s + 1)
+    most = {0: 10.0, 1: 20.0, 2: 29.0, 3: 40.0}  # partition s reports 10 (s + 1)
     strategy = make_strategy(FakeCoordinator(), inner=FedAvg(**KEYS), largest_weights=most)
     with pytest.raises(FederationError, match=r"partition 2 \(node 700\) reports num-tokens = 30"):
         train(strategy, grid())
@@ -261,7 +261,7 @@ def test_wrapper_around_the_packages_own_aggregation_is_refused() -> None:
         StrategyConfig(aggregator="fedit"),
         {"m": 1.0},
         {"m.lora_A.weight": torch.ones(1, 2), "m.lora_B.weight": torch.ones(2, 1)},
-        FEDERATION.slot_of,
+        FEDERATION.partition_of,
     )
     wrapped = DifferentialPrivacyServerSideFixedClipping(own, 1.0, 1.0, 4)
     plain = make_strategy(FakeCoordinator())
@@ -280,6 +280,6 @@ def test_wrapper_outside_works_with_flowers_own_loop() -> None:
         return good_answer(message)
 
     result = outside.start(grid(answer), SENT, num_rounds=1)
-    # Slots 2 and 3 returned 3 and 4, clipped to 2.5: (1·10 + 2·20 + 2.5·30 + 2.5·40) / 100
+    # Partitions 2 and 3 returned 3 and 4, clipped to 2.5: (1·10 + 2·20 + 2.5·30 + 2.5·40) / 100
     assert result.arrays["w"].numpy().tolist() == pytest.approx([2.25])
     assert coordinator.calls[:3] == ["begin", "prepare", "commit"]

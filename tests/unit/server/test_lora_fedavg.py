@@ -25,13 +25,13 @@ TOKENS, EXAMPLES = {0: 30, 1: 10}, {0: 1, 1: 1}
 def aggregate(aggregator: str, weighting: str, *, zero: bool = False) -> dict[str, Tensor]:
     """One round in which client 0 returns B₀ and client 1 returns B₁, both with A unchanged."""
     config = StrategyConfig(aggregator=aggregator, weighting=weighting)
-    strategy = LoraFedAvg(config, {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+    strategy = LoraFedAvg(config, {"m": 2.0}, INITIAL, FEDERATION.partition_of)
 
     def answer(message: Message) -> object:
-        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-        state = {"m.lora_A.weight": A0, "m.lora_B.weight": B[slot]}
-        tokens = 0 if zero else TOKENS[slot]
-        return train_content(to_arrays(state), tokens=tokens, examples=EXAMPLES[slot])
+        partition_id = FEDERATION.partition_of(message.metadata.dst_node_id)
+        state = {"m.lora_A.weight": A0, "m.lora_B.weight": B[partition_id]}
+        tokens = 0 if zero else TOKENS[partition_id]
+        return train_content(to_arrays(state), tokens=tokens, examples=EXAMPLES[partition_id])
 
     grid = FakeGrid([9, 4], answer)  # type: ignore[arg-type]
     messages = strategy.configure_train(
@@ -64,7 +64,7 @@ def test_aggregate_of_zero_weights_raises() -> None:
 
 
 def test_initial_arrays_are_the_initial_adapter() -> None:
-    strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+    strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.partition_of)
     state = from_arrays(strategy.initial_arrays())
     assert sorted(state) == sorted(INITIAL)
     assert torch.equal(state["m.lora_A.weight"], A0)
@@ -78,7 +78,7 @@ def test_configure_train_says_what_trains_where_the_method_freezes_a_factor(
     aggregator: str, expected: list[str] | None
 ) -> None:
     strategy = LoraFedAvg(
-        StrategyConfig(aggregator=aggregator), {"m": 2.0}, INITIAL, FEDERATION.slot_of
+        StrategyConfig(aggregator=aggregator), {"m": 2.0}, INITIAL, FEDERATION.partition_of
     )
     config = ConfigRecord({"kept": 1})
     grid = FakeGrid([9, 4], lambda message: None)
@@ -104,12 +104,14 @@ def of_own_kind(aggregator: str = "product-delta") -> LoraFedAvg:
     """Client 0 holds m only, at rank 1 and scale 4; client 1 holds all at rank 2 and scale 2."""
     config = StrategyConfig(aggregator=aggregator)
     scales = {"m": 2.0, "n": 1.0}
-    return LoraFedAvg(config, scales, TWO, FEDERATION.slot_of, SPECS)
+    return LoraFedAvg(config, scales, TWO, FEDERATION.partition_of, SPECS)
 
 
 def sent_by(messages: list[Message]) -> dict[int, dict[str, Tensor]]:
     return {
-        FEDERATION.slot_of(m.metadata.dst_node_id): from_arrays(m.content.array_records["arrays"])
+        FEDERATION.partition_of(m.metadata.dst_node_id): from_arrays(
+            m.content.array_records["arrays"]
+        )
         for m in messages
     }
 
@@ -140,14 +142,14 @@ def test_aggregate_measures_each_clients_change_against_what_it_was_sent() -> No
     moved: dict[int, Tensor] = {}
 
     def answer(message: Message) -> object:
-        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
+        partition_id = FEDERATION.partition_of(message.metadata.dst_node_id)
         state = from_arrays(message.content.array_records["arrays"])
-        scale = 4.0 if slot == 0 else 2.0
+        scale = 4.0 if partition_id == 0 else 2.0
         before = scale * state["m.lora_B.weight"].double() @ state["m.lora_A.weight"].double()
-        state["m.lora_B.weight"] += 0.1 * (slot + 1)
+        state["m.lora_B.weight"] += 0.1 * (partition_id + 1)
         after = scale * state["m.lora_B.weight"].double() @ state["m.lora_A.weight"].double()
-        moved[slot] = after - before
-        return train_content(to_arrays(state), tokens=TOKENS[slot])
+        moved[partition_id] = after - before
+        return train_content(to_arrays(state), tokens=TOKENS[partition_id])
 
     grid = FakeGrid([9, 4], answer)  # type: ignore[arg-type]
     messages = strategy.configure_train(
@@ -172,14 +174,14 @@ def test_a_rank_that_the_method_cannot_serve_ends_the_run_before_it_begins() -> 
 def test_client_malformed_beside_its_adapter_does_not_count_with_the_adapter_either() -> None:
     """With fedsa-lora a client says the digest of what it kept; client 1 says none."""
     config = StrategyConfig(aggregator="fedsa-lora", on_invalid="exclude")
-    strategy = LoraFedAvg(config, {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+    strategy = LoraFedAvg(config, {"m": 2.0}, INITIAL, FEDERATION.partition_of)
     moved = {0: A0 + 1, 1: A0 - 5}
 
     def answer(message: Message) -> object:
-        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-        weights = to_arrays({"m.lora_A.weight": moved[slot]})
-        digest = "" if slot else "0" * 64
-        return train_content(weights, tokens=TOKENS[slot], private_digest=digest)
+        partition_id = FEDERATION.partition_of(message.metadata.dst_node_id)
+        weights = to_arrays({"m.lora_A.weight": moved[partition_id]})
+        digest = "" if partition_id else "0" * 64
+        return train_content(weights, tokens=TOKENS[partition_id], private_digest=digest)
 
     grid = FakeGrid([9, 4], answer)  # type: ignore[arg-type]
     messages = strategy.configure_train(
@@ -196,7 +198,7 @@ def test_client_malformed_beside_its_adapter_does_not_count_with_the_adapter_eit
 def test_weight_above_what_a_client_can_have_trained_on_is_malformed(
     tokens: int, fits: bool
 ) -> None:
-    strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.slot_of)
+    strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.partition_of)
     strategy.largest_weights = {1: 30.0}
     grid = FakeGrid([9, 4], lambda message: train_content(to_arrays(INITIAL), tokens=tokens))
     messages = strategy.configure_train(

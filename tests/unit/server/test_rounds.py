@@ -64,8 +64,8 @@ def test_run_rounds_with_one_failure_and_one_silent_client_ends_before_the_deadl
     monkeypatch.setattr(phase_watch, "_GRACE_SECONDS", 0.2)
 
     def mixed(message: Message) -> RecordDict | Error | None:
-        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-        return [answer(message), Error(2, "out of memory"), None, None][slot]
+        partition_id = FEDERATION.partition_of(message.metadata.dst_node_id)
+        return [answer(message), Error(2, "out of memory"), None, None][partition_id]
 
     coordinator = FakeCoordinator()
     start = time.monotonic()

@@ -13,7 +13,7 @@ FEDERATION = Federation({0: 100, 1: 101, 2: 102})
 
 def replies(*contents: RecordDict) -> dict[int, Message]:
     order = Message(RecordDict(), 100, "train")
-    return {slot: reply(order, content) for slot, content in enumerate(contents)}
+    return {partition_id: reply(order, content) for partition_id, content in enumerate(contents)}
 
 
 def content(values: list[float], digest: str = "d" * 64, tokens: int = 1) -> RecordDict:

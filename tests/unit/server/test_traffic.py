@@ -74,11 +74,13 @@ def test_summary_and_report_have_the_bytes_by_client(tmp_path: Path) -> None:
     recorder = Recorder(RunDirectory.create(config), config)
     held_out = {"loss-sum": 8.0, "num-tokens": 4, "bytes-sent": 11, "bytes-received": 13}
     for server_round in (0, 1):
-        for slot in (0, 1):
-            recorder.evaluation(server_round, slot, held_out)
+        for partition_id in (0, 1):
+            recorder.evaluation(server_round, partition_id, held_out)
             if server_round:
-                lists = {"bytes_sent": [100.0 * (slot + 1)], "gradient_bytes_sent": [40.0]}
-                recorder.steps(server_round, slot, lists, {"num-tokens": 5, "train_loss": 1.0})
+                lists = {"bytes_sent": [100.0 * (partition_id + 1)], "gradient_bytes_sent": [40.0]}
+                recorder.steps(
+                    server_round, partition_id, lists, {"num-tokens": 5, "train_loss": 1.0}
+                )
         recorder.round_done(RoundOutcome(server_round, 1.0))
     recorder.traffic.add(1, "baseline", down=17)
     recorder.finish({})
@@ -105,9 +107,9 @@ def test_a_perplexity_of_some_clients_says_of_whom(
 ) -> None:
     config = parse_run_config({"run-dir": str(tmp_path / "run"), "fraction-evaluate": 0.5})
     recorder = Recorder(RunDirectory.create(config), config)
-    recorder.names = {slot: "" for slot in range(4)}
-    for slot in (3, 1):
-        recorder.evaluation(1, slot, {"loss-sum": 0.0, "num-tokens": 4})
+    recorder.names = {partition_id: "" for partition_id in range(4)}
+    for partition_id in (3, 1):
+        recorder.evaluation(1, partition_id, {"loss-sum": 0.0, "num-tokens": 4})
     with caplog.at_level("INFO", "flower_split"):
         recorder.round_done(RoundOutcome(1, 1.0))
     assert "held-out perplexity 1.00 (of partitions 1, 3 only)" in caplog.text

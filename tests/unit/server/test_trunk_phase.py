@@ -8,23 +8,25 @@ from flower_split.server.federation.nodes import Federation
 from flower_split.server.trunk_phase import TrunkPhase
 from tests.support.fakes import FakeGrid, arrays, reply, train_content
 
-NODES = {0: 900, 1: 300, 2: 700}  # slot -> node id
+NODES = {0: 900, 1: 300, 2: 700}  # partition -> node id
 OWN, NODE_GONE = 2, 5  # Flower's codes: the ClientApp raised; the node is unavailable
 
 
 def make_phase(*, quorum: float = 1.0, evaluate: bool = False) -> TrunkPhase:
-    messages = {slot: Message(RecordDict(), node, "train") for slot, node in NODES.items()}
+    messages = {
+        partition_id: Message(RecordDict(), node, "train") for partition_id, node in NODES.items()
+    }
     FakeGrid(NODES.values(), lambda _: None).push_messages(messages.values())
     return TrunkPhase(4, evaluate, messages, Federation(NODES), quorum)
 
 
 def answers(phase: TrunkPhase, **codes: int) -> list[Message]:
-    """Replies of all clients; ``s1=5``: slot 1 fails with that code."""
+    """Replies of all clients; ``s1=5``: partition 1 fails with that code."""
     return [
-        reply(message, Error(codes[f"s{slot}"], "why"))
-        if f"s{slot}" in codes
+        reply(message, Error(codes[f"s{partition_id}"], "why"))
+        if f"s{partition_id}" in codes
         else reply(message, train_content(arrays(w=[1.0]), tokens=1))
-        for slot, message in phase.messages.items()
+        for partition_id, message in phase.messages.items()
     ]
 
 

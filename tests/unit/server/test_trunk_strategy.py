@@ -20,7 +20,7 @@ from flower_split.server.trunk_rounds import CommitSink, StartingPoint, TrunkRou
 from flower_split.server.trunk_strategy import TrunkStrategy
 from tests.support.fakes import FakeCoordinator, FakeGrid, arrays, reply, train_content
 
-NODES = {0: 900, 1: 300, 2: 700, 3: 100}  # slot -> node id, deliberately not ascending
+NODES = {0: 900, 1: 300, 2: 700, 3: 100}  # partition -> node id, deliberately not ascending
 FEDERATION = Federation(NODES)
 SENT = arrays(w=[0.0])
 
@@ -71,8 +71,8 @@ def make_strategy(
 
 def good_answer(message: Message) -> RecordDict:
     """Slot s returns weight s + 1 with 10 · (s + 1) tokens."""
-    slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-    return train_content(arrays(w=[slot + 1.0]), tokens=10 * (slot + 1))
+    partition_id = FEDERATION.partition_of(message.metadata.dst_node_id)
+    return train_content(arrays(w=[partition_id + 1.0]), tokens=10 * (partition_id + 1))
 
 
 def train(
@@ -94,7 +94,7 @@ def test_configure_train_gives_each_client_its_own_token_in_its_own_record() -> 
     messages = list(
         strategy.configure_train(1, SENT, shared, FakeGrid(NODES.values(), good_answer))
     )
-    assert [m.metadata.dst_node_id for m in messages] == [900, 300, 700, 100]  # slot order
+    assert [m.metadata.dst_node_id for m in messages] == [900, 300, 700, 100]  # partition order
     tokens = [config_of(m)["flower-split.trunk-token"] for m in messages]
     assert len(set(tokens)) == 4
     assert dict(coordinator.plans[0].participants) == dict(enumerate(tokens))
@@ -123,13 +123,13 @@ def test_configure_train_with_a_fraction_samples_the_same_slots_again_and_other_
         grid = FakeGrid(nodes.values(), good_answer)
         strategy.configure_train(server_round, SENT, ConfigRecord(), grid)
         assert strategy.phase is not None
-        return strategy.phase.slots
+        return strategy.phase.partition_ids
 
-    other_ids = {slot: 5000 - 7 * slot for slot in NODES}
+    other_ids = {partition_id: 5000 - 7 * partition_id for partition_id in NODES}
     rounds = [chosen(r, NODES) for r in range(1, 9)]
-    assert all(len(slots) == 2 for slots in rounds)
+    assert all(len(partition_ids) == 2 for partition_ids in rounds)
     assert rounds == [chosen(r, other_ids) for r in range(1, 9)]
-    assert len({tuple(slots) for slots in rounds}) > 1
+    assert len({tuple(partition_ids) for partition_ids in rounds}) > 1
 
 
 def test_aggregate_train_weights_by_tokens_and_commits_after_prepare() -> None:
@@ -163,8 +163,8 @@ def test_aggregate_train_passes_step_metrics_to_the_sink() -> None:
         FakeCoordinator(), sinks=MetricSinks(steps=lambda *args: seen.append(args))
     )
     train(strategy, FakeGrid(NODES.values(), good_answer))
-    assert [(r, slot, dict(lists)) for r, slot, lists, _ in seen] == [
-        (1, slot, {"loss": [1.0, 0.5]}) for slot in range(4)
+    assert [(r, partition_id, dict(lists)) for r, partition_id, lists, _ in seen] == [
+        (1, partition_id, {"loss": [1.0, 0.5]}) for partition_id in range(4)
     ]
     assert [metrics["num-tokens"] for *_, metrics in seen] == [10, 20, 30, 40]
 
@@ -315,8 +315,10 @@ def test_configure_train_of_an_inner_strategy_that_wants_more_nodes_raises(
 
 def test_evaluate_opens_an_evaluation_and_ends_it() -> None:
     def answer(message: Message) -> RecordDict:
-        slot = FEDERATION.slot_of(message.metadata.dst_node_id)
-        record = MetricRecord({"loss-sum": 10.0 * slot, "eval_loss": 1.0 * slot, "num-tokens": 10})
+        partition_id = FEDERATION.partition_of(message.metadata.dst_node_id)
+        record = MetricRecord(
+            {"loss-sum": 10.0 * partition_id, "eval_loss": 1.0 * partition_id, "num-tokens": 10}
+        )
         return RecordDict({"metrics": record})
 
     seen: list[tuple[int, int]] = []

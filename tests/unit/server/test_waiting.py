@@ -60,7 +60,7 @@ def test_lost_client_is_waited_for_before_the_next_attempt() -> None:
         on_round=lambda _: None,
         health=TrunkHealth(await_clients=wait),
     )
-    assert waited == [{FEDERATION.slot_of(gone[0]): gone[0]}]
+    assert waited == [{FEDERATION.partition_of(gone[0]): gone[0]}]
     assert order.index("waited") == len(NODES)  # after the lost attempt, before any other message
 
 
