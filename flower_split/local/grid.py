@@ -10,6 +10,7 @@ from flwr.supercore.run import Run
 
 from flower_split.config import Scalar
 from flower_split.local.nodes import RUN_ID, NodeLost, NodeProcess, NodeProcesses
+from flower_split.runtime.simulation import SIMULATED
 from flower_split.server.federation.handshake import SimulatedGrid
 
 _FIRST_NODE = 1
@@ -32,7 +33,11 @@ class LocalGrid(SimulatedGrid):
             _FIRST_NODE + index: Context(
                 run_id=RUN_ID,
                 node_id=_FIRST_NODE + index,
-                node_config={"partition-id": index, "num-partitions": num_nodes},
+                node_config={
+                    "partition-id": index,
+                    "num-partitions": num_nodes,
+                    SIMULATED: True,
+                },
                 state=RecordDict(),
                 run_config=dict(run_config),
             )

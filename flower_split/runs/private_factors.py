@@ -33,7 +33,7 @@ from torch import Tensor
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, FederationError, RunDirectoryError
 from flower_split.runtime.atomic_files import write_atomically
-from flower_split.runtime.simulation import simulated_clients_at_once
+from flower_split.runtime.simulation import SIMULATED, simulated_clients_at_once
 
 FOLDER = "clients"
 """In the run directory: where simulated clients keep what is theirs."""
@@ -62,7 +62,7 @@ def client_directory(config: RunConfig, node_config: Mapping[str, object], simul
         ConfigError: Nothing names a directory.
     """
     named = str(node_config.get("client-dir", "")) or config.train.client_dir
-    if not named and simulated_clients_at_once():
+    if not named and (node_config.get(SIMULATED) or simulated_clients_at_once()):
         named = simulated
     if not named:
         raise ConfigError(

@@ -5,6 +5,9 @@ import sys
 
 _POOL_CAP = 32
 
+SIMULATED = "simulated"
+"""In a node config: the node is of a simulation on the ServerApp's own machine."""
+
 
 def pool_cap() -> int:
     """Return how many clients this machine's simulation runs at once at most.

@@ -1,0 +1,25 @@
+"""Where a client keeps what is its own."""
+
+from pathlib import Path
+
+import pytest
+
+from flower_split.config import parse_run_config
+from flower_split.errors import ConfigError
+from flower_split.runs.private_factors import client_directory
+
+CONFIG = parse_run_config({})
+
+
+def test_a_node_of_a_local_run_keeps_it_in_the_run_directory() -> None:
+    assert client_directory(CONFIG, {"simulated": True}, "run/clients") == Path("run/clients")
+
+
+def test_a_directory_that_is_named_comes_first() -> None:
+    node = {"simulated": True, "client-dir": "own"}
+    assert client_directory(CONFIG, node, "run/clients") == Path("own")
+
+
+def test_a_client_on_a_machine_of_its_own_must_be_told() -> None:
+    with pytest.raises(ConfigError, match="train.client-dir"):
+        client_directory(CONFIG, {}, "run/clients")
