@@ -3,6 +3,7 @@
 Nothing here changes what the engine does. The deadline thread looks about once a second.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -98,7 +99,8 @@ class Pulse:
             if self._asked is not None:
                 return
             self._asked = self._clock()
-        self._submit(self._answer)
+        with contextlib.suppress(RuntimeError):  # the thread has ended: the process is about to
+            self._submit(self._answer)
 
     @property
     def seconds(self) -> float:
