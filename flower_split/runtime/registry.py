@@ -12,8 +12,10 @@ one stops no run but those that name it.
 """
 
 import difflib
+import functools
 import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
@@ -66,7 +68,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """Return all known names: the built-ins in their order, then the plug-ins', sorted."""
-        plugins = {point.name for point in entry_points(group=self.group)}
+        plugins = {point.name for point in _points(self.group)}
         return [*self.built_in, *sorted(plugins - self.built_in.keys())]
 
     def origins(self) -> dict[str, str]:
@@ -75,12 +77,12 @@ class Registry(Generic[T]):
         A name that is claimed more than once names all claimants; :meth:`get` refuses it.
         """
         found: dict[str, list[str]] = {name: ["built in"] for name in self.built_in}
-        for point in entry_points(group=self.group):
+        for point in _points(self.group):
             found.setdefault(point.name, []).append(_origin(point))
         return {name: ", ".join(found[name]) for name in self.names()}
 
     def _plugins(self, name: str) -> list[EntryPoint]:
-        return list(entry_points(group=self.group, name=name))
+        return [point for point in _points(self.group) if point.name == name]
 
     def _load(self, point: EntryPoint) -> object:
         try:
@@ -128,6 +130,16 @@ class Registry(Generic[T]):
             f'install, where {self.machines}, a distribution with an entry point in "{self.group}", '
             f'or give an import path "module:object"; the object must be {self.form}.'
         )
+
+
+def _points(group: str) -> tuple[EntryPoint, ...]:
+    return _points_on(tuple(sys.path), group)
+
+
+@functools.cache  # finding them reads the metadata of every distribution that is installed
+def _points_on(path: tuple[str, ...], group: str) -> tuple[EntryPoint, ...]:
+    """Return a group's entry points of the distributions on ``sys.path``, which is ``path``."""
+    return tuple(entry_points(group=group))
 
 
 def _origin(point: EntryPoint) -> str:

@@ -74,7 +74,7 @@ def exchange(
         logger.warning("Flower took %d of %d messages", len(waiting), len(sent))
     replies: list[Message] = []
     deadline = time.monotonic() + timeout
-    pause = 0.05
+    pause = 0.01
     while waiting:
         new = list(grid.pull_messages(waiting))
         waiting -= {reply.metadata.reply_to_message_id for reply in new}
