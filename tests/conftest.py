@@ -27,6 +27,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), int(memory / _GIB_PER_WORKER), 8))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the tests' names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Group the tests for workers; the longest group goes first, so that none is left with it."""
     groups = {path: _group(path) for path in {item.path for item in items}}

@@ -215,7 +215,7 @@ def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path
         token.write_text(trunk.token)
         token.chmod(0o600)
         text = refused(
-            job, FederationError, trunk__address=trunk.address, trunk__token_file=str(token)
+            job, ConfigError, trunk__address=trunk.address, trunk__token_file=str(token)
         )
     assert "lora.trunk" in text and "r=2" in text and "r=4" in text
 
@@ -263,7 +263,7 @@ def test_run_over_tls_hands_the_certificate_to_the_clients(job: Job, tmp_path: P
 def test_run_whose_clients_all_fail_in_training_is_an_error(
     job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object, proximal_mu: float) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise FederationError("the disk is full. Make room.")
 
     monkeypatch.setattr("flower_split.client.client.train_round", fail)

@@ -21,9 +21,13 @@ def run(request: pytest.FixtureRequest, name: str, *options: str) -> str:
     return done.stdout
 
 
-def test_wire_prints_a_ratio_to_tcp(request: pytest.FixtureRequest) -> None:
+def test_wire_prints_grpc_beside_tcp_and_shared_memory_beside_memcpy(
+    request: pytest.FixtureRequest,
+) -> None:
     out = run(request, "wire.py", "--repeats", "2", "--sizes", "0.1")
-    assert re.search(r"^ *0\.10 .*\d\.\d$", out, re.MULTILINE), out
+    number = r" +\d+\.\d+"
+    row = rf"^ *0\.10{number} \|(?:{number}){{4}} \|{number} \|(?:{number}){{4}}$"
+    assert re.search(row, out, re.MULTILINE), out
 
 
 @pytest.mark.slow
