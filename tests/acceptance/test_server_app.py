@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from flower_split.config import Scalar, parse_run_config
-from flower_split.errors import FederationError, FlowerSplitError, SplitError, TrunkRefused
+from flower_split.errors import (
+    ConfigError,
+    FederationError,
+    FlowerSplitError,
+    SplitError,
+    TrunkRefused,
+)
 from flower_split.protocol.values import RoundPlan
 from flower_split.runs.directory import RunDirectory
 from flower_split.server.app import run
@@ -214,9 +220,7 @@ def test_run_with_a_trunk_of_another_model_names_what_differs(job: Job, tmp_path
     with closing(TrunkHere.start(parse_run_config(other), 0)) as trunk:
         token.write_text(trunk.token)
         token.chmod(0o600)
-        text = refused(
-            job, ConfigError, trunk__address=trunk.address, trunk__token_file=str(token)
-        )
+        text = refused(job, ConfigError, trunk__address=trunk.address, trunk__token_file=str(token))
     assert "lora.trunk" in text and "r=2" in text and "r=4" in text
 
 

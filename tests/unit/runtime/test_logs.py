@@ -41,6 +41,7 @@ def record_of(text: str, **fields: object) -> logging.LogRecord:
 
 
 def test_json_lines_have_utc_time_and_the_fields_of_the_round() -> None:
+    PROCESS_FIELDS.clear()  # of what another test's run bound
     try:
         PROCESS_FIELDS.bind(experiment="e", run=7, round=2, attempt=0, slot=1)
         line = json.loads(JsonLines().format(record_of("two\nlines", slot=3)))
