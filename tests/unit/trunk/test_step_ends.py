@@ -3,6 +3,7 @@
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 
 import pytest
 import torch
@@ -128,6 +129,8 @@ def test_a_client_that_never_ends_its_step_is_dropped_at_the_deadline():
             waiting = pool.submit(clients[0].finish_step, norm_squared=9.0, timeout=1e6)
             while not engine.inspect().num_replies >= 5:  # 2 forwards, 2 backwards, its FinishStep
                 assert not waiting.done()
+            with pytest.raises(FutureTimeout):  # its call is kept before its norm is: let it wait
+                waiting.result(timeout=1.0)
             clock.now = 31.0
             engine.expire()
             reply = waiting.result(timeout=20)
