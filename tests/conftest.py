@@ -1,7 +1,7 @@
 """For all tests: one CPU thread, no failpoint left on, an origin for Flower's messages.
 
-With ``-n auto`` the tests of a file run in one process, so that what a file shares is made once; the
-files that run real Flower are one group, so that there is one SuperLink and one run at a time.
+With ``-n auto`` the tests of a file run in one process (``--dist loadfile``), so that what a file shares
+is made once.
 """
 
 import os
@@ -27,19 +27,9 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), int(memory / _GIB_PER_WORKER), 8))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist writes the groups into the tests' names
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group the tests for workers; the longest group goes first, so that none is left with it."""
-    groups = {path: _group(path) for path in {item.path for item in items}}
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(groups[item.path]))
-    items.sort(key=lambda item: groups[item.path] != "processes")
-
-
-def _group(path: Path) -> str:
-    if path.is_relative_to(PROCESSES):
-        return "processes"
-    return str(path.relative_to(PROCESSES.parent))
+    """Put the longest files first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: not item.path.is_relative_to(PROCESSES))
 
 
 @pytest.fixture(autouse=True)
