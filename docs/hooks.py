@@ -14,12 +14,12 @@ if typing.TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
-from flower_split.cli.exit_codes import EXIT_CODES
 from flower_split.cli.main import make_parser
 from flower_split.config.combinations import combinations_table
 from flower_split.config.reference import config_reference
 from flower_split.runs.metrics import COMMON, SCHEMA
 from flower_split.runs.resuming import MAY_CHANGE
+from flower_split.runtime.exit_codes import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
 ROLE = re.compile(r":(?:class|data|func|meth|mod|attr):<code>~?([\w.]+)</code>")

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flower_split.cli.connections import find_connection
-from flower_split.cli.exit_codes import COMPLETED, FAILED, STILL_AT_WORK
 from flower_split.cli.flwr import Flwr
 from flower_split.cli.follow import FollowedRun, follow, stop
 from flower_split.cli.interrupts import Interrupts
 from flower_split.cli.superlink import LocalSuperLink
 from flower_split.errors import ConfigError, RunDirectoryError
 from flower_split.runs.files import FLOWER_FOLDER
+from flower_split.runtime.exit_codes import COMPLETED, FAILED, STILL_AT_WORK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

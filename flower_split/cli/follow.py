@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from flower_split.cli.exit_codes import COMPLETED, DETACHED, FAILED, LOST_CONTACT, STOPPED
 from flower_split.cli.flwr import Flwr, RunStatus
 from flower_split.cli.interrupts import Interrupts
 from flower_split.errors import FederationError
+from flower_split.runtime.exit_codes import COMPLETED, DETACHED, FAILED, LOST_CONTACT, STOPPED
 from flower_split.runtime.logs import MARK
 
 _LINE_SECONDS = 0.2  # between two looks at the log and the signals

@@ -1,6 +1,6 @@
 """``flower-split health``: a probe for containers and load balancers, with TLS and without a credential."""
 
-from flower_split.cli.exit_codes import COMPLETED, FAILED
+from flower_split.runtime.exit_codes import COMPLETED, FAILED
 
 
 def health(address: str, root_certificates: str) -> int:

@@ -1,15 +1,15 @@
 """``flower-split``: write and run an app, follow a run, serve a trunk, export, generate.
 
-Exit codes: see :mod:`flower_split.cli.exit_codes`.
+Exit codes: see :mod:`flower_split.runtime.exit_codes`.
 """
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from flower_split.cli.exit_codes import FAILED, STOPPED, WRONG_USE
 from flower_split.cli.parser import make_parser
 from flower_split.errors import ConfigError, FlowerSplitError
+from flower_split.runtime.exit_codes import FAILED, STOPPED, WRONG_USE
 
 
 def main(argv: Sequence[str] | None = None) -> int:

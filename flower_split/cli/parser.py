@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from flower_split.cli.exit_codes import exit_code_table
 from flower_split.cli.experiment_commands import add_experiment_commands
 from flower_split.cli.operator_commands import add_operator_commands
 from flower_split.runs.resuming import resume_table
+from flower_split.runtime.exit_codes import exit_code_table
 from flower_split.runtime.logs import FORMATS, LEVELS
 
 _RUN_EPILOG = f"""exit status:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flower_split.cli.exit_codes import COMPLETED
 from flower_split.errors import ConfigError
 from flower_split.results.report.page import FILE, can_be_written, write_report
+from flower_split.runtime.exit_codes import COMPLETED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

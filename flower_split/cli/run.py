@@ -10,7 +10,6 @@ from pathlib import Path
 
 from flower_split.cli.app_config import App, load_app
 from flower_split.cli.connections import LOCAL, Connection, find_connection
-from flower_split.cli.exit_codes import COMPLETED, STILL_AT_WORK
 from flower_split.cli.flwr import Flwr
 from flower_split.cli.follow import FollowedRun, follow
 from flower_split.cli.interrupts import Interrupts
@@ -23,6 +22,7 @@ from flower_split.errors import ConfigError
 from flower_split.runs.beforehand import check_directory, check_files
 from flower_split.runs.files import read_config
 from flower_split.runs.resuming import resumed_config
+from flower_split.runtime.exit_codes import COMPLETED, STILL_AT_WORK
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +55,7 @@ class Job:
 
 
 def run_app(command: RunCommand) -> int:
-    """Check, submit, follow, and return the exit code; see :mod:`flower_split.cli.exit_codes`.
+    """Check, submit, follow, and return the exit code; see :mod:`flower_split.runtime.exit_codes`.
 
     Raises:
         FlowerSplitError: A check failed, or Flower did not take the run.

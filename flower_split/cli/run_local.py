@@ -2,13 +2,13 @@
 
 import sys
 
-from flower_split.cli.exit_codes import COMPLETED, STOPPED
 from flower_split.cli.interrupts import Interrupts
 from flower_split.cli.report import write_report_of
 from flower_split.cli.run import Job
 from flower_split.local.job import LocalJob, load_modules, run_job
 from flower_split.local.process import Output, RunProcess
 from flower_split.runs.files import FLOWER_FOLDER
+from flower_split.runtime.exit_codes import COMPLETED, STOPPED
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 _LOOK_SECONDS = 0.2

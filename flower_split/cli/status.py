@@ -12,9 +12,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from flower_split.cli.exit_codes import COMPLETED
 from flower_split.errors import ConfigError, TrunkError
 from flower_split.protocol.values import SlotReport, TrunkStatus
+from flower_split.runtime.exit_codes import COMPLETED
 from flower_split.runtime.secret_files import read_secret
 
 _SECONDS = 10.0  # of one question

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flower_split.cli.app_config import load_app
-from flower_split.cli.exit_codes import COMPLETED, FAILED, STOPPED
 from flower_split.cli.interrupts import Interrupts
 from flower_split.cli.overrides import flatten, parse_overrides
 from flower_split.cli.paths import absolute_paths
@@ -18,6 +17,7 @@ from flower_split.experiments.results import read_result
 from flower_split.experiments.sweep import Sweep, check_sweep, outcomes, run_sweep
 from flower_split.experiments.table import check_libraries, write_results
 from flower_split.local.job import LocalJob, load_modules
+from flower_split.runtime.exit_codes import COMPLETED, FAILED, STOPPED
 
 _KEYS = ("app", "grid", "baselines", "run-config")
 

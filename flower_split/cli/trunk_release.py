@@ -4,9 +4,9 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from flower_split.cli.exit_codes import COMPLETED
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import TrunkStatus
+from flower_split.runtime.exit_codes import COMPLETED
 from flower_split.runtime.secret_files import read_secret
 
 _SECONDS = 10.0  # of one question

@@ -9,6 +9,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 
 from flower_split.config import Scalar
+from flower_split.errors import FederationError
 from flower_split.local.nodes import RUN_ID, NodeLost, NodeProcess, NodeProcesses
 from flower_split.runtime.simulation import SIMULATED
 from flower_split.server.federation.handshake import SimulatedGrid
@@ -102,13 +103,21 @@ class LocalGrid(SimulatedGrid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def set_run(self, run: Run) -> None:
-        """Refuse: a local run is none of a SuperLink's."""
-        raise NotImplementedError
+        """Refuse: a local run is none of a SuperLink's.
+
+        Raises:
+            FederationError: Always.
+        """
+        raise _no_run("set_run")
 
     @property
     def run(self) -> Run:
-        """Refuse: a local run is none of a SuperLink's."""
-        raise NotImplementedError
+        """Refuse: a local run is none of a SuperLink's.
+
+        Raises:
+            FederationError: Always.
+        """
+        raise _no_run("run")
 
     def _work(self, process: NodeProcess) -> None:
         """Give one process message after message, until it is lost."""
@@ -159,6 +168,13 @@ class LocalGrid(SimulatedGrid):
                 self._replies[message.metadata.message_id] = reply
             self._waiting.clear()
         self._changed.notify_all()
+
+
+def _no_run(name: str) -> FederationError:
+    return FederationError(
+        f"Grid.{name} is about a SuperLink's run, and a run with --local has no SuperLink. Leave the "
+        "call out of the ServerApp, or run the app without --local."
+    )
 
 
 def _unavailable(message: Message, why: str) -> Message:

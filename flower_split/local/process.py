@@ -14,10 +14,8 @@ from types import FrameType
 from typing import TextIO
 
 from flower_split.errors import ConfigError, FlowerSplitError
+from flower_split.runtime.exit_codes import COMPLETED, FAILED, STOPPED, WRONG_USE
 from flower_split.runtime.logs import MarkedLines
-
-COMPLETED, FAILED, WRONG_USE, STOPPED = 0, 1, 2, 4
-"""Exit codes of the process; those of ``flower-split``."""
 
 _END_SECONDS = 30.0  # for a run that was told to stop
 _LOOK_SECONDS = 2.0  # between two looks whether the parent is there

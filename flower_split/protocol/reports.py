@@ -1,6 +1,9 @@
 """Reports of the trunk as protocol messages, and back: a round's outcome, and where the trunk stands."""
 
 from dataclasses import asdict, fields
+from typing import TypeVar
+
+from google.protobuf.message import Message
 
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.values import (
@@ -11,16 +14,18 @@ from flower_split.protocol.values import (
     TrunkStatus,
 )
 
+_Report = TypeVar("_Report", ActivationReport, ProcessReport, SlotReport)
+
 
 def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
     """Return the message of a round's outcome."""
     return pb.PrepareRoundReply(
         version=report.version,
         digest=report.digest,
-        slots=[_slot_to_proto(slot) for slot in report.slots],
+        slots=[pb.SlotReport(**asdict(slot)) for slot in report.slots],
         optimizer_steps=report.optimizer_steps,
         compute_seconds=report.compute_seconds,
-        activations=_activations_to_proto(report.activations),
+        activations=pb.ActivationReport(**asdict(report.activations)),
     )
 
 
@@ -29,10 +34,10 @@ def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
     return RoundReport(
         version=reply.version,
         digest=reply.digest,
-        slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
+        slots=tuple(_of_same_fields(SlotReport, slot) for slot in reply.slots),
         optimizer_steps=reply.optimizer_steps,
         compute_seconds=reply.compute_seconds,
-        activations=_activations_from_proto(reply.activations),
+        activations=_of_same_fields(ActivationReport, reply.activations),
     )
 
 
@@ -49,10 +54,10 @@ def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
         num_tokens=status.num_tokens,
         bytes_received=status.bytes_received,
         bytes_sent=status.bytes_sent,
-        slots=[_slot_to_proto(slot) for slot in status.slots],
+        slots=[pb.SlotReport(**asdict(slot)) for slot in status.slots],
         problem=status.problem,
         fingerprint=dict(status.fingerprint),
-        activations=_activations_to_proto(status.activations),
+        activations=pb.ActivationReport(**asdict(status.activations)),
         process=pb.ProcessReport(**asdict(status.process)),
     )
 
@@ -70,61 +75,14 @@ def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
         num_tokens=reply.num_tokens,
         bytes_received=reply.bytes_received,
         bytes_sent=reply.bytes_sent,
-        slots=tuple(_slot_from_proto(slot) for slot in reply.slots),
+        slots=tuple(_of_same_fields(SlotReport, slot) for slot in reply.slots),
         problem=reply.problem,
         fingerprint=dict(reply.fingerprint),
-        activations=_activations_from_proto(reply.activations),
-        process=ProcessReport(
-            **{item.name: getattr(reply.process, item.name) for item in fields(ProcessReport)}
-        ),
+        activations=_of_same_fields(ActivationReport, reply.activations),
+        process=_of_same_fields(ProcessReport, reply.process),
     )
 
 
-def _slot_to_proto(slot: SlotReport) -> pb.SlotReport:
-    return pb.SlotReport(
-        slot=slot.slot,
-        completed=slot.completed,
-        problem=slot.problem,
-        contributions=slot.contributions,
-        num_tokens=slot.num_tokens,
-        bytes_received=slot.bytes_received,
-        bytes_sent=slot.bytes_sent,
-        joined=slot.joined,
-        waited_seconds=slot.waited_seconds,
-        silent_seconds=slot.silent_seconds,
-    )
-
-
-def _slot_from_proto(slot: pb.SlotReport) -> SlotReport:
-    return SlotReport(
-        slot=slot.slot,
-        completed=slot.completed,
-        problem=slot.problem,
-        contributions=slot.contributions,
-        num_tokens=slot.num_tokens,
-        bytes_received=slot.bytes_received,
-        bytes_sent=slot.bytes_sent,
-        joined=slot.joined,
-        waited_seconds=slot.waited_seconds,
-        silent_seconds=slot.silent_seconds,
-    )
-
-
-def _activations_to_proto(report: ActivationReport) -> pb.ActivationReport:
-    return pb.ActivationReport(
-        num_bytes=report.num_bytes,
-        peak_bytes=report.peak_bytes,
-        budget_bytes=report.budget_bytes,
-        recomputes=report.recomputes,
-        refusals=report.refusals,
-    )
-
-
-def _activations_from_proto(report: pb.ActivationReport) -> ActivationReport:
-    return ActivationReport(
-        num_bytes=report.num_bytes,
-        peak_bytes=report.peak_bytes,
-        budget_bytes=report.budget_bytes,
-        recomputes=report.recomputes,
-        refusals=report.refusals,
-    )
+def _of_same_fields(kind: type[_Report], message: Message) -> _Report:
+    """Return the report whose fields a message has under the same names."""
+    return kind(**{item.name: getattr(message, item.name) for item in fields(kind)})

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -45,6 +47,35 @@ def test_each_line_carries_the_hash_of_the_line_before(tmp_path: Path) -> None:
         digest = item.pop("hash")
         assert hashlib.sha256(json.dumps(item, sort_keys=True).encode()).hexdigest() == digest
     assert (tmp_path / "audit").stat().st_mode & 0o777 == 0o600
+
+
+@contextmanager
+def full_after(path: Path, num_bytes: int) -> Iterator[None]:
+    """No file of this process grows beyond the size of ``path`` and ``num_bytes``, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("room", [0, 10])  # none; and for the beginning of a line
+def test_line_that_finds_no_room_fails_no_call_and_is_counted_in_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, room: int
+) -> None:
+    path = tmp_path / "audit"
+    with AuditLog(path) as log:
+        log.note(event(0))
+        with full_after(path, room):
+            log.note(event(1))
+            log.note(event(2))
+        log.note(event(3))
+    assert [item["key"] for item in records(path)] == ["micro_batch=0", "micro_batch=3", ""]
+    assert [item["not_written"] for item in records(path)] == [0, 2, 0]
+    assert verify_audit_log([path])[0] == 3
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 1 and str(path) in errors[0]
 
 
 def changed(lines: list[str]) -> list[str]:

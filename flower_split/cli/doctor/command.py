@@ -12,10 +12,10 @@ from flower_split.cli.connections import find_connection
 from flower_split.cli.doctor import credentials, machine, network
 from flower_split.cli.doctor.findings import Finding, Level, problem
 from flower_split.cli.doctor.trunk import trunk
-from flower_split.cli.exit_codes import COMPLETED, FAILED
 from flower_split.cli.overrides import parse_overrides
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
+from flower_split.runtime.exit_codes import COMPLETED, FAILED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

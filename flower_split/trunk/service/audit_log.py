@@ -6,6 +6,7 @@ A file that is moved away is followed by a new one that goes on with the chain. 
 tokens, session ids in full, or texts that a peer wrote beyond names it chose in a key.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -16,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TextIO
 
 from google.protobuf.message import Message
 
@@ -116,6 +116,8 @@ class AuditLog(Closing):
         self._lock = threading.Lock()
         self._next_refusal = -float("inf")
         self._unwritten = 0  # refused calls since the last line of one
+        self._failed = 0  # lines that could not be written since the last one that was
+        self._closed = False
         try:
             self._number, self._last = _end_of(path)
             self._file = _opened(path)
@@ -126,39 +128,65 @@ class AuditLog(Closing):
             ) from error
 
     def note(self, event: Event) -> None:
-        """Append an event; of refused calls one a second, with the number of those left out."""
+        """Append an event; of refused calls one a second, with the number of those left out.
+
+        A line that cannot be written (a full disk) does not fail the call: the log of the trunk says
+        so, and the next line that can be written says how many calls have none.
+        """
         with self._lock:
             refused = event.outcome == "REFUSED"
             if refused and time.monotonic() < self._next_refusal:
                 self._unwritten += 1
                 return
-            unwritten = 0
             if refused:
                 self._next_refusal = time.monotonic() + _QUIET_SECONDS
-                unwritten, self._unwritten = self._unwritten, 0
-            self._append({**asdict(event), "also_refused": unwritten})
+            self._append_or_count(event, told=refused)
 
     def close(self) -> None:
-        """Write how many refused calls have no line, and close the file. Idempotent."""
+        """Write how many calls have no line, and close the file. Idempotent."""
         with self._lock:
-            if self._file.closed:
+            if self._closed:
                 return
-            closing = Event(peer="", subject="trunk", rpc="close")
-            self._append({**asdict(closing), "also_refused": self._unwritten})
-            self._file.close()
+            self._append_or_count(Event(peer="", subject="trunk", rpc="close"), told=True)
+            os.close(self._file)
+            self._closed = True
             logger.info("audit log ends at line %d, %s", self._number, self._last)
 
+    def _append_or_count(self, event: Event, *, told: bool) -> None:
+        """Append a line; with ``told``, or after lines that failed, say how many calls have none."""
+        fields = asdict(event) | {
+            "also_refused": self._unwritten if told else 0,
+            "not_written": self._failed,
+        }
+        try:
+            self._append(fields)
+        except OSError as error:
+            if not self._failed:
+                logger.error("the audit log %s cannot be written: %s", self._path, error)
+            self._failed += 1
+            return
+        self._failed = 0
+        if told:
+            self._unwritten = 0
+
     def _append(self, fields: dict[str, object]) -> None:
-        if not self._path.exists() or os.fstat(self._file.fileno()).st_ino != (
-            self._path.stat().st_ino
-        ):
-            self._file.close()  # moved away: the chain goes on in a new file
-            self._file = _opened(self._path)
+        """Write one whole line, or none.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if not self._path.exists() or os.fstat(self._file).st_ino != self._path.stat().st_ino:
+            moved, self._file = self._file, _opened(self._path)  # the chain goes on in a new file
+            os.close(moved)
         utc = datetime.now(UTC).isoformat(timespec="milliseconds")
         record = {"number": self._number + 1, "utc": utc, **fields, "previous": self._last}
         digest = _hash_of(record)
-        self._file.write(json.dumps({**record, "hash": digest}) + "\n")
-        self._file.flush()
+        line = (json.dumps({**record, "hash": digest}) + "\n").encode()
+        end = os.fstat(self._file).st_size
+        written = os.write(self._file, line)
+        if written < len(line):
+            os.ftruncate(self._file, end)
+            raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes found room")
         self._number, self._last = self._number + 1, digest
 
 
@@ -207,10 +235,8 @@ def _hash_of(record: dict[str, object]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _opened(path: Path) -> TextIO:
-    return os.fdopen(
-        os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_FILE), "a", encoding="utf-8"
-    )
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_FILE)
 
 
 def _end_of(path: Path) -> tuple[int, str]:

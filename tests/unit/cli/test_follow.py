@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from flower_split.cli.exit_codes import COMPLETED, DETACHED, FAILED, LOST_CONTACT, STOPPED
 from flower_split.cli.flwr import Flwr, RunStatus
 from flower_split.cli.follow import FollowedRun, Patience, follow, stop
 from flower_split.cli.interrupts import Interrupts
 from flower_split.errors import FederationError
+from flower_split.runtime.exit_codes import COMPLETED, DETACHED, FAILED, LOST_CONTACT, STOPPED
 
 COMPLETE = RunStatus(status="finished:completed", details="")
 RUNNING = RunStatus(status="running", details="")

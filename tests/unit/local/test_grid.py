@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
+from flower_split.errors import FederationError
 from flower_split.local.grid import LocalGrid
 from flower_split.local.nodes import NodeLost, NodeProcess, NodeProcesses
 
@@ -97,5 +98,5 @@ def test_grid_returns_what_came_in_time() -> None:
 
 def test_grid_has_no_run_of_a_superlink() -> None:
     grid = grid_of([FakeProcess("a")], 1)
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(FederationError, match="without --local"):
         _ = grid.run
