@@ -115,6 +115,25 @@ def test_a_repeated_finish_step_gets_the_same_reply_and_no_second_step(engine):
     assert late.value.reason is RefusalReason.STALE_VERSION
 
 
+def test_a_step_that_fails_on_the_trunk_is_told_to_everybody_who_waits(engine, monkeypatch):
+    engine.begin_round(make_plan(finish=FinishRule(max_grad_norm=MAX_NORM)))
+    clients = [ToyClient(engine, slot) for slot in (0, 1)]
+    for slot in (0, 1):
+        contribute(clients[slot], slot, 2.0)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine.compute, "step", fail)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [
+            pool.submit(client.finish_step, norm_squared=1.0, timeout=15.0) for client in clients
+        ]
+        for call in waiting:
+            with pytest.raises(RoundAborted, match="out of memory"):
+                call.result(timeout=10)
+
+
 def test_a_client_that_never_ends_its_step_is_dropped_at_the_deadline():
     clock = Clock()
     engine = make_engine(clock=clock)
