@@ -119,7 +119,7 @@ def test_status_counts_since_the_process_started(clock: SkippingClock) -> None:
     engine.count_bytes(client.grant.session, 100, 30)
     engine.prepare_round("test", 1, 0, time.monotonic() + 20)
     engine.commit_round("test", 1, 0)
-    engine.begin_round(make_plan((0,), server_round=2))
+    engine.begin_round(make_plan((0,), server_round=2, join_seconds=1e6, window_seconds=1e6))
     clock.skipped = 60.0
     status = engine.status()
     assert (status.process.bytes_received, status.process.bytes_sent) == (100, 30)
