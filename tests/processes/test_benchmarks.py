@@ -21,6 +21,7 @@ def run(request: pytest.FixtureRequest, name: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_wire_prints_grpc_beside_tcp_and_shared_memory_beside_memcpy(
     request: pytest.FixtureRequest,
 ) -> None:

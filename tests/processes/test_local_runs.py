@@ -74,6 +74,7 @@ def test_local_run_of_a_job_that_cannot_run_says_why_and_leaves_no_process(
     assert set(processes_of(flower.home)) <= set(before)
 
 
+@pytest.mark.slow
 def test_local_run_that_fails_exits_with_1_and_names_file_and_line(
     flower: Flower, tmp_path: Path, parts: tuple[Path, str]
 ) -> None:
@@ -87,6 +88,7 @@ def test_local_run_that_fails_exits_with_1_and_names_file_and_line(
     assert last.startswith("flower-split: ") and "line 1" in last and "1.jsonl" in last
 
 
+@pytest.mark.slow
 def test_local_run_stops_on_sigterm_and_leaves_no_process(
     flower: Flower, tmp_path: Path, parts: tuple[Path, str]
 ) -> None:

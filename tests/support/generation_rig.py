@@ -1,5 +1,6 @@
 """Tiny models whose sampled text varies, prompts, and the three ways to generate."""
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,7 +10,14 @@ from tests.support.tiny_models import tiny_model
 
 CUTS = CutLayers(1, 3)
 NEW_TOKENS = 64
-FAMILIES = ("gpt2", "llama", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox")
+SAMPLE = ("gpt2", "llama", "gemma3_text")  # learned positions, rotary, sliding windows
+FAMILIES = [
+    *SAMPLE,
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("qwen2", "mistral", "gemma2", "phi3", "gpt_neox")
+    ),
+]
 _LONG = {
     "gpt2": {"n_positions": 128},
     "mistral": {"max_position_embeddings": 128, "sliding_window": 8},

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -14,6 +15,21 @@ from tests.support.documentation import PAGES, ROOT, Block, blocks
 PATH = re.compile(r"(?<![\w./-])(?:flower_split|tests|simulations|proto|docs|\.ci)/[\w./-]*\w/?")
 DOTTED = re.compile(r"(?<![\w./-])flower_split(?:\.[A-Za-z_]\w*)+")
 PYTHON = blocks("python")
+RUN = [block for block in PYTHON if block.mark == "runs"]
+RUN_BLOCKS = """
+import json, os, tempfile, traceback
+from pathlib import Path
+
+root, outcomes = Path.cwd(), {}
+for place, text in json.loads(Path("blocks.json").read_text()).items():
+    os.chdir(tempfile.mkdtemp(dir=root))
+    try:
+        exec(compile(text, place, "exec"), {"__name__": "__main__"})
+        outcomes[place] = "done"
+    except Exception:
+        outcomes[place] = traceback.format_exc()
+(root / "outcomes.json").write_text(json.dumps(outcomes))
+"""
 GROUPS = re.compile(r"flower_split\.\w+")
 
 
@@ -97,13 +113,14 @@ def test_python_block_parses_and_its_imports_exist(block: Block) -> None:
                 assert hasattr(module, alias.name), f"{block.place}: {alias.name}"
 
 
-@pytest.mark.parametrize(
-    "block", [block for block in PYTHON if block.mark == "runs"], ids=lambda block: block.place
-)
-def test_python_block_marked_runs_does(block: Block, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """By place, what each block ended with; one process runs them all, each in an empty folder."""
+    root = tmp_path_factory.mktemp("blocks")
+    (root / "blocks.json").write_text(json.dumps({b.place: b.text for b in RUN}))
     done = subprocess.run(
-        [sys.executable, "-c", block.text],
-        cwd=tmp_path,
+        [sys.executable, "-c", RUN_BLOCKS],
+        cwd=root,
         env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
         text=True,
         capture_output=True,
@@ -111,3 +128,10 @@ def test_python_block_marked_runs_does(block: Block, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    found: dict[str, str] = json.loads((root / "outcomes.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("place", [block.place for block in RUN])
+def test_python_block_marked_runs_does(place: str, outcomes: dict[str, str]) -> None:
+    assert outcomes[place] == "done"
