@@ -166,6 +166,11 @@ Printed from the dataclasses of `flower_split/config`. A key is written in the a
 name, a value that breaks its rule with the rule. Defaults below are those of the package; the
 quick-start's app sets some of its own.
 
+Keys under `app.` are yours: nothing here reads or checks them. Your data source has them in
+`SourceRequest.app`, your strategy and your functions of the ServerApp in `config.app`, without the
+prefix and as they were written; your ClientApp's mods in Flower's `context.run_config`. A resumed run
+must have the same ones.
+
 """
 
 

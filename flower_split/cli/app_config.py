@@ -61,8 +61,8 @@ class App:
             if key not in self.values:
                 parse_run_config({key: value})
                 raise ConfigError(
-                    f"{key!r} is a key of this package, but Flower overrides only keys that the app "
-                    f"has. Add it to [tool.flwr.app.config] in {self.project}."
+                    f"{key!r} may be set, but Flower overrides only keys that the app has. Add it to "
+                    f"[tool.flwr.app.config] in {self.project}."
                 )
 
     def overrides_for(self, config: RunConfig) -> dict[str, Scalar]:
@@ -73,7 +73,7 @@ class App:
         """
         mine = {**run_config_keys(), **self.values}
         wanted = resolved_run_config(config)
-        overrides = {key: value for key, value in wanted.items() if mine[key] != value}
+        overrides = {key: value for key, value in wanted.items() if mine.get(key) != value}
         self.check_keys(overrides)
         return overrides
 

@@ -44,6 +44,12 @@ def add_experiment_commands(
     )
     report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
     report.add_argument(
+        "--form",
+        default="html",
+        metavar="NAME",
+        help="another report: a plug-in's name, or an import path",
+    )
+    report.add_argument(
         "--out", type=Path, metavar="FILE", help="the page; of several runs: needed"
     )
     report.add_argument(
@@ -71,4 +77,11 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _report(arguments: argparse.Namespace) -> int:
     from flower_split.cli.report import ReportCommand, report
 
-    return report(ReportCommand(runs=arguments.runs, out=arguments.out, figures=arguments.figures))
+    return report(
+        ReportCommand(
+            runs=arguments.runs,
+            form=arguments.form,
+            out=arguments.out,
+            figures=arguments.figures,
+        )
+    )

@@ -109,18 +109,20 @@ def check_trunk(config: RunConfig) -> None:
     """Check that a trunk with an address answers to the token; one without is started later.
 
     Raises:
-        ConfigError: The codec of ``trunk.wire-dtype`` or the transport of ``trunk.transport`` is not
-            installed here.
+        ConfigError: The codec of ``trunk.wire-dtype``, the transport of ``trunk.transport``, or the
+            ``trunk.window-rule`` of a trunk that is started here, is not installed here.
         TrunkUnavailable: It does not answer.
         TrunkRefused: The token is not its own.
         ConfigError: It would train otherwise than the configuration says.
     """
+    from flower_split.trunk.engine.window_rules import make_window_rule
     from flower_split.wire.codecs import make_codec
     from flower_split.wire.transports import TRANSPORTS
 
     make_codec(config.trunk.wire_dtype)
     TRANSPORTS.get(config.trunk.transport)
     if not config.trunk.address:
+        make_window_rule(config.trunk.window_rule)
         return
     from flower_split.server.coordinator import TrunkCoordinator
     from flower_split.server.trunk_connection import check_settings, read_token

@@ -75,9 +75,9 @@ def run_app(command: RunCommand) -> int:
         if job.connection.is_local:
             code = _run_locally(job, options, interrupts)
             if code == COMPLETED:
-                from flower_split.cli.report import write_report_of
+                from flower_split.cli.report import write_reports_of
 
-                write_report_of(job.directory)
+                write_reports_of(job.directory)
             return code
         flwr = Flwr(connection=job.connection.name)
         print(f"SuperLink: {job.connection.name or 'default'} at {job.connection.address}")
@@ -129,6 +129,9 @@ def _checked_options(job: Job) -> list[str]:
     preflight.check_trunk(config)
     options: list[str] = []
     if job.connection.is_local:
+        from flower_split.cli.report import check_reports
+
+        check_reports(config)
         given = preflight.simulation_settings(config, given)
         if not (job.app.has_own_server_app or config.model.cuts_by_partition):
             preflight.check_clients(config, adapter, scales, given)

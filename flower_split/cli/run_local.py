@@ -3,7 +3,7 @@
 import sys
 
 from flower_split.cli.interrupts import Interrupts
-from flower_split.cli.report import write_report_of
+from flower_split.cli.report import check_reports, write_reports_of
 from flower_split.cli.run import Job
 from flower_split.local.job import LocalJob, load_modules, run_job
 from flower_split.local.process import Output, RunProcess
@@ -39,7 +39,7 @@ def run_local(job: Job) -> int:
                 )
                 return STOPPED
     if process.exit_code == COMPLETED:
-        write_report_of(job.directory)
+        write_reports_of(job.directory)
     return process.exit_code or COMPLETED
 
 
@@ -50,6 +50,7 @@ def _check(job: Job) -> None:
     preflight.check_aggregation(job.config)
     adapter, scales = preflight.check_model(job.config)
     preflight.check_trunk(job.config)
+    check_reports(job.config)
     if not (job.app.has_own_server_app or job.config.model.cuts_by_partition):
         settings = preflight.default_settings(job.config)
         preflight.check_clients(job.config, adapter, scales, settings)

@@ -184,6 +184,16 @@ ALWAYS = (
         keys=_when("resume-previous", "resume", holds=lambda c: c.resume_previous and not c.resume),
     ),
     Combination(
+        condition="`early-stopping.metric = eval-loss` with `fraction-evaluate = 0`",
+        reason="no client evaluates between the first and the last round, so there is nothing to look at",
+        remedy='Set fraction-evaluate above 0, or early-stopping.metric = "train-loss"',
+        keys=_when(
+            "early-stopping.metric",
+            "fraction-evaluate",
+            holds=lambda c: c.early_stopping.metric == "eval-loss" and c.fraction_evaluate == 0,
+        ),
+    ),
+    Combination(
         condition="`train.auxiliary-head` outside mode `forward-only`",
         reason="train.auxiliary-head trains the bottom where no gradient arrives, and here one does",
         remedy='Set mode = "forward-only", or train.auxiliary-head = false',
@@ -364,6 +374,16 @@ ALWAYS = (
             holds=lambda c: (
                 _fedbuff(c) and c.mode == "joint" and c.trunk.step_every != "server-round"
             ),
+        ),
+    ),
+    Combination(
+        condition="`fedbuff` with `trunk.window-rule` other than `quorum`",
+        reason="a buffer of arrivals is no window that somebody could leave",
+        remedy='Set trunk.window-rule = "quorum"',
+        keys=_when(
+            "strategy.name",
+            "trunk.window-rule",
+            holds=lambda c: _fedbuff(c) and c.trunk.window_rule != "quorum",
         ),
     ),
     Combination(

@@ -3,33 +3,34 @@
 import difflib
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from flower_split.config.lora import refuse_peft_option
 from flower_split.config.run import RunConfig
-from flower_split.config.validation import kebab
+from flower_split.config.validation import Scalar, kebab
 from flower_split.errors import ConfigError
 
-Scalar = bool | int | float | str
+APP = "app."
+"""Begins the keys that are the app's own."""
 
 Section = TypeVar("Section")
 
 
 def _leaves(section: type, prefix: str = "") -> Iterator[tuple[str, type, Any]]:
-    """Yield every key with its type and default, depth first in field order."""
+    """Yield every key with its type and default, depth first in field order; not the app's own."""
     hints = typing.get_type_hints(section)
     for item in fields(section):
         key, hint = prefix + kebab(item.name), hints[item.name]
         if is_dataclass(hint):
             yield from _leaves(typing.cast(type, hint), key + ".")
-        else:
+        elif item.default is not MISSING:
             yield key, hint, item.default
 
 
 def run_config_keys() -> dict[str, Scalar]:
     """Return every run-config key with its default, as ``[tool.flwr.app.config]`` may hold."""
-    return {key: default for key, _, default in _leaves(RunConfig) if default is not MISSING}
+    return {key: default for key, _, default in _leaves(RunConfig)}
 
 
 def _coerce(key: str, value: Scalar, kind: type) -> Scalar:
@@ -48,7 +49,7 @@ def _build(section: type[Section], values: Mapping[str, Scalar], prefix: str = "
         key, hint = prefix + kebab(item.name), hints[item.name]
         if is_dataclass(hint):
             arguments[item.name] = _build(typing.cast(type, hint), values, key + ".")
-        elif key in values:
+        elif key in values and item.default is not MISSING:
             arguments[item.name] = _coerce(key, values[key], hint)
     return section(**arguments)
 
@@ -57,20 +58,22 @@ def parse_run_config(run_config: Mapping[str, Scalar]) -> RunConfig:
     """Parse Flower's flat run config.
 
     Args:
-        run_config: Keys in kebab-case with dots between groups, such as ``context.run_config``.
+        run_config: Keys in kebab-case with dots between groups, such as ``context.run_config``. Those
+            under ``app.`` are the app's own: they become ``RunConfig.app`` as they are.
 
     Raises:
         ConfigError: A key is unknown (the nearest known one is named), a value has the wrong type,
             or breaks its rule.
     """
     known = [key for key, _, _ in _leaves(RunConfig)]
+    own = {key.removeprefix(APP): v for key, v in run_config.items() if key.startswith(APP)}
     for key in run_config:
-        if key not in known:
+        if key not in known and not key.startswith(APP):
             refuse_peft_option(key)
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown run-config key {key!r}.{hint}")
-    return _build(RunConfig, run_config)
+    return replace(_build(RunConfig, run_config), app=own)
 
 
 def resolved_run_config(config: RunConfig) -> dict[str, Scalar]:
@@ -83,4 +86,5 @@ def resolved_run_config(config: RunConfig) -> dict[str, Scalar]:
             else:
                 yield prefix + kebab(name), value
 
-    return dict(flatten(asdict(config), ""))
+    own = {APP + name: value for name, value in config.app.items()}
+    return {**dict(flatten(asdict(replace(config, app={})), "")), **own}

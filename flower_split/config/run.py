@@ -1,17 +1,26 @@
 """The whole run."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from flower_split.config.clipping import clips_over_model
 from flower_split.config.combinations import check_combinations
 from flower_split.config.data import DataConfig
+from flower_split.config.early_stopping import EarlyStoppingConfig
 from flower_split.config.lora import LoraConfigs
 from flower_split.config.model import ModelConfig
 from flower_split.config.privacy import PrivacyConfig
 from flower_split.config.strategy import StrategyConfig
 from flower_split.config.train import TrainConfig
 from flower_split.config.trunk import TrunkConfig
-from flower_split.config.validation import above, at_least, one_of, share
+from flower_split.config.validation import (
+    Scalar,
+    above,
+    at_least,
+    one_of,
+    plug_in_name,
+    share,
+)
 
 MODES = ("joint", "frozen", "forward-only")
 
@@ -49,6 +58,9 @@ class RunConfig:
     """With resume: continue from the committed round before the last."""
     local_only_baseline: bool = False
     """Also train every client alone, for comparison."""
+    report: str = "html"
+    """What flower-split run writes of a finished run beside report.md, as "name, name": html (where
+    the extra report is installed), a plug-in's name, or an import path; empty: nothing."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The base model."""
     lora: LoraConfigs = field(default_factory=LoraConfigs)
@@ -63,6 +75,15 @@ class RunConfig:
     """The aggregation."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     """Differential privacy."""
+    early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """When the run ends before its last round."""
+    app: Mapping[str, Scalar] = field(default_factory=dict, hash=False)
+    """Keys under ``app.``, without it: the app's own, which nothing here reads or checks."""
+
+    @property
+    def reports(self) -> tuple[str, ...]:
+        """Return the names in ``report``."""
+        return tuple(filter(None, (name.strip() for name in self.report.split(","))))
 
     @property
     def clips_over_model(self) -> bool:
@@ -90,4 +111,6 @@ class RunConfig:
         at_least("evaluate-every", self.evaluate_every, 1)
         above("join-timeout", self.join_timeout, 0)
         above("round-timeout", self.round_timeout, 0)
+        for name in self.reports:
+            plug_in_name("report", name)
         check_combinations(self)

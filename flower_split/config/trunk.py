@@ -29,6 +29,9 @@ class TrunkConfig:
     """Share of the participants whose contributions a window needs, in (0, 1]."""
     quorum_count: int = 0
     """The same as a number of clients; 0: trunk.quorum decides."""
+    window_rule: str = "quorum"
+    """Whether a window that meets the quorum goes on without who has left: quorum (it does), a
+    plug-in's name, or an import path."""
     join_timeout: float = 120.0
     """Seconds from the round's start until every participant must have joined."""
     window_timeout: float = 120.0
@@ -86,6 +89,7 @@ class TrunkConfig:
         one_of("trunk.step-every", self.step_every, STEP_EVERY)
         plug_in_name("trunk.wire-dtype", self.wire_dtype)
         plug_in_name("trunk.transport", self.transport)
+        plug_in_name("trunk.window-rule", self.window_rule)
         one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
         if self.device_map:
             one_of("trunk.device-map", self.device_map, DEVICE_MAPS)

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 
 from flower_split.errors import ConfigError
 
+Scalar = bool | int | float | str
+"""A value of Flower's run config."""
+
 _PLUG_IN_NAME = re.compile(r"[\w.-]+(:[A-Za-z_][\w.]*)?")
 
 

@@ -178,7 +178,11 @@ def _documents(
     source.check(data)
     found = source.read(
         SourceRequest(
-            config=data, partition_id=partition_id, num_partitions=num_partitions, tally=tally
+            config=data,
+            partition_id=partition_id,
+            num_partitions=num_partitions,
+            tally=tally,
+            app=config.app,
         )
     )
     records = found.records

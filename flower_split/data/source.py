@@ -4,12 +4,12 @@ Next: ``flower_split/data/sources``, one module for each that is built in.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from flower_split.config import DataConfig
+from flower_split.config import DataConfig, Scalar
 from flower_split.data.documents import Record
 from flower_split.data.tally import Tally
 from flower_split.errors import ConfigError, DataError
@@ -28,6 +28,7 @@ class SourceRequest:
     partition_id: int  # from 0
     num_partitions: int  # at least 1
     tally: Tally  # records that cannot be read are given to its bad()
+    app: Mapping[str, Scalar] = field(default_factory=dict)  # the run config's keys under "app."
 
     @property
     def path(self) -> Path:

@@ -31,6 +31,7 @@ _TRAINING = frozenset(
         "trunk.num-threads",
         "trunk.on-bad-client",
         "trunk.reduction",
+        "trunk.window-rule",
     }
 )
 OPTIMIZER = "trunk.optimizer."
@@ -86,6 +87,7 @@ def settings(config: RunConfig) -> dict[str, str]:
         "trunk.reduction": trunk.reduction,
         "trunk.max-client-grad-norm": f"{trunk.max_client_grad_norm:g}",
         "trunk.on-bad-client": trunk.on_bad_client,
+        "trunk.window-rule": trunk.window_rule,
         **_optimizer_fields(trunk.optimizer),
     }
 

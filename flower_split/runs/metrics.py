@@ -114,6 +114,14 @@ SCHEMA: Mapping[str, Kind] = {
             "seconds": "of aggregation",
         },
     ),
+    "central": Kind(
+        "what the app's own evaluate_fn measured in the ServerApp",
+        "evaluate",
+        {
+            "metrics": "name -> value, as evaluate_fn returned them",
+            "seconds": "that it took",
+        },
+    ),
     "arrival": Kind(
         "one reply to an asynchronous run",
         "train",

@@ -19,6 +19,11 @@ MAY_CHANGE: Mapping[str, str] = {
     "join-timeout": "seconds to wait for the nodes",
     "round-timeout": "seconds of one phase",
     "round-retries": "how often a lost round is tried again",
+    "early-stopping.metric": "what to look at, from the round that the run goes on after",
+    "early-stopping.goal": "whether smaller or larger is better",
+    "early-stopping.patience": "measurements",
+    "early-stopping.min-delta": "in the metric's unit",
+    "report": "what is written when the run is finished",
     "train.client-dir": "where the clients' own files are now",
     "trunk.address": "where the trunk serves now",
     "trunk.token-file": "its token",
@@ -54,9 +59,9 @@ def check_may_change(before: RunConfig, config: RunConfig) -> None:
     """
     old, new = resolved_run_config(before), resolved_run_config(config)
     differing = [
-        f"{key} = {new[key]!r}, was {old[key]!r}"
-        for key in new
-        if new[key] != old[key] and key not in MAY_CHANGE
+        f"{key} = {new.get(key)!r}, was {old.get(key)!r}"
+        for key in {**old, **new}  # the app's own may be in one of them alone
+        if new.get(key) != old.get(key) and key not in MAY_CHANGE
     ]
     if differing:
         raise RunDirectoryError(

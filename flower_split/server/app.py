@@ -5,17 +5,17 @@ Next: ``rounds.py``, the loop, and ``trunk_strategy.py``, the hooks that it call
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor
+from flwr.serverapp.strategy import Result
 
 from flower_split.aggregation.from_config import check_strategy
 from flower_split.config import RunConfig, parse_run_config
-from flower_split.errors import FlowerSplitError, TrunkUnavailable
+from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.messages.arrays import from_arrays
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.runs.beforehand import check_files
@@ -24,6 +24,7 @@ from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_flowers_errors
+from flower_split.server.additions import Additions, EvaluateFn, RunCallback
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
 from flower_split.server.federation.data_notes import data_notes
@@ -35,6 +36,7 @@ from flower_split.server.federation.handshake import (
 )
 from flower_split.server.federation.version_notes import version_notes
 from flower_split.server.federation.waiting import wait_for_clients
+from flower_split.server.global_model import global_model, read_trunk_adapter
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.flower_strategies import InnerFactory, check_flower
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -42,30 +44,39 @@ from flower_split.server.privacy.accounting import privacy_spent
 from flower_split.server.privacy.mechanisms import check_privacy
 from flower_split.server.recorder import Recorder
 from flower_split.server.resuming import open_directory, resume_command, starting_point
-from flower_split.server.rounds import evaluate_clients, run_rounds, with_retries
+from flower_split.server.rounds import RoundEnd, evaluate_clients, run_rounds
+from flower_split.server.run_hooks import RunHooks
 from flower_split.server.strategy_factory import RunParts, make_strategy, metric_sinks
 from flower_split.server.traffic import MeteredGrid
-from flower_split.server.trunk_access import Coordinator, TrunkHealth
-from flower_split.server.trunk_connection import check_free, connect_trunk
-from flower_split.server.trunk_rounds import TrunkRounds
+from flower_split.server.trunk_connection import ConnectedTrunk, check_free, connect_trunk
 from flower_split.server.trunk_strategy import TrunkStrategy
 
 logger = logging.getLogger(__name__)
 
 
-def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> None:
+def run(
+    grid: Grid,
+    config: RunConfig,
+    inner: InnerFactory | None = None,
+    additions: Additions = Additions(),
+) -> Result:
     """Train, evaluate and report.
 
     Args:
         grid: Flower's grid.
         config: The run's configuration.
         inner: Makes the strategy inside; None: what ``strategy.*`` and ``privacy.*`` name.
+        additions: The app's own evaluation and callbacks.
+
+    Returns:
+        Flower's history of the rounds that this process ran.
 
     Raises:
         FlowerSplitError: The run cannot start, or failed; one paragraph that names the remedy.
     """
     if inner is None:
         check_combinations(config)
+    check_additions(config, additions)
     check_files(config, simulated=is_simulation(grid))
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
@@ -81,12 +92,8 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
         recorder.clients(facts)
-        for note in data_notes(federation, facts) + version_notes(facts, trunk.package_version):
-            logger.warning("%s", note)
-            recorder.notes.append(note)
-        if not is_simulation(grid):  # whose lost processes do not come back
-            wait = partial(wait_for_clients, grid, seconds=config.join_timeout)
-            trunk = replace(trunk, health=replace(trunk.health, await_clients=wait))
+        _note(recorder, data_notes(federation, facts) + version_notes(facts, trunk.package_version))
+        trunk = _awaiting_clients(trunk, grid, config)
         grid = MeteredGrid(grid, recorder.traffic, federation.nodes)
         parts = RunParts(
             grid=grid,
@@ -100,10 +107,28 @@ def run(grid: Grid, config: RunConfig, inner: InnerFactory | None = None) -> Non
             start=start,
         )
         strategy, arrays = make_strategy(parts, inner)
+        hooks = RunHooks(additions, recorder, partial(global_model, parts, strategy))
         with resume_command(directory.path, strategy.inner):
-            train(parts, strategy, arrays, done)
+            train(parts, strategy, hooks, arrays, done)
     with resume_command(directory.path, strategy.inner):
         report(parts, strategy)
+    hooks.run_ended()
+    return hooks.result
+
+
+def _awaiting_clients(trunk: ConnectedTrunk, grid: Grid, config: RunConfig) -> ConnectedTrunk:
+    """Have lost clients waited for, but in a simulation, whose lost processes do not come back."""
+    if is_simulation(grid):
+        return trunk
+    wait = partial(wait_for_clients, grid, seconds=config.join_timeout)
+    return replace(trunk, health=replace(trunk.health, await_clients=wait))
+
+
+def _note(recorder: Recorder, notes: Sequence[str]) -> None:
+    """Say in log and report what a reader must not miss."""
+    for note in notes:
+        logger.warning("%s", note)
+        recorder.notes.append(note)
 
 
 def check_combinations(config: RunConfig) -> None:
@@ -117,12 +142,29 @@ def check_combinations(config: RunConfig) -> None:
     check(config.strategy)
 
 
-def train(parts: RunParts, strategy: TrunkStrategy, arrays: ArrayRecord, done: int) -> None:
+def check_additions(config: RunConfig, additions: Additions) -> None:
+    """Check that early stopping looks at something that is measured.
+
+    Raises:
+        ConfigError: It looks at what the app's evaluate_fn returns, and there is none.
+    """
+    if config.early_stopping.central_name and additions.evaluate_fn is None:
+        raise ConfigError(
+            f"early-stopping.metric is {config.early_stopping.metric!r}, but the app's ServerApp has no "
+            "evaluate_fn. Make it with make_server_app(evaluate_fn=...), or look at eval-loss or "
+            "train-loss."
+        )
+
+
+def train(
+    parts: RunParts, strategy: TrunkStrategy, hooks: RunHooks, arrays: ArrayRecord, done: int
+) -> None:
     """Run the rounds that are left, and write the final adapters.
 
     Args:
         parts: The run, connected.
         strategy: Its strategy.
+        hooks: Called around its rounds.
         arrays: The global adapter after round ``done``.
         done: Committed rounds; 0 for a new run.
 
@@ -132,14 +174,24 @@ def train(parts: RunParts, strategy: TrunkStrategy, arrays: ArrayRecord, done: i
     grid, recorder, health = parts.grid, parts.recorder, parts.trunk.health
     if not recorder.has_round(done):  # nor if the run was lost while it evaluated this round
         label = f"round {done}" if done else "before round 1"
-        evaluate_clients(strategy, grid, arrays, done, label, health)
+        evaluated = evaluate_clients(strategy, grid, arrays, done, label, health)
+        stop = hooks.ended(RoundEnd(done, arrays, None, evaluated))
         recorder.round_done(RoundOutcome(done, 0.0))
+    else:
+        stop = hooks.resumed(done)
     inner = strategy.inner
-    if isinstance(inner, FedBuff):
+    if stop:
+        strategy.last_round = done
+    elif isinstance(inner, FedBuff):
         at_once, sinks = _at_once(parts.facts), metric_sinks(recorder)
         rounds = AsynchronousRounds(strategy, inner, grid, at_once=at_once, sinks=sinks)
         arrays = run_buffers(
-            rounds, arrays, start_round=done + 1, on_round=recorder.round_done, health=health
+            rounds,
+            arrays,
+            start_round=done + 1,
+            on_round=recorder.round_done,
+            health=health,
+            hooks=hooks,
         )
     else:
         arrays = run_rounds(
@@ -149,14 +201,13 @@ def train(parts: RunParts, strategy: TrunkStrategy, arrays: ArrayRecord, done: i
             start_round=done + 1,
             on_round=recorder.round_done,
             health=health,
+            hooks=hooks,
         )
+    recorder.last_round = strategy.last_round
     recorder.run.write_adapter("client", from_arrays(arrays))
     if isinstance(inner, LoraFedAvg) and inner.changes_base:
         recorder.run.write_adapter("base", inner.base_change())
-    adapter = final_trunk_adapter(
-        strategy.trunk_rounds, parts.trunk.coordinator, parts.config, health
-    )
-    recorder.run.write_adapter("trunk", adapter)
+    recorder.run.write_adapter("trunk", read_trunk_adapter(parts, strategy))
 
 
 def report(parts: RunParts, strategy: TrunkStrategy) -> None:
@@ -169,10 +220,10 @@ def report(parts: RunParts, strategy: TrunkStrategy) -> None:
     if config.local_only_baseline:
         run_local_only(parts.grid, parts.federation, recorder)
     # A round that was tried again has been answered more than once.
-    releases = config.num_server_rounds + strategy.trunk_rounds.attempt
+    releases = strategy.last_round + strategy.trunk_rounds.attempt
     spent = privacy_spent(strategy.inner, config, releases)
     recorder.notes += spent.notes
-    counts = {"clients": len(parts.federation.nodes), "server rounds": config.num_server_rounds}
+    counts = {"clients": len(parts.federation.nodes), "server rounds": strategy.last_round}
     recorder.finish({**counts, **spent.facts})
 
 
@@ -181,29 +232,12 @@ def _at_once(facts: Mapping[int, ClientFacts]) -> int:
     return min((item.concurrency for item in facts.values() if item.concurrency > 0), default=0)
 
 
-def final_trunk_adapter(
-    trunk_rounds: TrunkRounds, coordinator: Coordinator, config: RunConfig, health: TrunkHealth
-) -> dict[str, Tensor]:
-    """Return the trunk's adapter after the last round, whatever happened to its process since.
-
-    Raises:
-        TrunkUnavailable: The trunk was lost more than ``round-retries`` times.
-        TrunkRefused: It cannot restore the round.
-    """
-
-    def fetch() -> dict[str, Tensor]:
-        epoch = trunk_rounds.settle(config.num_server_rounds)
-        adapter = coordinator.get_adapter()
-        if coordinator.status().epoch != epoch:  # a new process has the initial weights
-            raise TrunkUnavailable("the trunk restarted while its adapter was read.")
-        return adapter
-
-    return with_retries(
-        trunk_rounds, fetch, "the trunk's adapter", retries=config.round_retries, health=health
-    )
-
-
-def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
+def make_server_app(
+    inner: InnerFactory | None = None,
+    *,
+    evaluate_fn: EvaluateFn | None = None,
+    callbacks: Sequence[RunCallback] = (),
+) -> ServerApp:
     """Make a ServerApp, with a strategy of your own inside the trunk's coordination.
 
     The app that this package names in a run's ``pyproject.toml`` is ``make_server_app()``. For a
@@ -225,8 +259,12 @@ def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
             adapter and the configuration; returns the strategy inside. See
             :data:`flower_split.server.inner.flower_strategies.InnerFactory`. None: the strategy that
             the run config's ``strategy.*`` and ``privacy.*`` name.
+        evaluate_fn: Called before round 1 and after every round with the global adapters; returns
+            metrics by name, or None.
+        callbacks: Called around every round; each may end the run.
     """
     made = ServerApp()
+    additions = Additions(evaluate_fn=evaluate_fn, callbacks=tuple(callbacks))
 
     @made.main()
     def main(grid: Grid, context: Context) -> None:
@@ -236,7 +274,7 @@ def make_server_app(inner: InnerFactory | None = None) -> ServerApp:
         quiet_libraries()
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
         try:
-            run(grid, parse_run_config(context.run_config), inner)
+            run(grid, parse_run_config(context.run_config), inner, additions)
         except FlowerSplitError as error:
             notes = getattr(error, "__notes__", [])  # the command that resumes the run
             logger.error("The run failed: %s", " ".join([str(error), *notes]))

@@ -23,6 +23,7 @@ from flower_split.protocol.values import RoundReport
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.files import Json
 from flower_split.runs.outcome import RoundOutcome
+from flower_split.runs.run_facts import exclusions, lateness, truncation
 from flower_split.runs.summary import ClientOutcome, HeldOut, print_summary, summarize
 from flower_split.server.traffic import Traffic, trunk_calls
 
@@ -46,6 +47,7 @@ class Recorder:
         self.run = run
         self.config = config
         self.notes: list[str] = []
+        self.last_round = config.num_server_rounds  # a run may stop before the planned one
         self.names: dict[int, str] = {}  # partition -> what its data is about
         if config.mode == "forward-only" and not config.train.auxiliary_head:
             self.notes.append(BOTTOM_DOES_NOT_TRAIN)
@@ -185,6 +187,15 @@ class Recorder:
             },
         )
 
+    def central(
+        self, server_round: int, metrics: Mapping[str, int | float], seconds: float
+    ) -> None:
+        """Record what the app's own evaluation in the ServerApp measured."""
+        self.run.append(
+            "central",
+            {"server_round": server_round, "metrics": dict(metrics), "seconds": seconds},
+        )
+
     def local_only(self, trained_by: int, evaluated_on: int, result: HeldOut) -> None:
         """Record the held-out result of a model that one client trained alone."""
         self._local_only.setdefault(evaluated_on, {})[trained_by] = result
@@ -192,7 +203,7 @@ class Recorder:
             "evaluation",
             {
                 "phase": "baseline",
-                "server_round": self.config.num_server_rounds,
+                "server_round": self.last_round,
                 "local_only": True,
                 "trained_by": trained_by,
                 "partition_id": evaluated_on,
@@ -211,7 +222,7 @@ class Recorder:
         parts = [f"round {server_round}/{last} done" if server_round else "before round 1"]
         tokens = sum(item.get(NUM_TOKENS, 0) for item in clients)
         if tokens:
-            loss = sum(i.get(TRAIN_LOSS, 0) * i.get(NUM_TOKENS, 0) for i in clients) / tokens
+            loss = self.train_loss(server_round) or 0.0
             sent, received = (
                 sum(item.get(name, 0) for item in clients) for name in (BYTES_SENT, BYTES_RECEIVED)
             )
@@ -226,7 +237,7 @@ class Recorder:
             parts.append(f"train_loss {loss:.4f}")
         held_out = self.pooled(server_round)
         if held_out is not None:
-            record[EVAL_LOSS] = held_out.loss_sum / max(held_out.num_tokens, 1)
+            record[EVAL_LOSS] = self.eval_loss(server_round)
             record["perplexity"] = held_out.perplexity
             evaluated = sorted(self._held_out[server_round])
             record["evaluated"] = evaluated
@@ -258,10 +269,23 @@ class Recorder:
         loss = math.fsum(result.loss_sum for result in results.values())
         return HeldOut(loss, sum(result.num_tokens for result in results.values()))
 
+    def train_loss(self, server_round: int) -> float | None:
+        """Return the mean loss of a round's training, in nats per label token; None: there was none."""
+        clients = self._round_metrics.get(server_round, [])
+        tokens = sum(item.get(NUM_TOKENS, 0) for item in clients)
+        if not tokens:
+            return None
+        return sum(i.get(TRAIN_LOSS, 0) * i.get(NUM_TOKENS, 0) for i in clients) / tokens
+
+    def eval_loss(self, server_round: int) -> float | None:
+        """Return a round's held-out loss, in nats per label token; None where nobody evaluated."""
+        held_out = self.pooled(server_round)
+        return None if held_out is None else held_out.loss_sum / max(held_out.num_tokens, 1)
+
     def finish(self, facts: Mapping[str, int | float | str]) -> None:
         """Write summary and report, and show the table in the log."""
         first = self._held_out.get(0, {})
-        last = self._held_out.get(self.config.num_server_rounds, {})
+        last = self._held_out.get(self.last_round, {})
         outcomes = [
             ClientOutcome(
                 partition_id=partition_id,
@@ -274,11 +298,12 @@ class Recorder:
         ]
         rows = summarize(outcomes) if outcomes else []
         seconds = time.monotonic() - self._start
-        self._append_traffic(self.config.num_server_rounds)  # of the baseline
+        self._append_traffic(self.last_round)  # of the baseline
         totals = {"label tokens trained": int(self._totals["num_tokens"])}
-        kept = {**self._truncation(), **self._lateness()}
+        aggregations = self.run.metrics("aggregation")
+        kept = {**truncation(aggregations), **lateness(self.run.metrics("arrival"))}
         all_facts = {"seconds": round(seconds, 1), **totals, **kept, **facts}
-        notes = [*self.notes, *self._exclusions()]
+        notes = [*self.notes, *exclusions(aggregations)]
         self.run.write_outcome(rows, facts=all_facts, notes=notes)
         if rows:
             text = io.StringIO()
@@ -286,42 +311,6 @@ class Recorder:
             logger.info("\n%s", text.getvalue().rstrip())
         else:
             logger.info("run directory: %s", self.run.path)
-
-    def _lateness(self) -> dict[str, int | float]:
-        """Return how late an asynchronous run's arrivals were, in versions; empty for any other run."""
-        records = self.run.metrics("arrival")
-        late = [int(str(record["staleness"])) for record in records if "staleness" in record]
-        if not records:
-            return {}
-        return {
-            "arrivals": len(late),
-            "mean staleness": round(sum(late) / max(len(late), 1), 3),
-            "largest staleness": max(late, default=0),
-            "dispatches dropped": sum("dropped" in record for record in records),
-        }
-
-    def _truncation(self) -> dict[str, float]:
-        """Return what the server knew beyond the adapter that it wrote, after the last round."""
-        records = self.run.metrics("aggregation")
-        share = records[-1].get("truncation", 0.0) if records else 0.0
-        label = "share of ΔW beyond the adapter's rank, kept by the server only"
-        return {label: share} if isinstance(share, float) and share > 0 else {}
-
-    def _exclusions(self) -> list[str]:
-        """Return one note for each client whose adapter was ever left out, with its first reason."""
-        rounds: dict[str, list[int]] = {}
-        reasons: dict[str, str] = {}
-        for record in self.run.metrics("aggregation"):
-            excluded, number = record["excluded"], record["server_round"]
-            if isinstance(excluded, Mapping) and isinstance(number, int):
-                for client, why in excluded.items():
-                    rounds.setdefault(client, []).append(number)
-                    reasons.setdefault(client, str(why))
-        return [
-            f"Partition {client}: its adapter was left out in round "
-            f"{', '.join(str(number) for number in rounds[client])}. {reasons[client]}"
-            for client in sorted(rounds)
-        ]
 
     def _by_own(self, partition_id: int) -> dict[int, HeldOut]:
         """Return the results of the model that a partition trained alone, by partition."""

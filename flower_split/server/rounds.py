@@ -7,7 +7,8 @@ and ends a phase as soon as it cannot succeed any more.
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -134,6 +135,78 @@ def _replies(
     return exchange(grid, messages, timeout=strategy.config.round_timeout, watch=watch)
 
 
+@dataclass(frozen=True, slots=True)
+class RoundEnd:
+    """A round that is committed, and evaluated where it is to be."""
+
+    server_round: int  # 0: the evaluation before the first
+    arrays: ArrayRecord  # the new global adapter
+    trained: MetricRecord | None  # the inner strategy's aggregate
+    evaluated: MetricRecord | None  # the same; None: no client evaluated
+
+
+class RoundHooks:
+    """What a round loop calls around its rounds, in its own thread; by default nothing happens."""
+
+    def started(self, server_round: int) -> None:
+        """Note that a round begins."""
+
+    def ended(self, end: RoundEnd) -> str:
+        """Note that a round has ended; return why the run stops, or nothing for it to go on."""
+        return ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundLoop:
+    """What both round loops, the synchronous and the asynchronous one, have around their rounds."""
+
+    strategy: TrunkStrategy
+    grid: Grid
+    health: TrunkHealth
+    on_round: Callable[[RoundOutcome], None]  # called after every round
+    hooks: RoundHooks
+
+    def numbers(self, start_round: int) -> Iterator[tuple[int, str]]:
+        """Yield the rounds from ``start_round`` to the last, with what the log calls them."""
+        last = self.strategy.config.num_server_rounds
+        for server_round in range(start_round, last + 1):
+            self.hooks.started(server_round)
+            yield server_round, f"round {server_round}/{last}"
+
+    def end(
+        self, server_round: int, arrays: ArrayRecord, trained: MetricRecord | None, start: float
+    ) -> bool:
+        """Evaluate a committed round where it is to be, call the hooks, and record it.
+
+        Args:
+            server_round: The round.
+            arrays: The new global adapter.
+            trained: The inner strategy's metrics of the training.
+            start: When the round began, on the monotonic clock.
+
+        Returns:
+            Whether the run stops after this round. Then everybody has evaluated it.
+
+        Raises:
+            FederationError: Every client failed to evaluate.
+            TrunkError: The trunk does not answer, or refuses the round.
+        """
+        config, evaluated = self.strategy.config, None
+        label = f"round {server_round}/{config.num_server_rounds}"
+        if is_evaluated(config, server_round):
+            evaluated = self._evaluate(server_round, arrays, label)
+        why = self.hooks.ended(RoundEnd(server_round, arrays, trained, evaluated))
+        if why and server_round < config.num_server_rounds:
+            self.strategy.last_round = server_round
+            if evaluated is None or config.fraction_evaluate < 1:
+                self._evaluate(server_round, arrays, label)
+        self.on_round(RoundOutcome(server_round, time.monotonic() - start))
+        return bool(why)
+
+    def _evaluate(self, server_round: int, arrays: ArrayRecord, label: str) -> MetricRecord | None:
+        return evaluate_clients(self.strategy, self.grid, arrays, server_round, label, self.health)
+
+
 def run_rounds(
     strategy: TrunkStrategy,
     grid: Grid,
@@ -142,8 +215,9 @@ def run_rounds(
     start_round: int = 1,
     on_round: Callable[[RoundOutcome], None],
     health: TrunkHealth = TrunkHealth(),
+    hooks: RoundHooks = RoundHooks(),
 ) -> ArrayRecord:
-    """Run the rounds ``start_round … num-server-rounds``.
+    """Run the rounds ``start_round … num-server-rounds``, or until the hooks stop the run.
 
     Args:
         strategy: The strategy, with its trunk.
@@ -152,6 +226,7 @@ def run_rounds(
         start_round: From 1; above 1 when a run is resumed.
         on_round: Called after every round.
         health: How the trunk process is watched.
+        hooks: Called around every round.
 
     Returns:
         The global adapter after the last round.
@@ -160,14 +235,13 @@ def run_rounds(
         FederationError: A phase failed; nothing of its round was kept.
         TrunkError: The trunk does not answer, or refuses a round.
     """
-    last = strategy.config.num_server_rounds
-    for server_round in range(start_round, last + 1):
-        start, label = time.monotonic(), f"round {server_round}/{last}"
-        aggregated, _ = train_clients(strategy, grid, arrays, server_round, label, health)
+    loop = RoundLoop(strategy=strategy, grid=grid, health=health, on_round=on_round, hooks=hooks)
+    for server_round, label in loop.numbers(start_round):
+        start = time.monotonic()
+        aggregated, trained = train_clients(strategy, grid, arrays, server_round, label, health)
         arrays = arrays if aggregated is None else aggregated
-        if is_evaluated(strategy.config, server_round):
-            evaluate_clients(strategy, grid, arrays, server_round, label, health)
-        on_round(RoundOutcome(server_round, time.monotonic() - start))
+        if loop.end(server_round, arrays, trained, start):
+            break
     return arrays
 
 

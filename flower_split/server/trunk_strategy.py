@@ -64,6 +64,9 @@ class TrunkStrategy(Strategy):
             Flower's strategies weigh clients by what they say; one above is refused.
         sinks: Where the clients' metrics go.
 
+    Attributes:
+        last_round: Of the run; a loop that stops before the planned one says so here.
+
     Raises:
         ConfigError: The inner strategy would lose the noise of the wrapper around it.
     """
@@ -83,6 +86,7 @@ class TrunkStrategy(Strategy):
         self.trunk_rounds = trunk_rounds
         self.federation = federation
         self.config = config
+        self.last_round = config.num_server_rounds
         self._largest_weights = largest_weights
         self._sinks = sinks
         self._phase: TrunkPhase | None = None
@@ -193,7 +197,7 @@ class TrunkStrategy(Strategy):
         Everybody evaluates before the first and after the last round, so that the two compare.
         """
         partition_ids = self.federation.partition_ids
-        whole = phase == "evaluate" and server_round in (0, self.config.num_server_rounds)
+        whole = phase == "evaluate" and server_round in (0, self.last_round)
         count = len(partition_ids) if whole else num_participants(len(partition_ids), fraction)
         if count < len(partition_ids):
             generator = random.Random(f"{self.config.seed}/{server_round}/{phase}")

@@ -8,14 +8,18 @@ from flower_split.testing.aggregators import check_aggregator
 from flower_split.testing.codecs import check_codec
 from flower_split.testing.data_sources import check_data_source
 from flower_split.testing.failures import ConformanceError
+from flower_split.testing.reports import check_report
 from flower_split.testing.rules import check_rule
 from flower_split.testing.transports import check_transport
+from flower_split.testing.window_rules import check_window_rule
 
 __all__ = [
     "ConformanceError",
     "check_aggregator",
     "check_codec",
     "check_data_source",
+    "check_report",
     "check_rule",
     "check_transport",
+    "check_window_rule",
 ]

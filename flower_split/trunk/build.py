@@ -18,6 +18,7 @@ from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.schema_probe import schema_of
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.window_rules import make_window_rule
 from flower_split.wire.codecs import make_codec
 
 _GIB = 2**30
@@ -34,9 +35,11 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
 
     Raises:
         SplitError: The model cannot be loaded or cut.
-        ConfigError: The device or the codec is not there, or quantised weights would have to train.
+        ConfigError: The device, the codec or the window rule is not there, or quantised weights would
+            have to train.
     """
     make_codec(config.trunk.wire_dtype)  # before minutes of loading
+    window_rule = make_window_rule(config.trunk.window_rule)
     torch.set_num_threads(config.trunk.num_threads)
     cuts = CutLayers(config.model.first_cut, config.model.second_cut)
     trunk = load_trunk_model(
@@ -71,6 +74,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         reduction=_reduction(config.trunk),
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
         inputs=inputs,
+        window_rule=window_rule,
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import RoundBase, RoundPlan
-from flower_split.server.app import final_trunk_adapter
+from flower_split.server.global_model import committed_trunk_adapter
 from flower_split.server.trunk_access import TrunkHealth
 from tests.support.fakes import FakeCoordinator
 from tests.unit.server.test_trunk_strategy import make_strategy
@@ -52,7 +52,7 @@ class RestartingTrunk(FakeCoordinator):
 def test_adapter_of_a_trunk_that_restarts_while_it_is_read_is_read_again(dies_in: str) -> None:
     coordinator = RestartingTrunk(dies_in=dies_in)
     strategy = make_strategy(coordinator, base=RoundBase(3, "digest"))
-    adapter = final_trunk_adapter(
+    adapter = committed_trunk_adapter(
         strategy.trunk_rounds, coordinator, strategy.config, TrunkHealth()
     )
     assert coordinator.deaths == 1

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from flower_split.cli import preflight
+from flower_split.cli.report import check_reports, write_reports_of
 from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import FlowerSplitError
 from flower_split.runs.directory import RunDirectory
@@ -24,6 +25,8 @@ NAMED: dict[str, Scalar] = {
     "trunk.wire-dtype": "row-int8",
     "trunk.transport": "measured",
     "data.source": "notes",
+    "trunk.window-rule": "needs-first",
+    "report": "rounds",
 }
 GROUPS = {
     "strategy.aggregator": "flower_split.aggregators",
@@ -31,6 +34,8 @@ GROUPS = {
     "trunk.wire-dtype": "flower_split.codecs",
     "trunk.transport": "flower_split.transports",
     "data.source": "flower_split.data_sources",
+    "trunk.window-rule": "flower_split.window_rules",
+    "report": "flower_split.reports",
 }
 
 
@@ -81,6 +86,7 @@ def test_a_run_uses_every_plug_in_that_its_config_names(
     config = job(tmp_path, "run")
     preflight.check_aggregation(parse_run_config(config))
     preflight.check_trunk(parse_run_config(config))
+    check_reports(parse_run_config(config))
     done = finished(config)
     methods = {record.args[0] for record in caplog.records if record.name == "newcomer.measured"}
     assert methods == {"Forward", "Backward"}
@@ -97,6 +103,11 @@ def test_a_run_uses_every_plug_in_that_its_config_names(
         assert any(not torch.equal(adapter[name], theirs[name]) for name in adapter)
     sent = [sum(r["bytes_sent"] for r in one.metrics("step")) for one in (done, plain)]
     assert sent[0] < 0.5 * sent[1]  # a byte instead of four, and what else goes with a call
+    write_reports_of(done.path)
+    lines = (done.path / "rounds.csv").read_text().splitlines()
+    measured = [f"run,{r['server_round']},{r['perplexity']}" for r in done.metrics("round")]
+    assert lines == ["run,round,perplexity", *measured] and len(measured) == 2
+    assert not (done.path / "report.html").exists()
 
 
 @pytest.mark.parametrize("key", NAMED)
@@ -106,6 +117,8 @@ def test_without_the_distribution_its_names_are_refused(tmp_path: Path, key: str
         "strategy.rules": "",
         "trunk.wire-dtype": "native",
         "trunk.transport": "grpc",
+        "trunk.window-rule": "quorum",
+        "report": "html",
     }
     changes = {other: value for other, value in known.items() if other != key}
     if key != "data.source":
@@ -113,6 +126,7 @@ def test_without_the_distribution_its_names_are_refused(tmp_path: Path, key: str
     config = job(tmp_path, "run", **changes)
     name = str(NAMED[key]).partition("=")[0]
     with pytest.raises(FlowerSplitError, match=f"'{name}' is unknown.*{GROUPS[key]}"):
+        check_reports(parse_run_config(config))
         run(LocalGrid(CLIENTS, config), parse_run_config(config))
 
 

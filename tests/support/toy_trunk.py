@@ -21,6 +21,7 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.window_rules import WindowRule
 
 HIDDEN = 3
 SGD = OptimizerConfig(name="sgd", learning_rate=0.5, max_grad_norm=0.0)
@@ -55,6 +56,7 @@ def make_engine(
     reduction: Reduction | None = None,
     weight_bytes: int = 2**20,
     checkpoints: CheckpointStore | None = None,
+    window_rule: WindowRule | None = None,
     clock=time.monotonic,
 ) -> TrunkEngine:
     """An engine around a fresh :class:`ToyTrunk`."""
@@ -69,6 +71,7 @@ def make_engine(
         reduction=reduction,
         weight_bytes=weight_bytes,
         checkpoints=checkpoints,
+        window_rule=window_rule,
         clock=clock,
     )
 

@@ -24,6 +24,19 @@ def can_be_written() -> bool:
     return importlib.util.find_spec(_LIBRARY) is not None
 
 
+def check_can_be_written() -> None:
+    """Check that the extra ``report`` is installed.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not can_be_written():
+        raise ConfigError(
+            "a report needs vl-convert-python, which is not installed. Install it: "
+            "pip install 'flower-split[report]'."
+        )
+
+
 def write_report(runs: Sequence[Path], out: Path, figures: Path | None = None) -> Path:
     """Write one page about one run, or about several beside each other.
 
@@ -36,26 +49,43 @@ def write_report(runs: Sequence[Path], out: Path, figures: Path | None = None) -
         ConfigError: The extra ``report`` is not installed.
         RunDirectoryError: One is no run directory, or a file is damaged.
     """
-    if not can_be_written():
-        raise ConfigError(
-            "a report needs vl-convert-python, which is not installed. Install it: "
-            "pip install 'flower-split[report]'."
-        )
+    check_can_be_written()
+    write_page(read_runs(runs), out)
+    if figures is not None:
+        write_figures(runs, figures)
+    return out
+
+
+def write_page(runs: Sequence[RunData], out: Path) -> None:
+    """Write the page about runs that have been read.
+
+    Raises:
+        ConfigError: The extra ``report`` is not installed.
+    """
+    check_can_be_written()
     import vl_convert
 
-    data = read_runs(runs)
-    charts = charts_of(data)
     drawing = files(_HERE).joinpath("page.js").read_text(encoding="utf-8")
-    page = _page(data, charts, vl_convert.javascript_bundle(drawing))
+    page = _page(runs, charts_of(runs), vl_convert.javascript_bundle(drawing))
     write_atomically(out, page.encode())
-    if figures is not None:
-        figures.mkdir(parents=True, exist_ok=True)
-        for chart in charts:
-            spec = {**chart.spec, "width": 640, "config": {**config(), "background": "white"}}
-            png, pdf = vl_convert.vegalite_to_png(spec, scale=2), vl_convert.vegalite_to_pdf(spec)
-            write_atomically(figures / f"{chart.name}.png", png)
-            write_atomically(figures / f"{chart.name}.pdf", pdf)
-    return out
+
+
+def write_figures(runs: Sequence[Path], figures: Path) -> None:
+    """Write every chart of the page into the directory ``figures``, as PNG and as PDF.
+
+    Raises:
+        ConfigError: The extra ``report`` is not installed.
+        RunDirectoryError: One is no run directory, or a file is damaged.
+    """
+    check_can_be_written()
+    import vl_convert
+
+    figures.mkdir(parents=True, exist_ok=True)
+    for chart in charts_of(read_runs(runs)):
+        spec = {**chart.spec, "width": 640, "config": {**config(), "background": "white"}}
+        png, pdf = vl_convert.vegalite_to_png(spec, scale=2), vl_convert.vegalite_to_pdf(spec)
+        write_atomically(figures / f"{chart.name}.png", png)
+        write_atomically(figures / f"{chart.name}.pdf", pdf)
 
 
 def _page(runs: Sequence[RunData], charts: Sequence[Chart], javascript: str) -> str:

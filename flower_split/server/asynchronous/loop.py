@@ -46,7 +46,7 @@ from flower_split.server.asynchronous.dispatcher import Dispatcher
 from flower_split.server.inner.fedbuff import ClientArrival, FedBuff
 from flower_split.server.inner.state import load_state, state_of
 from flower_split.server.metric_sinks import MetricSinks
-from flower_split.server.rounds import evaluate_clients, is_evaluated, with_retries
+from flower_split.server.rounds import RoundHooks, RoundLoop, with_retries
 from flower_split.server.trunk_access import TrunkHealth
 from flower_split.server.trunk_strategy import TrunkStrategy
 
@@ -265,8 +265,9 @@ def run_buffers(
     start_round: int = 1,
     on_round: Callable[[RoundOutcome], None],
     health: TrunkHealth,
+    hooks: RoundHooks = RoundHooks(),
 ) -> ArrayRecord:
-    """Run the asynchronous rounds ``start_round … num-server-rounds``.
+    """Run the asynchronous rounds ``start_round … num-server-rounds``, or until the hooks stop the run.
 
     Args:
         rounds: Sends clients out and closes rounds.
@@ -274,6 +275,7 @@ def run_buffers(
         start_round: From 1; above 1 when a run is resumed.
         on_round: Called after every round.
         health: How the trunk process is watched.
+        hooks: Called around every round.
 
     Returns:
         The global adapter after the last round.
@@ -282,20 +284,22 @@ def run_buffers(
         FederationError: Too many clients failed; nothing of the open round was kept.
         TrunkError: The trunk does not answer, or refuses a round.
     """
-    strategy, grid = rounds.strategy, rounds.grid
-    last = strategy.config.num_server_rounds
-    for server_round in range(start_round, last + 1):
-        start, label = time.monotonic(), f"round {server_round}/{last}"
-        arrays, _ = with_retries(
+    strategy = rounds.strategy
+    loop = RoundLoop(
+        strategy=strategy, grid=rounds.grid, health=health, on_round=on_round, hooks=hooks
+    )
+    for server_round, label in loop.numbers(start_round):
+        start = time.monotonic()
+        arrays, trained = with_retries(
             strategy.trunk_rounds,
             partial(rounds.run, server_round, arrays, health),
             label,
             retries=strategy.config.round_retries,
             health=health,
         )
-        if server_round == last:
+        if server_round == strategy.config.num_server_rounds:
             rounds.dismiss()
-        if is_evaluated(strategy.config, server_round):
-            evaluate_clients(strategy, grid, arrays, server_round, label, health)
-        on_round(RoundOutcome(server_round, time.monotonic() - start))
+        if loop.end(server_round, arrays, trained, start):
+            rounds.dismiss()
+            break
     return arrays

@@ -50,6 +50,7 @@ from flower_split.trunk.engine.settling import Settling
 from flower_split.trunk.engine.step_ends import StepEnds
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
 from flower_split.trunk.engine.watching import Pulse, Waits
+from flower_split.trunk.engine.window_rules import QuorumAlone, WindowRule
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         checkpoints: Where rounds are kept before they are committed; None: a trunk that restarts
             can go on only with a new experiment.
         inputs: What a forward may bring; None: the trunk's model is asked now.
+        window_rule: Whether a window goes on without somebody; None: as the quorum says.
         clock: Monotonic seconds; tests pass their own.
 
     Attributes:
@@ -94,6 +96,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         weight_bytes: int = 1 << 30,
         checkpoints: CheckpointStore | None = None,
         inputs: InputSchema | None = None,
+        window_rule: WindowRule | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epoch = secrets.randbits(63)
@@ -102,9 +105,8 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         self.fingerprint = dict(fingerprint)
         trains = mode == "joint"
         reduction = reduction or Reduction()
-        self.compute = compute
         self._inputs = inputs or schema_of(compute.trunk, hidden_size)
-        self._clock = clock
+        self.compute, self._clock = compute, clock
         dispatches = Dispatches(
             compute,
             trains=trains,
@@ -125,6 +127,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             activations=ActivationCache(activation_bytes, activation_bytes_per_client),
             reduction=reduction,
             trains=trains,
+            window_rule=window_rule or QuorumAlone(),
         )
         self._thread = ComputeThread(compute, clock)
         self._unrecorded = UnrecordedForwards(

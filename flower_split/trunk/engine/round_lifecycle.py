@@ -21,6 +21,7 @@ from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round, hashed
 from flower_split.trunk.engine.settling import Settling
+from flower_split.trunk.engine.window_rules import WindowRule
 from flower_split.trunk.engine.windows import WindowMachine
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class RoundLifecycle:
         activations: What the calls of ordinary rounds keep between forward and backward.
         reduction: How the arrivals of an asynchronous round become one gradient.
         trains: Whether the trunk's weights train (mode joint).
+        window_rule: Whether a window of training goes on without somebody.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class RoundLifecycle:
         activations: ActivationCache,
         reduction: Reduction,
         trains: bool,
+        window_rule: WindowRule,
     ) -> None:
         self._index = index
         self._settling = settling
@@ -57,6 +60,7 @@ class RoundLifecycle:
         self._activations = activations
         self._reduction = reduction
         self._trains = trains
+        self._window_rule = window_rule
 
     def begin(self, plan: RoundPlan) -> tuple[int, int]:
         """Open a round; see :meth:`TrunkEngine.begin_round`."""
@@ -186,6 +190,7 @@ class RoundLifecycle:
             window_seconds=plan.window_seconds,
             now=now,
             must_end_steps=plan.finish is not None,
+            rule=None if plan.evaluate else self._window_rule,
         )
         before = self._compute.snapshot()
         if plan.asynchronous:

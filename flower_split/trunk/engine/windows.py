@@ -20,6 +20,7 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.shorter_plans import shorten
+from flower_split.trunk.engine.window_rules import WindowRule, why_given_up
 
 
 @dataclass(slots=True)
@@ -63,6 +64,8 @@ class WindowMachine:
         window_seconds: From a window's opening until it is complete.
         now: The time on the engine's monotonic clock.
         must_end_steps: Whether a slot is complete only when it has said that its step ends.
+        rule: Asked, beside the quorum, before a window goes on without somebody; None: the quorum
+            alone decides.
 
     ``SERVER_ROUND`` and ``CONTRIBUTION`` keep no deadlines of their own: their participants may
     run one after the other, and the coordinator ends the round (:meth:`finish`).
@@ -78,6 +81,7 @@ class WindowMachine:
         window_seconds: float,
         now: float,
         must_end_steps: bool = False,
+        rule: WindowRule | None = None,
     ) -> None:
         self.slots = {slot: Slot(must_end_step=must_end_steps) for slot in sorted(slots)}
         self.step_every = step_every
@@ -86,6 +90,7 @@ class WindowMachine:
         self.window = 0
         self.phase = Phase.JOINING
         self.problem = ""
+        self._rule = rule
         self._deadline = now + join_seconds if step_every is StepEvery.LOCAL_STEP else math.inf
 
     @property
@@ -331,16 +336,6 @@ class WindowMachine:
             self._deadline = now + self.window_seconds
 
     def _check_quorum(self) -> None:
-        members = self._members()
-        there = sum(not state.dropped for _, state in members)
-        needed = math.ceil(self.quorum * len(members) - 1e-9)
-        if there < needed or not any(not state.dropped for state in self.slots.values()):
-            missing = "; ".join(
-                f"slot {s}: {state.dropped}" for s, state in members if state.dropped
-            )
-            self.abort(
-                f"window {self.window} needs {needed} of its {len(members)} participants (quorum "
-                f"{self.quorum:g}) and has {there} ({missing}). Look at the logs of the clients "
-                "named, raise trunk.window-timeout or trunk.join-timeout if they are slow, or "
-                "lower trunk.quorum to go on without them."
-            )
+        why = why_given_up(self.window, self._members(), self.quorum, self._rule)
+        if why or all(state.dropped for state in self.slots.values()):
+            self.abort(why or "every participant has left the round")

@@ -21,6 +21,10 @@ CENTRAL: dict[str, Scalar] = {
 }
 BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     ({"resume-previous": True}, r"resume-previous = true with resume = \"\": there is no run dir"),
+    (
+        {"early-stopping.metric": "eval-loss", "fraction-evaluate": 0.0},
+        'early-stopping.metric = "eval-loss" with fraction-evaluate = 0.0',
+    ),
     ({"train.auxiliary-head": True}, r'train.auxiliary-head = true with mode = "joint"'),
     ({"local-only-baseline": True, "trunk.train": "full"}, "it would be no baseline"),
     ({"lora.trunk.r": 0}, r"nothing of it would train. Set lora.trunk.r"),
@@ -48,6 +52,7 @@ BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     ({"privacy.mechanism": "local", "local-only-baseline": True}, "without clipping or noise"),
     ({"strategy.concurrency": 3}, 'strategy.name = "lora-fedavg" with strategy.concurrency = 3'),
     (FEDBUFF | {"trunk.step-every": "local-step"}, 'trunk.step-every = "local-step"'),
+    (FEDBUFF | {"trunk.window-rule": "mine"}, "no window that somebody could leave"),
     (FEDBUFF | {"strategy.aggregator": "fedit"}, "back to old versions"),
     (FEDBUFF | {"fraction-train": 0.5}, "fraction-train = 0.5: its clients are not sampled"),
     (FEDBUFF | {"privacy.mechanism": "local"}, "every client takes part once"),
@@ -108,7 +113,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 28
+    assert len(rows) == 30
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "

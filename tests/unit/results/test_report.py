@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 
+from flower_split.cli.main import main
+from flower_split.cli.report import check_reports, write_reports_of
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.results.report import page
 from flower_split.results.report.page import MAX_BYTES, write_report
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.summary import ClientOutcome, HeldOut, summarize
+from tests.support.distributions import installed
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -181,3 +184,67 @@ def test_report_is_drawn_by_a_browser_without_an_error(
     assert done.stdout.count('data-drawn="yes"') == 7, done.stderr
     assert "cannot be drawn" not in re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_report_of_another_form_is_written_by_its_name_and_several_need_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "my_reports.py").write_text(MINE)
+    with installed(tmp_path / "site"):
+        assert main(["report", str(run), "--form", "my_reports:Rounds"]) == 0
+        assert (run / "rounds.txt").read_text() == "run: 3 rounds\n"
+        assert capsys.readouterr().out == f"report: {run / 'rounds.txt'}\n"
+        out = tmp_path / "both.txt"
+        assert main(["report", str(run), str(run), "--form", "my_reports:Rounds"]) == 2
+        assert "needs a file to go to" in capsys.readouterr().err
+        both = ["report", str(run), str(run), "--form", "my_reports:Rounds", "--out", str(out)]
+        assert main(both) == 0
+        assert len(out.read_text().splitlines()) == 2
+        assert main(["report", str(run), "--form", "my_reports:Fails"]) == 1
+        assert "Fails cannot be written to" in capsys.readouterr().err
+        assert main([*both, "--figures", str(tmp_path / "figures")]) == 2
+        assert "--figures are the charts of the report 'html'" in capsys.readouterr().err
+
+
+MINE = """
+from flower_split.results.report.report import Report
+
+class Rounds(Report):
+    file = "rounds.txt"
+    def write(self, runs, out):
+        out.write_text("".join(f"{run.name}: {len(run.of('round'))} rounds\\n" for run in runs))
+
+class Fails(Rounds):
+    def write(self, runs, out):
+        raise OSError("no paper")
+"""
+
+
+def test_a_finished_run_gets_the_reports_that_its_configuration_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "my_reports.py").write_text(MINE)
+    with installed(tmp_path / "site"):
+        done = make_run(tmp_path / "done", report="my_reports:Rounds")
+        write_reports_of(done)
+        assert (done / "rounds.txt").exists() and not (done / "report.html").exists()
+        (done / "summary.json").unlink()
+        (done / "rounds.txt").unlink()
+        write_reports_of(done)  # of a run that has not finished: nothing
+        assert not (done / "rounds.txt").exists()
+    with pytest.raises(ConfigError, match="report 'nowhere' is unknown.*html"):
+        check_reports(RunConfig(report="html, nowhere"))
+    check_reports(RunConfig(report=""))
+
+
+def test_html_is_no_error_where_its_extra_is_missing_and_nobody_asks_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "_LIBRARY", "no_such_library")
+    check_reports(RunConfig())
+    run = make_run(tmp_path / "run")
+    write_reports_of(run)
+    assert not (run / "report.html").exists()

@@ -21,8 +21,10 @@ from flower_split.testing import (
     check_aggregator,
     check_codec,
     check_data_source,
+    check_report,
     check_rule,
     check_transport,
+    check_window_rule,
 )
 from flower_split.wire.codecs import CODECS, Codec, TensorForm, make_codec
 from flower_split.wire.codecs.codec import NativeCodec
@@ -47,9 +49,13 @@ def test_every_plug_in_of_the_distribution_conforms(tmp_path: Path) -> None:
     with installed(tmp_path / "site"):
         from newcomer.heaviest import Heaviest
         from newcomer.median_lora import MedianLoRA
+        from newcomer.needs_first import NeedsFirst
         from newcomer.notes import NotesSource
+        from newcomer.rounds import RoundsReport
         from newcomer.row_int8 import RowInt8Codec
 
+        check_report(RoundsReport)
+        check_window_rule(NeedsFirst())
         check_codec(RowInt8Codec(), tolerance=1 / 254 + 1e-6)
         with pytest.raises(ConformanceError, match="keep values within 0.001"):
             check_codec(RowInt8Codec(), tolerance=0.001)
