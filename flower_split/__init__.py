@@ -76,15 +76,28 @@ Use a trunk that runs elsewhere, without Flower. Here it runs in this process, w
 >>> trunk.close()
 >>> _ = coordinator.commit_round("e", 1, 0)
 
+Or have a block begin such a round, commit it at its end, and take it back if the block raises:
+
+>>> from pathlib import Path
+>>> from tempfile import TemporaryDirectory
+>>> from flower_split import trunk_round
+>>> from flower_split.split import set_trunk
+>>> folder = TemporaryDirectory()
+>>> token_file = Path(folder.name) / "token"
+>>> token_file.touch(mode=0o600)
+>>> _ = token_file.write_text("the coordinator's")
+>>> with trunk_round(address, token_file, config, steps=1, experiment="mine") as trunk:
+...     set_trunk(client, trunk)
+...     with trunk.micro_batch(0, 0, num_tokens=2, loss_denominator=2.0, last=True):
+...         loss = client(tokens, labels=tokens).loss
+...     loss.backward()
+
 Train the next round with transformers' ``Trainer``:
 
->>> from tempfile import TemporaryDirectory
 >>> from transformers import PrinterCallback, Trainer, TrainingArguments
 >>> from flower_split import connect_trainer
->>> from flower_split.split import set_trunk
 >>> trunk = remote_trunk(2)
 >>> set_trunk(client, trunk)
->>> folder = TemporaryDirectory()
 >>> arguments = TrainingArguments(
 ...     folder.name, max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True
 ... )
@@ -101,7 +114,6 @@ Train the next round with transformers' ``Trainer``:
 
 Make one PEFT adapter of what a run's directory holds at its end:
 
->>> from pathlib import Path
 >>> from flower_split import export_adapter
 >>> from flower_split.lora import adapter_state
 >>> from flower_split.runs.directory import RunDirectory
@@ -137,6 +149,7 @@ if TYPE_CHECKING:
     from flower_split.client.remote_trunk import RemoteTrunk
     from flower_split.errors import FlowerSplitError
     from flower_split.integrations.trainer import connect_trainer
+    from flower_split.integrations.trunk_round import trunk_round
     from flower_split.lora import attach_lora
     from flower_split.parties.fingerprint import fingerprint
     from flower_split.results.export import export_adapter
@@ -159,6 +172,7 @@ __all__ = [
     "make_client_app",
     "make_server_app",
     "split_model",
+    "trunk_round",
 ]
 
 _MODULES = MappingProxyType(
@@ -177,6 +191,7 @@ _MODULES = MappingProxyType(
         "make_client_app": "client.app",
         "make_server_app": "server.app",
         "split_model": "split",
+        "trunk_round": "integrations.trunk_round",
     }
 )
 
