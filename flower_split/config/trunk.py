@@ -38,6 +38,8 @@ class TrunkConfig:
     """Seconds from a window's opening until it must be complete."""
     call_timeout: float = 150.0
     """Seconds that a client waits for one call, retries included."""
+    first_frame_timeout: float = 20.0
+    """Seconds from a call's arrival until its first frame has."""
     activation_memory: float = 4.0
     """GiB of saved activations, over all clients."""
     activation_memory_per_client: float = 0.0
@@ -48,6 +50,8 @@ class TrunkConfig:
     """GiB of tensors of one client's calls in progress, as they are announced."""
     max_call_positions: int = 262144
     """Rows times positions of one call."""
+    max_evaluations: int = 0
+    """Evaluations of one client in a training round; evaluation rounds take any number."""
     cache_memory: float = 1.0
     """GiB of key-value caches of generation, over all clients."""
     snapshot_memory: float = 1.0
@@ -99,13 +103,18 @@ class TrunkConfig:
                     f'must stay "auto"; it is {self.device!r}.'
                 )
         share("trunk.quorum", self.quorum)
-        at_least("trunk.quorum-count", self.quorum_count, 0)
-        for name in ("activation_memory_per_client", "max_client_grad_norm"):
+        for name in (
+            "quorum_count",
+            "activation_memory_per_client",
+            "max_client_grad_norm",
+            "max_evaluations",
+        ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 0)
         for name in (
             "join_timeout",
             "window_timeout",
             "call_timeout",
+            "first_frame_timeout",
             "activation_memory",
             "call_memory_per_client",
             "cache_memory",

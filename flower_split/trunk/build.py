@@ -18,6 +18,7 @@ from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.schema_probe import schema_of
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.window_rules import make_window_rule
 from flower_split.wire.codecs import make_codec
 
@@ -75,6 +76,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
         inputs=inputs,
         window_rule=window_rule,
+        shares=Shares(evaluations=config.trunk.max_evaluations),
     )
 
 

@@ -65,7 +65,7 @@ class RunningTrunk(Closing):
         # Loading torch and the model takes seconds: only the process that serves pays for it.
         from flower_split.trunk.build import make_engine
         from flower_split.trunk.service.audit_log import AuditLog
-        from flower_split.trunk.service.handlers import Limits
+        from flower_split.trunk.service.limits import Limits
         from flower_split.trunk.service.server import TrunkServer
 
         self._audit = AuditLog(Path(serving.audit_log)) if serving.audit_log else None
@@ -83,6 +83,7 @@ class RunningTrunk(Closing):
                 calls=config.trunk.max_calls_in_flight,
                 call_bytes=int(config.trunk.call_memory_per_client * 2**30),
                 call_positions=config.trunk.max_call_positions,
+                first_frame_seconds=config.trunk.first_frame_timeout,
             ),
             audit=self._audit,
         )

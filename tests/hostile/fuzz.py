@@ -26,6 +26,7 @@ from flower_split.protocol.values import FinishRule, RoundPlan
 from flower_split.split import CutLayers, split_model
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.receiving import Incoming
 from tests.hostile.fuzz_calls import Call, Chance, Known, any_call, mutated_messages
@@ -108,6 +109,7 @@ class Target:
             fingerprint=FINGERPRINT,
             activation_bytes=1 << 24,
             cache_bytes=1 << 22,
+            shares=Shares(evaluations=10),
         )
         self.digest = self.engine.compute.digest()
         self.round = 0

@@ -11,7 +11,7 @@ import torch
 
 from flower_split.errors import RoundAborted, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.trunk.service.handlers import Limits
+from flower_split.trunk.service.limits import Limits
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.sending import Outgoing
 from tests.hostile.test_strangers import Silence
@@ -37,10 +37,12 @@ class Stalled(Silence):
 
 
 @contextmanager
-def evaluation(limits: Limits) -> Iterator[tuple[grpc.Channel, pb.OpenSessionReply, object]]:
+def evaluation(
+    limits: Limits, **options: object
+) -> Iterator[tuple[grpc.Channel, pb.OpenSessionReply, object]]:
     """A round of two, the attacker's own channel and grant, and the honest client."""
     with (
-        served(make_engine(TinyTrunk()), limits=limits) as port,
+        served(make_engine(TinyTrunk()), limits=limits, **options) as port,
         coordinator(port) as control,
         remote(port, slot=HONEST) as honest,
         remote(port, slot=ATTACKER) as attacker,

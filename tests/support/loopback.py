@@ -23,6 +23,7 @@ from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.service.server import TrunkServer
 
 HIDDEN = 6
@@ -54,7 +55,13 @@ class TinyTrunk(nn.Module):
         return out
 
 
-def make_engine(trunk: nn.Module, *, mode: str = "joint", hidden_size: int = HIDDEN) -> TrunkEngine:
+def make_engine(
+    trunk: nn.Module,
+    *,
+    mode: str = "joint",
+    hidden_size: int = HIDDEN,
+    shares: Shares | None = None,
+) -> TrunkEngine:
     """The real engine around a module, with SGD at 0.1 and no clipping."""
     optimizer = OptimizerConfig(name="sgd", learning_rate=0.1, max_grad_norm=0.0)
     return TrunkEngine(
@@ -63,6 +70,7 @@ def make_engine(trunk: nn.Module, *, mode: str = "joint", hidden_size: int = HID
         hidden_size=hidden_size,
         fingerprint=FINGERPRINT,
         activation_bytes=1 << 26,
+        shares=shares,
     )
 
 

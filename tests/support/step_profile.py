@@ -56,7 +56,8 @@ class StepProfile:
         if not code.co_filename.startswith(ROOT):
             return
         thread = threading.current_thread()
-        if thread.name == "trunk-deadlines" or code.co_filename.endswith("engine/watching.py"):
+        watches = thread.name in ("trunk-deadlines", "trunk-call-watch")
+        if watches or code.co_filename.endswith("engine/watching.py"):
             return  # what is looked at once a second belongs to no step
         name = code.co_filename.removeprefix(ROOT)
         self.calls[name] += 1

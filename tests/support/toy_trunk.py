@@ -21,6 +21,7 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.window_rules import WindowRule
 
 HIDDEN = 3
@@ -57,6 +58,7 @@ def make_engine(
     weight_bytes: int = 2**20,
     checkpoints: CheckpointStore | None = None,
     window_rule: WindowRule | None = None,
+    shares: Shares | None = None,
     clock=time.monotonic,
 ) -> TrunkEngine:
     """An engine around a fresh :class:`ToyTrunk`."""
@@ -72,6 +74,7 @@ def make_engine(
         weight_bytes=weight_bytes,
         checkpoints=checkpoints,
         window_rule=window_rule,
+        shares=shares,
         clock=clock,
     )
 

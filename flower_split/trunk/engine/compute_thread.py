@@ -1,4 +1,7 @@
-"""The trunk's one compute thread: whatever touches the weights runs there, one after the other."""
+"""The trunk's one compute thread: whatever touches the weights runs there, one after the other.
+
+The clients' calls take turns (:class:`flower_split.trunk.engine.ledger.Turns`); all else keeps its order.
+"""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +14,7 @@ from flower_split.errors import TrunkUnavailable
 from flower_split.protocol.values import CallResult
 from flower_split.runtime.threads import pinned_pool
 from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.engine.ledger import Turns
 
 Value = TypeVar("Value")
 
@@ -26,6 +30,7 @@ class ComputeThread:
 
     Attributes:
         submit: ``submit(run, *args)`` asks for ``run`` and returns its future, without waiting.
+        turns: The clients' calls that wait.
     """
 
     def __init__(self, compute: TrunkCompute, clock: Callable[[], float]) -> None:
@@ -33,15 +38,17 @@ class ComputeThread:
         self._clock = clock
         self._pool = pinned_pool(1, "trunk-compute")
         self.submit = self._pool.submit
+        self.turns = Turns()
 
     def do(self, run: Callable[[], Value]) -> Value:
         """Ask for ``run`` and wait until it is done: for what is short and never waits itself."""
         return self.submit(run).result()
 
-    def call(self, run: Callable[[], Tensor], deadline: float) -> CallResult:
+    def call(self, session: str, run: Callable[[], Tensor], deadline: float) -> CallResult:
         """Ask for a client's call that keeps nothing, and wait for it.
 
         Args:
+            session: The client's.
             run: Computes the reply's tensor.
             deadline: When to give up waiting.
 
@@ -49,14 +56,21 @@ class ComputeThread:
             TrunkUnavailable: The deadline passed first.
         """
         asked = self._clock()
+        reply: Future[CallResult] = Future()
 
-        def timed() -> CallResult:
+        def timed() -> None:
             started = self._clock()
             version = self._compute.version
-            tensor = run()
-            return CallResult(tensor, version, self._clock() - started, started - asked)
+            try:
+                tensor = run()
+            except BaseException as error:
+                reply.set_exception(error)
+                return
+            reply.set_result(CallResult(tensor, version, self._clock() - started, started - asked))
 
-        return self.result(self.submit(timed), deadline)
+        self.turns.put(session, timed, reply)
+        self.submit(self.turns.run_next)
+        return self.result(reply, deadline)
 
     def result(self, future: Future[Value], deadline: float) -> Value:
         """Wait for something that was asked for.
@@ -74,3 +88,4 @@ class ComputeThread:
     def close(self) -> None:
         """Finish what runs, and drop what has not begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.turns.give_up()

@@ -8,6 +8,7 @@ is refused leaves no trace.
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -78,7 +79,8 @@ class Contributions:
         with self._changed:
             future, mine = self._claim(item)
         if mine:
-            self._thread.submit(self._run, item, future)
+            self._thread.turns.put(item.member.id, partial(self._run, item, future), future)
+            self._thread.submit(self._thread.turns.run_next)
         return reply_of(future, item.call.deadline - self._clock())
 
     def _claim(self, item: Contribution) -> tuple[Future[CallResult], bool]:

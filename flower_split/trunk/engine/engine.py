@@ -47,6 +47,7 @@ from flower_split.trunk.engine.operator_side import OperatorSide
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
 from flower_split.trunk.engine.settling import Settling
+from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.step_ends import StepEnds
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
 from flower_split.trunk.engine.watching import Pulse, Waits
@@ -72,6 +73,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             can go on only with a new experiment.
         inputs: What a forward may bring; None: the trunk's model is asked now.
         window_rule: Whether a window goes on without somebody; None: as the quorum says.
+        shares: What one client may take of a round.
         clock: Monotonic seconds; tests pass their own.
 
     Attributes:
@@ -97,6 +99,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         checkpoints: CheckpointStore | None = None,
         inputs: InputSchema | None = None,
         window_rule: WindowRule | None = None,
+        shares: Shares | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epoch = secrets.randbits(63)
@@ -107,6 +110,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         reduction = reduction or Reduction()
         self._inputs = inputs or schema_of(compute.trunk, hidden_size)
         self.compute, self._clock = compute, clock
+        self._shares = shares or Shares()
         dispatches = Dispatches(
             compute,
             trains=trains,
@@ -129,19 +133,15 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             trains=trains,
             window_rule=window_rule or QuorumAlone(),
         )
-        self._thread = ComputeThread(compute, clock)
-        self._unrecorded = UnrecordedForwards(
-            self._index, compute, self._thread, cache_bytes, clock
-        )
-        self._contributions = Contributions(
-            self._index, compute, self._thread, self._settling.settle
-        )
-        self._step_ends = StepEnds(self._index, self._thread, self._settling.settle)
+        thread = self._thread = ComputeThread(compute, clock)
+        self._unrecorded = UnrecordedForwards(self._index, compute, thread, cache_bytes, clock)
+        settle = self._settling.settle
+        self._contributions = Contributions(self._index, compute, thread, settle)
+        self._step_ends = StepEnds(self._index, thread, settle)
         self._started = clock()
         self._pulse, self._waits = Pulse(self._thread.submit, clock), Waits()
-        self._deadlines = Deadlines(
-            self._index, self.expire, self._unrecorded.free_caches, self.look
-        )
+        free_caches = self._unrecorded.free_caches
+        self._deadlines = Deadlines(self._index, self.expire, free_caches, self.look)
 
     # ------------------------------------------------------------------ clients
 
@@ -216,6 +216,8 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
             evaluates = call.mode is ForwardMode.EVALUATE
+            if evaluates and not current.plan.evaluate:
+                self._shares.take_evaluation(current.usage, member.slot)
             name = None if evaluates else current.name_of(member, call.key, CallKind.FORWARD)
         call = self._inputs.forward(call, member.slot)
         if name is None:

@@ -2,18 +2,24 @@
 
 Each call of a micro-batch is named by its slot, window, micro-batch index and kind. The first arrival
 runs; a retry that comes while it runs waits for it, and one that comes later gets the stored reply,
-bit for bit. The same name with other content is refused.
+bit for bit. The same name with other content is refused. :class:`Turns` says whose call runs next.
 """
 
+import threading
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from enum import Enum
 from typing import Generic, TypeVar
 
-from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused, TrunkUnavailable
+from flower_split.protocol.values import CallResult
 
 Reply = TypeVar("Reply")
+
+_MAX_CLIENTS = 4096  # that are remembered; those with a call waiting are never forgotten
 
 
 def reply_of(call: Future[Reply], seconds: float) -> Reply:
@@ -116,3 +122,59 @@ class Ledger(Generic[Reply]):
         for name in [n for n in self._entries if n.slot == slot]:
             if (name.window, name.micro_batch) < here:
                 del self._entries[name]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiting:
+    run: Callable[[], None]
+    reply: Future[CallResult]
+
+
+class Turns:
+    """The calls that wait for the compute thread: clients take turns, whatever each has waiting.
+
+    A client with many calls in flight delays another one's call by one call at most, not by all of them.
+    The order in which calls compute changes no result: a window is reduced in slot order. Thread-safe:
+    a lock of its own, taken last.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[str, deque[_Waiting]] = {}  # by session; none is empty
+        self._last: dict[str, int] = {}  # when a session had its turn, in turns
+        self._now = 0
+
+    def put(self, session: str, run: Callable[[], None], reply: Future[CallResult]) -> None:
+        """Let a call wait; each needs one :meth:`run_next` on the compute thread.
+
+        Args:
+            session: Whose it is; its calls keep their order.
+            run: Computes, and fulfils ``reply``.
+            reply: Failed by :meth:`give_up`, where the call has not begun.
+        """
+        with self._lock:
+            self._waiting.setdefault(session, deque()).append(_Waiting(run, reply))
+
+    def run_next(self) -> None:
+        """Run the call of the session whose turn is the longest ago."""
+        with self._lock:
+            if not self._waiting:
+                return  # given up
+            session = min(self._waiting, key=lambda item: self._last.get(item, -1))
+            calls = self._waiting[session]
+            call = calls.popleft()
+            if not calls:
+                del self._waiting[session]
+            if len(self._last) > _MAX_CLIENTS:
+                self._last = {item: self._last.get(item, -1) for item in self._waiting}
+            self._now += 1
+            self._last[session] = self._now
+        call.run()
+
+    def give_up(self) -> None:
+        """Fail every call that waits: the trunk is shutting down."""
+        with self._lock:
+            calls = [call for waiting in self._waiting.values() for call in waiting]
+            self._waiting.clear()
+        for call in calls:
+            call.reply.set_exception(RoundAborted("the trunk is shutting down."))

@@ -141,8 +141,8 @@ class RoundIndex:
             current = self.of_session(session)
             if current is not None:
                 slot = current.sessions[session].slot
-                current.received[slot] = current.received.get(slot, 0) + received
-                current.sent[slot] = current.sent.get(slot, 0) + sent
+                current.usage.received[slot] += received
+                current.usage.sent[slot] += sent
 
     def of_token(self, token: str) -> Round:
         """Return what a token opens a session of: its dispatch, or else the open round.

@@ -36,6 +36,7 @@ from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.sessions import Session, StepEnd
+from flower_split.trunk.engine.shares import Usage
 from flower_split.trunk.engine.windows import WindowMachine
 
 
@@ -56,8 +57,7 @@ class Round:
     gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
     step_ends: Ledger[FinishResult] = field(default_factory=Ledger)
     ending: dict[int, StepEnd] = field(default_factory=dict)  # of the open window, by slot
-    received: dict[int, int] = field(default_factory=dict)  # bytes on the wire, by slot
-    sent: dict[int, int] = field(default_factory=dict)
+    usage: Usage = field(default_factory=Usage)
     # step-every contribution: slot, window and micro-batch of the forward that has no backward yet
     open_contribution: tuple[int, int, int] | None = None
     open_since: float = 0.0
@@ -225,8 +225,8 @@ class Round:
                 problem=state.dropped,
                 contributions=state.contributions,
                 num_tokens=state.num_tokens,
-                bytes_received=self.received.get(slot, 0),
-                bytes_sent=self.sent.get(slot, 0),
+                bytes_received=self.usage.received[slot],
+                bytes_sent=self.usage.sent[slot],
             )
             for slot, state in self.windows.slots.items()
         )
@@ -246,8 +246,8 @@ class Round:
             phase="prepared" if self.report and phase == "done" else phase,
             window=self.windows.window,
             num_tokens=sum(slot.num_tokens for slot in slots),
-            bytes_received=sum(self.received.values()),
-            bytes_sent=sum(self.sent.values()),
+            bytes_received=self.usage.received.total(),
+            bytes_sent=self.usage.sent.total(),
             slots=slots,
             problem=self.windows.problem,
             activations=self.activations.report(),

@@ -47,7 +47,8 @@ class UnrecordedForwards:
     def evaluate(self, call: ForwardCall, current: Round, member: Session) -> CallResult:
         """Run a forward without dropout, which may go on from a key-value cache."""
         lease = current.plan.window_seconds
-        return self._thread.call(partial(self._evaluate, call, member, lease), call.deadline)
+        run = partial(self._evaluate, call, member, lease)
+        return self._thread.call(member.id, run, call.deadline)
 
     def forward(self, call: ForwardCall, member: Session, seed_of: str) -> CallResult:
         """Run a training forward that no backward follows.
@@ -58,6 +59,7 @@ class UnrecordedForwards:
             seed_of: Names the micro-batch for its dropout seed.
         """
         return self._thread.call(
+            member.id,
             lambda: self._compute.forward(
                 call.tensors,
                 train=True,

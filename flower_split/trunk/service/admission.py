@@ -11,8 +11,14 @@ from typing import TypeVar, cast
 
 import grpc
 
-from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.trunk.service.handlers import Answering, Context, bearer_in, same_token
+from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.trunk.service.handlers import (
+    Answering,
+    Context,
+    FirstFrames,
+    bearer_in,
+    same_token,
+)
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE
 
@@ -31,14 +37,20 @@ class Admission(grpc.ServerInterceptor):
         knows_token: Whether a token is a participant's. Called on the thread that accepts calls, so
             it must not wait.
         refusals: Notes who was refused.
+        first_frames: Reads the request of a health check.
     """
 
     def __init__(
-        self, coordinator_token: str, knows_token: Callable[[str], bool], refusals: RefusalLog
+        self,
+        coordinator_token: str,
+        knows_token: Callable[[str], bool],
+        refusals: RefusalLog,
+        first_frames: FirstFrames,
     ) -> None:
         self._coordinator_token = coordinator_token
         self._knows_token = knows_token
         self._refusals = refusals
+        self._first_frames = first_frames
         self._health = threading.BoundedSemaphore(_HEALTH_WORKERS)
 
     def intercept_service(
@@ -87,9 +99,11 @@ class Admission(grpc.ServerInterceptor):
                     f"the trunk answers {_HEALTH_WORKERS} health checks at once; ask again.",
                 )
             try:
-                for request in requests:
+                for request in self._first_frames.of(requests):
                     yield answer(request, context)
                     return
+            except TrunkUnavailable as error:
+                context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
             finally:
                 self._health.release()
 

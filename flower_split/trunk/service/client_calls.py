@@ -32,15 +32,16 @@ from flower_split.protocol.values import (
     ForwardMode,
 )
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.control import ControlCalls
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
+    FirstFrames,
     Holding,
     Quotas,
     SessionTokens,
     deadline_of,
     token_of,
-    unary,
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_frames
@@ -59,6 +60,7 @@ class ClientCalls:
         max_tensor_bytes: Limit on the tensors of one call.
         max_call_seconds: That a call may wait, whatever its caller asks for.
         refusals: Notes refused calls.
+        first_frames: Reads the first frame of every call.
 
     Raises:
         ConfigError: The codec that the engine's fingerprint names is not installed here.
@@ -71,9 +73,11 @@ class ClientCalls:
         max_tensor_bytes: int,
         max_call_seconds: float,
         refusals: RefusalLog,
+        first_frames: FirstFrames,
     ) -> None:
         self._max_call_seconds = max_call_seconds
         self._refusals = refusals
+        self._first_frames = first_frames
         self._engine = engine
         self._quotas = quotas
         self._max_tensor_bytes = max_tensor_bytes
@@ -85,12 +89,15 @@ class ClientCalls:
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
+        made = ControlCalls(self._refusals, self._first_frames).handler
+        at_once = partial(Holding, self._quotas, waits=False, control=True)
+        waiting = partial(Holding, self._quotas, waits=True, control=True)
         return {
-            "OpenSession": unary(pb.OpenSessionRequest, self._open_session, self._refusals),
-            "WaitVersion": unary(pb.WaitVersionRequest, self._wait_version, self._refusals),
-            "ShortenPlan": unary(pb.ShortenPlanRequest, self._shorten_plan, self._refusals),
-            "CloseSession": unary(pb.CloseSessionRequest, self._close_session, self._refusals),
-            "ShareMemory": unary(pb.ShareMemoryRequest, self._share_memory, self._refusals),
+            "OpenSession": made(pb.OpenSessionRequest, self._open_session, at_once),
+            "WaitVersion": made(pb.WaitVersionRequest, self._wait_version, waiting),
+            "ShortenPlan": made(pb.ShortenPlanRequest, self._shorten_plan, at_once),
+            "CloseSession": made(pb.CloseSessionRequest, self._close_session, at_once),
+            "ShareMemory": made(pb.ShareMemoryRequest, self._share_memory, at_once),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
             "FinishStep": grpc.stream_stream_rpc_method_handler(self._finish_step),
@@ -112,13 +119,12 @@ class ClientCalls:
         self._tokens.check(
             token_of(context), request.session, request.trunk_epoch, self._engine.epoch
         )
-        with Holding(self._quotas, context, waits=True):
-            version = self._engine.wait_version(
-                request.session,
-                request.trunk_epoch,
-                request.version,
-                deadline_of(context, self._max_call_seconds),
-            )
+        version = self._engine.wait_version(
+            request.session,
+            request.trunk_epoch,
+            request.version,
+            deadline_of(context, self._max_call_seconds),
+        )
         return pb.WaitVersionReply(version=version)
 
     def _shorten_plan(self, request: pb.ShortenPlanRequest, context: Context) -> Message:
@@ -145,7 +151,8 @@ class ClientCalls:
             Holding(self._quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
-            incoming = Incoming(requests, "forward", partial(self._shared.of, held.token))
+            frames = self._first_frames.of(requests)
+            incoming = Incoming(frames, "forward", partial(self._shared.of, held.token))
             header = incoming.header.forward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
@@ -167,7 +174,8 @@ class ClientCalls:
             Holding(self._quotas, context, waits=False) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
-            incoming = Incoming(requests, "backward", partial(self._shared.of, held.token))
+            frames = self._first_frames.of(requests)
+            incoming = Incoming(frames, "backward", partial(self._shared.of, held.token))
             header = incoming.header.backward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
@@ -188,7 +196,8 @@ class ClientCalls:
             Holding(self._quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
-            incoming = Incoming(requests, "finish_step", partial(self._shared.of, held.token))
+            frames = self._first_frames.of(requests)
+            incoming = Incoming(frames, "finish_step", partial(self._shared.of, held.token))
             header = incoming.header.finish_step
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)

@@ -1,6 +1,7 @@
 """The coordinator's methods of the trunk's service: rounds, status, the adapter."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import grpc
 from google.protobuf.message import Message
@@ -13,14 +14,14 @@ from flower_split.protocol.convert import (
 )
 from flower_split.protocol.reports import report_to_proto, status_to_proto
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.control import ControlCalls, Request
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
-    Request,
+    FirstFrames,
     deadline_of,
     same_token,
     token_of,
-    unary,
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.sending import Outgoing
@@ -33,12 +34,16 @@ class CoordinatorCalls:
         engine: What keeps the rounds.
         token: Who knows it is the coordinator.
         refusals: Notes refused calls.
+        first_frames: Reads every request.
     """
 
-    def __init__(self, engine: TrunkEngine, token: str, refusals: RefusalLog) -> None:
+    def __init__(
+        self, engine: TrunkEngine, token: str, refusals: RefusalLog, first_frames: FirstFrames
+    ) -> None:
         self._refusals = refusals
         self._engine = engine
         self._token = token
+        self._control = ControlCalls(refusals, first_frames)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name."""
@@ -48,14 +53,14 @@ class CoordinatorCalls:
             "CommitRound": self._own(pb.CommitRoundRequest, self._commit_round),
             "AbortRound": self._own(pb.AbortRoundRequest, self._abort_round),
             "Status": self._own(pb.StatusRequest, self._status),
-            "GetAdapter": grpc.unary_stream_rpc_method_handler(self._get_adapter),
+            "GetAdapter": grpc.stream_stream_rpc_method_handler(self._get_adapter),
         }
 
     def _own(
         self, request_type: type[Request], behaviour: Callable[[Request, Context], Message]
     ) -> "grpc.RpcMethodHandler[bytes, bytes]":
         """Return the handler of a call that is the coordinator's alone."""
-        return unary(request_type, behaviour, self._refusals, self._require_coordinator)
+        return self._control.handler(request_type, behaviour, self._require_coordinator)
 
     def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
         epoch, version = self._engine.begin_round(plan_from_proto(request))
@@ -88,15 +93,18 @@ class CoordinatorCalls:
             self._engine.keep_alive()
         return status_to_proto(self._engine.status())
 
-    def _get_adapter(self, request: bytes, context: Context) -> Iterator[bytes]:
-        with Answering(context, "GetAdapter", self._refusals):
-            self._require_coordinator(context)
+    def _get_adapter(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
+        with (
+            Answering(context, "GetAdapter", self._refusals),
+            self._require_coordinator(context),
+        ):
             return Outgoing(pb.Header(reply=pb.ReplyHeader()), self._engine.adapter()).frames()
 
-    def _require_coordinator(self, context: Context) -> None:
+    def _require_coordinator(self, context: Context) -> AbstractContextManager[object]:
         if not same_token(token_of(context), self._token):
             raise TrunkRefused(
                 RefusalReason.UNAUTHENTICATED,
                 "this call needs the coordinator's token. Give the ServerApp the trunk's token file "
                 "(trunk.token-file).",
             )
+        return nullcontext()

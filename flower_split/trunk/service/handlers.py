@@ -1,4 +1,8 @@
-"""Around every call to the trunk: its deadline, its tokens, its quotas, and its status."""
+"""Around every call to the trunk: its time, its place among the others, and its status.
+
+A client that wants more than its share is refused by the key of the limit. A call has its place until
+its reply has left, and is cut off where it takes longer than the trunk allows.
+"""
 
 import hmac
 import logging
@@ -6,19 +10,30 @@ import math
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import NoReturn, TypeVar
 
 import grpc
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
-from flower_split.errors import CodecError, FlowerSplitError, RefusalReason, TrunkRefused
+from flower_split.errors import (
+    CodecError,
+    FlowerSplitError,
+    RefusalReason,
+    TrunkRefused,
+    TrunkUnavailable,
+)
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.runtime.closing import Closing
 from flower_split.trunk.service.audit_log import Told, event_of
+from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
 
@@ -26,131 +41,11 @@ logger = logging.getLogger(__name__)
 
 _MAX_SESSIONS = 4096  # whose tokens are remembered; those of the latest rounds
 _ANSWER_SECONDS = 0.25  # kept back from a deadline, so that the reason still reaches the client
+_CONTROL_CALLS = 4  # of a session, beside its calls with tensors: it can always leave
+_GRACE_SECONDS = 1.0  # after a call's time, in which its own deadline is answered
 
-Request = TypeVar("Request", bound=Message)
+Frame = TypeVar("Frame")
 Context = grpc.ServicerContext
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """What the calls of one session may take at once; the trunk's own configuration says it."""
-
-    calls: int = 32  # trunk.max-calls-in-flight
-    call_bytes: int = 1 << 30  # trunk.call-memory-per-client: of their tensors, as announced
-    call_positions: int = 1 << 18  # trunk.max-call-positions: rows x positions of each
-
-
-class Quotas:
-    """What the calls in progress take: permits to wait, and each session's share.
-
-    A client that wants more than its share is refused by the key of the limit; it never costs another
-    client anything. Thread-safe: a lock of its own, under which nothing else is locked.
-
-    Args:
-        waiting: Calls that may wait for others at once, of all sessions.
-        limits: Of one session.
-    """
-
-    def __init__(self, waiting: int, limits: Limits) -> None:
-        self.limits = limits
-        self._waiting = waiting
-        self._lock = threading.Lock()
-        self._num_waiting = 0
-        self._calls: Counter[str] = Counter()  # by token
-        self._bytes: Counter[str] = Counter()
-
-    def enter(self, token: str, waits: bool) -> None:
-        """Count a call in.
-
-        Raises:
-            TrunkRefused: Its session makes too many at once (OVER_BUDGET).
-            TrunkBusy: Too many calls wait.
-        """
-        with self._lock:
-            if self._calls[token] >= self.limits.calls:
-                raise TrunkRefused(
-                    RefusalReason.OVER_BUDGET,
-                    f"a client may have {self.limits.calls} calls in progress "
-                    "(trunk.max-calls-in-flight); this one has as many. Lower "
-                    "train.micro-batches-in-flight, or raise the key at the trunk.",
-                )
-            if waits and self._num_waiting >= self._waiting:
-                raise TrunkBusy(
-                    f"the trunk already has {self._waiting} waiting calls; the client will retry "
-                    "this one."
-                )
-            self._calls[token] += 1
-            self._num_waiting += waits
-
-    def announce(self, token: str, num_bytes: int) -> None:
-        """Count the bytes of a call's tensors in, before anything is allocated for them.
-
-        Raises:
-            TrunkRefused: Its session holds too many (OVER_BUDGET).
-        """
-        with self._lock:
-            held, limit = self._bytes[token], self.limits.call_bytes
-            if held + num_bytes > limit:
-                raise TrunkRefused(
-                    RefusalReason.OVER_BUDGET,
-                    f"the calls in progress of a client may hold {limit} bytes of tensors "
-                    f"(trunk.call-memory-per-client); this one's hold {held}, and its next call has "
-                    f"{num_bytes}. Lower train.batch-size or train.micro-batches-in-flight.",
-                )
-            self._bytes[token] = held + num_bytes
-
-    def leave(self, token: str, waits: bool, num_bytes: int) -> None:
-        """Count a call out, with what it announced."""
-        with self._lock:
-            self._num_waiting -= waits
-            self._calls[token] -= 1
-            self._bytes[token] -= num_bytes
-            if not self._calls[token]:
-                del self._calls[token], self._bytes[token]
-
-
-class Holding(AbstractContextManager["Holding"]):
-    """One call's part of the quotas, inside its block.
-
-    Args:
-        quotas: Of the trunk.
-        context: Of the call.
-        waits: Whether it may wait for other clients.
-    """
-
-    def __init__(self, quotas: Quotas, context: Context, *, waits: bool) -> None:
-        self._quotas = quotas
-        self._waits = waits
-        self._num_bytes = 0
-        self.token = token_of(context)
-
-    def __enter__(self) -> "Holding":
-        """Count the call in."""
-        self._quotas.enter(self.token, self._waits)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Count it out."""
-        self._quotas.leave(self.token, self._waits, self._num_bytes)
-
-    def announce(self, tensors: Iterable[pb.TensorSpec]) -> None:
-        """Look at what the call's header announces.
-
-        Raises:
-            TrunkRefused: It is more than a call, or its session, may have (OVER_BUDGET).
-        """
-        total, limit = 0, self._quotas.limits.call_positions
-        for spec in tensors:
-            shape = spec.shape
-            if len(shape) == 3 and shape[0] * shape[1] > limit:
-                raise TrunkRefused(
-                    RefusalReason.OVER_BUDGET,
-                    f"a call may have {limit} rows x positions (trunk.max-call-positions); this one "
-                    f"has {shape[0]} x {shape[1]}. Send smaller batches, or raise the key at the trunk.",
-                )
-            total += spec.num_bytes
-        self._quotas.announce(self.token, total)
-        self._num_bytes = total
 
 
 class Answering(AbstractContextManager["Answering"]):
@@ -206,43 +101,6 @@ def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
     raise AssertionError("grpc's abort raises")
 
 
-def parsed(request_type: type[Request], data: bytes) -> Request:
-    """Return the request of a control call.
-
-    Raises:
-        CodecError: The bytes are not that message.
-    """
-    try:
-        return request_type.FromString(data)
-    except (DecodeError, ValueError) as error:  # by the version of protobuf, one is the other
-        raise CodecError("the request is not a valid protobuf message.") from error
-
-
-def unary(
-    request_type: type[Request],
-    behaviour: Callable[[Request, Context], Message],
-    refusals: RefusalLog,
-    admit: Callable[[Context], None] = lambda context: None,
-) -> "grpc.RpcMethodHandler[bytes, bytes]":
-    """Return the handler of a control call: its bytes parsed, its reply's serialised.
-
-    Args:
-        request_type: Of the call.
-        behaviour: Answers it.
-        refusals: Notes it where it is refused.
-        admit: Raises for a caller who may not make it, before anything of the request is read.
-    """
-    name = request_type.DESCRIPTOR.name.removesuffix("Request")
-
-    def handle(data: bytes, context: Context) -> bytes:
-        with Answering(context, name, refusals) as call:
-            admit(context)
-            call.header = request = parsed(request_type, data)
-            return behaviour(request, context).SerializeToString()
-
-    return grpc.unary_unary_rpc_method_handler(handle)
-
-
 def bearer_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
     """Return the bearer token among a call's metadata; None: it carries none."""
     for key, value in metadata or ():
@@ -258,20 +116,16 @@ def token_of(context: Context) -> str:
         TrunkRefused: It has none.
     """
     token = bearer_in(context.invocation_metadata())
-    if token is not None:
-        return token
-    raise TrunkRefused(
-        RefusalReason.UNAUTHENTICATED,
-        'a call must carry the metadata "authorization: Bearer <token>".',
-    )
+    if token is None:
+        rule = 'a call must carry the metadata "authorization: Bearer <token>".'
+        raise TrunkRefused(RefusalReason.UNAUTHENTICATED, rule)
+    return token
 
 
 def deadline_of(context: Context, at_most: float = math.inf) -> float:
     """Return the call's deadline on the monotonic clock, early enough that the answer arrives.
 
-    Args:
-        context: Of the call.
-        at_most: Seconds that the trunk lets it wait, whatever its caller asks for.
+    It is ``at_most`` seconds away, whatever the caller asks for.
 
     Raises:
         CodecError: The call has none.
@@ -299,13 +153,7 @@ class SessionTokens:
                 self._tokens.popitem(last=False)
 
     def check(self, token: str, session: str, epoch: int, trunk_epoch: int) -> None:
-        """Refuse a call whose session was not opened in this process with the call's own token.
-
-        Args:
-            token: Of the call.
-            session: That it names.
-            epoch: That it names.
-            trunk_epoch: Of this process.
+        """Refuse a call (its token, session and epoch) that another token opened, or another process.
 
         Raises:
             TrunkRefused: WRONG_EPOCH, UNKNOWN_SESSION or UNAUTHENTICATED.
@@ -321,8 +169,7 @@ class SessionTokens:
         if expected is None:
             raise TrunkRefused(
                 RefusalReason.UNKNOWN_SESSION,
-                "the trunk knows no such session: it was never opened, or belongs to a round long "
-                "past. Open a session for every round.",
+                "the trunk knows no such session. Open a session for every round.",
             )
         if not same_token(token, expected):
             raise TrunkRefused(
@@ -334,3 +181,169 @@ class SessionTokens:
 def same_token(given: str, expected: str) -> bool:
     """Compare in a time that does not depend on where they differ."""
     return hmac.compare_digest(given.encode(), expected.encode())
+
+
+class FirstFrames(Closing):
+    """Reads the first frame of every call: a stream says what it is within seconds.
+
+    gRPC reads by blocking a thread until the peer sends something or ends the call. So a thread of a
+    pool of its own waits for the first frame, and the worker waits for that thread, while it may.
+
+    Args:
+        seconds: That a call has for it (``trunk.first-frame-timeout``).
+        threads: Calls that may be read at once, with those given up a moment ago.
+    """
+
+    def __init__(self, seconds: float, threads: int) -> None:
+        self._seconds = seconds
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="trunk-first-frame")
+
+    def of(self, requests: Iterator[Frame]) -> Iterator[Frame]:
+        """Return the frames of a call, once the first of them is there, or the call has ended.
+
+        Raises:
+            TrunkUnavailable: It is not there in time, or the trunk stops. The call ends with that,
+                and so does the wait for the frame.
+            grpc.RpcError: The call was cut off.
+        """
+        try:
+            frame = self._pool.submit(next, requests, None).result(self._seconds)
+        except RuntimeError as error:  # the pool has ended
+            raise TrunkUnavailable("the trunk stops; it takes no more calls.") from error
+        except FutureTimeoutError:
+            key = "trunk.first-frame-timeout"
+            raise TrunkUnavailable(f"no frame came within {self._seconds:g} s ({key}).") from None
+        return chain(() if frame is None else (frame,), requests)
+
+    def close(self) -> None:
+        """Take no more calls; those that are read end with the server."""
+        self._pool.shutdown(wait=False)
+
+
+class Quotas:
+    """Places and bytes of the calls in progress. Thread-safe: a lock of its own, taken last.
+
+    Args:
+        waiting: Calls that may wait for others at once, of all sessions.
+        limits: Of one session.
+        max_call_seconds: Until a call is cut off.
+    """
+
+    def __init__(self, waiting: int, limits: Limits, max_call_seconds: float) -> None:
+        self.limits, self._most_unread = limits, limits.unread
+        self._waiting = waiting
+        self._max_seconds = max_call_seconds + _GRACE_SECONDS
+        self._lock = threading.Lock()
+        self._num_waiting = 0
+        self._calls: Counter[str] = Counter()  # by token
+        self._bytes: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()  # replies that have not left
+        self._open: dict[Holding, float] = {}  # until when
+        self._ended: deque[Holding] = deque()  # calls that are over, to be counted out
+
+    def enter(self, place: "Holding") -> None:
+        """Count a call in.
+
+        Raises:
+            TrunkRefused: Its session makes too many, or leaves replies unread (OVER_BUDGET).
+            TrunkBusy: Too many calls wait.
+        """
+        token, limits = place.token, self.limits
+        with self._lock:
+            self._forget_ended()
+            if self._calls[token] >= limits.calls + (_CONTROL_CALLS if place.control else 0):
+                raise limits.over_calls()
+            if self._unread[token] >= self._most_unread:
+                raise limits.over_unread()
+            if place.waits and self._num_waiting >= self._waiting:
+                raise TrunkBusy(f"{self._waiting} calls wait at the trunk; try this one again.")
+            self._calls[token] += 1
+            self._num_waiting += place.waits
+            self._open[place] = time.monotonic() + self._max_seconds
+        # Called where the call's last byte has left, on the thread that accepts calls: no lock there.
+        if not place.context.add_callback(partial(self._ended.append, place)):
+            self._ended.append(place)  # it is over already: its caller has gone
+
+    def announce(self, place: "Holding", num_bytes: int) -> None:
+        """Count the bytes of a call's tensors in, before anything is allocated for them.
+
+        Raises:
+            TrunkRefused: Its session holds too many (OVER_BUDGET).
+        """
+        with self._lock:
+            held = self._bytes[place.token]
+            if held + num_bytes > self.limits.call_bytes:
+                raise self.limits.over_bytes(held, num_bytes)
+            self._bytes[place.token] = held + num_bytes
+            place.num_bytes = num_bytes
+
+    def leave(self, place: "Holding") -> None:
+        """Count a call out, with what it announced; its reply is yet to leave."""
+        with self._lock:
+            self._num_waiting -= place.waits
+            self._calls[place.token] -= 1
+            self._bytes[place.token] -= place.num_bytes
+            self._unread[place.token] += 1
+
+    def end_overdue(self) -> None:
+        """Cut off the calls that take too long, whatever their workers wait for."""
+        now = time.monotonic()
+        with self._lock:
+            self._forget_ended()
+            overdue = [place for place, until in self._open.items() if until < now]
+        for place in overdue:
+            place.context.cancel()
+
+    def _forget_ended(self) -> None:
+        """Count out whose reply has left, or has nobody to read it."""
+        while self._ended:
+            place = self._ended.popleft()
+            self._open.pop(place, None)
+            self._unread[place.token] -= 1
+            for counts in (self._calls, self._bytes, self._unread):
+                if not counts[place.token]:
+                    del counts[place.token]
+
+
+class Holding(AbstractContextManager["Holding"]):
+    """One call's place: in its block for the call, after it for its reply.
+
+    Args:
+        quotas: Of the trunk.
+        context: Of the call.
+        waits: Whether it may wait for other clients.
+        control: Whether it carries no tensors.
+    """
+
+    def __init__(
+        self, quotas: Quotas, context: Context, *, waits: bool, control: bool = False
+    ) -> None:
+        self.token = token_of(context)
+        self.waits = waits
+        self.control = control
+        self.num_bytes = 0  # of its tensors, as announced
+        self.context = context
+        self._quotas = quotas
+
+    def __enter__(self) -> "Holding":
+        """Count the call in."""
+        self._quotas.enter(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Count it out."""
+        self._quotas.leave(self)
+
+    def announce(self, tensors: Iterable[pb.TensorSpec]) -> None:
+        """Look at what the call's header announces.
+
+        Raises:
+            TrunkRefused: It is more than a call, or its session, may have (OVER_BUDGET).
+        """
+        total, limits = 0, self._quotas.limits
+        for spec in tensors:
+            shape = spec.shape
+            if len(shape) == 3 and shape[0] * shape[1] > limits.call_positions:
+                raise limits.over_positions(shape[0], shape[1])
+            total += spec.num_bytes
+        self._quotas.announce(self, total)

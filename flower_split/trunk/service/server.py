@@ -23,10 +23,12 @@ from flower_split.runtime.closing import Closing
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.admission import Admission
 from flower_split.trunk.service.audit_log import AuditLog
+from flower_split.trunk.service.call_watch import CallWatch
 from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.following_health import FollowingHealth
-from flower_split.trunk.service.handlers import Limits, Quotas
+from flower_split.trunk.service.handlers import FirstFrames, Quotas
+from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.tls import ServerCertificate
 from flower_split.wire.grpc_options import SERVICE, is_loopback, server_options
@@ -94,23 +96,24 @@ class TrunkServer(Closing):
         )
         self._health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
         refusals = self.refusals = RefusalLog(audit=audit)
+        limits = limits or Limits()
+        quotas = Quotas(max_workers * 3 // 4, limits, max_call_seconds)
+        self._watch = CallWatch(quotas.end_overdue)
+        # Twice as many as workers: one that was given up reads until its peer has been told.
+        first_frames = self._first_frames = FirstFrames(limits.first_frame_seconds, 2 * max_workers)
 
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
             options=server_options(),
             interceptors=[
-                Admission(coordinator_token, engine.knows_token, refusals),
+                Admission(coordinator_token, engine.knows_token, refusals, first_frames),
                 *interceptors,
             ],
         )
         clients = ClientCalls(
-            engine,
-            Quotas(max_workers * 3 // 4, limits or Limits()),
-            max_tensor_bytes,
-            max_call_seconds,
-            refusals,
+            engine, quotas, max_tensor_bytes, max_call_seconds, refusals, first_frames
         )
-        coordinators = CoordinatorCalls(engine, coordinator_token, refusals)
+        coordinators = CoordinatorCalls(engine, coordinator_token, refusals, first_frames)
         handlers = clients.handlers() | coordinators.handlers()
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
@@ -133,6 +136,7 @@ class TrunkServer(Closing):
                 f"the trunk cannot listen on {self._listen!r}: {error}. Is the port taken?"
             ) from error
         self._server.start()
+        self._watch.start()
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         logger.info("trunk serves on port %d (%s)", port, "TLS" if self._tls else "plain text")
@@ -145,6 +149,8 @@ class TrunkServer(Closing):
         """
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
+        self._watch.close()
+        self._first_frames.close()
 
     def close(self) -> None:
         """Stop without grace."""

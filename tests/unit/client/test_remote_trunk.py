@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flower_split.errors import RefusalReason, TrunkError, TrunkRefused
 from flower_split.protocol.values import ForwardMode
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from tests.support.loopback import (
     FINGERPRINT,
     HIDDEN,
@@ -353,7 +354,8 @@ def test_remote_other_fingerprint_is_refused_with_the_field() -> None:
 
 
 def test_remote_non_finite_smashed_data_is_refused_typed() -> None:
-    with joined(make_engine(TinyTrunk())) as trunk, torch.no_grad():
+    engine = make_engine(TinyTrunk(), shares=Shares(evaluations=1))
+    with joined(engine) as trunk, torch.no_grad():
         hidden = torch.ones(1, 2, HIDDEN)
         hidden[0, 0, 0] = float("nan")
         with pytest.raises(TrunkRefused) as caught:

@@ -15,6 +15,7 @@ from flower_split.errors import SplitError, TrunkRefused
 from flower_split.split import CutLayers, TrunkModel, set_trunk, split_model
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from tests.support.loopback import FINGERPRINT, coordinator, plan, remote, served
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_models import assert_same_bits, loss_and_gradients, padded_batch
@@ -47,6 +48,7 @@ def _connected(trunk: TrunkModel) -> Iterator[tuple[RemoteTrunk, RecordingComput
         hidden_size=trunk.hidden_size,
         fingerprint=FINGERPRINT,
         activation_bytes=1 << 26,
+        shares=Shares(evaluations=10),
     )
     with served(engine) as port, coordinator(port) as control:
         control.begin_round(plan())

@@ -146,7 +146,7 @@ def test_trainer_with_dropout_over_grpc_repeats_whatever_is_recomputed(tmp_path:
 
 
 def test_trainer_that_evaluates_between_steps_trains_the_same(tmp_path: Path) -> None:
-    config = run_config(checkpoint(tmp_path / "model"), SGD)
+    config = run_config(checkpoint(tmp_path / "model"), SGD, max_evaluations=STEPS)
     found: dict[str, list[float]] = {}
     model = whole_model(config)
     for way in ("unsplit", "over gRPC"):
