@@ -105,6 +105,17 @@ def check_clients(
         with_privacy(context)
 
 
+def check_loggers(config: RunConfig) -> None:
+    """Check that what ``train.report-to`` names is installed.
+
+    Raises:
+        ConfigError: It is not; names the remedy.
+    """
+    from flower_split.runs.loggers.registry import make_loggers
+
+    make_loggers(config)
+
+
 def check_trunk(config: RunConfig) -> None:
     """Check that a trunk with an address answers to the token; one without is started later.
 

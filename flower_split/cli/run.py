@@ -132,6 +132,7 @@ def _checked_options(job: Job) -> list[str]:
         from flower_split.cli.report import check_reports
 
         check_reports(config)
+        preflight.check_loggers(config)
         given = preflight.simulation_settings(config, given)
         if not (job.app.has_own_server_app or config.model.cuts_by_partition):
             preflight.check_clients(config, adapter, scales, given)

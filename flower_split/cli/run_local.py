@@ -51,6 +51,7 @@ def _check(job: Job) -> None:
     adapter, scales = preflight.check_model(job.config)
     preflight.check_trunk(job.config)
     check_reports(job.config)
+    preflight.check_loggers(job.config)
     if not (job.app.has_own_server_app or job.config.model.cuts_by_partition):
         settings = preflight.default_settings(job.config)
         preflight.check_clients(job.config, adapter, scales, settings)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flower_split.config.validation import above, at_least, kebab, one_of
+from flower_split.config.validation import above, at_least, kebab, one_of, plug_in_name
 from flower_split.errors import ConfigError
 
 OPTIMIZERS = ("adamw", "adam", "sgd")
@@ -87,12 +87,22 @@ class TrainConfig:
     client_dir: str = ""
     """Directory of what a client keeps (private factors, optimizer state); empty: in the run
     directory, if simulated."""
+    report_to: str = ""
+    """Where the ServerApp tells metrics beside metrics.jsonl, as "name, name": tensorboard, wandb, mlflow
+    (extras of the same names), a plug-in's name, or an import path; empty: nowhere."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The clients' optimizer."""
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """Return the names in ``report_to``."""
+        return tuple(filter(None, (name.strip() for name in self.report_to.split(","))))
 
     def __post_init__(self) -> None:
         """Check ranges and that exactly one of local-steps and local-epochs is used."""
         one_of("train.compute", self.compute, COMPUTE_MODES)
+        for name in self.loggers:
+            plug_in_name("train.report-to", name)
         for name in ("local_steps", "local_epochs"):
             at_least(f"train.{kebab(name)}", getattr(self, name), 0)
         if (self.local_steps > 0) == (self.local_epochs > 0):

@@ -23,7 +23,7 @@ import platform
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,11 +61,13 @@ class RunDirectory:
     Attributes:
         path: The directory, absolute.
         config: The run's resolved configuration.
+        listeners: Told every record that is appended, as :meth:`metrics` gives it.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.config = config
+        self.listeners: list[Callable[[Mapping[str, Json]], None]] = []
 
     @classmethod
     def create(cls, config: RunConfig) -> Self:
@@ -122,7 +124,9 @@ class RunDirectory:
         Raises:
             RunDirectoryError: The record is none of the schema's.
         """
-        append_metric(self.path / METRICS, kind, record)
+        line = append_metric(self.path / METRICS, kind, record)
+        for listener in list(self.listeners):
+            listener(line)
 
     def metrics(self, kind: str | None = None) -> list[dict[str, Json]]:
         """Return the records of ``metrics.jsonl`` so far, of one kind or all.

@@ -168,8 +168,8 @@ BYTE_KINDS = tuple(name for name in SCHEMA["bytes"].fields if name.endswith(("_u
 """The counts of a line of kind "bytes", in the order of tables."""
 
 
-def append_metric(path: Path, kind: str, record: Mapping[str, Json]) -> None:
-    """Append one record to the file ``path`` and flush; fill in phase, round and time.
+def append_metric(path: Path, kind: str, record: Mapping[str, Json]) -> dict[str, Json]:
+    """Append one record to the file ``path`` and flush; return it with phase, round and time.
 
     A torn last line, left by a process that died while writing, is cut off first.
 
@@ -197,6 +197,7 @@ def append_metric(path: Path, kind: str, record: Mapping[str, Json]) -> None:
             file.truncate(file.read().rfind(b"\n") + 1)
         file.write(_as_line(line))
         file.flush()
+    return {name: finite(value) for name, value in line.items()}
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Json]]:

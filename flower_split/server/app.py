@@ -19,7 +19,9 @@ from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.messages.arrays import from_arrays
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.runs.beforehand import check_files
-from flower_split.runs.manifest import FOLDER, RunCheckpoints
+from flower_split.runs.loggers.registry import make_loggers
+from flower_split.runs.loggers.run_loggers import logged
+from flower_split.runs.manifest import FOLDER, Resumed, RunCheckpoints
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
@@ -77,13 +79,28 @@ def run(
     if inner is None:
         check_combinations(config)
     check_additions(config, additions)
+    loggers = make_loggers(config)
     check_files(config, simulated=is_simulation(grid))
     directory = open_directory(config)
     checkpoints = RunCheckpoints(directory.path / FOLDER)
     resumed = checkpoints.latest(previous=config.resume_previous) if config.resume else None
-    done = resumed.entry.server_round if resumed else 0
     recorder = Recorder(directory, config)
-    recorder.forget_after(done)
+    recorder.forget_after(resumed.entry.server_round if resumed else 0)
+    with logged(directory, loggers):
+        return _run(grid, recorder, checkpoints, resumed, inner, additions)
+
+
+def _run(
+    grid: Grid,
+    recorder: Recorder,
+    checkpoints: RunCheckpoints,
+    resumed: Resumed | None,
+    inner: InnerFactory | None,
+    additions: Additions,
+) -> Result:
+    """Run what is left of a run whose directory is ready."""
+    config, directory = recorder.config, recorder.run
+    done = resumed.entry.server_round if resumed else 0
     start = starting_point(directory, resumed.entry if resumed else None)
     nodes = wait_for_nodes(grid, config)
     with connect_trunk(config, checkpoints.directory) as trunk:

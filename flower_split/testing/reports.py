@@ -1,20 +1,15 @@
 """The contract of a report, checked on run directories made for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from flower_split.config import RunConfig
 from flower_split.results.report.report import Report
 from flower_split.results.report.rows import read_runs
-from flower_split.runs.directory import RunDirectory
-from flower_split.runs.files import Json
-from flower_split.runs.summary import ClientOutcome, HeldOut, summarize
+from flower_split.testing.example_runs import ROUNDS, make_run
 from flower_split.testing.failures import ConformanceError, require
 
 _OWN = {"config.json", "versions.json", "metrics.jsonl", "summary.json", "report.md"}
-_CLIENTS = ("sea", "land")
-_ROUNDS = 2
 
 
 def check_report(report: type[Report]) -> None:
@@ -52,9 +47,9 @@ def check_report(report: type[Report]) -> None:
     with TemporaryDirectory() as folder:
         root = Path(folder)
         runs = [
-            _make_run(root / "begun", rounds=0),
-            _make_run(root / "going", rounds=1),
-            _make_run(root / "done", rounds=_ROUNDS),
+            make_run(root / "begun", rounds=0),
+            make_run(root / "going", rounds=1),
+            make_run(root / "done", rounds=ROUNDS),
         ]
         for run in runs:
             _check_file(report, subject, [run], run / name)
@@ -85,36 +80,3 @@ def _check_file(report: type[Report], subject: str, runs: Sequence[Path], out: P
 
 def _contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def _make_run(path: Path, rounds: int) -> Path:
-    """Write the directory of a run that has come so far; it is finished after all its rounds."""
-    run = RunDirectory.create(RunConfig(run_dir=str(path), num_server_rounds=_ROUNDS))
-    for slot, name in enumerate(_CLIENTS):
-        sizes = {"num_examples": 5, "num_eval_examples": 2, "planned_steps": 1}
-        run.append("data", {"server_round": 0, "partition_id": slot, "name": name, **sizes})
-    for number in range(rounds and rounds + 1):
-        for slot in range(len(_CLIENTS)):
-            for kind, record in _client_lines(number):
-                run.append(kind, {"server_round": number, "partition_id": slot, **record})
-        losses = {"train_loss": 3.0, "perplexity": 8.0 - number} if number else {}
-        run.append("round", {"server_round": number, "seconds": 2.0, **losses})
-        if number:
-            left_out = {"1": "its gradient was not finite"} if number == 1 else {}
-            run.append("trunk", {"server_round": number, "attempt": 0, "left_out": left_out})
-    if rounds == _ROUNDS:
-        outcomes = [
-            ClientOutcome(partition_id=slot, before=HeldOut(9, 4), after=HeldOut(7, 4), name=name)
-            for slot, name in enumerate(_CLIENTS)
-        ]
-        run.write_outcome(summarize(outcomes), facts={"seconds": 4.0}, notes=["A note."])
-    return path
-
-
-def _client_lines(number: int) -> list[tuple[str, Mapping[str, Json]]]:
-    held_out = {"loss_sum": 9.0 - number, "num_tokens": 4, "perplexity": 8.0 - number}
-    lines: list[tuple[str, Mapping[str, Json]]] = [("evaluation", held_out)]
-    if number:
-        lines.append(("step", {"step": 0, "loss": 3.0, "num_tokens": 7, "compute_seconds": 0.5}))
-        lines.append(("bytes", {"activations_up": 1000, "adapters_down": 10}))
-    return lines

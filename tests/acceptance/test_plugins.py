@@ -27,6 +27,7 @@ NAMED: dict[str, Scalar] = {
     "data.source": "notes",
     "trunk.window-rule": "needs-first",
     "report": "rounds",
+    "train.report-to": "losses",
 }
 GROUPS = {
     "strategy.aggregator": "flower_split.aggregators",
@@ -36,6 +37,7 @@ GROUPS = {
     "data.source": "flower_split.data_sources",
     "trunk.window-rule": "flower_split.window_rules",
     "report": "flower_split.reports",
+    "train.report-to": "flower_split.loggers",
 }
 
 
@@ -108,6 +110,10 @@ def test_a_run_uses_every_plug_in_that_its_config_names(
     measured = [f"run,{r['server_round']},{r['perplexity']}" for r in done.metrics("round")]
     assert lines == ["run,round,perplexity", *measured] and len(measured) == 2
     assert not (done.path / "report.html").exists()
+    told = (done.path / "losses.txt").read_text().splitlines()
+    assert told == [
+        f"{r['partition_id']} {r['server_round']} {r['loss']}" for r in done.metrics("step")
+    ]
 
 
 @pytest.mark.parametrize("key", NAMED)
@@ -119,6 +125,7 @@ def test_without_the_distribution_its_names_are_refused(tmp_path: Path, key: str
         "trunk.transport": "grpc",
         "trunk.window-rule": "quorum",
         "report": "html",
+        "train.report-to": "",
     }
     changes = {other: value for other, value in known.items() if other != key}
     if key != "data.source":

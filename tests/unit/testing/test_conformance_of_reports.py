@@ -1,4 +1,4 @@
-"""The checks of reports and window rules pass for what is built in, and find what is broken."""
+"""The checks of reports, loggers and window rules pass for what is built in, and find what is broken."""
 
 import doctest
 import secrets
@@ -12,7 +12,8 @@ import pytest
 from flower_split.results.report.page import can_be_written
 from flower_split.results.report.report import HtmlReport, Report
 from flower_split.results.report.rows import RunData
-from flower_split.testing import ConformanceError, check_report, check_window_rule
+from flower_split.runs.loggers.logger import LoggedRun, MetricLogger, Record
+from flower_split.testing import ConformanceError, check_logger, check_report, check_window_rule
 from flower_split.trunk.engine.window_rules import QuorumAlone, WindowMember, WindowRule
 
 
@@ -122,7 +123,52 @@ def test_a_window_rule_that_breaks_a_clause_is_found(broken: type[WindowRule], w
         check_window_rule(broken())
 
 
-@pytest.mark.parametrize("name", ["reports", "window_rules"])
+class Losses(MetricLogger):
+    def start(self, run: LoggedRun) -> None:
+        self.run = run
+
+    def log(self, record: Record) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Shouts(Losses):
+    def log(self, record: Record) -> None:
+        record["kind"] = "LOUD"  # type: ignore[index]
+
+
+class NeedsLosses(Losses):
+    def log(self, record: Record) -> None:
+        float(record["loss"])  # type: ignore[arg-type]
+
+
+class CutsMetrics(Losses):
+    def close(self) -> None:
+        (self.run.path / "metrics.jsonl").write_text("")
+
+
+class NeedsAKey(Losses):
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (Shouts, "leave the lines that it is told"),
+        (NeedsLosses, "it raised KeyError"),
+        (CutsMetrics, "leave config.json, versions.json, metrics.jsonl"),
+        (NeedsAKey, "be made without arguments"),
+    ],
+)
+def test_a_logger_that_breaks_a_clause_is_found(broken: type[MetricLogger], words: str) -> None:
+    with pytest.raises(ConformanceError, match=f"logger {broken.__name__} must .*{words}"):
+        check_logger(broken)
+
+
+@pytest.mark.parametrize("name", ["loggers", "reports", "window_rules"])
 def test_the_examples_run(name: str) -> None:
     failed, tried = doctest.testmod(sys.modules[f"flower_split.testing.{name}"])
     assert failed == 0 and tried > 0

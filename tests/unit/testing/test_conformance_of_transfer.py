@@ -21,6 +21,7 @@ from flower_split.testing import (
     check_aggregator,
     check_codec,
     check_data_source,
+    check_logger,
     check_report,
     check_rule,
     check_transport,
@@ -48,12 +49,14 @@ def test_every_plug_in_of_the_distribution_conforms(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("title\n- one\n- two\n")
     with installed(tmp_path / "site"):
         from newcomer.heaviest import Heaviest
+        from newcomer.losses import LossesLogger
         from newcomer.median_lora import MedianLoRA
         from newcomer.needs_first import NeedsFirst
         from newcomer.notes import NotesSource
         from newcomer.rounds import RoundsReport
         from newcomer.row_int8 import RowInt8Codec
 
+        check_logger(LossesLogger)
         check_report(RoundsReport)
         check_window_rule(NeedsFirst())
         check_codec(RowInt8Codec(), tolerance=1 / 254 + 1e-6)
