@@ -15,6 +15,7 @@ from flower_split.results.generation import (
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.runtime.secret_files import read_secret
 from flower_split.split import CutLayers
+from flower_split.wire.client_certificate import ClientCertificate
 
 
 def generate(arguments: argparse.Namespace) -> int:
@@ -68,7 +69,8 @@ def _server(arguments: argparse.Namespace) -> TrunkServer | None:
             "(flower-split trunk … --token-file FILE)."
         )
     token = read_secret(arguments.token_file, "--token-file")
-    return TrunkServer(arguments.trunk_address, token, arguments.root_certificates)
+    certificate = ClientCertificate(arguments.client_certificate, arguments.client_key)
+    return TrunkServer(arguments.trunk_address, token, arguments.root_certificates, certificate)
 
 
 def _converse(generator: TextGenerator, sampling: Sampling, chat: bool) -> None:

@@ -56,23 +56,9 @@ def _dispatch(arguments: argparse.Namespace) -> int:
             )
         )
     if arguments.command == "trunk":
-        from flower_split.cli.trunk import TrunkCommand, serve_trunk
-        from flower_split.runtime.logs import LogSettings
+        from flower_split.cli.trunk import serve_trunk, trunk_command
 
-        return serve_trunk(
-            TrunkCommand(
-                app=arguments.app,
-                listen=arguments.listen,
-                token_file=arguments.token_file,
-                tls_certificate=arguments.tls_certificate,
-                tls_key=arguments.tls_key,
-                checkpoints=arguments.checkpoints,
-                metrics_listen=arguments.metrics_listen,
-                audit_log=arguments.audit_log,
-                log=LogSettings(level=arguments.log_level, form=arguments.log_format, times=True),
-                run_config=arguments.run_config,
-            )
-        )
+        return serve_trunk(trunk_command(arguments))
     if arguments.command == "audit-log":
         from flower_split.cli.audit_log import verify
 

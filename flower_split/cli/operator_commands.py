@@ -5,6 +5,10 @@ Every function imports what it needs: torch and Flower take seconds to load.
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flower_split.wire.client_certificate import ClientCertificate
 
 
 def add_operator_commands(
@@ -16,6 +20,7 @@ def add_operator_commands(
     _add_doctor(commands)
     _add_status(commands)
     _add_release(commands)
+    _add_revoke(commands)
     _add_health(commands)
 
 
@@ -148,6 +153,7 @@ def _status(arguments: argparse.Namespace) -> int:
             address=arguments.address,
             token_file=arguments.token_file,
             root_certificates=arguments.root_certificates,
+            certificate=_certificate(arguments),
             as_json=arguments.json,
             watch=arguments.watch,
         )
@@ -176,7 +182,40 @@ def _release(arguments: argparse.Namespace) -> int:
             address=arguments.address,
             token_file=arguments.token_file,
             root_certificates=arguments.root_certificates,
+            certificate=_certificate(arguments),
             force=arguments.force,
+        )
+    )
+
+
+def _add_revoke(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    revoke = commands.add_parser(
+        "trunk-revoke",
+        help="take one client out of the experiment that a trunk serves, at once",
+        description="The client's token is unknown from now on. The round goes on without it, or is given "
+        "up, as trunk.on-bad-client and trunk.quorum say; the client stays out in later rounds, until the "
+        "trunk is restarted.",
+    )
+    _add_trunk_address(revoke)
+    who = revoke.add_mutually_exclusive_group(required=True)
+    who.add_argument("--slot", type=int, metavar="N", help="the client's data partition")
+    who.add_argument(
+        "--subject", default="", help="a name in the certificate that the client calls with"
+    )
+    revoke.set_defaults(handler=_revoke)
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.trunk_revoke import RevokeCommand, revoke
+
+    return revoke(
+        RevokeCommand(
+            address=arguments.address,
+            token_file=arguments.token_file,
+            root_certificates=arguments.root_certificates,
+            certificate=_certificate(arguments),
+            slot=arguments.slot,
+            subject=arguments.subject,
         )
     )
 
@@ -189,14 +228,14 @@ def _add_health(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "containers.",
     )
     health.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the trunk")
-    health.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
+    add_tls_options(health)
     health.set_defaults(handler=_health)
 
 
 def _health(arguments: argparse.Namespace) -> int:
     from flower_split.cli.health import health
 
-    return health(arguments.address, arguments.root_certificates)
+    return health(arguments.address, arguments.root_certificates, _certificate(arguments))
 
 
 def _add_trunk_address(parser: argparse.ArgumentParser) -> None:
@@ -204,4 +243,19 @@ def _add_trunk_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--token-file", required=True, type=Path, metavar="FILE", help="the coordinator's token"
     )
+    add_tls_options(parser)
+
+
+def add_tls_options(parser: argparse.ArgumentParser) -> None:
+    """Add how a command reaches a trunk over TLS."""
     parser.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
+    parser.add_argument(
+        "--client-certificate", default="", help="PEM file shown to a trunk with --client-ca"
+    )
+    parser.add_argument("--client-key", default="", help="PEM file of that certificate's key")
+
+
+def _certificate(arguments: argparse.Namespace) -> "ClientCertificate":
+    from flower_split.wire.client_certificate import ClientCertificate
+
+    return ClientCertificate(arguments.client_certificate, arguments.client_key)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flower_split.cli.experiment_commands import add_experiment_commands
-from flower_split.cli.operator_commands import add_operator_commands
+from flower_split.cli.operator_commands import add_operator_commands, add_tls_options
 from flower_split.runs.resuming import resume_table
 from flower_split.runtime.exit_codes import exit_code_table
 from flower_split.runtime.logs import FORMATS, LEVELS
@@ -97,6 +97,21 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     trunk.add_argument("--tls-certificate", default="", help="PEM file; required off loopback")
     trunk.add_argument("--tls-key", default="", help="PEM file")
     trunk.add_argument(
+        "--client-ca",
+        default="",
+        metavar="FILE",
+        help="PEM file: whoever calls must show a certificate that this CA signed",
+    )
+    for role in ("client", "coordinator"):
+        trunk.add_argument(
+            f"--allow-{role}",
+            action="append",
+            default=[],
+            metavar="SUBJECT",
+            help=f"common name or alternative name of a {role}'s certificate, or @FILE with one a line, "
+            "read again when it changes; again for each; default: whoever the CA signed",
+        )
+    trunk.add_argument(
         "--checkpoints",
         default="",
         metavar="DIR",
@@ -180,7 +195,7 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
         help="of a trunk server that holds the run's trunk; default: load it here",
     )
     generate.add_argument("--token-file", default="", help="the trunk server's")
-    generate.add_argument("--root-certificates", default="", help="PEM file of the CA for TLS")
+    add_tls_options(generate)
 
 
 def _add_stream(parser: argparse.ArgumentParser) -> None:

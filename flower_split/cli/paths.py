@@ -17,6 +17,8 @@ _FILES = (
     "train.client-dir",
     "trunk.token-file",
     "trunk.root-certificates",
+    "trunk.client-certificate",
+    "trunk.client-key",
     "resume",
     "run-dir",
 )

@@ -127,6 +127,7 @@ def check_trunk(config: RunConfig) -> None:
         ConfigError: It would train otherwise than the configuration says.
     """
     from flower_split.trunk.engine.window_rules import make_window_rule
+    from flower_split.wire.client_certificate import ClientCertificate
     from flower_split.wire.codecs import make_codec
     from flower_split.wire.transports import TRANSPORTS
 
@@ -143,6 +144,7 @@ def check_trunk(config: RunConfig) -> None:
         read_token(config.trunk.token_file),
         root_certificates=config.trunk.root_certificates,
         timeout=_CONTROL_SECONDS,
+        certificate=ClientCertificate.of(config.trunk),
     )
     with closing(coordinator):
         check_settings(config, coordinator.status())

@@ -16,6 +16,7 @@ from flower_split.errors import ConfigError, TrunkError
 from flower_split.protocol.values import SlotReport, TrunkStatus
 from flower_split.runtime.exit_codes import COMPLETED
 from flower_split.runtime.secret_files import read_secret
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
 _SECONDS = 10.0  # of one question
 _MIB = 1 << 20
@@ -29,6 +30,7 @@ class StatusCommand:
     address: str  # host:port of the trunk
     token_file: Path
     root_certificates: str = ""  # PEM file of the CA for TLS
+    certificate: ClientCertificate = NO_CERTIFICATE
     as_json: bool = False
     watch: float | None = None  # seconds between two looks; None: look once
 
@@ -60,6 +62,7 @@ def show_status(command: StatusCommand) -> int:
         read_secret(command.token_file, "--token-file"),
         root_certificates=command.root_certificates,
         timeout=_SECONDS,
+        certificate=command.certificate,
     )
     with closing(coordinator):
         if command.watch is not None:

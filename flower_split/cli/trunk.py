@@ -1,5 +1,6 @@
 """``flower-split trunk``: serve an app's trunk until a signal ends it."""
 
+import argparse
 import logging
 import os
 import secrets
@@ -30,11 +31,33 @@ class TrunkCommand:
     token_file: Path  # made if it is missing
     tls_certificate: str = ""  # PEM file; required off loopback
     tls_key: str = ""  # PEM file
+    client_ca: str = ""  # PEM file; empty: no client certificate is asked for
+    allow_clients: Sequence[str] = ()  # subjects, or @FILE
+    allow_coordinators: Sequence[str] = ()
     checkpoints: str = ""  # directory; empty: none are kept
     metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
     audit_log: str = ""  # file; empty: none is kept
     log: LogSettings = LogSettings(times=True)
     run_config: Sequence[str] | None = None  # values of --run-config
+
+
+def trunk_command(arguments: argparse.Namespace) -> TrunkCommand:
+    """Return what the command line asks for."""
+    return TrunkCommand(
+        app=arguments.app,
+        listen=arguments.listen,
+        token_file=arguments.token_file,
+        tls_certificate=arguments.tls_certificate,
+        tls_key=arguments.tls_key,
+        client_ca=arguments.client_ca,
+        allow_clients=arguments.allow_client,
+        allow_coordinators=arguments.allow_coordinator,
+        checkpoints=arguments.checkpoints,
+        metrics_listen=arguments.metrics_listen,
+        audit_log=arguments.audit_log,
+        log=LogSettings(level=arguments.log_level, form=arguments.log_format, times=True),
+        run_config=arguments.run_config,
+    )
 
 
 def serve_trunk(command: TrunkCommand) -> int:
@@ -53,8 +76,12 @@ def serve_trunk(command: TrunkCommand) -> int:
     serving = Serving(
         listen=command.listen,
         token=token_from(command.token_file, command.checkpoints),
+        token_file=str(command.token_file),
         tls_certificate=command.tls_certificate,
         tls_key=command.tls_key,
+        client_ca=command.client_ca,
+        allow_clients=tuple(command.allow_clients),
+        allow_coordinators=tuple(command.allow_coordinators),
         checkpoints=command.checkpoints,
         metrics_listen=command.metrics_listen,
         audit_log=command.audit_log,

@@ -8,6 +8,7 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import TrunkStatus
 from flower_split.runtime.exit_codes import COMPLETED
 from flower_split.runtime.secret_files import read_secret
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
 _SECONDS = 10.0  # of one question
 _OVER = ("idle", "aborted")
@@ -21,6 +22,7 @@ class ReleaseCommand:
     address: str  # host:port of the trunk
     token_file: Path
     root_certificates: str = ""  # PEM file of the CA for TLS
+    certificate: ClientCertificate = NO_CERTIFICATE
     force: bool = False  # also from a round whose clients are at work
 
 
@@ -40,6 +42,7 @@ def release(command: ReleaseCommand) -> int:
         read_secret(command.token_file, "--token-file"),
         root_certificates=command.root_certificates,
         timeout=_SECONDS,
+        certificate=command.certificate,
     )
     with closing(coordinator):
         status = coordinator.status()

@@ -53,6 +53,7 @@ from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
 from flower_split.runtime.simulation import simulated_clients_at_once
+from flower_split.wire.client_certificate import ClientCertificate
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class Handlers:
             num_partitions=numbers[1],
             own=own_lora(config, numbers[0], context.node_config),
             cuts=client_cuts(config, numbers[0], context.node_config),
+            certificate=ClientCertificate.of(config.trunk, context.node_config),
         )
 
     def _kept(self, client: Client, order: PhaseOrder, context: Context) -> KeptState:

@@ -38,6 +38,7 @@ from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.codecs import make_codec
 from flower_split.wire.transports import TRANSPORTS
 
@@ -77,6 +78,7 @@ class Client:
         num_partitions: How many partitions there are.
         own: What of its LoRA is its own.
         cuts: Where its model is cut.
+        certificate: Shown to a trunk that speaks TLS.
 
     Args:
         kept: What this process keeps of the run; clients of one run share it.
@@ -84,6 +86,7 @@ class Client:
         num_partitions: How many partitions there are.
         own: What of its LoRA is its own.
         cuts: Its own cut layers; None: what the run's configuration says.
+        certificate: Shown to the trunk; None: what the run's configuration says.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Client:
         num_partitions: int,
         own: OwnLora = SAME_AS_RUN,
         cuts: CutLayers | None = None,
+        certificate: ClientCertificate | None = None,
     ) -> None:
         self.kept = kept
         self.config = kept.config
@@ -100,6 +104,7 @@ class Client:
         self.num_partitions = num_partitions
         self.own = own
         self.cuts = cuts or client_cuts(kept.config, partition_id)
+        self.certificate = certificate or ClientCertificate.of(kept.config.trunk)
 
     @property
     def device(self) -> torch.device:
@@ -266,6 +271,8 @@ class Client:
     @contextlib.contextmanager
     def _trunk(self, order: TrunkOrder) -> Iterator[RemoteTrunk]:
         """Put the trunk into the model's middle, for one phase."""
+        # A trunk without TLS is on loopback, and asks for no certificate.
+        shown = self.certificate if order.root_certificates else NO_CERTIFICATE
         with contextlib.ExitStack() as stack:
             trunk = RemoteTrunk(
                 order.address,
@@ -276,6 +283,7 @@ class Client:
                 root_certificates=order.root_certificates,
                 cuts=self.cuts,
                 transport=self.config.trunk.transport,
+                certificate=shown,
             )
             stack.callback(set_trunk, self.model, NoTrunk())
             stack.callback(trunk.close)

@@ -32,6 +32,7 @@ from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.staging import allocator, tensors_to_host
 from flower_split.wire.transports import TRANSPORTS
 
@@ -55,6 +56,7 @@ class RemoteTrunk(nn.Module, Closing):
             fingerprint says, which must then be the trunk's span.
         transport: The name of what carries the calls: ``auto`` (shared memory where client and trunk
             share host and user, else gRPC), ``grpc``, ``shared-memory``, or a plug-in's.
+        certificate: What this client shows to a trunk that asks for one.
 
     Attributes:
         waiting: Entered around every call: give back there what other micro-batches need to
@@ -80,12 +82,17 @@ class RemoteTrunk(nn.Module, Closing):
         root_certificates: str = "",
         cuts: CutLayers | None = None,
         transport: str = "grpc",
+        certificate: ClientCertificate = NO_CERTIFICATE,
     ) -> None:
         super().__init__()
         self.always = torch.empty(0, requires_grad=True)
         self._session = TrunkSession(
             TRANSPORTS.get(transport)(
-                address, token=token, timeout=call_timeout, root_certificates=root_certificates
+                address,
+                token=token,
+                timeout=call_timeout,
+                root_certificates=root_certificates,
+                certificate=certificate,
             ),
             fingerprint,
             cuts,

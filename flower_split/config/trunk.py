@@ -21,6 +21,10 @@ class TrunkConfig:
     """File with the coordinator token of a running trunk."""
     root_certificates: str = ""
     """PEM file of the CA for TLS; empty: plain text, on loopback only."""
+    client_certificate: str = ""
+    """PEM file shown to a trunk with --client-ca; a node config's client-certificate comes first."""
+    client_key: str = ""
+    """PEM file of that certificate's key; a node config's client-key comes first."""
     train: str = "lora"
     """What trains: lora, or full (every trunk weight)."""
     step_every: str = "local-step"
@@ -124,5 +128,9 @@ class TrunkConfig:
         for name in ("num_threads", "max_calls_in_flight", "max_call_positions"):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         one_of("trunk.compute", self.compute, COMPUTE_MODES)
+        if bool(self.client_certificate) != bool(self.client_key):
+            raise ConfigError(
+                "trunk.client-certificate and trunk.client-key belong together; only one is named."
+            )
         if self.address and ":" not in self.address:
             raise ConfigError(f"trunk.address must be host:port; it is {self.address!r}.")

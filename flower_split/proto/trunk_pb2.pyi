@@ -478,6 +478,20 @@ class CommitRoundReply(_message.Message):
     version: int
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
+class RevokeClientRequest(_message.Message):
+    __slots__ = ("slots", "subject")
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    subject: str
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., subject: _Optional[str] = ...) -> None: ...
+
+class RevokeClientReply(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, slots: _Optional[_Iterable[int]] = ...) -> None: ...
+
 class AbortRoundRequest(_message.Message):
     __slots__ = ("experiment", "server_round", "attempt", "why")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]

@@ -41,6 +41,7 @@ from flower_split.runtime.devices import resolve_device
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
 from flower_split.split.loading.model_source import ModelSource
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
 Message = dict[str, str]  # "role" and "content"
 
@@ -77,6 +78,7 @@ class TrunkServer:
     address: str  # host:port
     token: str  # the coordinator's
     root_certificates: str = ""  # PEM file; empty: plain text, on loopback
+    certificate: ClientCertificate = NO_CERTIFICATE  # shown as the coordinator, and as a client
 
 
 class TextGenerator:
@@ -240,7 +242,12 @@ def _remote(
     """Reach the run's trunk on a server, within an evaluation round of its own."""
     token = secrets.token_urlsafe(24)
     with contextlib.closing(
-        TrunkCoordinator(server.address, server.token, root_certificates=server.root_certificates)
+        TrunkCoordinator(
+            server.address,
+            server.token,
+            root_certificates=server.root_certificates,
+            certificate=server.certificate,
+        )
     ) as coordinator:
         status = coordinator.status()
         if status.phase not in ("idle", "aborted", "done"):
@@ -270,6 +277,7 @@ def _remote(
                 root_certificates=server.root_certificates,
                 cuts=cuts,
                 transport=config.trunk.transport,
+                certificate=server.certificate,
             ) as trunk:
                 trunk.open(0, evaluate=True)
                 yield trunk

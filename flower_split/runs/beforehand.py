@@ -47,6 +47,8 @@ def check_files(config: RunConfig, *, simulated: bool) -> None:
     for key, value in (
         ("trunk.token-file", config.trunk.token_file),
         ("trunk.root-certificates", config.trunk.root_certificates),
+        ("trunk.client-certificate", config.trunk.client_certificate),
+        ("trunk.client-key", config.trunk.client_key),
     ):
         if config.trunk.address and value and not Path(value).expanduser().is_file():
             raise ConfigError(f"{key}: there is no file {value}. Give a readable file.")

@@ -29,6 +29,8 @@ MAY_CHANGE: Mapping[str, str] = {
     "trunk.address": "where the trunk serves now",
     "trunk.token-file": "its token",
     "trunk.root-certificates": "its CA",
+    "trunk.client-certificate": "what is shown to it",
+    "trunk.client-key": "of that certificate",
     "trunk.join-timeout": "seconds",
     "trunk.window-timeout": "seconds",
     "trunk.call-timeout": "seconds",

@@ -14,6 +14,8 @@ from flower_split.protocol.convert import (
 )
 from flower_split.protocol.reports import report_from_proto, status_from_proto
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, TrunkStatus
+from flower_split.runtime.secret_files import TokenFile
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.receiving import Incoming
 
@@ -30,21 +32,31 @@ class TrunkCoordinator:
 
     Args:
         address: ``host:port``.
-        token: The trunk's coordinator token.
+        token: The trunk's coordinator token; of a file, as it is with each call.
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
         timeout: Seconds per call, retries included; at most 10 for status and abort.
+        certificate: What this side shows over TLS.
 
     Raises:
         ConfigError: Plain text to another machine, or a PEM file that cannot be read.
     """
 
     def __init__(
-        self, address: str, token: str, root_certificates: str = "", timeout: float = 150.0
+        self,
+        address: str,
+        token: str | TokenFile,
+        root_certificates: str = "",
+        timeout: float = 150.0,
+        certificate: ClientCertificate = NO_CERTIFICATE,
     ) -> None:
         self.address = address
         self._timeout = timeout
         self._channel = TrunkChannel(
-            address, token=token, timeout=timeout, root_certificates=root_certificates
+            address,
+            token=token,
+            timeout=timeout,
+            root_certificates=root_certificates,
+            certificate=certificate,
         )
 
     def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
@@ -91,6 +103,17 @@ class TrunkCoordinator:
         return self._channel.unary(
             "AbortRound", request, pb.AbortRoundReply, timeout=timeout
         ).version
+
+    def revoke_client(self, slots: Sequence[int], subject: str = "") -> list[int]:
+        """Take clients out of the experiment, by slot or by a name in their certificate.
+
+        Returns:
+            The slots that are out now.
+        """
+        request = pb.RevokeClientRequest(slots=slots, subject=subject)
+        timeout = min(self._timeout, _SHORT_SECONDS)
+        reply = self._channel.unary("RevokeClient", request, pb.RevokeClientReply, timeout=timeout)
+        return list(reply.slots)
 
     def status(self) -> TrunkStatus:
         """Return where the trunk stands."""

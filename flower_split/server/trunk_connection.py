@@ -11,13 +11,14 @@ from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from flower_split.parties.fingerprint import differences, differing_fields, settings
 from flower_split.protocol.values import TrunkStatus
-from flower_split.runtime.secret_files import read_secret
+from flower_split.runtime.secret_files import TokenFile
 from flower_split.runtime.version import __version__
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.heartbeat import Heartbeat
 from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
 from flower_split.server.trunk_process import TrunkProcess
 from flower_split.server.trunk_rounds import StartingPoint, stand_at_base
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
 logger = logging.getLogger(__name__)
 
@@ -55,16 +56,22 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
     with contextlib.ExitStack() as stack:
         process: TrunkProcess | None = None
         if config.trunk.address:
-            token = read_token(config.trunk.token_file)
+            token: str | TokenFile = token_file(config.trunk.token_file)
             address, certificates = config.trunk.address, config.trunk.root_certificates
+            shown = ClientCertificate.of(config.trunk)
         else:
             logger.info("starting the trunk on loopback")
             process = TrunkProcess.start(config, config.join_timeout, checkpoints)
             stack.callback(process.close)
             process.supervise()
             token, address, certificates = process.token, process.address, ""
+            shown = NO_CERTIFICATE
         coordinator = TrunkCoordinator(
-            address, token, root_certificates=certificates, timeout=_CONTROL_SECONDS
+            address,
+            token,
+            root_certificates=certificates,
+            timeout=_CONTROL_SECONDS,
+            certificate=shown,
         )
         stack.callback(coordinator.close)
         status = coordinator.status()
@@ -131,17 +138,23 @@ def check_free(trunk: ConnectedTrunk, start: StartingPoint, retries: int) -> Non
 
 
 def read_token(path: str) -> str:
-    """Return the coordinator's token from ``trunk.token-file``.
+    """Return the coordinator's token from ``trunk.token-file``; raises as :func:`token_file`."""
+    return token_file(path).tokens()[0]
+
+
+def token_file(path: str) -> TokenFile:
+    """Return the file ``trunk.token-file``, which is read again when it changes.
 
     Raises:
-        ConfigError: No file is named, or it cannot be read, others can read it, or it is empty.
+        ConfigError: No file is named, or it cannot be read, others can read it, it is empty, or its
+            token is too short.
     """
     if not path:
         raise ConfigError(
             "trunk.address names a running trunk, but trunk.token-file is empty. Name the file "
             "that the trunk was started with: flower-split trunk … --token-file FILE."
         )
-    return read_secret(path, "trunk.token-file")
+    return TokenFile(path, "trunk.token-file")
 
 
 def _read_text(path: str, key: str) -> str:

@@ -18,6 +18,7 @@ from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.runtime import failpoints
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.logs import quiet_libraries
+from flower_split.runtime.secret_files import TokenFile, check_token
 
 _WORKERS = 256  # threads of the RPC shell; a waiting forward must never starve a backward
 _GRACE_SECONDS = 2.0
@@ -29,8 +30,12 @@ class Serving:
 
     listen: str = "127.0.0.1:0"  # host:port; port 0: any free one
     token: str  # the coordinator's token
+    token_file: str = ""  # from which it is read again when it changes; empty: it stays
     tls_certificate: str = ""  # PEM file; empty: plain text, loopback only
     tls_key: str = ""  # PEM file
+    client_ca: str = ""  # PEM file; empty: no client certificate is asked for
+    allow_clients: tuple[str, ...] = ()  # subjects, or @FILE; none: whoever the CA signed
+    allow_coordinators: tuple[str, ...] = ()  # the same, of calls with the coordinator's token
     checkpoints: str = ""  # directory of the trunk's checkpoints; empty: none are kept
     metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
     audit_log: str = ""  # file; empty: none is kept
@@ -40,14 +45,14 @@ class Serving:
         host, colon, port = self.listen.rpartition(":")
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             raise ConfigError(f"--listen must be HOST:PORT; it is {self.listen!r}.")
-        if len(self.token) < 16:
-            raise ConfigError(
-                "the trunk's token must have at least 16 characters; it has "
-                f"{len(self.token)}. Make one with: python -c 'import secrets; "
-                "print(secrets.token_urlsafe(32))'."
-            )
+        check_token(self.token)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("TLS needs both files: give --tls-certificate and --tls-key.")
+        if (self.allow_clients or self.allow_coordinators) and not self.client_ca:
+            raise ConfigError(
+                "--allow-client and --allow-coordinator name subjects of certificates, which the trunk "
+                "asks for with --client-ca alone. Give the CA's PEM file."
+            )
 
 
 class RunningTrunk(Closing):
@@ -65,18 +70,33 @@ class RunningTrunk(Closing):
         # Loading torch and the model takes seconds: only the process that serves pays for it.
         from flower_split.trunk.build import make_engine
         from flower_split.trunk.service.audit_log import AuditLog
+        from flower_split.trunk.service.client_certificates import MutualTls
         from flower_split.trunk.service.limits import Limits
         from flower_split.trunk.service.server import TrunkServer
 
         self._audit = AuditLog(Path(serving.audit_log)) if serving.audit_log else None
         directory = Path(serving.checkpoints) if serving.checkpoints else None
+        mutual = (
+            MutualTls(
+                client_ca=serving.client_ca,
+                clients=serving.allow_clients,
+                coordinators=serving.allow_coordinators,
+            )
+            if serving.client_ca
+            else None
+        )
         self.engine = make_engine(config, directory)
         self._server = TrunkServer(
             self.engine,
             listen=serving.listen,
-            coordinator_token=serving.token,
+            coordinator_token=(
+                TokenFile(serving.token_file, "--token-file")
+                if serving.token_file
+                else serving.token
+            ),
             tls_certificate=serving.tls_certificate or None,
             tls_key=serving.tls_key or None,
+            mutual=mutual,
             max_workers=_WORKERS,
             max_call_seconds=config.trunk.call_timeout,
             limits=Limits(

@@ -1,11 +1,12 @@
 """gRPC as this package uses it: service name, options, credentials, and where plain text may go."""
 
 import ipaddress
-from pathlib import Path
 
 import grpc
 
 from flower_split.errors import ConfigError
+from flower_split.runtime.certificate_files import read_pem
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
 SERVICE = "flower_split.Trunk"
 MAX_MESSAGE_BYTES = 8 << 20
@@ -58,24 +59,41 @@ def is_loopback(address: str) -> bool:
         return False
 
 
-def open_channel(address: str, root_certificates: str = "") -> grpc.Channel:
+def open_channel(
+    address: str,
+    root_certificates: str = "",
+    certificate: ClientCertificate = NO_CERTIFICATE,
+) -> grpc.Channel:
     """Return a channel with this package's options; it connects with the first call.
 
     Args:
         address: ``host:port``.
         root_certificates: The CA that signed the trunk's certificate, as PEM text or the path of a
             PEM file; empty: plain text, on loopback only.
+        certificate: What this side shows, over TLS.
 
     Raises:
-        ConfigError: Plain text to another machine, or a PEM file that cannot be read.
+        ConfigError: Plain text to another machine, or with a certificate; a file that cannot be read,
+            or a certificate that is not valid now or not its key's.
     """
     if root_certificates:
         if "-----BEGIN" in root_certificates:
             pem = root_certificates.encode()
         else:
             pem = read_pem("trunk.root-certificates", root_certificates)
-        credentials = grpc.ssl_channel_credentials(root_certificates=pem)
+        pair = certificate.read()
+        credentials = grpc.ssl_channel_credentials(
+            root_certificates=pem,
+            private_key=None if pair is None else pair.key,
+            certificate_chain=None if pair is None else pair.certificate,
+        )
         return grpc.secure_channel(address, credentials, options=channel_options())
+    if certificate != NO_CERTIFICATE:
+        raise ConfigError(
+            f"trunk.client-certificate {certificate.certificate} can be shown over TLS alone, but "
+            f"nothing says which CA the trunk at {address} has. Give its PEM file as "
+            "trunk.root-certificates."
+        )
     if not is_loopback(address):
         raise ConfigError(
             f"the trunk at {address} is not on this machine's loopback, where alone plain text is "
@@ -83,21 +101,6 @@ def open_channel(address: str, root_certificates: str = "") -> grpc.Channel:
             "trunk.root-certificates and start the trunk with --tls-certificate and --tls-key."
         )
     return grpc.insecure_channel(address, options=channel_options())
-
-
-def read_pem(key: str, path: str) -> bytes:
-    """Return the content of a PEM file.
-
-    Raises:
-        ConfigError: It cannot be read, or is not PEM.
-    """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise ConfigError(f"{key} must name a readable PEM file; {path!r}: {error}.") from error
-    if b"-----BEGIN" not in content:
-        raise ConfigError(f"{key} must name a PEM file; {path!r} holds no PEM block.")
-    return content
 
 
 def bearer(token: str) -> Metadata:

@@ -16,7 +16,10 @@ from google.protobuf.message import Message
 
 from flower_split.errors import TrunkError, TrunkUnavailable
 from flower_split.runtime.closing import Closing
-from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
+from flower_split.runtime.secret_files import TokenFile
+from flower_split.wire.certificate_errors import certificate_fault
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.grpc_options import SERVICE, Metadata, bearer, open_channel
 from flower_split.wire.grpc_status import error_of, failed_call
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.tls_errors import tls_fault
@@ -43,8 +46,9 @@ class TrunkChannel(Closing):
 
     Args:
         address: ``host:port``.
-        token: Sent with every call.
+        token: Sent with every call; of a file, as it is at that moment.
         root_certificates: See :func:`open_channel`.
+        certificate: What this side shows over TLS; read now.
         timeout: Seconds that one call may take, retries included. An attempt gets half of the time
             that is left, so that a trunk which hangs or is replaced is asked again.
 
@@ -53,14 +57,21 @@ class TrunkChannel(Closing):
     """
 
     def __init__(
-        self, address: str, *, token: str, timeout: float, root_certificates: str = ""
+        self,
+        address: str,
+        *,
+        token: str | TokenFile,
+        timeout: float,
+        root_certificates: str = "",
+        certificate: ClientCertificate = NO_CERTIFICATE,
     ) -> None:
         self.address = address
         self._timeout = timeout
-        self._metadata = bearer(token)
+        self._token = bearer(token) if isinstance(token, str) else token
+        self._tls, self._certificate = bool(root_certificates), certificate
         self._jitter = random.Random()  # its own: a retry must not shift a seeded run's numbers
-        self._control = open_channel(address, root_certificates)
-        self._data = open_channel(address, root_certificates)
+        self._control = open_channel(address, root_certificates, certificate)
+        self._data = open_channel(address, root_certificates, certificate)
 
     def unary(
         self,
@@ -81,7 +92,7 @@ class TrunkChannel(Closing):
             method,
             timeout,
             retry,
-            lambda left: call(request, timeout=left, metadata=self._metadata),
+            lambda left: call(request, timeout=left, metadata=self._metadata()),
         )
 
     def stream(
@@ -96,7 +107,7 @@ class TrunkChannel(Closing):
             None,
             True,
             lambda left: _consume(
-                start(message.frames(), timeout=left, metadata=self._metadata), read
+                start(message.frames(), timeout=left, metadata=self._metadata()), read
             ),
         )
 
@@ -112,13 +123,24 @@ class TrunkChannel(Closing):
             method,
             None,
             True,
-            lambda left: _consume(start(payload, timeout=left, metadata=self._metadata), read),
+            lambda left: _consume(start(payload, timeout=left, metadata=self._metadata()), read),
         )
 
     def close(self) -> None:
         """Close both connections; calls in progress end. Idempotent."""
         self._control.close()
         self._data.close()
+
+    def _fault(self, text: str | None) -> str:
+        """Return what is wrong with the TLS; empty: nothing, or what trying again may mend."""
+        return tls_fault(text) or (
+            certificate_fault(text, self.address, self._certificate) if self._tls else ""
+        )
+
+    def _metadata(self) -> Metadata:
+        if isinstance(self._token, TokenFile):
+            return bearer(self._token.tokens()[0])
+        return self._token
 
     def _until_answered(
         self,
@@ -141,7 +163,7 @@ class TrunkChannel(Closing):
                 code, text = failed_call(error).code(), failed_call(error).details()
                 if code not in _RETRIED:
                     raise error_of(error, what) from None
-                if fault := tls_fault(text):
+                if fault := self._fault(text):
                     raise TrunkError(f"{what}: no connection, for {fault} ({text}).") from None
             except ValueError as error:  # how grpc says that the channel is closed
                 raise TrunkError(f"{what}: the connection has been closed ({error}).") from error

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from flower_split.errors import TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.shared_memory import SharedFrames, SharedMemory, host_identity
@@ -33,17 +34,28 @@ class AutomaticChannel(Closing):
         token: Sent with every call.
         timeout: Seconds that one call may take, retries included.
         root_certificates: CA for TLS; empty: plain text, on loopback only.
+        certificate: What this side shows over TLS.
 
     Raises:
         ConfigError: See :class:`~flower_split.wire.grpc_transport.TrunkChannel`.
     """
 
     def __init__(
-        self, address: str, *, token: str, timeout: float, root_certificates: str = ""
+        self,
+        address: str,
+        *,
+        token: str,
+        timeout: float,
+        root_certificates: str = "",
+        certificate: ClientCertificate = NO_CERTIFICATE,
     ) -> None:
         self.address = address
         self._grpc = TrunkChannel(
-            address, token=token, timeout=timeout, root_certificates=root_certificates
+            address,
+            token=token,
+            timeout=timeout,
+            root_certificates=root_certificates,
+            certificate=certificate,
         )
         self._timeout = timeout
         self._lock = threading.Lock()

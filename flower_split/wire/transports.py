@@ -5,6 +5,7 @@ from typing import Protocol, TypeGuard
 
 from flower_split.errors import ConfigError
 from flower_split.runtime.registry import Registry
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.shared_memory_transport import AutomaticChannel, SharedMemoryChannel
 from flower_split.wire.transport import Transport
@@ -14,7 +15,13 @@ class MakesTransport(Protocol):
     """Makes a client's way to one trunk: a class of transports, or a function."""
 
     def __call__(
-        self, address: str, *, token: str, timeout: float, root_certificates: str = ""
+        self,
+        address: str,
+        *,
+        token: str,
+        timeout: float,
+        root_certificates: str = "",
+        certificate: ClientCertificate = NO_CERTIFICATE,
     ) -> Transport:
         """Return a transport; connections are made with the first call.
 
@@ -23,6 +30,7 @@ class MakesTransport(Protocol):
             token: The client's, sent with every call.
             timeout: Seconds that one call may take, retries included.
             root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text.
+            certificate: What this side shows over TLS.
 
         Raises:
             ConfigError: Plain text to another machine, or a PEM file that cannot be read.

@@ -1,95 +1,18 @@
 """TLS that fails says why at once; a renewed certificate is used without a restart."""
 
 import datetime
-import ipaddress
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from flower_split.errors import ConfigError, TrunkError, TrunkUnavailable
 from flower_split.trunk.service.server import TrunkServer
 from flower_split.wire.tls_errors import tls_fault
+from tests.support.certificates import DAY, Authority, renew
 from tests.support.loopback import FakeEngine, remote, served
-
-DAY = datetime.timedelta(days=1)
-
-
-@dataclass(frozen=True)
-class Authority:
-    """A CA in a folder of its own."""
-
-    folder: Path
-    certificate: x509.Certificate
-    key: ec.EllipticCurvePrivateKey
-
-    @classmethod
-    def made(cls, folder: Path) -> "Authority":
-        folder.mkdir()
-        key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, folder.name)])
-        builder = begun(name, name, key, -9 * DAY, 9 * DAY)
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
-        found = cls(folder, builder.sign(key, hashes.SHA256()), key)
-        (folder / "ca.pem").write_bytes(pem(found.certificate))
-        return found
-
-    @property
-    def root(self) -> str:
-        return str(self.folder / "ca.pem")
-
-    def sign(
-        self,
-        host: str = "127.0.0.1",
-        begins: datetime.timedelta = -DAY,
-        ends: datetime.timedelta = DAY,
-        name: str = "trunk",
-    ) -> tuple[str, str]:
-        """The paths of a certificate for ``host`` and its key."""
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        builder = begun(subject, self.certificate.subject, key, begins, ends)
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host))])
-        signed = builder.add_extension(names, False).sign(self.key, hashes.SHA256())
-        files = self.folder / f"{name}.crt", self.folder / f"{name}.key"
-        files[0].write_bytes(pem(signed))
-        files[1].write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        files[1].chmod(0o600)
-        return str(files[0]), str(files[1])
-
-
-def begun(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: ec.EllipticCurvePrivateKey,
-    begins: datetime.timedelta,
-    ends: datetime.timedelta,
-) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder(issuer, subject, key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now + begins)
-        .not_valid_after(now + ends)
-    )
-
-
-def pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 @pytest.fixture
@@ -171,13 +94,6 @@ def test_key_of_another_certificate_is_told_by_both_names(ca: Authority) -> None
     _, key = ca.sign(name="two")
     with pytest.raises(ConfigError, match=f"{key} does not belong to .*{certificate}"):
         TrunkServer(FakeEngine(), coordinator_token="t", tls_certificate=certificate, tls_key=key)
-
-
-def renew(files: tuple[str, str]) -> None:
-    """Let the files be newer than they were, whatever the resolution of their times."""
-    for path in files:
-        later = os.stat(path).st_mtime_ns + 2_000_000_000
-        os.utime(path, ns=(later, later))
 
 
 def test_renewed_certificate_is_used_without_a_restart(ca: Authority, tmp_path: Path) -> None:

@@ -99,9 +99,9 @@ def remote(port: int, *, slot: int = 0, mode: str = "joint", **changes: object) 
 
 
 def coordinator(
-    port: int, token: str = COORDINATOR_TOKEN, timeout: float = 20.0
+    port: int, token: str = COORDINATOR_TOKEN, timeout: float = 20.0, **tls: object
 ) -> closing[TrunkCoordinator]:
-    return closing(TrunkCoordinator(f"127.0.0.1:{port}", token, timeout=timeout))
+    return closing(TrunkCoordinator(f"127.0.0.1:{port}", token, timeout=timeout, **tls))
 
 
 @contextmanager
@@ -137,7 +137,7 @@ class FakeEngine:
         self._on_call(method, number)
 
     def knows_token(self, token: str) -> bool:
-        return True
+        return token != COORDINATOR_TOKEN  # everybody else takes part
 
     def count(self, method: str) -> int:
         return sum(name == method for name, _ in self.calls)

@@ -65,9 +65,7 @@ def examine(command: DoctorCommand, config: RunConfig | None) -> Iterator[Findin
     except ConfigError as error:
         yield problem("SuperLink", str(error), "Do what it says, then run doctor again.")
     if config is not None and config.trunk.address:
-        yield from credentials.app_credentials(
-            config.trunk.root_certificates, config.trunk.token_file
-        )
+        yield from credentials.app_credentials(config.trunk)
         yield from trunk(config)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from cryptography import x509
 
 from flower_split.cli.doctor.findings import Finding, ok, problem, warning
+from flower_split.config import TrunkConfig
 from flower_split.errors import ConfigError
 from flower_split.runtime.secret_files import read_secret
 
@@ -55,9 +56,11 @@ def secret(name: str, path: Path) -> Finding:
     return ok(name, f"{path} is readable and private")
 
 
-def app_credentials(root_certificates: str, token_file: str) -> Iterator[Finding]:
+def app_credentials(trunk: TrunkConfig) -> Iterator[Finding]:
     """Examine what an app's configuration names; empty names are passed over."""
-    if root_certificates:
-        yield certificate("trunk.root-certificates", Path(root_certificates))
-    if token_file:
-        yield secret("trunk.token-file", Path(token_file))
+    if trunk.root_certificates:
+        yield certificate("trunk.root-certificates", Path(trunk.root_certificates))
+    if trunk.client_certificate:
+        yield certificate("trunk.client-certificate", Path(trunk.client_certificate))
+    if trunk.token_file:
+        yield secret("trunk.token-file", Path(trunk.token_file))

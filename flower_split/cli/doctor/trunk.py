@@ -16,6 +16,7 @@ def trunk(config: RunConfig) -> list[Finding]:
     from flower_split.parties.fingerprint import fingerprint
     from flower_split.server.coordinator import TrunkCoordinator
     from flower_split.server.trunk_connection import read_token
+    from flower_split.wire.client_certificate import ClientCertificate
 
     subject = f"trunk {config.trunk.address}"
     try:
@@ -24,6 +25,7 @@ def trunk(config: RunConfig) -> list[Finding]:
             read_token(config.trunk.token_file),
             root_certificates=config.trunk.root_certificates,
             timeout=_SECONDS,
+            certificate=ClientCertificate.of(config.trunk),
         )
         with closing(coordinator):
             status = coordinator.status()

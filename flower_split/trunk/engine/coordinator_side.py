@@ -36,7 +36,13 @@ class CoordinatorSide:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "a round needs at least one participant."
             )
-        return self._thread.do(lambda: self._lifecycle.begin(plan))
+        return self._thread.do(lambda: self._begin(plan))
+
+    def _begin(self, plan: RoundPlan) -> tuple[int, int]:
+        answer = self._lifecycle.begin(plan)
+        if self._index.round is not None:
+            self._lifecycle.revocations.apply(self._index.round)
+        return answer
 
     def prepare_round(
         self,
@@ -83,6 +89,18 @@ class CoordinatorSide:
         return self._thread.do(
             lambda: self._lifecycle.abort(experiment, server_round, attempt, why)
         )
+
+    def revoke(self, slots: Sequence[int], tokens: Sequence[str] = ()) -> list[int]:
+        """Take clients out of the experiment; return their slots. Safe to retry.
+
+        Args:
+            slots: By number.
+            tokens: By a token of theirs; one that is nobody's counts for nothing.
+
+        Raises:
+            TrunkRefused: No round was begun, or it has no such participant; nothing has changed.
+        """
+        return self._thread.do(lambda: self._lifecycle.revocations.revoke(slots, tokens))
 
     def keep_alive(self) -> None:
         """Note that the coordinator lives; see ``RoundPlan.coordinator_seconds``. Waits for nothing."""

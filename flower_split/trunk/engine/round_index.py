@@ -45,6 +45,8 @@ class RoundIndex:
         changed: The engine's lock; see the module's docstring.
         round: The round begun last; None: none was.
         totals: Counts since the process started.
+        revoked: Slots that are out of the experiment; replaced, never changed, for it is read without
+            the lock.
     """
 
     def __init__(self, dispatches: Dispatches, epoch: int, clock: Callable[[], float]) -> None:
@@ -54,6 +56,7 @@ class RoundIndex:
         self.clock = clock
         self.round: Round | None = None
         self.totals = Totals()
+        self.revoked: frozenset[int] = frozenset()
         self._heard = clock()  # from the coordinator
 
     def replace(self, current: Round) -> None:
@@ -127,11 +130,16 @@ class RoundIndex:
             self.round.last_activity = now
 
     def knows_token(self, token: str) -> bool:
-        """Return whether a token is of the round begun last, or of a dispatch. Needs no lock."""
-        current, key = self.round, hashed(token)
-        known = current is not None and key in current.slots_by_token
-        at_work = list(self.dispatches.at_work.values())  # a copy: others change the dictionary
-        return known or any(key in dispatch.slots_by_token for dispatch in at_work)
+        """Return whether a token is of the round begun last or a dispatch, and not revoked. No lock."""
+        current, key, out = self.round, hashed(token), self.revoked
+        rounds: list[Round] = list(self.dispatches.at_work.values())  # a copy: others change it
+        if current is not None:
+            rounds.append(current)
+        for one in rounds:
+            slot = one.slots_by_token.get(key)
+            if slot is not None and slot not in out:
+                return True
+        return False
 
     def count_bytes(self, session: str, received: int, sent: int) -> None:
         """Add a call's bytes on the wire to its slot's totals. Takes the lock itself."""

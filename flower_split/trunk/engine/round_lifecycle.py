@@ -18,6 +18,7 @@ from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.engine.buffer_round import BufferRound
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.phases import Phase
+from flower_split.trunk.engine.revocations import Revocations
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round, hashed
 from flower_split.trunk.engine.settling import Settling
@@ -39,6 +40,9 @@ class RoundLifecycle:
         reduction: How the arrivals of an asynchronous round become one gradient.
         trains: Whether the trunk's weights train (mode joint).
         window_rule: Whether a window of training goes on without somebody.
+
+    Attributes:
+        revocations: The clients that an operator took out.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class RoundLifecycle:
         trains: bool,
         window_rule: WindowRule,
     ) -> None:
+        self.revocations = Revocations(index, settling)
         self._index = index
         self._settling = settling
         self._compute = compute
@@ -74,6 +79,8 @@ class RoundLifecycle:
         with self._index.changed:
             self._index.hear_coordinator()
             former = self._index.round
+            if former is not None and former.committed and former.plan == plan:
+                return self._index.epoch, former.before.version  # late: the round is over
             if former is not None and former.windows.phase is Phase.ABORTED:
                 self._settling.settle(former)  # its deadline may have ended a moment ago
             if former is not None and not former.over:

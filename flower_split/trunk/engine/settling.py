@@ -61,6 +61,20 @@ class Settling:
             current.drop(slot, why, self._index.clock())
         self.settle(current)
 
+    def take_out(self, current: Round, slot: int, why: str) -> None:
+        """Go on without a client whom an operator revoked, or give the round up, as for a bad one."""
+        with self._index.changed:
+            if current.retired or current.over or current.report is not None:
+                return  # what is prepared stays: the coordinator has it in its manifest
+            if not self._reduction.exclude_bad:
+                self._blame(current, {slot: why})
+            elif current.windows.slots[slot].finished:
+                current.windows.exclude(slot, why)
+                current.release_dropped()
+            else:
+                current.drop(slot, why, self._index.clock())
+        self.settle(current)
+
     def shorten(self, current: Round, slot: int, planned_steps: int) -> None:
         """Let a client plan fewer steps, and step with what that completes.
 

@@ -5,20 +5,17 @@ check therefore runs when the call's metadata has arrived: a stranger's call get
 nothing and answers at once, in the same words whatever is wrong with its credential.
 """
 
+import hmac
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar, cast
 
 import grpc
 
-from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
-from flower_split.trunk.service.handlers import (
-    Answering,
-    Context,
-    FirstFrames,
-    bearer_in,
-    same_token,
-)
+from flower_split.errors import ConfigError, RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.runtime.secret_files import TokenFile
+from flower_split.trunk.service.client_certificates import UNKNOWN_TOKEN, CertificateGate
+from flower_split.trunk.service.handlers import Answering, Context, FirstFrames, bearer_in
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE
 
@@ -27,6 +24,30 @@ _HEALTH_WORKERS = 4  # that health checks, which need no credential, may hold at
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
+Asked = TypeVar("Asked")
+Answer = TypeVar("Answer")
+
+
+class CoordinatorToken:
+    """The coordinator's credential: one token, or those that a file has at the moment. Thread-safe.
+
+    Args:
+        source: The token, or the file that has it and may change.
+
+    Raises:
+        ConfigError: The token is empty.
+    """
+
+    def __init__(self, source: str | TokenFile) -> None:
+        if not source:
+            raise ConfigError("the trunk needs a coordinator token; it is empty.")
+        self._source = source
+
+    def accepts(self, token: str) -> bool:
+        """Return whether a call's token is the coordinator's, in a time that does not tell how nearly."""
+        tokens = (self._source,) if isinstance(self._source, str) else self._source.tokens()
+        given = token.encode()  # compared with all of them, every time
+        return any([hmac.compare_digest(given, known.encode()) for known in tokens])
 
 
 class Admission(grpc.ServerInterceptor):
@@ -38,15 +59,18 @@ class Admission(grpc.ServerInterceptor):
             it must not wait.
         refusals: Notes who was refused.
         first_frames: Reads the request of a health check.
+        gate: Checks the certificates of calls; None: there are none.
     """
 
     def __init__(
         self,
-        coordinator_token: str,
+        coordinator_token: CoordinatorToken,
         knows_token: Callable[[str], bool],
         refusals: RefusalLog,
         first_frames: FirstFrames,
+        gate: CertificateGate | None = None,
     ) -> None:
+        self._gate = gate
         self._coordinator_token = coordinator_token
         self._knows_token = knows_token
         self._refusals = refusals
@@ -65,22 +89,29 @@ class Admission(grpc.ServerInterceptor):
         if service != SERVICE:
             return None
         token = bearer_in(details.invocation_metadata)
-        if token is not None and (
-            same_token(token, self._coordinator_token) or self._knows_token(token)
-        ):
-            return continuation(details)
+        if token is not None:
+            coordinator = not self._knows_token(token)
+            if not coordinator or self._coordinator_token.accepts(token):
+                handler = continuation(details)
+                if self._gate is None or handler is None:
+                    return handler
+                gate, refusals = self._gate, self._refusals
+
+                def check(context: Context) -> None:
+                    try:
+                        gate.check(context, token, coordinator=coordinator)
+                    except TrunkRefused as refusal:
+                        with Answering(context, method, refusals):
+                            raise refusal
+
+                return _checked(handler, check)
         # Nothing is read or written by it, so the types of requests and replies are no matter.
         return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method))
 
     def _refusing(self, method: str) -> "grpc.RpcMethodHandler[bytes, bytes]":
         def refuse(requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
             with Answering(context, method, self._refusals):
-                raise TrunkRefused(
-                    RefusalReason.UNAUTHENTICATED,
-                    'the trunk takes calls with the metadata "authorization: Bearer <token>" and a '
-                    "token that it knows now. A client's is of one round, from the strategy's "
-                    "message; the coordinator's is in the trunk's token file (trunk.token-file).",
-                )
+                raise TrunkRefused(RefusalReason.UNAUTHENTICATED, UNKNOWN_TOKEN)
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
@@ -112,3 +143,25 @@ class Admission(grpc.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _checked(
+    handler: "grpc.RpcMethodHandler[Request, Reply]", check: Callable[[Context], None]
+) -> "grpc.RpcMethodHandler[Request, Reply]":
+    """Return a handler that runs ``check``, which ends the call or returns, before its own behaviour."""
+
+    def first(behaviour: Callable[[Asked, Context], Answer]) -> Callable[[Asked, Context], Answer]:
+        def run(asked: Asked, context: Context) -> Answer:
+            check(context)
+            return behaviour(asked, context)
+
+        return run
+
+    forms = handler.request_deserializer, handler.response_serializer
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(first(handler.unary_unary), *forms)
+    if handler.unary_stream is not None:
+        return grpc.unary_stream_rpc_method_handler(first(handler.unary_stream), *forms)
+    if handler.stream_stream is not None:
+        return grpc.stream_stream_rpc_method_handler(first(handler.stream_stream), *forms)
+    raise TypeError("the trunk has no methods of another kind")

@@ -38,6 +38,8 @@ _NAMES = {
     "window": 20,
     "micro_batch": 20,
     "planned_steps": 20,
+    "slots": 80,
+    "subject": 64,
 }
 _TAIL_BYTES = 1 << 16  # enough for the last line
 
@@ -49,6 +51,7 @@ class Event:
     peer: str  # address
     subject: str  # the first digits of its token's SHA-256; empty: it has none
     rpc: str
+    certificate: str = ""  # its common name; empty: it showed none
     key: str = ""  # round, attempt, window, micro-batch, as the call names them
     digest: str = ""  # of what arrived, hex
     outcome: str = "OK"  # or REFUSED, FAILED
@@ -64,6 +67,7 @@ class Told:
     method: str
     header: Message | None  # None: it was not read
     digest: bytes  # of what arrived
+    certificate: str = ""  # its common name
 
 
 def event_of(call: Told, error: BaseException | None) -> Event:
@@ -74,6 +78,7 @@ def event_of(call: Told, error: BaseException | None) -> Event:
         # Tokens are random, so that nobody finds one by its hash.
         subject="" if call.token is None else hashlib.sha256(call.token.encode()).hexdigest()[:12],
         rpc=call.method,
+        certificate=printable(call.certificate)[:64],
         key="" if call.header is None else _key_text(call.header),
         digest=call.digest.hex(),
         outcome="OK" if error is None else "REFUSED" if reason else "FAILED",

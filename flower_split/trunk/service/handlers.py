@@ -33,6 +33,7 @@ from flower_split.errors import (
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
 from flower_split.trunk.service.audit_log import Told, event_of
+from flower_split.trunk.service.client_certificates import common_name
 from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
@@ -76,8 +77,8 @@ class Answering(AbstractContextManager["Answering"]):
     ) -> None:
         """End the call with the status of ``error``, if there is one."""
         if self._refusals.audit is not None:
-            token = bearer_in(self._context.invocation_metadata())
-            told = Told(self._context.peer(), token, self._method, self.header, self.digest)
+            token, name = bearer_in(self._context.invocation_metadata()), common_name(self._context)
+            told = Told(self._context.peer(), token, self._method, self.header, self.digest, name)
             self._refusals.audit.note(event_of(told, error))
         if isinstance(error, FlowerSplitError):
             code, text, refusal = status_of(error)

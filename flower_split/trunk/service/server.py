@@ -20,11 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
+from flower_split.runtime.secret_files import TokenFile
 from flower_split.trunk.engine.engine import TrunkEngine
-from flower_split.trunk.service.admission import Admission
+from flower_split.trunk.service.admission import Admission, CoordinatorToken
 from flower_split.trunk.service.audit_log import AuditLog
 from flower_split.trunk.service.call_watch import CallWatch
 from flower_split.trunk.service.client_calls import ClientCalls
+from flower_split.trunk.service.client_certificates import CertificateGate, MutualTls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.following_health import FollowingHealth
 from flower_split.trunk.service.handlers import FirstFrames, Quotas
@@ -44,10 +46,11 @@ class TrunkServer(Closing):
 
     Args:
         engine: What computes.
-        coordinator_token: Who knows it may begin, commit and abort rounds.
+        coordinator_token: Who knows it may begin, commit and abort rounds; of a file, as it is now.
         listen: ``host:port``; port 0 takes any free one.
         tls_certificate: PEM file, read again when it is renewed; ``None``: plain text, on loopback.
         tls_key: PEM file.
+        mutual: Who may call, by certificate; None: no certificate is asked for.
         max_workers: Threads; at most three quarters of them hold calls that wait.
         max_tensor_bytes: Limit on the tensors of one call.
         max_call_seconds: That a client's call may wait, whatever the client asks for.
@@ -59,18 +62,20 @@ class TrunkServer(Closing):
         refusals: Counts of refused calls.
 
     Raises:
-        ConfigError: Plain text beyond loopback, an empty token, half a key pair, a certificate that
-            is not valid or not the key's, too few workers.
+        ConfigError: Plain text beyond loopback, an empty token, half a key pair, a certificate or
+            client CA that is not valid, a key of another one, a list of subjects that cannot be read,
+            too few workers.
     """
 
     def __init__(
         self,
         engine: TrunkEngine,
         *,
-        coordinator_token: str,
+        coordinator_token: str | TokenFile,
         listen: str = "127.0.0.1:0",
         tls_certificate: str | None = None,
         tls_key: str | None = None,
+        mutual: MutualTls | None = None,
         max_workers: int = 256,
         max_tensor_bytes: int = MAX_TENSOR_BYTES,
         max_call_seconds: float = 3600.0,
@@ -78,22 +83,12 @@ class TrunkServer(Closing):
         audit: AuditLog | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
-        if not coordinator_token:
-            raise ConfigError("the trunk needs a coordinator token; it is empty.")
+        credential = CoordinatorToken(coordinator_token)
         if max_workers < _MIN_WORKERS:
             raise ConfigError(f"the trunk needs {_MIN_WORKERS} workers; it has {max_workers}.")
-        if bool(tls_certificate) != bool(tls_key):
-            raise ConfigError("TLS needs both a certificate and its key; only one is given.")
-        if not tls_certificate and not is_loopback(listen):
-            raise ConfigError(
-                f"the trunk may listen without TLS on loopback only, not on {listen!r}: tokens and "
-                "activations would travel readable. Give --tls-certificate and --tls-key, or listen "
-                "on 127.0.0.1."
-            )
         self._listen = listen
-        self._tls = (
-            ServerCertificate(tls_certificate, tls_key) if tls_certificate and tls_key else None
-        )
+        self._tls = _certificate_of(listen, tls_certificate, tls_key, mutual)
+        self._gate = CertificateGate(mutual, engine.knows_token) if mutual else None
         self._health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
         refusals = self.refusals = RefusalLog(audit=audit)
         limits = limits or Limits()
@@ -106,14 +101,14 @@ class TrunkServer(Closing):
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
             options=server_options(),
             interceptors=[
-                Admission(coordinator_token, engine.knows_token, refusals, first_frames),
+                Admission(credential, engine.knows_token, refusals, first_frames, self._gate),
                 *interceptors,
             ],
         )
         clients = ClientCalls(
             engine, quotas, max_tensor_bytes, max_call_seconds, refusals, first_frames
         )
-        coordinators = CoordinatorCalls(engine, coordinator_token, refusals, first_frames)
+        coordinators = CoordinatorCalls(engine, credential, refusals, first_frames, self._gate)
         handlers = clients.handlers() | coordinators.handlers()
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
@@ -139,7 +134,8 @@ class TrunkServer(Closing):
         self._watch.start()
         for service in ("", SERVICE):
             self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        logger.info("trunk serves on port %d (%s)", port, "TLS" if self._tls else "plain text")
+        how = "plain text" if self._tls is None else "TLS" if self._gate is None else "mutual TLS"
+        logger.info("trunk serves on port %d (%s)", port, how)
         return port
 
     def stop(self, grace: float = 2.0) -> None:
@@ -155,3 +151,30 @@ class TrunkServer(Closing):
     def close(self) -> None:
         """Stop without grace."""
         self.stop(0.0)
+
+
+def _certificate_of(
+    listen: str, certificate: str | None, key: str | None, mutual: MutualTls | None
+) -> ServerCertificate | None:
+    """Return what the port serves with; None: plain text.
+
+    Raises:
+        ConfigError: Plain text beyond loopback or with client certificates, half a pair, or a file that
+            cannot be used.
+    """
+    if bool(certificate) != bool(key):
+        raise ConfigError("TLS needs both a certificate and its key; only one is given.")
+    if mutual is not None and not certificate:
+        raise ConfigError(
+            "--client-ca asks for clients' certificates, which takes TLS: give --tls-certificate and "
+            "--tls-key."
+        )
+    if certificate and key:
+        return ServerCertificate(certificate, key, mutual.client_ca if mutual else "")
+    if not is_loopback(listen):
+        raise ConfigError(
+            f"the trunk may listen without TLS on loopback only, not on {listen!r}: tokens and "
+            "activations would travel readable. Give --tls-certificate and --tls-key, or listen "
+            "on 127.0.0.1."
+        )
+    return None

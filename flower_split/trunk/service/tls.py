@@ -1,96 +1,84 @@
-"""The trunk's certificate and key: checked before it listens, and read again when they are renewed."""
+"""The trunk's certificate, key and client CA: checked before it listens, read again when renewed."""
 
-import datetime
 import logging
-import os
 import threading
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives import serialization
 
 from flower_split.errors import ConfigError
-from flower_split.runtime.secret_files import check_private
-from flower_split.wire.grpc_options import read_pem
+from flower_split.runtime.certificate_files import (
+    Pair,
+    PairNames,
+    changed_at,
+    read_authorities,
+    read_pair,
+)
 
 logger = logging.getLogger(__name__)
 
-_Times = tuple[int, int]  # of the last change to certificate and key, in nanoseconds
+_NAMES = PairNames("--tls-certificate", "--tls-key")
 
 
 class ServerCertificate:
-    """A certificate and its key, in two PEM files.
+    """A certificate and its key, and the CA that clients' certificates must be signed by: PEM files.
 
-    Every handshake looks at the files' times, so that a renewed pair is used from the next
-    connection on, without a restart. A pair that does not fit is left alone, and said once.
+    Every handshake looks at the files' times, so that renewed ones are used from the next connection
+    on, without a restart. What does not fit is left alone, and said once.
 
     Args:
         certificate: PEM file, of the certificate and, after it, of the CAs between it and the root.
         key: PEM file.
+        client_ca: PEM file; every client must then show a certificate. Empty: none is asked for.
 
     Raises:
         ConfigError: A file cannot be read, others can read the key, the two do not belong together,
-            or the certificate is not valid now.
+            or the certificate or the CA is not valid now.
     """
 
-    def __init__(self, certificate: str, key: str) -> None:
+    def __init__(self, certificate: str, key: str, client_ca: str = "") -> None:
         self._files = (certificate, key)
+        self._client_ca = client_ca
         self._lock = threading.Lock()  # handshakes come on any thread
         self._times = self._looked()
-        self._pair = self._read()
+        self._content = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
         """Return what a port serves with."""
-        return grpc.dynamic_ssl_server_credentials(_configuration(self._pair), self._renewed)
+        return grpc.dynamic_ssl_server_credentials(
+            _configuration(*self._content),
+            self._renewed,
+            require_client_authentication=bool(self._client_ca),
+        )
 
     def _renewed(self) -> grpc.ServerCertificateConfiguration:
-        """Return the pair for the handshake that begins: the former one, or what it was renewed to."""
+        """Return the files for the handshake that begins: the former, or what they were renewed to."""
         with self._lock:
             try:
                 times = self._looked()
                 if times != self._times:
                     self._times = times
-                    self._pair = self._read()
+                    self._content = self._read()
                     logger.info("the certificate %s was renewed and is used", self._files[0])
             except ConfigError as error:
                 logger.error("the renewed certificate is not used: %s", error)
-            return _configuration(self._pair)
+            return _configuration(*self._content)
 
-    def _looked(self) -> _Times:
-        certificate, key = self._files
+    def _looked(self) -> tuple[int, ...]:
+        """Return the times of the last change to each file."""
+        named = (*self._files, self._client_ca) if self._client_ca else self._files
         try:
-            return os.stat(certificate).st_mtime_ns, os.stat(key).st_mtime_ns
+            return tuple(map(changed_at, named))
         except OSError as error:
             raise ConfigError(
-                f"--tls-certificate and --tls-key must name readable PEM files: {error}."
+                "--tls-certificate, --tls-key and --client-ca must name readable PEM files: "
+                f"{error}."
             ) from error
 
-    def _read(self) -> tuple[bytes, bytes]:
-        certificate, key = self._files
-        check_private(key, "tls-key")
-        pair = read_pem("tls-key", key), read_pem("tls-certificate", certificate)
-        try:
-            private = serialization.load_pem_private_key(pair[0], password=None)
-            leaf = x509.load_pem_x509_certificates(pair[1])[0]
-        except (ValueError, TypeError) as error:  # TypeError: the key is encrypted
-            raise ConfigError(
-                f"--tls-certificate {certificate} and --tls-key {key} must be PEM files, the key without "
-                f"a password: {error}."
-            ) from error
-        if private.public_key() != leaf.public_key():
-            raise ConfigError(
-                f"--tls-key {key} does not belong to --tls-certificate {certificate}: give the key that "
-                "the certificate was made for."
-            )
-        now = datetime.datetime.now(datetime.UTC)
-        if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
-            raise ConfigError(
-                f"--tls-certificate {certificate} is valid from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M} "
-                f"to {leaf.not_valid_after_utc:%Y-%m-%d %H:%M} UTC, and now is not in between. Renew it, "
-                "or set this machine's clock."
-            )
-        return pair
+    def _read(self) -> tuple[Pair, bytes | None]:
+        pair = read_pair(*self._files, _NAMES)
+        authorities = read_authorities("--client-ca", self._client_ca) if self._client_ca else None
+        return pair, authorities
 
 
-def _configuration(pair: tuple[bytes, bytes]) -> grpc.ServerCertificateConfiguration:
-    return grpc.ssl_server_certificate_configuration([pair])
+def _configuration(pair: Pair, authorities: bytes | None) -> grpc.ServerCertificateConfiguration:
+    return grpc.ssl_server_certificate_configuration([(pair.key, pair.certificate)], authorities)
