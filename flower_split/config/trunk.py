@@ -56,6 +56,10 @@ class TrunkConfig:
     """Rows times positions of one call."""
     max_evaluations: int = 0
     """Evaluations of one client in a training round; evaluation rounds take any number."""
+    max_compute_seconds: float = 0.0
+    """Seconds that one client's calls may compute in a round; 0: no limit."""
+    held_memory_per_client: float = 4.0
+    """GiB kept for one client: unacknowledged replies, early gradients; its key-value caches."""
     cache_memory: float = 1.0
     """GiB of key-value caches of generation, over all clients."""
     snapshot_memory: float = 1.0
@@ -112,6 +116,7 @@ class TrunkConfig:
             "activation_memory_per_client",
             "max_client_grad_norm",
             "max_evaluations",
+            "max_compute_seconds",
         ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 0)
         for name in (
@@ -121,6 +126,7 @@ class TrunkConfig:
             "first_frame_timeout",
             "activation_memory",
             "call_memory_per_client",
+            "held_memory_per_client",
             "cache_memory",
             "snapshot_memory",
         ):

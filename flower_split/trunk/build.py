@@ -76,7 +76,11 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
         inputs=inputs,
         window_rule=window_rule,
-        shares=Shares(evaluations=config.trunk.max_evaluations),
+        shares=Shares(
+            evaluations=config.trunk.max_evaluations,
+            compute_seconds=config.trunk.max_compute_seconds,
+            held_bytes=int(config.trunk.held_memory_per_client * _GIB),
+        ),
     )
 
 

@@ -39,7 +39,8 @@ class SlotGradient:
     largest_denominator: float = 0.0  # of its micro-batches
     num_tokens: float = 0.0
     total: list[Tensor | None] = field(default_factory=list)  # fp32 or fp64, per parameter
-    _next: int = 0
+    following: int = 0  # the micro-batch that is added next
+    waiting_bytes: int = 0  # of gradients of later ones
     _waiting: dict[int, tuple[list[Tensor | None], float, float]] = field(default_factory=dict)
 
     def add(
@@ -52,10 +53,14 @@ class SlotGradient:
     ) -> None:
         """Add micro-batch ``micro_batch``; one that comes early waits for those before it."""
         wide = [None if g is None else _at_least_fp32(g.detach()) for g in gradients]
+        if micro_batch != self.following:
+            self.waiting_bytes += sum(g.nbytes for g in wide if g is not None)
         self._waiting[micro_batch] = (wide, num_tokens, loss_denominator)
-        while self._next in self._waiting:
-            self._fold(*self._waiting.pop(self._next))
-            self._next += 1
+        while self.following in self._waiting:
+            self._fold(*self._waiting.pop(self.following))
+            self.following += 1
+        if not self._waiting:
+            self.waiting_bytes = 0
 
     def _fold(self, gradients: list[Tensor | None], num_tokens: float, denominator: float) -> None:
         self.num_tokens += num_tokens

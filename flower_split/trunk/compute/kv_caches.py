@@ -51,10 +51,14 @@ class CacheStore:
         compute: What runs the trunk.
         budget: Bytes, over all caches.
         clock: Monotonic seconds.
+        per_session: Bytes, over the caches of one session.
     """
 
-    def __init__(self, compute: TrunkCompute, budget: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, compute: TrunkCompute, budget: int, clock: Callable[[], float], per_session: int
+    ) -> None:
         self.budget = budget
+        self._per_session = per_session
         self._compute = compute
         self._clock = clock
         self._entries: dict[tuple[str, int], _Entry] = {}
@@ -155,7 +159,7 @@ class CacheStore:
         kept = _new_cache(self._compute) if entry is None else entry.kept
         rows_before = len(hidden) if entry is None else len(entry.reply)
         self._check_rows(step.rows, rows_before, len(hidden))
-        self._check_room(step, hidden, 0 if entry is None else entry.num_bytes, cuts)
+        self._check_room(key, step, hidden, cuts)
         # From here on the cache changes: a call that fails leaves none behind.
         self._entries.pop(key, None)
         try:
@@ -177,13 +181,22 @@ class CacheStore:
             )
 
     def _check_room(
-        self, step: CacheStep, hidden: Tensor, held: int, cuts: CutLayers | None
+        self, key: tuple[str, int], step: CacheStep, hidden: Tensor, cuts: CutLayers | None
     ) -> None:
         if cuts not in self._bytes_per_position:
             self._bytes_per_position[cuts] = bytes_per_position(self._compute, cuts)
         rows, positions = len(hidden), step.past_length + hidden.shape[1]
         needed = rows * positions * self._bytes_per_position[cuts] + hidden.nbytes
-        others = self.num_bytes - held
+        beside = {other: entry.num_bytes for other, entry in self._entries.items() if other != key}
+        others = sum(beside.values())
+        own = sum(num_bytes for other, num_bytes in beside.items() if other[0] == key[0])
+        if own + needed > self._per_session:
+            raise TrunkRefused(
+                RefusalReason.OVER_BUDGET,
+                f"the other key-value caches of this session have {own} bytes of at most "
+                f"{self._per_session} (trunk.held-memory-per-client), and {rows} sequences of "
+                f"{positions} positions need {needed}. Generate fewer sequences at once.",
+            )
         if others + needed > self.budget:
             raise TrunkRefused(
                 RefusalReason.OVER_BUDGET,

@@ -24,6 +24,7 @@ from flower_split.trunk.engine.ledger import CallName, reply_of
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round, contribution_hash
 from flower_split.trunk.engine.sessions import Session
+from flower_split.trunk.engine.shares import Shares
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +51,7 @@ class Contributions:
         compute: The trunk module.
         thread: Where calls run.
         settle: Called on the compute thread after every backward that counted.
+        shares: What one client may take of a round.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Contributions:
         compute: TrunkCompute,
         thread: ComputeThread,
         settle: Callable[[Round], None],
+        shares: Shares,
     ) -> None:
         self._index = index
         self._changed = index.changed
@@ -65,6 +68,7 @@ class Contributions:
         self._compute = compute
         self._thread = thread
         self._settle = settle
+        self._shares = shares
 
     def once(self, item: Contribution) -> CallResult:
         """Run a call, or wait for the reply of its first arrival.
@@ -91,22 +95,45 @@ class Contributions:
             while not current.may_forward(name, call.version, self._clock()):
                 self._index.pause(call.deadline, lambda: current.awaited(call.version))
                 current.require_open()
-        return current.ledger.claim(name, call.digest)
+            num_bytes = call.tensors["hidden_states"].nbytes
+        else:
+            num_bytes = call.grad.nbytes
+        room = self._shares.held_bytes
+        given = current.gradients.get(name.slot)
+        if given is not None and name.micro_batch != given.following:
+            room -= given.waiting_bytes  # but for the micro-batch that the others wait for
+        if isinstance(call, ForwardCall) and current.ledger.held[name.slot] + num_bytes > room:
+            acknowledged = min(call.acknowledged, name.micro_batch)
+            current.ledger.acknowledge(name.slot, name.window, acknowledged)
+        future, mine = current.ledger.claim(name, call.digest, num_bytes, room)
+        if mine and self._shares.compute_seconds:
+            try:
+                self._shares.check_seconds(current.usage, name.slot)
+            except TrunkRefused:
+                current.ledger.forget(name)
+                raise
+        return future, mine
 
     def _run(self, item: Contribution, future: Future[CallResult]) -> None:
         """Compute, record and settle as one transaction of the compute thread."""
         current, started = item.round, self._clock()
+        failure: BaseException | None = None
         try:
             if isinstance(item.call, ForwardCall):
                 tensor, version = self._forward(item, item.call)
             else:
                 tensor, version = self._backward(item, item.call)
-            seconds = self._clock() - started
-            current.compute_seconds += seconds
         except BaseException as error:
-            with self._changed:
+            failure = error
+        seconds = self._clock() - started
+        with self._changed:
+            spent = current.usage.compute_seconds
+            spent[item.name.slot] = spent.get(item.name.slot, 0.0) + seconds
+            current.compute_seconds += seconds
+            if failure is not None:
                 current.ledger.forget(item.name)
-            future.set_exception(naming(error, item.name.slot))
+        if failure is not None:
+            future.set_exception(naming(failure, item.name.slot))
             return
         result = CallResult(tensor, version, seconds, started - item.arrived)
         if isinstance(item.call, ForwardCall):

@@ -33,6 +33,7 @@ from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.checks import InputSchema, check_fingerprint
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.kv_caches import CacheStore
 from flower_split.trunk.compute.schema_probe import schema_of
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.committed_weights import CommittedWeights
@@ -134,9 +135,10 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             window_rule=window_rule or QuorumAlone(),
         )
         thread = self._thread = ComputeThread(compute, clock)
-        self._unrecorded = UnrecordedForwards(self._index, compute, thread, cache_bytes, clock)
+        caches = CacheStore(compute, cache_bytes, clock, self._shares.held_bytes)
+        self._unrecorded = UnrecordedForwards(self._index, compute, thread, caches, self._shares)
         settle = self._settling.settle
-        self._contributions = Contributions(self._index, compute, thread, settle)
+        self._contributions = Contributions(self._index, compute, thread, settle, self._shares)
         self._step_ends = StepEnds(self._index, thread, settle)
         self._started = clock()
         self._pulse, self._waits = Pulse(self._thread.submit, clock), Waits()
@@ -223,7 +225,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         if name is None:
             return self._unrecorded.evaluate(call, current, member)
         if call.mode is ForwardMode.NO_GRAD:
-            result = self._unrecorded.forward(call, member, current.seed_name(name))
+            result = self._unrecorded.forward(call, current, member, current.seed_name(name))
             with self._changed:
                 current.windows.slots[member.slot].contributions += 1
             return result

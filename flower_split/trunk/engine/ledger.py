@@ -5,8 +5,9 @@ runs; a retry that comes while it runs waits for it, and one that comes later ge
 bit for bit. The same name with other content is refused. :class:`Turns` says whose call runs next.
 """
 
+import math
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -55,26 +56,36 @@ class CallName:
 
 
 class Ledger(Generic[Reply]):
-    """The calls of one round and their replies. The engine holds its lock around every method."""
+    """The calls of one round and their replies. The engine holds its lock around every method.
+
+    Attributes:
+        held: Bytes of the replies that are kept, by slot; of a call that runs, those it will have.
+    """
 
     def __init__(self) -> None:
-        self._entries: dict[CallName, tuple[bytes, Future[Reply]]] = {}
+        self._entries: dict[CallName, tuple[bytes, Future[Reply], int]] = {}
         # Slot -> (window, micro-batch): everything before has been answered.
         self._acknowledged: dict[int, tuple[int, int]] = {}
+        self.held: Counter[int] = Counter()
 
     def __len__(self) -> int:
         """Return how many calls are kept."""
         return len(self._entries)
 
-    def claim(self, name: CallName, digest: bytes) -> tuple[Future[Reply], bool]:
+    def claim(
+        self, name: CallName, digest: bytes, num_bytes: int = 0, room: float = math.inf
+    ) -> tuple[Future[Reply], bool]:
         """Return the future of this call's reply, and whether the caller must run it.
 
         Args:
             name: The call.
             digest: Of its content.
+            num_bytes: That its reply will have.
+            room: Bytes that the slot's replies may have.
 
         Raises:
-            TrunkRefused: The name came before with other content, or its reply has been released.
+            TrunkRefused: The name came before with other content, its reply has been released, or
+                there is no room for the reply (OVER_BUDGET).
         """
         if (name.window, name.micro_batch) < self._acknowledged.get(name.slot, (0, 0)):
             raise TrunkRefused(
@@ -84,8 +95,16 @@ class Ledger(Generic[Reply]):
             )
         entry = self._entries.get(name)
         if entry is None:
+            if self.held[name.slot] + num_bytes > room:
+                raise TrunkRefused(
+                    RefusalReason.OVER_BUDGET,
+                    f"slot {name.slot} has {self.held[name.slot]} bytes of replies that it has not "
+                    f"acknowledged, and may have {room:g} beside what else is kept for it "
+                    "(trunk.held-memory-per-client). Acknowledge them, or send micro-batches in order.",
+                )
             future: Future[Reply] = Future()
-            self._entries[name] = (digest, future)
+            self._entries[name] = (digest, future, num_bytes)
+            self.held[name.slot] += num_bytes
             return future, True
         if entry[0] != digest:
             raise TrunkRefused(
@@ -98,7 +117,8 @@ class Ledger(Generic[Reply]):
     def pending(self, slot: int) -> bool:
         """Return whether a call of ``slot`` is still being computed."""
         return any(
-            name.slot == slot and not future.done() for name, (_, future) in self._entries.items()
+            name.slot == slot and not future.done()
+            for name, (_, future, _) in self._entries.items()
         )
 
     def knows(self, name: CallName) -> bool:
@@ -107,7 +127,9 @@ class Ledger(Generic[Reply]):
 
     def forget(self, name: CallName) -> None:
         """Let a retry run a call again that failed without effect."""
-        self._entries.pop(name, None)
+        entry = self._entries.pop(name, None)
+        if entry is not None:
+            self.held[name.slot] -= entry[2]
 
     def acknowledge(self, slot: int, window: int, micro_batch: int = 0) -> None:
         """Release the replies before ``micro_batch`` of ``window``: ``slot`` has them.
@@ -121,7 +143,7 @@ class Ledger(Generic[Reply]):
         self._acknowledged[slot] = here
         for name in [n for n in self._entries if n.slot == slot]:
             if (name.window, name.micro_batch) < here:
-                del self._entries[name]
+                self.held[slot] -= self._entries.pop(name)[2]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,7 @@ from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.sessions import Session
+from flower_split.trunk.engine.shares import Shares
 
 
 class UnrecordedForwards:
@@ -26,8 +27,8 @@ class UnrecordedForwards:
         index: Of the open round, with the engine's lock.
         compute: The trunk module.
         thread: Where calls run.
-        cache_bytes: Budget of the key-value caches, over all clients.
-        clock: Monotonic seconds.
+        caches: The key-value caches of generation.
+        shares: What one client may take of a round.
     """
 
     def __init__(
@@ -35,40 +36,42 @@ class UnrecordedForwards:
         index: RoundIndex,
         compute: TrunkCompute,
         thread: ComputeThread,
-        cache_bytes: int,
-        clock: Callable[[], float],
+        caches: CacheStore,
+        shares: Shares,
     ) -> None:
         self._index = index
         self._compute = compute
         self._thread = thread
-        self._caches = CacheStore(compute, cache_bytes, clock)
+        self._caches = caches
+        self._shares = shares
         self._freeing: Future[None] | None = None  # the deadline thread's alone
 
     def evaluate(self, call: ForwardCall, current: Round, member: Session) -> CallResult:
         """Run a forward without dropout, which may go on from a key-value cache."""
         lease = current.plan.window_seconds
         run = partial(self._evaluate, call, member, lease)
-        return self._thread.call(member.id, run, call.deadline)
+        return self._computed(current, member, run, call.deadline)
 
-    def forward(self, call: ForwardCall, member: Session, seed_of: str) -> CallResult:
+    def forward(
+        self, call: ForwardCall, current: Round, member: Session, seed_of: str
+    ) -> CallResult:
         """Run a training forward that no backward follows.
 
         Args:
             call: The forward.
+            current: The round that it is of.
             member: Of whom.
             seed_of: Names the micro-batch for its dropout seed.
         """
-        return self._thread.call(
-            member.id,
-            lambda: self._compute.forward(
-                call.tensors,
-                train=True,
-                seed_of=seed_of,
-                use_cache=call.use_cache,
-                cuts=member.cuts,
-            ),
-            call.deadline,
+        run = partial(
+            self._compute.forward,
+            call.tensors,
+            train=True,
+            seed_of=seed_of,
+            use_cache=call.use_cache,
+            cuts=member.cuts,
         )
+        return self._computed(current, member, run, call.deadline)
 
     def cache_bytes(self) -> int:
         """Return the bytes of key-value caches, after freeing those that nobody uses any more."""
@@ -83,6 +86,18 @@ class UnrecordedForwards:
         """Free the key-value caches of closed sessions and ended leases, without waiting for it."""
         if not self._caches.is_empty and (self._freeing is None or self._freeing.done()):
             self._freeing = self._thread.submit(self._caches.expire, self._is_open)
+
+    def _computed(
+        self, current: Round, member: Session, run: Callable[[], Tensor], deadline: float
+    ) -> CallResult:
+        """Compute, if the client may still, and note for how long."""
+        with self._index.changed:
+            self._shares.check_seconds(current.usage, member.slot)
+        result = self._thread.call(member.id, run, deadline)
+        with self._index.changed:
+            spent = current.usage.compute_seconds
+            spent[member.slot] = spent.get(member.slot, 0.0) + result.compute_seconds
+        return result
 
     def _evaluate(self, call: ForwardCall, member: Session, lease: float) -> Tensor:
         self._caches.release(call.session, call.released)

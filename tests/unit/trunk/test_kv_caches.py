@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from flower_split.split import TrunkModel, split_model
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.engine.shares import Shares
 from tests.support.generation_rig import CUTS, lively_model
 from tests.unit.results.test_generation_over_grpc import FINGERPRINT, evaluation
 
@@ -23,7 +25,7 @@ HIDDEN = 32
 class Direct:
     """Calls an engine without a wire."""
 
-    def __init__(self) -> None:
+    def __init__(self, shares: Shares | None = None) -> None:
         _, trunk = split_model(lively_model("llama"), CUTS)
         self.trunk: TrunkModel = trunk
         self.engine = TrunkEngine(
@@ -32,6 +34,7 @@ class Direct:
             hidden_size=HIDDEN,
             fingerprint=FINGERPRINT,
             activation_bytes=1 << 20,
+            shares=shares,
         )
         self.engine.begin_round(evaluation())
         self.grant = self.engine.open_session("token-0", FINGERPRINT, 0, True)
@@ -168,3 +171,17 @@ def test_caches_of_one_session_are_released_by_number(direct: Direct) -> None:
     assert direct.engine.cache_bytes() == one
     direct.engine.close_session(direct.grant.session, direct.grant.epoch)
     assert direct.engine.cache_bytes() == 0
+
+
+def test_caches_of_one_session_are_within_its_share() -> None:
+    """Four positions of keys and values have 1024 bytes, their reply 512: one cache fits, not two."""
+    direct = Direct(Shares(held_bytes=3000))
+    with closing(direct.engine) as engine:
+        direct.call(hidden(1, 4, seed=1), 0, 0)
+        assert 1024 + 512 <= engine.cache_bytes() < 1700  # and what says where the rows begin
+        with pytest.raises(TrunkRefused, match="trunk.held-memory-per-client") as over:
+            direct.call(hidden(1, 4, seed=2), 0, 0, cache=2)
+        assert over.value.reason is RefusalReason.OVER_BUDGET
+        direct.call(hidden(1, 1, seed=3), 1, 4)  # the one that is there goes on
+        direct.grant = engine.open_session("token-1", FINGERPRINT, 0, True)
+        direct.call(hidden(1, 4, seed=2), 0, 0)  # and another session has a share of its own
