@@ -1,4 +1,4 @@
-"""The commands of a researcher: ``sweep`` and ``report``."""
+"""The commands of a researcher: ``sweep``, ``report`` and ``watch``."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,12 @@ def add_experiment_commands(
     commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
 ) -> None:
     """Add the commands, each with its function as the default ``handler``."""
+    _add_sweep(commands)
+    _add_report(commands)
+    _add_watch(commands)
+
+
+def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     sweep = commands.add_parser(
         "sweep",
         help="run a grid of configurations and their baselines, and print one table",
@@ -36,6 +42,9 @@ def add_experiment_commands(
         help="override the app's configuration in every run",
     )
     sweep.set_defaults(handler=_sweep)
+
+
+def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     report = commands.add_parser(
         "report",
         help="write one HTML page about a run, or about several beside each other",
@@ -56,6 +65,22 @@ def add_experiment_commands(
         "--figures", type=Path, metavar="DIR", help="write every chart there as PNG and PDF, too"
     )
     report.set_defaults(handler=_report)
+
+
+def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    watch = commands.add_parser(
+        "watch",
+        help="show the page about a run in the browser while the run goes on",
+        description="Serves the page on this machine alone, and prints its address. It is made anew when "
+        "the run has\nmeasured something. Ctrl-C ends the watching, not the run.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    watch.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories")
+    watch.add_argument("--port", type=int, default=0, help="default: any free one")
+    watch.add_argument(
+        "--every", type=float, default=5.0, metavar="SECONDS", help="from one look to the next"
+    )
+    watch.set_defaults(handler=_watch)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
@@ -85,3 +110,9 @@ def _report(arguments: argparse.Namespace) -> int:
             figures=arguments.figures,
         )
     )
+
+
+def _watch(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.watch import WatchCommand, watch
+
+    return watch(WatchCommand(runs=arguments.runs, port=arguments.port, seconds=arguments.every))

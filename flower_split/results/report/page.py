@@ -62,12 +62,30 @@ def write_page(runs: Sequence[RunData], out: Path) -> None:
     Raises:
         ConfigError: The extra ``report`` is not installed.
     """
+    write_atomically(out, page_of(runs, drawing()).encode())
+
+
+def drawing() -> str:
+    """Return the JavaScript of every page; making it takes a second.
+
+    Raises:
+        ConfigError: The extra ``report`` is not installed.
+    """
     check_can_be_written()
     import vl_convert
 
-    drawing = files(_HERE).joinpath("page.js").read_text(encoding="utf-8")
-    page = _page(runs, charts_of(runs), vl_convert.javascript_bundle(drawing))
-    write_atomically(out, page.encode())
+    script = files(_HERE).joinpath("page.js").read_text(encoding="utf-8")
+    return str(vl_convert.javascript_bundle(script))
+
+
+def page_of(runs: Sequence[RunData], javascript: str) -> str:
+    """Return the page about runs.
+
+    Args:
+        runs: At least one.
+        javascript: From :func:`drawing`.
+    """
+    return _page(runs, charts_of(runs), javascript)
 
 
 def write_figures(runs: Sequence[Path], figures: Path) -> None:
