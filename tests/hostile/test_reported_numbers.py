@@ -4,7 +4,7 @@ The honest result is that of a run in which the attacker never was, bit for bit.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
@@ -42,6 +42,28 @@ ATTACKS = {
     "denominator-of-tokens-it-has-not": Attack(denominator=lambda tokens: 2 * tokens + 1),
     "denominator-1e-300-then-honest": Attack(micro_batches=2, denominator=lambda tokens: 1e-300),
     "gradient-times-1e30": Attack(gradient=1e30),
+    "gradient-times-1e13": Attack(gradient=1e13),
+}
+
+
+NAN, INF = float("nan"), float("inf")
+# Numbers that are no numbers, or that a micro-batch cannot have: the call itself is refused.
+REFUSED: dict[str, dict[str, float]] = {
+    "smashed-nan": {"smashed": NAN},
+    "smashed-inf": {"smashed": INF},
+    "gradient-nan": {"gradient": NAN},
+    "gradient-inf": {"gradient": INF},
+    "gradient-minus-inf": {"gradient": -INF},
+    "gradient-that-overflows": {"gradient": 3e38},
+    "tokens-zero": {"num_tokens": 0.0},
+    "tokens-minus-four": {"num_tokens": -4.0},
+    "tokens-nan": {"num_tokens": NAN},
+    "tokens-above-the-positions": {"num_tokens": 5.0},
+    "tokens-1e300": {"num_tokens": 1e300},
+    "denominator-zero": {"denominator": 0.0},
+    "denominator-minus-four": {"denominator": -4.0},
+    "denominator-nan": {"denominator": NAN},
+    "denominator-inf": {"denominator": INF},
 }
 
 
@@ -64,6 +86,17 @@ def contribute(client: ToyClient, slot: int, window: int, attack: Attack) -> Non
             last=index == attack.micro_batches - 1,
             digest=digest,
         )
+
+
+def send_refused(client: ToyClient, numbers: Mapping[str, float]) -> str:
+    """A micro-batch with one bad number; return the refusal that it must get."""
+    values = {"num_tokens": 4.0, "denominator": 4.0, **numbers}
+    smashed, gradient = (values.pop(name, 1.0) for name in ("smashed", "gradient"))
+    with pytest.raises(TrunkRefused) as refused:
+        client.forward(smashed * data(ATTACKER, 0))
+        client.backward(gradient * data(ATTACKER + 50, 0), **values)
+    assert refused.value.reason in (RefusalReason.NON_FINITE, RefusalReason.INVALID_REQUEST)
+    return str(refused.value)
 
 
 def honest_round(engine: TrunkEngine, attack: Attack | None, **plan: object) -> RoundReport:
@@ -105,6 +138,25 @@ def test_round_with_an_attacker_is_bit_for_bit_that_of_the_honest(attack, reduct
         with pytest.raises(TrunkRefused) as refused:
             engine.open_session(f"token-{ATTACKER}", {"model": "toy"}, STEPS, False)
         assert refused.value.reason is RefusalReason.NO_ROUND  # the round is over, and kept
+
+
+@pytest.mark.parametrize("numbers", REFUSED.values(), ids=REFUSED)
+def test_round_with_a_client_whose_numbers_are_refused_is_that_of_the_honest(numbers):
+    with engine_with() as engine:
+        wanted = honest_round(engine, None)
+    with engine_with() as engine:
+        engine.begin_round(make_plan(sorted((*HONEST, ATTACKER)), quorum=0.8))
+        clients = {slot: ToyClient(engine, slot, STEPS) for slot in (*HONEST, ATTACKER)}
+        said = send_refused(clients[ATTACKER], numbers)
+        assert f"slot {ATTACKER}" in said  # the call's own refusal names who it was
+        clients[ATTACKER].close()
+        for window in range(STEPS):
+            for slot in HONEST:
+                contribute(clients[slot], slot, window, Attack())
+        report = engine.prepare_round("test", 1, 0, time.monotonic() + 5)
+        engine.commit_round("test", 1, 0)
+        assert report.digest == wanted.digest
+        assert [item.slot for item in report.slots if not item.completed] == [ATTACKER]
 
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
