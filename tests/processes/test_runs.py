@@ -38,7 +38,7 @@ class Tiny:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     root = tmp_path_factory.mktemp("tiny")
-    return Tiny(make_model(root / "model"), make_data(root / "data", 2), root)
+    return Tiny(make_model(root / "model"), make_data(root / "data", 3), root)
 
 
 def central_step(config: RunConfig, num_partitions: int) -> dict[str, Tensor]:
@@ -79,8 +79,8 @@ def digest(state: dict[str, Tensor]) -> str:
 
 @pytest.fixture(scope="module")
 def finished(flower: Flower, tiny: Tiny) -> RunDirectory:
-    """One round of one step over two clients, with the baseline; checked by several tests."""
-    config = tiny.config("central", num_clients=2, local_only_baseline=True)
+    """One round of one step over three clients, with the baseline; checked by several tests."""
+    config = tiny.config("central", num_clients=3, local_only_baseline=True)
     app = make_app(tiny.root / "app-central", config)
     done = flower.command("flower-split", "run", str(app))
     assert done.returncode == 0, done.stdout
@@ -92,7 +92,7 @@ def finished(flower: Flower, tiny: Tiny) -> RunDirectory:
 def test_run_of_one_sgd_step_equals_one_step_of_the_unsplit_model_on_the_union(
     finished: RunDirectory,
 ) -> None:
-    found, expected = adapters_of(finished), central_step(finished.config, 2)
+    found, expected = adapters_of(finished), central_step(finished.config, 3)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-7, msg=name)
@@ -102,16 +102,16 @@ def test_run_of_one_sgd_step_equals_one_step_of_the_unsplit_model_on_the_union(
 
 def test_run_records_steps_evaluations_and_the_baseline(finished: RunDirectory) -> None:
     steps = finished.metrics("step")
-    assert [(s["partition_id"], s["step"]) for s in steps] == [(p, 0) for p in range(2)]
+    assert [(s["partition_id"], s["step"]) for s in steps] == [(p, 0) for p in range(3)]
     tokens = [s["num_tokens"] for s in steps]
-    assert len(set(tokens)) == 2  # or weighting by tokens would prove nothing
+    assert len(set(tokens)) == 3  # or weighting by tokens would prove nothing
     evaluations = finished.metrics("evaluation")
     federated = [e for e in evaluations if "local_only" not in e]
     assert [(e["server_round"], e["partition_id"]) for e in federated] == [
-        (r, p) for r in (0, 1) for p in range(2)
+        (r, p) for r in (0, 1) for p in range(3)
     ]
     alone = [(e["trained_by"], e["partition_id"]) for e in evaluations if "local_only" in e]
-    assert sorted(alone) == [(a, b) for a in range(2) for b in range(2)]
+    assert sorted(alone) == [(a, b) for a in range(3) for b in range(3)]
     assert (finished.path / "report.md").is_file()
     overall = finished.summary()["overall"]
     assert isinstance(overall, dict)
@@ -135,10 +135,10 @@ def test_run_again_in_another_order_ends_on_the_same_adapters(
 ) -> None:
     # With one local step a window per round holds what a window per step holds; but here the
     # actors are others, and the clients arrive in whatever order these make.
-    config = tiny.config("again", num_clients=2, trunk__step_every="server-round")
+    config = tiny.config("again", num_clients=3, trunk__step_every="server-round")
     app = make_app(tiny.root / "app-again", config)
     outcome = flower.run(
-        app, {}, "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"
+        app, {}, "num-supernodes=3 client-resources-num-cpus=1 init-args-num-cpus=3"
     )
     assert outcome.status == "finished:completed", outcome.output
     again = RunDirectory.open(tiny.root / "again")
