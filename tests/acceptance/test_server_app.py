@@ -135,6 +135,7 @@ def test_run_forward_only_with_the_auxiliary_head_trains_the_bottom(job: Job) ->
     assert "does not train" not in (done.path / "report.md").read_text()
 
 
+@pytest.mark.slow  # two trunk processes; orders in one process: test_federated_equals_central.py
 def test_run_twice_gives_the_same_bits(job_with_process: Job) -> None:
     changes: dict[str, Scalar] = {
         "trunk__step_every": "server-round",

@@ -1,23 +1,19 @@
 """Tiny models whose sampled text varies, prompts, and the three ways to generate."""
 
-import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from flower_split.split import CutLayers
+from tests.support.sampling import sampled
 from tests.support.tiny_models import tiny_model
 
 CUTS = CutLayers(1, 3)
 NEW_TOKENS = 64
-SAMPLE = ("gpt2", "llama", "gemma3_text")  # learned positions, rotary, sliding windows
-FAMILIES = [
-    *SAMPLE,
-    *(
-        pytest.param(name, marks=pytest.mark.slow)
-        for name in ("qwen2", "mistral", "gemma2", "phi3", "gpt_neox")
-    ),
-]
+FAMILIES = sampled(
+    ("gpt2", "llama", "qwen2", "mistral", "gemma2", "gemma3_text", "phi3", "gpt_neox"),
+    *("gpt2", "llama", "gemma3_text"),  # learned positions, rotary, sliding windows
+)
 _LONG = {
     "gpt2": {"n_positions": 128},
     "mistral": {"max_position_embeddings": 128, "sliding_window": 8},

@@ -17,6 +17,7 @@ from flower_split.trunk.compute.kv_caches import bytes_per_position
 from flower_split.trunk.engine.engine import TrunkEngine
 from tests.support.generation_rig import MODES, generated, lively_model
 from tests.support.loopback import FINGERPRINT, coordinator, plan, remote, served
+from tests.support.sampling import sampled
 from tests.support.tiny_models import FAMILIES, loss_and_gradients, padded_batch, tiny_model
 
 WIDE = CutLayers(1, 4)
@@ -107,7 +108,7 @@ def test_cuts_beyond_the_trunk_are_refused_over_grpc_with_the_reason() -> None:
     assert "holds layers 1 to 3" in str(caught.value) and "second cut 3" in str(caught.value)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", sampled(MODES, "sampling"))
 def test_generation_with_own_cuts_gives_the_unsplit_models_tokens(mode: str) -> None:
     model = lively_model("gemma2")
     expected = generated(model, mode)

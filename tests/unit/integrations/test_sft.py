@@ -21,6 +21,7 @@ from flower_split.integrations.trainer import (  # noqa: E402
 )
 from flower_split.parties.parts import model_cuts  # noqa: E402
 from flower_split.split import split_model  # noqa: E402
+from tests.support.sampling import sampled  # noqa: E402
 from tests.support.trainer_rig import (  # noqa: E402
     SGD,
     STEPS,
@@ -113,7 +114,7 @@ def over_grpc(config: RunConfig, path: Path, **changes: object) -> Run:
 
 
 @pytest.mark.parametrize("way", [in_process, over_grpc])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, "packed", "dft"))
 def test_sft_trainer_split_equals_unsplit(tmp_path: Path, way: Any, case: str) -> None:
     config = run_config(checkpoint(tmp_path / "model"), SGD)
     expected = unsplit(config, tmp_path, **CASES[case])
