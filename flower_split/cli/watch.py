@@ -1,12 +1,16 @@
 """``flower-split watch``: a run's page in the browser while the run goes on."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flower_split.cli.interrupts import Interrupts
 from flower_split.errors import ConfigError
 from flower_split.results.report.live_page import LivePage, PageServer
 from flower_split.runtime.exit_codes import COMPLETED
+
+_WAIT_SECONDS = 3600.0  # a signal ends the wait at once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +23,7 @@ class WatchCommand:
 
 
 def watch(command: WatchCommand) -> int:
-    """Serve the page until the command is interrupted, and return the exit code.
+    """Serve the page until Ctrl-C or SIGTERM, and return the exit code.
 
     Raises:
         ConfigError: The port cannot be had, the extra ``report`` is missing, or a number is wrong.
@@ -34,10 +38,11 @@ def watch(command: WatchCommand) -> int:
         raise ConfigError(
             f"--port {command.port} cannot be had: {error}. Leave it out for a free one."
         ) from error
-    with server:
+    with Interrupts() as interrupts, server:
+        threading.Thread(target=server.serve_forever, name="page", daemon=True).start()
         print(f"watching at {server.address}, until Ctrl-C", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print("no longer watching; the run goes on", flush=True)
+        while not interrupts.wait(_WAIT_SECONDS):
+            pass
+        server.shutdown()
+        print("no longer watching; the run goes on", flush=True)
     return COMPLETED

@@ -89,7 +89,10 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
             watch(WatchCommand(runs=[run], port=server.server_port))
 
 
-def test_the_command_prints_the_address_and_ends_with_an_interrupt(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_prints_the_address_and_ends_with_a_signal(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     run = make_run(tmp_path / "run")
     command = [sys.executable, "-m", "flower_split.cli.main", "watch", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -102,7 +105,7 @@ def test_the_command_prints_the_address_and_ends_with_an_interrupt(tmp_path: Pat
         connection.request("GET", "/version")
         assert connection.getresponse().status == 200
         connection.close()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, errors = process.communicate(timeout=60)
     finally:
         process.kill()

@@ -214,9 +214,9 @@ def test_lossy_network_long_run_has_no_violation():
 
 
 def test_lossy_network_without_dedupe_is_caught(monkeypatch):
-    def forgetful(self, name, digest):
-        self._entries.pop(name, None)
-        return original(self, name, digest)
+    def forgetful(self, name, *call):
+        self.forget(name)
+        return original(self, name, *call)
 
     original = Ledger.claim
     monkeypatch.setattr(Ledger, "claim", forgetful)
