@@ -17,6 +17,7 @@ from typing import cast
 
 import grpc
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.x509.oid import ExtensionOID, NameOID
 
 from flower_split.errors import ConfigError, RefusalReason, TrunkRefused
@@ -63,7 +64,8 @@ class Subject:
         names = [*common, *_alternative_names(leaf)]
         return cls(
             names[0] if names else leaf.subject.rfc4514_string(),
-            frozenset(names),
+            # One without a name is itself alone, or all such would be one caller.
+            frozenset(names) or frozenset({leaf.fingerprint(hashes.SHA256()).hex()}),
             leaf.not_valid_before_utc,
             leaf.not_valid_after_utc,
         )
