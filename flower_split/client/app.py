@@ -8,6 +8,7 @@ error, in its own words.
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -87,7 +88,8 @@ class Handlers:
         order, client = read_query(message.content), self._client(context)
         if isinstance(order, BaseValuesOrder):
             return BaseValuesReply(to_arrays(client.base_values(order.names))).write()
-        return client.facts(simulated_clients_at_once()).write()
+        facts = client.facts(simulated_clients_at_once())
+        return replace(facts, ignored_keys=self._cache.ignored_keys).write()
 
     def train(self, message: Message, context: Context) -> RecordDict:
         """Train one round with the trunk, from the adapter in the message."""

@@ -7,6 +7,7 @@ is swapped. In deployment every message is a new process and nothing is kept.
 One message is answered at a time in a process, so nothing here takes a lock.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flower_split.config import LoraPartConfig, RunConfig, Scalar, parse_run_config
+from flower_split.config import LoraPartConfig, RunConfig, Scalar, parse_run_config, unknown_keys
 from flower_split.data import ClientData, load_client_data, load_tokenizer
 from flower_split.errors import TrunkError
 from flower_split.lora import adapter_state, attach_lora
@@ -22,10 +23,13 @@ from flower_split.parties.client_ranks import OwnLora, at_own_rank
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import held_parts, model_cuts, trained_parts
 from flower_split.runtime.devices import resolve_device
+from flower_split.runtime.version import __version__
 from flower_split.split import CutLayers, load_client_model, load_whole_model
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.structure.compute_mode import compute_fast
 from flower_split.split.structure.stack import find_stack
+
+logger = logging.getLogger(__name__)
 
 
 class NoTrunk(nn.Module):
@@ -179,18 +183,37 @@ class ClientCache:
 
     def __init__(self) -> None:
         self._parsed: tuple[str, RunConfig] | None = None
+        self._ignored: tuple[str, ...] = ()
         self._run: RunCache | None = None
 
     def config(self, run_config: Mapping[str, Scalar]) -> RunConfig:
         """Return Flower's run config as dataclasses; it is parsed once for each distinct one.
 
+        Keys that this version does not know are left out, so that a federation can be upgraded node by
+        node. The handshake tells them to the ServerApp, which knows their defaults and refuses the run
+        where one is at another value; that a key is no version's, it has found before.
+
         Raises:
-            ConfigError: A key is unknown, or a value is out of range.
+            ConfigError: A value is out of range.
         """
         text = repr(sorted(run_config.items()))  # with types: 1, 1.0 and True are equal keys
         if self._parsed is None or self._parsed[0] != text:
-            self._parsed = (text, parse_run_config(run_config))
+            self._ignored = unknown_keys(run_config)
+            if self._ignored:
+                logger.warning(
+                    "flower-split %s does not know these keys of the run config, and leaves them out: %s. "
+                    "The run is refused unless they are at their defaults.",
+                    __version__,
+                    ", ".join(self._ignored),
+                )
+            known = {key: run_config[key] for key in run_config.keys() - set(self._ignored)}
+            self._parsed = (text, parse_run_config(known))
         return self._parsed[1]
+
+    @property
+    def ignored_keys(self) -> tuple[str, ...]:
+        """The keys that the last :meth:`config` left out, sorted."""
+        return self._ignored
 
     def of(self, config: RunConfig) -> RunCache:
         """Return what is kept of a run; what was kept of another configuration is dropped."""

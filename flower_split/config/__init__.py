@@ -10,7 +10,12 @@ Read first: ``run.py``: the whole configuration, a section in each field.
 from flower_split.config.data import DataConfig
 from flower_split.config.lora import LORA_INITS, LoraConfigs, LoraPartConfig
 from flower_split.config.model import DTYPES, ModelConfig
-from flower_split.config.parse import parse_run_config, resolved_run_config, run_config_keys
+from flower_split.config.parse import (
+    parse_run_config,
+    resolved_run_config,
+    run_config_keys,
+    unknown_keys,
+)
 from flower_split.config.privacy import MECHANISMS, PrivacyConfig
 from flower_split.config.run import MODES, RunConfig
 from flower_split.config.strategy import STRATEGIES, StrategyConfig
@@ -41,4 +46,5 @@ __all__ = [
     "parse_run_config",
     "resolved_run_config",
     "run_config_keys",
+    "unknown_keys",
 ]

@@ -33,6 +33,12 @@ def run_config_keys() -> dict[str, Scalar]:
     return {key: default for key, _, default in _leaves(RunConfig)}
 
 
+def unknown_keys(run_config: Mapping[str, Scalar]) -> tuple[str, ...]:
+    """Return the keys that this version does not know and that are not the app's own, sorted."""
+    known = run_config_keys()
+    return tuple(sorted(k for k in run_config if k not in known and not k.startswith(APP)))
+
+
 def _coerce(key: str, value: Scalar, kind: type) -> Scalar:
     """Return ``value`` as ``kind``; an int is taken for a float, nothing else converts."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -65,14 +71,12 @@ def parse_run_config(run_config: Mapping[str, Scalar]) -> RunConfig:
         ConfigError: A key is unknown (the nearest known one is named), a value has the wrong type,
             or breaks its rule.
     """
-    known = [key for key, _, _ in _leaves(RunConfig)]
+    for key in unknown_keys(run_config):
+        refuse_peft_option(key)
+        near = difflib.get_close_matches(key, run_config_keys(), n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown run-config key {key!r}.{hint}")
     own = {key.removeprefix(APP): v for key, v in run_config.items() if key.startswith(APP)}
-    for key in run_config:
-        if key not in known and not key.startswith(APP):
-            refuse_peft_option(key)
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown run-config key {key!r}.{hint}")
     return replace(_build(RunConfig, run_config), app=own)
 
 

@@ -33,7 +33,14 @@ _REMEDY = "Run the same version of flower_split on every machine."
 
 def stamped(values: Mapping[str, Value]) -> ConfigRecord:
     """Return a record of ``values``, with the format number and the version that wrote them."""
-    return ConfigRecord({**values, keys.FORMAT: keys.FORMAT_NUMBER, keys.VERSION: __version__})
+    return ConfigRecord(
+        {
+            **values,
+            keys.FORMAT: keys.FORMAT_NUMBER,
+            keys.READER: keys.OLDEST_READER,
+            keys.VERSION: __version__,
+        }
+    )
 
 
 def merged(content: RecordDict, values: Mapping[str, Value]) -> RecordDict:
@@ -147,17 +154,25 @@ class Fields:
 
 
 def check_format(record: Mapping[str, object], what: str) -> None:
-    """Check that a record was written in the format that this version reads.
+    """Check that this version reads the format of a record, and that its writer says so of a newer one.
 
     Raises:
-        FederationError: It was not; both versions are named.
+        FederationError: It does not; both versions are named, and which is too old.
     """
     number = record.get(keys.FORMAT)
-    if number == keys.FORMAT_NUMBER:
+    reader = record.get(keys.READER, number)
+    if not isinstance(number, int) or not isinstance(reader, int):
+        remedy = _REMEDY
+    elif reader > keys.FORMAT_NUMBER:
+        remedy = f"Upgrade flower_split {__version__} where it is read."
+    elif number < keys.OLDEST_READ:
+        remedy = "Upgrade flower_split where it was written."
+    else:
         return
     raise FederationError(
-        f"{what} was written in format {number} by flower_split {record.get(keys.VERSION, 'unknown')}; "
-        f"flower_split {__version__} reads format {keys.FORMAT_NUMBER}. {_REMEDY}"
+        f"{what} was written in format {number} by flower_split {record.get(keys.VERSION, 'unknown')}, "
+        f"for readers of format {reader} and later; flower_split {__version__} reads formats "
+        f"{keys.OLDEST_READ} to {keys.FORMAT_NUMBER}. {remedy}"
     )
 
 

@@ -9,9 +9,11 @@ from flwr.app import Message, RecordDict
 
 from flower_split.errors import FederationError, SplitError
 from flower_split.messages import keys
-from flower_split.messages.carrier import Fields, stamped
+from flower_split.messages.carrier import Fields, Value, stamped
 from flower_split.runtime.version import __version__
 from flower_split.split import CutLayers
+
+_IGNORED = "ignored-keys"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +35,7 @@ class ClientFacts:
     data_counts: Mapping[str, int] = field(default_factory=dict)  # see flower_split.data.DataCounts
     package_version: str = __version__  # of flower-split there; travels in every message
     too_little: str = ""  # why its data is too little to take part; empty: it is enough
+    ignored_keys: tuple[str, ...] = ()  # of the run config that its version does not know, sorted
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -52,7 +55,8 @@ class ClientFacts:
             "data-counts": json.dumps(dict(self.data_counts), sort_keys=True),
             "too-little-data": self.too_little,
         }
-        values = {keys.PREFIX + name: value for name, value in facts.items()}
+        values: dict[str, Value] = {keys.PREFIX + name: value for name, value in facts.items()}
+        values[keys.PREFIX + _IGNORED] = list(self.ignored_keys)
         return RecordDict({keys.REPLY: stamped(values)})
 
     @classmethod
@@ -88,6 +92,7 @@ class ClientFacts:
                 data_counts=_counts(text("data-counts")),
                 package_version=fields.text(keys.VERSION),
                 too_little=text("too-little-data"),
+                ignored_keys=fields.names(keys.PREFIX + _IGNORED),
             )
         except (ValueError, AttributeError, SplitError) as error:
             raise FederationError(

@@ -4,7 +4,11 @@ Everything that this package adds to a ConfigRecord of Flower's stands under one
 meets no key of a strategy's or a mod's.
 """
 
-FORMAT_NUMBER = 1  # of everything under the prefix; raise it where a key changes its meaning
+# Of everything under the prefix. A key that a reader may leave out needs no new number; one that changes
+# its meaning raises FORMAT_NUMBER, and OLDEST_READER to the format that a reader must know.
+FORMAT_NUMBER = 1
+OLDEST_READER = 1
+OLDEST_READ = 1  # the oldest format that this version reads
 PREFIX = "flower-split."
 
 # Records. Flower's strategies use these names by default.
@@ -19,6 +23,7 @@ REPLY = PREFIX + "reply"  # ConfigRecord of a reply
 
 # In every ConfigRecord of ours.
 FORMAT = PREFIX + "format"
+READER = PREFIX + "format-of-reader"  # the oldest that understands the record
 VERSION = PREFIX + "version"
 
 # Of a query.

@@ -3,6 +3,9 @@
 Weights are told apart by content: :mod:`flower_split.parties.weights_digest` hashes files whole. A hub
 checkpoint, of which a party may hold only some shards, is told by its id and commit. Settings are told
 apart where they change a number; those that are each party's own (devices, timeouts, data) are left out.
+
+A setting that a later version adds stands in the fingerprint only where it is not at its default, so that
+an older party, which does not know it, agrees wherever it would do the same.
 """
 
 import hashlib
@@ -14,11 +17,12 @@ from pathlib import Path
 from flower_split.config import LoraPartConfig, OptimizerConfig, RunConfig
 from flower_split.config.validation import kebab
 from flower_split.errors import SplitError
+from flower_split.parties.protocol_versions import FIELD as PROTOCOL
+from flower_split.parties.protocol_versions import SPOKEN, protocols_meet
 from flower_split.parties.weights_digest import file_digest
 from flower_split.split.loading.checkpoint import INDEX_FILE, WEIGHTS_FILE, fetch
 from flower_split.split.loading.model_source import ModelSource
 
-PROTOCOL_VERSION = "2"
 CUT_LAYERS = "cut-layers"
 """The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
 CODEC = "codec"
@@ -70,7 +74,7 @@ def settings(config: RunConfig) -> dict[str, str]:
     """
     trunk = config.trunk
     return {
-        "protocol": PROTOCOL_VERSION,
+        PROTOCOL: str(SPOKEN),
         "mode": config.mode,
         CUT_LAYERS: f"{config.model.first_cut}:{config.model.second_cut}",
         "dtype": config.model.dtype,
@@ -102,16 +106,19 @@ def differing_fields(
 ) -> list[str]:
     """Return the names of the fields that differ or that only one side has, sorted.
 
+    Protocols differ where the parties speak no version that is the same.
+
     Args:
         mine: One party's.
         theirs: The other's.
         own_cuts: One of them names its own cut layers, which are checked against the other's span:
             ``cut-layers`` does not count.
     """
+    alike = {CUT_LAYERS} if own_cuts else set()
+    if protocols_meet(mine, theirs):
+        alike.add(PROTOCOL)
     return sorted(
-        name
-        for name in mine.keys() | theirs.keys()
-        if mine.get(name) != theirs.get(name) and not (own_cuts and name == CUT_LAYERS)
+        name for name in (mine.keys() | theirs.keys()) - alike if mine.get(name) != theirs.get(name)
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
 from flower_split.parties.fingerprint import differences, differing_fields, settings
+from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.protocol.values import TrunkStatus
 from flower_split.runtime.secret_files import TokenFile
 from flower_split.runtime.version import __version__
@@ -100,10 +101,17 @@ def check_settings(config: RunConfig, status: TrunkStatus) -> None:
     """
     mine = settings(config)
     theirs = {name: value for name, value in status.fingerprint.items() if name in mine}
+    version = status.process.package_version or "of another version"
+    if problem := protocol_problem(
+        mine,
+        theirs,
+        (f"this run (flower-split {__version__})", f"the trunk (flower-split {version})"),
+    ):
+        raise ConfigError(problem)
     if differing := differing_fields(mine, theirs, own_cuts=True):
         where = config.trunk.address or "that this run started"
         raise ConfigError(
-            f"the trunk {where} (flower-split {status.process.package_version or 'of another version'}; "
+            f"the trunk {where} (flower-split {version}; "
             f"here {__version__}) would not do what this run's configuration says: they differ in "
             f"{differences(mine, theirs, differing, labels=('run', 'trunk'))}. Start the trunk with the "
             "run's own configuration: flower-split trunk APP --run-config '…', or change the run's."

@@ -12,13 +12,15 @@ from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from flower_split.config import RunConfig
+from flower_split.config import RunConfig, resolved_run_config, run_config_keys
 from flower_split.errors import FederationError
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.messages.orders import HandshakeOrder
 from flower_split.parties.fingerprint import CUT_LAYERS, differing_fields
 from flower_split.parties.parts import model_cuts
+from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.runtime.simulation import pool_cap
+from flower_split.runtime.version import __version__
 from flower_split.server.federation.exchange import by_partition, exchange, lost_partitions
 from flower_split.server.federation.nodes import Federation, describe_nodes
 from flower_split.split import CutLayers
@@ -164,6 +166,7 @@ def check_facts(
         _check_partition(facts, node, nodes, len(answers))
         _check_data(facts, node, config)
         nodes[facts.partition_id] = node
+        _check_ignored_keys(facts, node, config)
         _check_cuts(facts, node, config, trunk_fingerprint)
         _check_fingerprint(facts, node, trunk_fingerprint)
     _check_named_partitions({**nodes, **left_out}, config)
@@ -210,8 +213,28 @@ def _check_data(facts: ClientFacts, node: int, config: RunConfig) -> None:
         )
 
 
+def _check_ignored_keys(facts: ClientFacts, node: int, config: RunConfig) -> None:
+    """Check that what an older client left out of the run config is at its default."""
+    values, defaults = resolved_run_config(config), run_config_keys()
+    changed = [key for key in facts.ignored_keys if values.get(key) != defaults.get(key)]
+    if changed:
+        named = ", ".join(
+            f"{key} (here {values.get(key)!r}, by default {defaults.get(key)!r})" for key in changed
+        )
+        raise FederationError(
+            f"partition {facts.partition_id} (node {node}) has flower-split {facts.package_version}, "
+            f"which does not know {named}. Upgrade it there (this is {__version__}), or leave those "
+            "keys at their defaults."
+        )
+
+
 def _check_fingerprint(facts: ClientFacts, node: int, trunk_fingerprint: Mapping[str, str]) -> None:
     """Check that a client and the trunk hold parts of the same model and configuration."""
+    client = f"partition {facts.partition_id} (node {node}, flower-split {facts.package_version})"
+    if problem := protocol_problem(
+        facts.fingerprint, trunk_fingerprint, (client, "the run's trunk")
+    ):
+        raise FederationError(problem)
     differing = differing_fields(
         facts.fingerprint, trunk_fingerprint, own_cuts=facts.cuts is not None
     )
@@ -221,11 +244,9 @@ def _check_fingerprint(facts: ClientFacts, node: int, trunk_fingerprint: Mapping
             for name in differing
         )
         raise FederationError(
-            f"partition {facts.partition_id} (node {node}, flower-split {facts.package_version}) and the "
-            f"trunk do not hold parts of the same model and configuration; they differ in {pairs}. "
-            "Start the trunk with the run's "
-            "own configuration: flower-split trunk APP --run-config '…', and use the same model "
-            "files on every machine."
+            f"{client} and the trunk do not hold parts of the same model and configuration; they differ "
+            f"in {pairs}. Start the trunk with the run's own configuration: flower-split trunk APP "
+            "--run-config '…', and use the same model files on every machine."
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.parties.fingerprint import differences, differing_fields, is_of_training
+from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.protocol.values import ForwardCall, ForwardMode
 
 HIDDEN, MASK, POSITIONS = "hidden_states", "attention_mask", "position_ids"
@@ -259,6 +260,8 @@ def check_fingerprint(
             not be the trunk's.
         evaluate: It only evaluates: how the trunk trains does not count.
     """
+    if problem := protocol_problem(mine, theirs, ("the trunk", f"the client of slot {slot}")):
+        raise TrunkRefused(RefusalReason.FINGERPRINT_MISMATCH, problem)
     differing = [
         name
         for name in differing_fields(mine, theirs, own_cuts=own_cuts)

@@ -62,6 +62,18 @@ def test_query_with_a_wrong_config_replies_in_words(config: dict[str, Scalar]) -
     assert "joint, frozen, forward-only" in text
 
 
+def test_query_leaves_out_keys_that_this_version_does_not_know_and_names_them(
+    config: dict[str, Scalar], caplog: pytest.LogCaptureFixture
+) -> None:
+    newer: dict[str, Scalar] = {**config, "trunk.colour": "red", "zeal": 3, "seed": 98}
+    with caplog.at_level("WARNING", logger="flower_split.client.model_cache"):
+        facts = ClientFacts.read(ask("query", newer, partition_id=1, num_partitions=2))
+        ClientFacts.read(ask("query", newer, partition_id=1, num_partitions=2))
+    assert facts.ignored_keys == ("trunk.colour", "zeal")
+    said = [r.getMessage() for r in caplog.records if r.name.endswith("model_cache")]
+    assert len(said) == 1 and "leaves them out: trunk.colour, zeal." in said[0]
+
+
 def test_train_without_a_trunk_in_the_message_names_the_strategy(
     config: dict[str, Scalar],
 ) -> None:

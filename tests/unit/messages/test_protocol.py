@@ -216,14 +216,34 @@ def test_order_of_another_format_names_both_versions_and_the_remedy() -> None:
     trunk = TrunkOrder(address="here:1", token="t", server_round=1)
     content = TrainOrder(trunk=trunk).write(RecordDict({"arrays": WEIGHTS}))
     record = dict(content.config_records["config"].items())
-    other = {**record, "flower-split.format": 7, "flower-split.version": "9.9.9"}
-    content["config"] = ConfigRecord(other)
+    newer = {"flower-split.format": 7, "flower-split.version": "9.9.9"}
+    content["config"] = ConfigRecord({**record, **newer, "flower-split.format-of-reader": 6})
     with pytest.raises(
         FederationError,
-        match=r"a training order was written in format 7 by flower_split 9\.9\.9; flower_split .* "
-        r"reads format 1\. Run the same version of flower_split on every machine",
+        match=r"a training order was written in format 7 by flower_split 9\.9\.9, for readers of format 6 "
+        r"and later; flower_split 0\.1\.0 reads formats 1 to 1\. Upgrade flower_split 0\.1\.0 where",
     ):
         TrainOrder.read(content)
+    older = {"flower-split.format": 0, "flower-split.format-of-reader": 0}
+    content["config"] = ConfigRecord({**record, **older})
+    with pytest.raises(FederationError, match=r"Upgrade flower_split where it was written\."):
+        TrainOrder.read(content)
+    content["config"] = ConfigRecord({**record, "flower-split.format": "1"})
+    with pytest.raises(FederationError, match="Run the same version"):
+        TrainOrder.read(content)
+
+
+def test_order_of_a_newer_version_that_an_older_one_understands_is_read() -> None:
+    order = TrainOrder(trunk=TrunkOrder(address="here:1", token="t", server_round=1))
+    content = order.write(RecordDict({"arrays": WEIGHTS}))
+    record = dict(content.config_records["config"].items())
+    newer = {
+        "flower-split.format": 7,
+        "flower-split.version": "9.9.9",
+        "flower-split.colour": "red",
+    }
+    content["config"] = ConfigRecord({**record, **newer})
+    assert TrainOrder.read(content) == order
 
 
 def test_value_of_another_type_is_named_with_what_it_must_be() -> None:

@@ -76,6 +76,26 @@ def test_check_facts_of_a_client_that_cannot_train_names_it_and_the_remedy(
     assert all(word in text for word in words), text
 
 
+def test_check_facts_refuses_what_an_older_client_left_out_unless_it_is_at_its_default() -> None:
+    older = facts(1, package_version="0.0.9", ignored_keys=("fraction-train", "trunk.quorum"))
+    check_facts([(50, older)], config(), FINGERPRINT)
+    text = check([(50, older)], config(trunk__quorum=0.5))
+    assert text.startswith(
+        "partition 1 (node 50) has flower-split 0.0.9, which does not know trunk.quorum (here 0.5, by "
+        "default 1.0). Upgrade it there"
+    )
+
+
+def test_check_facts_of_another_protocol_says_who_is_to_be_upgraded() -> None:
+    older = facts(1, package_version="0.0.9", fingerprint={**FINGERPRINT, "protocol": "1"})
+    with pytest.raises(FederationError) as caught:
+        check_facts([(50, older)], config(), {**FINGERPRINT, "protocol": "2-3"})
+    assert str(caught.value) == (
+        "partition 1 (node 50, flower-split 0.0.9) speaks protocol 1, the run's trunk 2-3. Upgrade "
+        "flower-split of partition 1 (node 50, flower-split 0.0.9)."
+    )
+
+
 def test_check_facts_with_too_few_at_once_gives_the_line_to_use() -> None:
     text = check(
         [(10 + partition_id, facts(partition_id, concurrency=2)) for partition_id in range(4)]
