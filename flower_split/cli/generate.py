@@ -70,7 +70,9 @@ def _server(arguments: argparse.Namespace) -> TrunkServer | None:
         )
     token = read_secret(arguments.token_file, "--token-file")
     certificate = ClientCertificate(arguments.client_certificate, arguments.client_key)
-    return TrunkServer(arguments.trunk_address, token, arguments.root_certificates, certificate)
+    return TrunkServer(
+        arguments.trunk_address, token, arguments.root_certificates, certificate, arguments.proxy
+    )
 
 
 def _converse(generator: TextGenerator, sampling: Sampling, chat: bool) -> None:

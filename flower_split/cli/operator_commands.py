@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flower_split.cli.trunk_login import TrunkLogin
     from flower_split.wire.client_certificate import ClientCertificate
 
 
@@ -150,10 +151,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
     return show_status(
         StatusCommand(
-            address=arguments.address,
-            token_file=arguments.token_file,
-            root_certificates=arguments.root_certificates,
-            certificate=_certificate(arguments),
+            trunk=_trunk(arguments),
             as_json=arguments.json,
             watch=arguments.watch,
         )
@@ -179,10 +177,7 @@ def _release(arguments: argparse.Namespace) -> int:
 
     return release(
         ReleaseCommand(
-            address=arguments.address,
-            token_file=arguments.token_file,
-            root_certificates=arguments.root_certificates,
-            certificate=_certificate(arguments),
+            trunk=_trunk(arguments),
             force=arguments.force,
         )
     )
@@ -210,10 +205,7 @@ def _revoke(arguments: argparse.Namespace) -> int:
 
     return revoke(
         RevokeCommand(
-            address=arguments.address,
-            token_file=arguments.token_file,
-            root_certificates=arguments.root_certificates,
-            certificate=_certificate(arguments),
+            trunk=_trunk(arguments),
             slot=arguments.slot,
             subject=arguments.subject,
         )
@@ -235,7 +227,9 @@ def _add_health(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 def _health(arguments: argparse.Namespace) -> int:
     from flower_split.cli.health import health
 
-    return health(arguments.address, arguments.root_certificates, _certificate(arguments))
+    return health(
+        arguments.address, arguments.root_certificates, _certificate(arguments), arguments.proxy
+    )
 
 
 def _add_trunk_address(parser: argparse.ArgumentParser) -> None:
@@ -253,6 +247,24 @@ def add_tls_options(parser: argparse.ArgumentParser) -> None:
         "--client-certificate", default="", help="PEM file shown to a trunk with --client-ca"
     )
     parser.add_argument("--client-key", default="", help="PEM file of that certificate's key")
+    parser.add_argument(
+        "--proxy",
+        default="environment",
+        metavar="URL",
+        help="HTTP proxy to a trunk off loopback: http://host:port, none, or environment (the default)",
+    )
+
+
+def _trunk(arguments: argparse.Namespace) -> "TrunkLogin":
+    from flower_split.cli.trunk_login import TrunkLogin
+
+    return TrunkLogin(
+        address=arguments.address,
+        token_file=arguments.token_file,
+        root_certificates=arguments.root_certificates,
+        certificate=_certificate(arguments),
+        proxy=arguments.proxy,
+    )
 
 
 def _certificate(arguments: argparse.Namespace) -> "ClientCertificate":

@@ -145,6 +145,7 @@ def check_trunk(config: RunConfig) -> None:
         root_certificates=config.trunk.root_certificates,
         timeout=_CONTROL_SECONDS,
         certificate=ClientCertificate.of(config.trunk),
+        proxy=config.trunk.proxy,
     )
     with closing(coordinator):
         check_settings(config, coordinator.status())

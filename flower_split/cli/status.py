@@ -3,22 +3,18 @@
 import json
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from flower_split.cli.trunk_login import TrunkLogin
 from flower_split.errors import ConfigError, TrunkError
 from flower_split.protocol.values import SlotReport, TrunkStatus
 from flower_split.runtime.exit_codes import COMPLETED
-from flower_split.runtime.secret_files import read_secret
-from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
-_SECONDS = 10.0  # of one question
 _MIB = 1 << 20
 _LATE = 30.0  # seconds of being waited for that are shown in red
 
@@ -27,10 +23,7 @@ _LATE = 30.0  # seconds of being waited for that are shown in red
 class StatusCommand:
     """What the command line asks for."""
 
-    address: str  # host:port of the trunk
-    token_file: Path
-    root_certificates: str = ""  # PEM file of the CA for TLS
-    certificate: ClientCertificate = NO_CERTIFICATE
+    trunk: TrunkLogin
     as_json: bool = False
     watch: float | None = None  # seconds between two looks; None: look once
 
@@ -55,16 +48,7 @@ def show_status(command: StatusCommand) -> int:
         TrunkError: The trunk does not answer, or refuses the token; while watching it is shown instead.
         ConfigError: The token file or the certificate cannot be read.
     """
-    from flower_split.server.coordinator import TrunkCoordinator
-
-    coordinator = TrunkCoordinator(
-        command.address,
-        read_secret(command.token_file, "--token-file"),
-        root_certificates=command.root_certificates,
-        timeout=_SECONDS,
-        certificate=command.certificate,
-    )
-    with closing(coordinator):
+    with command.trunk.coordinator() as coordinator:
         if command.watch is not None:
             _watch(coordinator.status, command)
             return COMPLETED
@@ -72,7 +56,7 @@ def show_status(command: StatusCommand) -> int:
     if command.as_json:
         print(as_json(seen))
     else:
-        Console().print(picture(command.address, seen))
+        Console().print(picture(command.trunk.address, seen))
     return COMPLETED
 
 
@@ -159,13 +143,13 @@ def _watch(status: Callable[[], TrunkStatus], command: StatusCommand) -> None:
                 if command.as_json:
                     print(as_json(seen), flush=True)
                 else:
-                    live.update(picture(command.address, seen), refresh=True)
+                    live.update(picture(command.trunk.address, seen), refresh=True)
             except TrunkError as error:
                 if command.as_json:
                     print(json.dumps({"error": str(error)}), flush=True)
                 else:
                     live.update(
-                        Text(f"trunk {command.address}: {error}", style="red"), refresh=True
+                        Text(f"trunk {command.trunk.address}: {error}", style="red"), refresh=True
                     )
             try:
                 time.sleep(seconds)

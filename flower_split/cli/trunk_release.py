@@ -1,16 +1,12 @@
 """``flower-split trunk-release``: free a trunk from a run that has gone."""
 
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
+from flower_split.cli.trunk_login import TrunkLogin
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import TrunkStatus
 from flower_split.runtime.exit_codes import COMPLETED
-from flower_split.runtime.secret_files import read_secret
-from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
-_SECONDS = 10.0  # of one question
 _OVER = ("idle", "aborted")
 _ALIVE = 60.0  # seconds since a client's call within which a round counts as at work
 
@@ -19,10 +15,7 @@ _ALIVE = 60.0  # seconds since a client's call within which a round counts as at
 class ReleaseCommand:
     """What the command line asks for."""
 
-    address: str  # host:port of the trunk
-    token_file: Path
-    root_certificates: str = ""  # PEM file of the CA for TLS
-    certificate: ClientCertificate = NO_CERTIFICATE
+    trunk: TrunkLogin
     force: bool = False  # also from a round whose clients are at work
 
 
@@ -35,19 +28,10 @@ def release(command: ReleaseCommand) -> int:
         TrunkError: The trunk does not answer, or refuses the token.
         TrunkRefused: The round's clients are at work, and ``force`` is not given.
     """
-    from flower_split.server.coordinator import TrunkCoordinator
-
-    coordinator = TrunkCoordinator(
-        command.address,
-        read_secret(command.token_file, "--token-file"),
-        root_certificates=command.root_certificates,
-        timeout=_SECONDS,
-        certificate=command.certificate,
-    )
-    with closing(coordinator):
+    with command.trunk.coordinator() as coordinator:
         status = coordinator.status()
         if status.phase in _OVER:
-            print(f"the trunk {command.address} is free: no round is open")
+            print(f"the trunk {command.trunk.address} is free: no round is open")
             return COMPLETED
         _check_left(status, command)
         coordinator.abort_round(
@@ -57,7 +41,7 @@ def release(command: ReleaseCommand) -> int:
             "an operator released the trunk (flower-split trunk-release)",
         )
     print(
-        f"the trunk {command.address} is free: round {status.server_round} of experiment "
+        f"the trunk {command.trunk.address} is free: round {status.server_round} of experiment "
         f"{status.experiment} was given up; its committed rounds stay, and its run can be resumed"
     )
     return COMPLETED
@@ -73,7 +57,7 @@ def _check_left(status: TrunkStatus, command: ReleaseCommand) -> None:
     if not command.force and calls and min(calls) < _ALIVE:
         raise TrunkRefused(
             RefusalReason.INVALID_REQUEST,
-            f"the trunk {command.address} is at work: a client of round {status.server_round} of "
+            f"the trunk {command.trunk.address} is at work: a client of round {status.server_round} of "
             f"experiment {status.experiment} called {min(calls):.0f} s ago. Wait for that run, stop it "
             "(flwr stop), or give its round up with --force; a run that is alive begins it again.",
         )

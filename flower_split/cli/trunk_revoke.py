@@ -1,25 +1,17 @@
 """``flower-split trunk-revoke``: take one client out of the experiment that a trunk serves."""
 
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
+from flower_split.cli.trunk_login import TrunkLogin
 from flower_split.errors import ConfigError
 from flower_split.runtime.exit_codes import COMPLETED
-from flower_split.runtime.secret_files import read_secret
-from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
-
-_SECONDS = 10.0  # of one question
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RevokeCommand:
     """What the command line asks for."""
 
-    address: str  # host:port of the trunk
-    token_file: Path
-    root_certificates: str = ""  # PEM file of the CA for TLS
-    certificate: ClientCertificate = NO_CERTIFICATE
+    trunk: TrunkLogin
     slot: int | None = None  # the client's data partition; None: by subject
     subject: str = ""  # a name in its certificate
 
@@ -36,16 +28,7 @@ def revoke(command: RevokeCommand) -> int:
         TrunkError: The trunk does not answer, or refuses the token.
         TrunkRefused: It has no such client.
     """
-    from flower_split.server.coordinator import TrunkCoordinator
-
-    coordinator = TrunkCoordinator(
-        command.address,
-        read_secret(command.token_file, "--token-file"),
-        root_certificates=command.root_certificates,
-        timeout=_SECONDS,
-        certificate=command.certificate,
-    )
-    with closing(coordinator):
+    with command.trunk.coordinator() as coordinator:
         slots = coordinator.revoke_client(
             [] if command.slot is None else [command.slot], command.subject
         )

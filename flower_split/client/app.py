@@ -19,6 +19,7 @@ from flower_split.client.alone import evaluate_alone, train_alone
 from flower_split.client.client import Client
 from flower_split.client.kept_state import NOTHING_KEPT, KeptState
 from flower_split.client.model_cache import ClientCache
+from flower_split.client.node_route import NodeRoute
 from flower_split.client.privacy_mod import PrivacyMod
 from flower_split.errors import (
     FederationError,
@@ -54,7 +55,6 @@ from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
 from flower_split.runtime.simulation import simulated_clients_at_once
-from flower_split.wire.client_certificate import ClientCertificate
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +169,7 @@ class Handlers:
             num_partitions=numbers[1],
             own=own_lora(config, numbers[0], context.node_config),
             cuts=client_cuts(config, numbers[0], context.node_config),
-            certificate=ClientCertificate.of(config.trunk, context.node_config),
+            route=NodeRoute.of(config.trunk, context.node_config),
         )
 
     def _kept(self, client: Client, order: PhaseOrder, context: Context) -> KeptState:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from flower_split.client.model_cache import NoTrunk, RunCache
+from flower_split.client.node_route import NodeRoute
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.data import ClientData, batches, eval_batches
@@ -38,7 +39,7 @@ from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
-from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.client_certificate import NO_CERTIFICATE
 from flower_split.wire.codecs import make_codec
 from flower_split.wire.transports import TRANSPORTS
 
@@ -78,7 +79,7 @@ class Client:
         num_partitions: How many partitions there are.
         own: What of its LoRA is its own.
         cuts: Where its model is cut.
-        certificate: Shown to a trunk that speaks TLS.
+        route: What of the way to the trunk is this node's own.
 
     Args:
         kept: What this process keeps of the run; clients of one run share it.
@@ -86,7 +87,7 @@ class Client:
         num_partitions: How many partitions there are.
         own: What of its LoRA is its own.
         cuts: Its own cut layers; None: what the run's configuration says.
-        certificate: Shown to the trunk; None: what the run's configuration says.
+        route: What of the way to the trunk is this node's own; None: as the run's configuration says.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class Client:
         num_partitions: int,
         own: OwnLora = SAME_AS_RUN,
         cuts: CutLayers | None = None,
-        certificate: ClientCertificate | None = None,
+        route: NodeRoute | None = None,
     ) -> None:
         self.kept = kept
         self.config = kept.config
@@ -104,7 +105,7 @@ class Client:
         self.num_partitions = num_partitions
         self.own = own
         self.cuts = cuts or client_cuts(kept.config, partition_id)
-        self.certificate = certificate or ClientCertificate.of(kept.config.trunk)
+        self.route = route or NodeRoute.of(kept.config.trunk, {})
 
     @property
     def device(self) -> torch.device:
@@ -272,10 +273,10 @@ class Client:
     def _trunk(self, order: TrunkOrder) -> Iterator[RemoteTrunk]:
         """Put the trunk into the model's middle, for one phase."""
         # A trunk without TLS is on loopback, and asks for no certificate.
-        shown = self.certificate if order.root_certificates else NO_CERTIFICATE
+        shown = self.route.certificate if order.root_certificates else NO_CERTIFICATE
         with contextlib.ExitStack() as stack:
             trunk = RemoteTrunk(
-                order.address,
+                self.route.address_of(order),
                 token=order.token,
                 fingerprint=self.kept.fingerprint,
                 mode=self.config.mode,
@@ -284,6 +285,7 @@ class Client:
                 cuts=self.cuts,
                 transport=self.config.trunk.transport,
                 certificate=shown,
+                proxy=self.route.proxy,
             )
             stack.callback(set_trunk, self.model, NoTrunk())
             stack.callback(trunk.close)

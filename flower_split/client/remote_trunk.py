@@ -25,6 +25,7 @@ from flower_split.client.calls import (
 )
 from flower_split.client.step_end import finish_step
 from flower_split.client.trunk_session import TrunkSession
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import TrunkError
 from flower_split.protocol.values import FinishResult, FinishRule, ForwardMode, SessionGrant
 from flower_split.runtime.closing import Closing
@@ -57,6 +58,7 @@ class RemoteTrunk(nn.Module, Closing):
         transport: The name of what carries the calls: ``auto`` (shared memory where client and trunk
             share host and user, else gRPC), ``grpc``, ``shared-memory``, or a plug-in's.
         certificate: What this client shows to a trunk that asks for one.
+        proxy: HTTP proxy to a trunk off loopback, as ``trunk.proxy`` says.
 
     Attributes:
         waiting: Entered around every call: give back there what other micro-batches need to
@@ -83,6 +85,7 @@ class RemoteTrunk(nn.Module, Closing):
         cuts: CutLayers | None = None,
         transport: str = "grpc",
         certificate: ClientCertificate = NO_CERTIFICATE,
+        proxy: str = ENVIRONMENT,
     ) -> None:
         super().__init__()
         self.always = torch.empty(0, requires_grad=True)
@@ -93,6 +96,7 @@ class RemoteTrunk(nn.Module, Closing):
                 timeout=call_timeout,
                 root_certificates=root_certificates,
                 certificate=certificate,
+                proxy=proxy,
             ),
             fingerprint,
             cuts,

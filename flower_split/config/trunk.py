@@ -3,7 +3,16 @@
 from dataclasses import dataclass, field
 
 from flower_split.config.train import COMPUTE_MODES, OptimizerConfig
-from flower_split.config.validation import above, at_least, kebab, one_of, plug_in_name, share
+from flower_split.config.validation import (
+    above,
+    at_least,
+    check_address,
+    check_proxy,
+    kebab,
+    one_of,
+    plug_in_name,
+    share,
+)
 from flower_split.errors import ConfigError
 
 STEP_EVERY = ("local-step", "server-round", "contribution")
@@ -25,6 +34,9 @@ class TrunkConfig:
     """PEM file shown to a trunk with --client-ca; a node config's client-certificate comes first."""
     client_key: str = ""
     """PEM file of that certificate's key; a node config's client-key comes first."""
+    proxy: str = "environment"
+    """HTTP proxy to a trunk off loopback: environment (https_proxy and no_proxy), none, or
+    http://host:port; a node config's trunk-proxy comes first."""
     train: str = "lora"
     """What trains: lora, or full (every trunk weight)."""
     step_every: str = "local-step"
@@ -138,5 +150,6 @@ class TrunkConfig:
             raise ConfigError(
                 "trunk.client-certificate and trunk.client-key belong together; only one is named."
             )
-        if self.address and ":" not in self.address:
-            raise ConfigError(f"trunk.address must be host:port; it is {self.address!r}.")
+        if self.address:
+            check_address("trunk.address", self.address)
+        check_proxy("trunk.proxy", self.proxy)

@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 from flower_split.errors import ConfigError
 
 Scalar = bool | int | float | str
 """A value of Flower's run config."""
 
+ENVIRONMENT, NO_PROXY = "environment", "none"
+"""Values of ``trunk.proxy`` that are no URL."""
 _PLUG_IN_NAME = re.compile(r"[\w.-]+(:[A-Za-z_][\w.]*)?")
 
 
@@ -23,6 +26,31 @@ def plug_in_name(key: str, value: str) -> None:
         raise ConfigError(
             f'{key} must be a name of letters, digits, "-", "_" and ".", or an import path '
             f'"module:object"; it is {value!r}.'
+        )
+
+
+def check_address(key: str, value: str) -> None:
+    """Refuse what is not ``host:port``."""
+    host, _, port = value.rpartition(":")
+    if not host or not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise ConfigError(f"{key} must be host:port; it is {value!r}.")
+
+
+def check_proxy(key: str, value: str) -> None:
+    """Refuse what is no HTTP proxy; the value is not repeated, for it may hold a password."""
+    if value in (ENVIRONMENT, NO_PROXY):
+        return
+    try:
+        parts = urlsplit(value)
+        good = (
+            parts.scheme == "http" and parts.hostname and parts.port and not parts.path.strip("/")
+        )
+    except ValueError:
+        good = False
+    if not good:
+        raise ConfigError(
+            f'{key} must be "{ENVIRONMENT}", "{NO_PROXY}" or "http://host:port", an HTTP proxy that '
+            "lets CONNECT through."
         )
 
 

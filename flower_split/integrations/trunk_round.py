@@ -95,6 +95,7 @@ def trunk_round(
         address,
         read_secret(str(token_file), "token_file"),
         root_certificates=config.trunk.root_certificates,
+        proxy=config.trunk.proxy,
         timeout=config.trunk.call_timeout,
     )
     with closing(coordinator):
@@ -139,6 +140,7 @@ def _remote(address: str, plan: RoundPlan, config: RunConfig) -> RemoteTrunk:
         mode=config.mode,
         call_timeout=config.trunk.call_timeout,
         root_certificates=config.trunk.root_certificates,
+        proxy=config.trunk.proxy,
         transport=config.trunk.transport,
     )
 

@@ -25,6 +25,7 @@ from transformers import (
 from flower_split.client.model_cache import NoTrunk
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.data import load_tokenizer
 from flower_split.errors import ConfigError, FlowerSplitError, RunDirectoryError
 from flower_split.lora import attach_lora, load_adapter_state
@@ -79,6 +80,7 @@ class TrunkServer:
     token: str  # the coordinator's
     root_certificates: str = ""  # PEM file; empty: plain text, on loopback
     certificate: ClientCertificate = NO_CERTIFICATE  # shown as the coordinator, and as a client
+    proxy: str = ENVIRONMENT  # as trunk.proxy
 
 
 class TextGenerator:
@@ -247,6 +249,7 @@ def _remote(
             server.token,
             root_certificates=server.root_certificates,
             certificate=server.certificate,
+            proxy=server.proxy,
         )
     ) as coordinator:
         status = coordinator.status()
@@ -278,6 +281,7 @@ def _remote(
                 cuts=cuts,
                 transport=config.trunk.transport,
                 certificate=server.certificate,
+                proxy=server.proxy,
             ) as trunk:
                 trunk.open(0, evaluate=True)
                 yield trunk

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     arrivals_to_proto,
@@ -36,6 +37,7 @@ class TrunkCoordinator:
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
         timeout: Seconds per call, retries included; at most 10 for status and abort.
         certificate: What this side shows over TLS.
+        proxy: As ``trunk.proxy`` says.
 
     Raises:
         ConfigError: Plain text to another machine, or a PEM file that cannot be read.
@@ -48,6 +50,7 @@ class TrunkCoordinator:
         root_certificates: str = "",
         timeout: float = 150.0,
         certificate: ClientCertificate = NO_CERTIFICATE,
+        proxy: str = ENVIRONMENT,
     ) -> None:
         self.address = address
         self._timeout = timeout
@@ -57,6 +60,7 @@ class TrunkCoordinator:
             timeout=timeout,
             root_certificates=root_certificates,
             certificate=certificate,
+            proxy=proxy,
         )
 
     def begin_round(self, plan: RoundPlan) -> tuple[int, int]:

@@ -73,6 +73,7 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
             root_certificates=certificates,
             timeout=_CONTROL_SECONDS,
             certificate=shown,
+            proxy=config.trunk.proxy,
         )
         stack.callback(coordinator.close)
         status = coordinator.status()

@@ -8,6 +8,7 @@ import socket
 import ssl
 
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.proxies import connect
 
 _CLOSED = ("Socket closed", "Connection reset by peer", "Broken pipe")
 _SECONDS = 5.0
@@ -19,16 +20,19 @@ _HANDSHAKE, _CERTIFICATE_REQUEST, _SERVER_HELLO_DONE = (
 _RECORD_HEADER, _MESSAGE_HEADER = 5, 4  # bytes
 
 
-def certificate_fault(details: str | None, address: str, shown: ClientCertificate) -> str:
+def certificate_fault(
+    details: str | None, address: str, shown: ClientCertificate, proxy: str = ""
+) -> str:
     """Return what is wrong with a client's certificate, and the remedy; empty: nothing is known of it.
 
     Args:
         details: Of a call that was UNAVAILABLE, over TLS.
         address: ``host:port`` of the trunk.
         shown: What was shown to it.
+        proxy: URL of the proxy on the way to it; empty: none.
     """
     text = details or ""
-    if not any(mark in text for mark in _CLOSED) or not asks_for_certificate(address):
+    if not any(mark in text for mark in _CLOSED) or not asks_for_certificate(address, proxy):
         return ""
     if shown == NO_CERTIFICATE:
         return (
@@ -44,15 +48,15 @@ def certificate_fault(details: str | None, address: str, shown: ClientCertificat
     )
 
 
-def asks_for_certificate(address: str) -> bool:
+def asks_for_certificate(address: str, proxy: str = "") -> bool:
     """Return whether a TLS server asks its clients for certificates; False also where it cannot be asked.
 
     Nothing is sent but the first message of a handshake of TLS 1.2, whose answer is readable.
 
     Args:
         address: ``host:port``.
+        proxy: URL of the proxy on the way to it; empty: none.
     """
-    host, _, port = address.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is told to it
     context.maximum_version = ssl.TLSVersion.TLSv1_2
@@ -63,7 +67,7 @@ def asks_for_certificate(address: str) -> bool:
     except ssl.SSLWantReadError:
         pass
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS) as link:
+        with connect(address, proxy, _SECONDS) as link:
             link.sendall(hello.read())
             return _CERTIFICATE_REQUEST in _first_answer(link)
     except (OSError, ValueError):

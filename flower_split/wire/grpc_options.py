@@ -4,21 +4,29 @@ import ipaddress
 
 import grpc
 
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import ConfigError
 from flower_split.runtime.certificate_files import read_pem
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.proxies import proxy_to
 
 SERVICE = "flower_split.Trunk"
 MAX_MESSAGE_BYTES = 8 << 20
 Metadata = tuple[tuple[str, str], ...]
 
 
-def channel_options() -> list[tuple[str, int]]:
-    """Return the options of every client channel; its keepalive is above the server's minimum."""
+def channel_options(proxy: str = "") -> list[tuple[str, int | str]]:
+    """Return the options of a client channel; its keepalive is above the server's minimum.
+
+    Args:
+        proxy: URL of the HTTP proxy to go through; empty: none, whatever the environment says.
+    """
+    named: list[tuple[str, int | str]] = [("grpc.http_proxy", proxy)] if proxy else []
     return [
+        *named,
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.enable_http_proxy", 0),
+        ("grpc.enable_http_proxy", 1 if proxy else 0),
         ("grpc.enable_retries", 0),  # retries are counted and bounded by grpc_transport, not below
         ("grpc.use_local_subchannel_pool", 1),  # control calls get a connection of their own
         ("grpc.keepalive_time_ms", 30_000),
@@ -63,6 +71,7 @@ def open_channel(
     address: str,
     root_certificates: str = "",
     certificate: ClientCertificate = NO_CERTIFICATE,
+    proxy: str = ENVIRONMENT,
 ) -> grpc.Channel:
     """Return a channel with this package's options; it connects with the first call.
 
@@ -71,10 +80,11 @@ def open_channel(
         root_certificates: The CA that signed the trunk's certificate, as PEM text or the path of a
             PEM file; empty: plain text, on loopback only.
         certificate: What this side shows, over TLS.
+        proxy: As ``trunk.proxy`` says; loopback is always reached directly.
 
     Raises:
-        ConfigError: Plain text to another machine, or with a certificate; a file that cannot be read,
-            or a certificate that is not valid now or not its key's.
+        ConfigError: Plain text to another machine, or with a certificate; a file that cannot be read;
+            a certificate that is not valid now or not its key's; a proxy that is no HTTP proxy.
     """
     if root_certificates:
         if "-----BEGIN" in root_certificates:
@@ -87,7 +97,8 @@ def open_channel(
             private_key=None if pair is None else pair.key,
             certificate_chain=None if pair is None else pair.certificate,
         )
-        return grpc.secure_channel(address, credentials, options=channel_options())
+        way = "" if is_loopback(address) else proxy_to(address, proxy)
+        return grpc.secure_channel(address, credentials, options=channel_options(way))
     if certificate != NO_CERTIFICATE:
         raise ConfigError(
             f"trunk.client-certificate {certificate.certificate} can be shown over TLS alone, but "

@@ -14,13 +14,15 @@ from typing import Protocol
 import grpc
 from google.protobuf.message import Message
 
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import TrunkError, TrunkUnavailable
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.secret_files import TokenFile
 from flower_split.wire.certificate_errors import certificate_fault
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
-from flower_split.wire.grpc_options import SERVICE, Metadata, bearer, open_channel
+from flower_split.wire.grpc_options import SERVICE, Metadata, bearer, is_loopback, open_channel
 from flower_split.wire.grpc_status import error_of, failed_call
+from flower_split.wire.proxies import proxy_to, without_credentials
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.tls_errors import tls_fault
 from flower_split.wire.transport import Reply, Result
@@ -49,6 +51,7 @@ class TrunkChannel(Closing):
         token: Sent with every call; of a file, as it is at that moment.
         root_certificates: See :func:`open_channel`.
         certificate: What this side shows over TLS; read now.
+        proxy: As ``trunk.proxy`` says.
         timeout: Seconds that one call may take, retries included. An attempt gets half of the time
             that is left, so that a trunk which hangs or is replaced is asked again.
 
@@ -64,14 +67,18 @@ class TrunkChannel(Closing):
         timeout: float,
         root_certificates: str = "",
         certificate: ClientCertificate = NO_CERTIFICATE,
+        proxy: str = ENVIRONMENT,
     ) -> None:
         self.address = address
         self._timeout = timeout
         self._token = bearer(token) if isinstance(token, str) else token
         self._tls, self._certificate = bool(root_certificates), certificate
         self._jitter = random.Random()  # its own: a retry must not shift a seeded run's numbers
-        self._control = open_channel(address, root_certificates, certificate)
-        self._data = open_channel(address, root_certificates, certificate)
+        self._control = open_channel(address, root_certificates, certificate, proxy)
+        self._data = open_channel(address, root_certificates, certificate, proxy)
+        self._proxy = "" if is_loopback(address) else proxy_to(address, proxy)
+        if self._proxy:
+            logger.info("the trunk %s is asked%s", address, self._way())
 
     def unary(
         self,
@@ -134,8 +141,13 @@ class TrunkChannel(Closing):
     def _fault(self, text: str | None) -> str:
         """Return what is wrong with the TLS; empty: nothing, or what trying again may mend."""
         return tls_fault(text) or (
-            certificate_fault(text, self.address, self._certificate) if self._tls else ""
+            certificate_fault(text, self.address, self._certificate, self._proxy)
+            if self._tls
+            else ""
         )
+
+    def _way(self) -> str:
+        return f" through the proxy {without_credentials(self._proxy)}" if self._proxy else ""
 
     def _metadata(self) -> Metadata:
         if isinstance(self._token, TokenFile):
@@ -173,8 +185,8 @@ class TrunkChannel(Closing):
                 raise TrunkUnavailable(
                     f"{what} was not answered within {timeout:g} s ({attempts} attempts, the last: "
                     f"{code.name}, {text}). Check that the trunk runs and that this machine reaches "
-                    f"it at {self.address} (trunk.address); if it is only slow, raise "
-                    "trunk.call-timeout."
+                    f"it at {self.address}{self._way()} (trunk.address, trunk.proxy; a node config's "
+                    "trunk-address, trunk-proxy); if it is only slow, raise trunk.call-timeout."
                 )
             logger.debug("%s: attempt %d gave %s; again in %.2f s", what, attempts, code, pause)
             time.sleep(pause)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 from google.protobuf.message import Message
 
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
@@ -35,6 +36,7 @@ class AutomaticChannel(Closing):
         timeout: Seconds that one call may take, retries included.
         root_certificates: CA for TLS; empty: plain text, on loopback only.
         certificate: What this side shows over TLS.
+        proxy: As ``trunk.proxy`` says.
 
     Raises:
         ConfigError: See :class:`~flower_split.wire.grpc_transport.TrunkChannel`.
@@ -48,6 +50,7 @@ class AutomaticChannel(Closing):
         timeout: float,
         root_certificates: str = "",
         certificate: ClientCertificate = NO_CERTIFICATE,
+        proxy: str = ENVIRONMENT,
     ) -> None:
         self.address = address
         self._grpc = TrunkChannel(
@@ -56,6 +59,7 @@ class AutomaticChannel(Closing):
             timeout=timeout,
             root_certificates=root_certificates,
             certificate=certificate,
+            proxy=proxy,
         )
         self._timeout = timeout
         self._lock = threading.Lock()

@@ -3,6 +3,7 @@
 from types import MappingProxyType
 from typing import Protocol, TypeGuard
 
+from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import ConfigError
 from flower_split.runtime.registry import Registry
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
@@ -22,6 +23,7 @@ class MakesTransport(Protocol):
         timeout: float,
         root_certificates: str = "",
         certificate: ClientCertificate = NO_CERTIFICATE,
+        proxy: str = ENVIRONMENT,
     ) -> Transport:
         """Return a transport; connections are made with the first call.
 
@@ -31,6 +33,7 @@ class MakesTransport(Protocol):
             timeout: Seconds that one call may take, retries included.
             root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text.
             certificate: What this side shows over TLS.
+            proxy: As ``trunk.proxy`` says.
 
         Raises:
             ConfigError: Plain text to another machine, or a PEM file that cannot be read.

@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,10 +46,11 @@ class Authority:
         begins: datetime.timedelta = -DAY,
         ends: datetime.timedelta = DAY,
         name: str = "trunk",
+        names: Sequence[str] = (),
     ) -> tuple[str, str]:
-        """The paths of a certificate for ``host`` and its key."""
+        """The paths of a certificate for ``host``, and DNS names beside it, and its key."""
         address = x509.IPAddress(ipaddress.ip_address(host))
-        return self._sign(address, begins, ends, name)
+        return self._sign([address, *map(x509.DNSName, names)], begins, ends, name)
 
     def client(
         self,
@@ -57,11 +59,11 @@ class Authority:
         ends: datetime.timedelta = DAY,
     ) -> ClientCertificate:
         """A client's certificate, as files."""
-        return ClientCertificate(*self._sign(x509.DNSName(name), begins, ends, name))
+        return ClientCertificate(*self._sign([x509.DNSName(name)], begins, ends, name))
 
     def _sign(
         self,
-        alternative: x509.GeneralName,
+        alternatives: Sequence[x509.GeneralName],
         begins: datetime.timedelta,
         ends: datetime.timedelta,
         name: str,
@@ -69,7 +71,7 @@ class Authority:
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         builder = begun(subject, self.certificate.subject, key, begins, ends)
-        names = x509.SubjectAlternativeName([alternative])
+        names = x509.SubjectAlternativeName(alternatives)
         signed = builder.add_extension(names, False).sign(self.key, hashes.SHA256())
         files = self.folder / f"{name}.crt", self.folder / f"{name}.key"
         files[0].write_bytes(pem(signed))

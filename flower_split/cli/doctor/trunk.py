@@ -26,6 +26,7 @@ def trunk(config: RunConfig) -> list[Finding]:
             root_certificates=config.trunk.root_certificates,
             timeout=_SECONDS,
             certificate=ClientCertificate.of(config.trunk),
+            proxy=config.trunk.proxy,
         )
         with closing(coordinator):
             status = coordinator.status()

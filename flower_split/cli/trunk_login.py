@@ -1,0 +1,40 @@
+"""How a command reaches a trunk as its coordinator: one value for all that ask one."""
+
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from flower_split.config.validation import ENVIRONMENT
+from flower_split.runtime.secret_files import read_secret
+from flower_split.server.coordinator import TrunkCoordinator
+from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+
+_SECONDS = 10.0  # of one question
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrunkLogin:
+    """A trunk's address, and what is shown to it."""
+
+    address: str  # host:port
+    token_file: Path
+    root_certificates: str = ""  # PEM file of the CA for TLS
+    certificate: ClientCertificate = NO_CERTIFICATE
+    proxy: str = ENVIRONMENT  # as trunk.proxy
+
+    def coordinator(self) -> "closing[TrunkCoordinator]":
+        """Return round control of the trunk, which ends with its block; it connects with the first call.
+
+        Raises:
+            ConfigError: The token file or a certificate cannot be read, or the proxy is none.
+        """
+        return closing(
+            TrunkCoordinator(
+                self.address,
+                read_secret(self.token_file, "--token-file"),
+                root_certificates=self.root_certificates,
+                timeout=_SECONDS,
+                certificate=self.certificate,
+                proxy=self.proxy,
+            )
+        )
