@@ -42,6 +42,7 @@ from flower_split.aggregation.core.client_updates import (
 from flower_split.aggregation.core.factors import Factors, State, Update
 from flower_split.aggregation.core.lowrank import LowRankSum, factors_of, inner_product
 from flower_split.aggregation.core.method import Aggregator
+from flower_split.aggregation.core.outliers import Outliers
 from flower_split.aggregation.core.plain_tensors import mean_plain_tensors
 from flower_split.aggregation.core.round_summary import RoundSummary
 from flower_split.aggregation.methods.product_family import ProductAggregator
@@ -71,6 +72,8 @@ class AdapterAggregator:
             leaves such clients out, and the result is that of the others alone.
         workers: Threads over modules; the result does not depend on it.
         device: Where states live and sums run, such as ``cuda``; adapters come and go on the CPU.
+        outlier_factor: A client that moved its adapter by more than this many times the median of the
+            round's clients is treated as a malformed update is; 0: there is no such bound.
         options: Of a method given by name: its own options.
     """
 
@@ -84,6 +87,7 @@ class AdapterAggregator:
         on_invalid: str = "refuse",
         workers: int = 1,
         device: str = "cpu",
+        outlier_factor: float = 0.0,
         **options: int | float | str | None,
     ) -> None:
         if on_invalid not in ("refuse", "exclude"):
@@ -96,6 +100,7 @@ class AdapterAggregator:
         self._exclude = on_invalid == "exclude"
         self._workers = workers
         self._device = torch.device(device)
+        self._outliers = Outliers(outlier_factor, factors=bool(self.method.private))
         self._layout = Layout({}, (), {})
         self._states: dict[str, State] = {}
         self._others: dict[str, Tensor] = {}
@@ -160,6 +165,11 @@ class AdapterAggregator:
         self._ready()
         start = time.perf_counter()
         clients, excluded = self._admission().admit(updates, exclude=self._exclude)
+        while far := self._outliers(clients):  # until those left are a round without the others
+            if not self._exclude:
+                raise AggregationError(" ".join(far.values()))
+            excluded |= far
+            clients = [client for client in clients if client.client_id not in far]
         for transform in (*self._transforms, *then):
             clients = list(transform(clients))
         # The weights of everybody: a round must have some, whoever holds what.

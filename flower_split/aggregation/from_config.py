@@ -59,6 +59,7 @@ def adapter_aggregator(config: StrategyConfig, scales: Mapping[str, float]) -> A
         on_invalid=config.on_invalid,
         workers=config.num_threads,
         device=str(resolve_device(config.device, "strategy.device")),
+        outlier_factor=config.outlier_factor,
     )
 
 

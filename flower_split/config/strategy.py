@@ -48,6 +48,9 @@ class StrategyConfig:
     clipping=1.0."""
     on_invalid: str = "refuse"
     """On a malformed update: refuse the round, or exclude the client."""
+    outlier_factor: float = 20.0
+    """How many times the median client's an adapter's change may be, among three clients or more, before
+    it is malformed; 0: any."""
     server_learning_rate: float = 1.0
     """Learning rate of the server's step on the aggregated ΔW."""
     server_optimizer: str = "none"
@@ -87,6 +90,7 @@ class StrategyConfig:
         one_of("strategy.on-invalid", self.on_invalid, ON_INVALID)
         one_of("strategy.dora", self.dora, ("exact", "mean"))
         at_least("strategy.max-rank", self.max_rank, 0)
+        at_least("strategy.outlier-factor", self.outlier_factor, 0)
         at_least("strategy.num-threads", self.num_threads, 1)
         above("strategy.server-learning-rate", self.server_learning_rate, 0)
         at_least("strategy.buffer-size", self.buffer_size, 1)

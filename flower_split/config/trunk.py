@@ -78,6 +78,9 @@ class TrunkConfig:
     """GiB of former weights that clients still work on (fedbuff)."""
     max_client_grad_norm: float = 0.0
     """L2 norm that one client's trunk gradient is clipped to; 0: no clipping."""
+    outlier_factor: float = 20.0
+    """How many times the median of a window's gradient norms one client's may be, among three or more;
+    0: any."""
     on_bad_client: str = "exclude"
     """A client whose gradient may not count: exclude (as the quorum allows) or abort the round."""
     reduction: str = "mean"
@@ -127,6 +130,7 @@ class TrunkConfig:
             "quorum_count",
             "activation_memory_per_client",
             "max_client_grad_norm",
+            "outlier_factor",
             "max_evaluations",
             "max_compute_seconds",
         ):

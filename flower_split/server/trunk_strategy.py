@@ -37,6 +37,7 @@ from flower_split.server.federation.replies import (
     completed,
     excluded_by,
 )
+from flower_split.server.inner.outlier_check import check_moves
 from flower_split.server.inner.reply_checks import check_for_inner, checked_result, weighs_uniformly
 from flower_split.server.inner.state import begin_again, load_state, state_of
 from flower_split.server.inner.sync_check import check_synchronised, check_unchanged
@@ -270,6 +271,8 @@ class TrunkStrategy(Strategy):
             phase.server_round,
             {weight: self._largest_weights},
         )
+        factor = self.config.strategy.outlier_factor
+        check_moves(self.inner, kept, phase.messages, self.federation, phase.server_round, factor)
 
     def _for_inner(self, server_round: int, partition_id: int, reply: Message) -> Message:
         """Return the reply as Flower's strategies expect it; its step metrics go to the sink."""

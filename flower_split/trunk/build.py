@@ -104,4 +104,5 @@ def _reduction(config: TrunkConfig) -> Reduction:
         max_client_norm=config.max_client_grad_norm,
         rules=rules,
         exclude_bad=config.on_bad_client == "exclude",
+        outlier_factor=config.outlier_factor,
     )

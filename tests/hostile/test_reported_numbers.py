@@ -159,6 +159,44 @@ def test_round_with_a_client_whose_numbers_are_refused_is_that_of_the_honest(num
         assert [item.slot for item in report.slots if not item.completed] == [ATTACKER]
 
 
+@pytest.mark.parametrize("times", [1e2, 1e6])
+@pytest.mark.parametrize("step_every", [StepEvery.LOCAL_STEP, StepEvery.SERVER_ROUND])
+def test_gradient_far_above_the_others_is_left_out_bit_for_bit(times, step_every):
+    reports = []
+    for attack in (None, Attack(gradient=times)):
+        with engine_with(outlier_factor=20.0) as engine:
+            slots = sorted((*HONEST, ATTACKER) if attack else HONEST)
+            engine.begin_round(make_plan(slots, quorum=0.8, step_every=step_every))
+            for slot in reversed(slots):  # whatever the order of arrival
+                client = ToyClient(engine, slot, 1)
+                contribute(client, slot, 0, attack if attack and slot == ATTACKER else Attack())
+            reports.append(engine.prepare_round("test", 1, 0, time.monotonic() + 5))
+    honest, attacked = reports
+    assert attacked.digest == honest.digest
+    left_out = {item.slot: item.problem for item in attacked.slots if not item.completed}
+    assert list(left_out) == [ATTACKER]
+    assert "times the median of the window's 5 clients" in left_out[ATTACKER]
+
+
+@pytest.mark.parametrize("reduction", [{}, {"exclude_bad": False}], ids=["quorum-of-all", "abort"])
+def test_gradient_far_above_the_others_that_cannot_be_left_out_ends_the_round(reduction):
+    plan = {"quorum": 0.5} if reduction else {}
+    with engine_with(outlier_factor=20.0, **reduction) as engine:
+        before = engine.adapter()["weight"]
+        with pytest.raises(RoundAborted, match=f"slot {ATTACKER}: .*trunk.outlier-factor"):
+            honest_round(engine, Attack(gradient=1e4), **plan)
+        assert torch.equal(engine.adapter()["weight"], before)
+
+
+def test_gradient_far_above_one_other_is_taken():
+    with engine_with(outlier_factor=20.0) as engine:
+        engine.begin_round(make_plan((0, ATTACKER)))
+        clients = {slot: ToyClient(engine, slot, 1) for slot in (0, ATTACKER)}
+        contribute(clients[0], 0, 0, Attack())
+        contribute(clients[ATTACKER], ATTACKER, 0, Attack(gradient=1e4))
+        assert engine.prepare_round("test", 1, 0, time.monotonic() + 5).optimizer_steps == 1
+
+
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 @pytest.mark.parametrize(
     ("reduction", "plan"),

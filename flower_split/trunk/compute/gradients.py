@@ -143,11 +143,14 @@ class Reduction:
         exclude_bad: Whether a window goes on without a client whose gradient may not enter it
             (:mod:`flower_split.trunk.compute.screening`), where the quorum allows; else the round is
             given up.
+        outlier_factor: How many times the median of the window's norms one client's may be, before it
+            is such a client; 0: any.
     """
 
     max_client_norm: float = 0.0
     rules: tuple[Rule, ...] = ()
     exclude_bad: bool = True
+    outlier_factor: float = 0.0
 
     def __call__(
         self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.trunk.compute.gradients import SlotGradient
 
@@ -56,6 +57,37 @@ def faults(gradients: Mapping[int, SlotGradient], *, whole_step: bool = True) ->
     """Return the slots whose gradients may not enter a step, each with the reason."""
     found = {slot: fault(gradients[slot], whole_step=whole_step) for slot in sorted(gradients)}
     return {slot: why for slot, why in found.items() if why}
+
+
+def outliers(gradients: Mapping[int, SlotGradient], factor: float) -> dict[int, str]:
+    """Return the slots whose gradients are far above the window's median, each with the reason.
+
+    Compared are the L2 norms of the token-mean gradients, in fp64. That of a slot with fewer label
+    tokens than the median slot has more noise in it, and counts for less in the step: it is compared
+    as it counts. Fewer than three slots have no majority, and nobody is blamed.
+
+    Args:
+        gradients: Of a window without :func:`faults`.
+        factor: Of the median (``trunk.outlier-factor``); 0: there is no bound.
+    """
+    if factor == 0 or len(gradients) < 3:
+        return {}
+    pulls = pulls_of(gradients)
+    return {
+        slot: f"the norm of its gradient is {multiple:.4g} times the median of the window's "
+        f"{len(gradients)} clients, and may be at most {factor:g} times (trunk.outlier-factor). "
+        "Look at the client's data and its version of the app, or raise the key"
+        for slot, multiple in above_median(pulls, factor).items()
+    }
+
+
+def pulls_of(gradients: Mapping[int, SlotGradient]) -> dict[int, float]:
+    """Return the norms that :func:`outliers` compares, in slot order."""
+    typical = median({slot: gradient.num_tokens for slot, gradient in gradients.items()})
+    return {
+        slot: gradients[slot].mean_norm() * min(1.0, gradients[slot].num_tokens / typical)
+        for slot in sorted(gradients)
+    }
 
 
 def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.inf) -> None:

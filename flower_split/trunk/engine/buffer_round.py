@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import Arrival, RoundPlan, SlotReport
 from flower_split.trunk.compute.gradients import Reduction
-from flower_split.trunk.compute.screening import faults
+from flower_split.trunk.compute.screening import faults, outliers
 from flower_split.trunk.engine.dispatches import Dispatches
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_state import Round
@@ -43,7 +43,7 @@ class BufferRound(Round):
                 RefusalReason.INVALID_REQUEST, f"{self} is to be prepared without an arrival."
             )
         taken, gradients, factors = self.dispatches.take(arrivals)
-        bad = faults(gradients)
+        bad = faults(gradients) or outliers(gradients, self.reduction.outlier_factor)
         if bad:  # their adapters are about to be aggregated, so nobody can be left out here alone
             named = "; ".join(f"slot {taken[index].slot}: {why}" for index, why in bad.items())
             self.windows.abort(named)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
-from flower_split.trunk.compute.screening import faults
+from flower_split.trunk.compute.screening import faults, outliers
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
@@ -137,6 +137,7 @@ class Settling:
             bad = faults(gradients, whole_step=not alone)
             if rule is not None and not bad:
                 bad = step_end_faults(current, slots)
+            bad = bad or outliers(gradients, self._reduction.outlier_factor)
             if bad:
                 self._blame(current, bad)
                 return

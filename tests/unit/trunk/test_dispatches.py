@@ -172,6 +172,24 @@ def test_buffer_without_staleness_is_a_window_of_a_server_round_bit_for_bit() ->
     assert torch.equal(*weights)
 
 
+def test_arrival_far_above_the_others_gives_the_round_up_and_is_named() -> None:
+    engine = make_engine(reduction=Reduction(outlier_factor=20.0))
+    try:
+        before = weight_of(engine)
+        coordinator = Coordinator(engine)
+        coordinator.send((1, 0), (2, 1), (3, 2))
+        clients = [ToyClient(engine, number) for number in (1, 2, 3)]
+        work(clients[0], 1)
+        work(clients[2], 3)
+        clients[1].forward(hidden(2))
+        clients[1].backward(1e4 * hidden(1002))
+        with pytest.raises(RoundAborted, match="slot 1: .*trunk.outlier-factor"):
+            coordinator.close((1, 1.0), (2, 1.0), (3, 1.0))
+        assert torch.equal(weight_of(engine), before)
+    finally:
+        engine.close()
+
+
 def test_arrival_order_does_not_change_a_bit() -> None:
     results = []
     for order in ((1, 2, 3), (3, 1, 2)):

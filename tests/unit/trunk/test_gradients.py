@@ -11,6 +11,7 @@ from flower_split.aggregation.rules.parse import parse_rules
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.trunk.compute.gradients import Reduction, SlotGradient
+from flower_split.trunk.compute.screening import outliers
 from tests.support.toy_trunk import HIDDEN, ToyClient, ToyTrunk, make_engine, make_plan
 
 
@@ -125,3 +126,35 @@ def test_gradient_scaled_by_a_million_with_clipping_costs_at_most_5_percent():
     assert with_it <= 1.05 * without
     with pytest.raises(RoundAborted, match="slot 0: the largest entry"):  # without clipping
         final_loss(1e6, clip=0.0)
+
+
+def test_norm_far_above_the_median_of_three_is_an_outlier():
+    slots = {0: slot([3.0, 4.0]), 1: slot([6.0, 8.0]), 2: slot([0.0, 101.0])}  # norms 5, 10, 101
+    assert outliers(slots, 10.2) == {}
+    assert list(outliers(slots, 10.0)) == [2]
+    assert "10.1 times the median" in outliers(slots, 10.0)[2]
+    assert outliers(slots, 0.0) == {}
+
+
+def test_outlier_depends_neither_on_order_nor_on_the_denominator():
+    slots = {0: slot([30.0], denominator=0.1), 1: slot([2.0]), 2: slot([0.03], denominator=100.0)}
+    assert outliers(slots, 1.5) == {}  # norms 3, 2 and 3
+    far = {2: slot([90.0]), 0: slot([1.0]), 1: slot([2.0]), 3: slot([80.0])}
+    assert list(outliers(far, 1.1)) == [2]  # the larger of the middle two, 80
+    assert outliers(far, 1.1) == outliers(dict(sorted(far.items())), 1.1)
+
+
+def test_two_clients_have_no_outlier_and_neither_do_zeros():
+    assert outliers({0: slot([1.0]), 1: slot([1e9])}, 2.0) == {}
+    assert outliers({0: slot([0.0]), 1: slot([0.0]), 2: slot([1e9])}, 2.0) == {}
+
+
+def test_gradient_of_few_tokens_is_compared_as_it_counts():
+    # 1 of 10 tokens: its norm of 50 moves the step as 5 over 10 tokens would.
+    few = {0: slot([1.0], 10.0), 1: slot([1.0], 10.0), 2: slot([50.0], 1.0)}
+    assert outliers(few, 6.0) == {}
+    assert list(outliers(few, 4.0)) == [2]
+
+
+def test_norm_whose_squares_overflow_fp32_is_an_outlier():
+    assert list(outliers({0: slot([1.0]), 1: slot([1.0]), 2: slot([1e25])}, 100.0)) == [2]
