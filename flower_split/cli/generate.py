@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from flower_split.errors import ConfigError
 from flower_split.results.client_adapter import one_client
@@ -12,6 +13,8 @@ from flower_split.results.generation import (
     TrunkServer,
     open_generator,
 )
+from flower_split.results.samples import TrainedModel, make_samples
+from flower_split.runs.samples import FILE
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.runtime.secret_files import read_secret
 from flower_split.split import CutLayers
@@ -37,12 +40,43 @@ def generate(arguments: argparse.Namespace) -> int:
     )
     cuts = CutLayers.parse(arguments.cuts) if arguments.cuts else None
     client = one_client(arguments.client, arguments.client_dir)
+    if arguments.samples is not None:
+        model = TrainedModel(run=arguments.run, server=_server(arguments), cuts=cuts, client=client)
+        _samples(model, _prompts(arguments), sampling, arguments.chat)
+        return 0
     with open_generator(arguments.run, _server(arguments), cuts, client) as generator:
         if prompt is not None:
             _reply(generator, prompt, [], sampling, arguments.chat)
         else:
             _converse(generator, sampling, arguments.chat)
     return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """Return the prompts of ``--samples``: the lines of a file that are not blank.
+
+    Raises:
+        ConfigError: There is no such file, it holds none, or ``--prompt`` is given as well.
+    """
+    path: Path = arguments.samples
+    if arguments.prompt is not None:
+        raise ConfigError("--samples names the prompts, so --prompt has no meaning beside it.")
+    try:
+        prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--samples must be a text file in UTF-8 with a prompt on each line; {path} cannot be "
+            f"read: {error}."
+        ) from error
+    if not prompts:
+        raise ConfigError(f"--samples needs a prompt on each line; {path} holds none.")
+    return prompts
+
+
+def _samples(model: TrainedModel, prompts: list[str], sampling: Sampling, chat: bool) -> None:
+    for sample in make_samples(model, prompts, sampling, chat=chat):
+        print(f"prompt:  {sample.prompt}\nbase:    {sample.base}\ntrained: {sample.trained}\n")
+    print(f"kept in {model.run / FILE}; flower-split report {model.run} shows them")
 
 
 def _check_text(prompt: str, where: str) -> None:

@@ -177,6 +177,13 @@ def _add_generate(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     generate.add_argument("run", type=Path, help="the run directory")
     generate.add_argument("--prompt", help="text to continue")
     generate.add_argument(
+        "--samples",
+        type=Path,
+        metavar="FILE",
+        help="continue every line of FILE with the base model and with the run's, and keep both for the "
+        "run's report",
+    )
+    generate.add_argument(
         "--chat",
         action="store_true",
         help="the prompts are messages of a conversation, in the tokenizer's chat template",

@@ -111,6 +111,7 @@ def _page(runs: Sequence[RunData], charts: Sequence[Chart], javascript: str) -> 
     style = files(_HERE).joinpath("page.css").read_text(encoding="utf-8")
     sections = [
         *(_outcome(run) for run in runs),
+        *(_samples(run) for run in runs),
         *(_figure(chart) for chart in charts),
         _refusals(runs),
         _privacy(runs),
@@ -169,6 +170,15 @@ def _outcome(run: RunData) -> str:
         _facts(facts) if isinstance(facts, Mapping) else "",
         f"<p class=path>{_text(str(run.path))}</p>",
     )
+
+
+def _samples(run: RunData) -> str:
+    """Return how a run continues prompts; empty where nobody asked."""
+    if not run.samples:
+        return ""
+    body = [[sample.prompt, sample.base, sample.trained] for sample in run.samples]
+    table = _table(["prompt", "base", "trained"], body)
+    return _section(f"Sample generations of {run.name}", f"<div class=samples>{table}</div>")
 
 
 def _facts(facts: Mapping[str, Json]) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from flower_split.config import Scalar, resolved_run_config
 from flower_split.runs.files import Json, read_config, read_json
 from flower_split.runs.metrics import BYTE_KINDS, FILE, read_metrics
+from flower_split.runs.samples import Sample, read_samples
 
 Row = Mapping[str, Json]
 
@@ -31,6 +32,7 @@ class RunData:
     summary: Mapping[str, Json]  # empty: it has not finished
     versions: Mapping[str, Json]
     records: Sequence[Row]  # the lines of metrics.jsonl
+    samples: Sequence[Sample] = ()  # how it continues prompts, where somebody asked
 
     def of(self, kind: str) -> list[Row]:
         """Return the lines of one kind."""
@@ -64,6 +66,7 @@ def read_runs(paths: Sequence[Path]) -> list[RunData]:
                 summary=read_json(path / "summary.json") if _finished(path) else {},
                 versions=read_json(path / "versions.json"),
                 records=read_metrics(path / FILE),
+                samples=read_samples(path),
             )
         )
     return runs

@@ -14,11 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from flower_split.assets import resolve_model_path
 from flower_split.cli.main import main
 from flower_split.config import ModelConfig, RunConfig, TrunkConfig
+from flower_split.errors import RunDirectoryError
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
 from flower_split.parties.parts import all_parts, model_cuts
 from flower_split.protocol.values import RoundPlan
 from flower_split.results.export import export_adapter
 from flower_split.runs.directory import RunDirectory
+from flower_split.runs.samples import read_samples
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.trunk.serve import RunningTrunk, Serving
 
@@ -113,6 +115,47 @@ def test_generate_reads_prompts_until_the_input_ends(
         expected(run, tmp_path / text, tokens=8, text=text) for text in ("def main(", "class A")
     ]
     assert found == "".join(text + "\n" for text in texts)
+
+
+def test_samples_are_the_base_models_words_and_the_runs_and_stay_with_the_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, prompts = tmp_path / "prompts.txt", [PROMPT, "class A"]
+    file.write_text(f"{PROMPT}\n\nclass A\n")
+    found = said(capsys, str(run), "--samples", str(file), "--max-new-tokens", "24")
+    path = resolve_model_path("quickstart")
+    tokenizer, plain = (
+        AutoTokenizer.from_pretrained(path),
+        AutoModelForCausalLM.from_pretrained(path),
+    )
+    samples = read_samples(run)
+    assert [sample.prompt for sample in samples] == prompts
+    for sample in samples:
+        inputs = tokenizer(sample.prompt, return_tensors="pt")
+        tokens = plain.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        new = tokens[0, inputs["input_ids"].shape[1] :]
+        assert sample.base == tokenizer.decode(new, skip_special_tokens=True)
+        text = expected(run, tmp_path / sample.prompt, tokens=24, text=sample.prompt)
+        assert sample.trained == text
+        assert f"prompt:  {sample.prompt}\nbase:    {sample.base}\n" in found
+    assert any(sample.trained != sample.base for sample in samples)
+    (run / "samples.json").write_text('{"samples": [{"prompt": "x"}]}')
+    with pytest.raises(RunDirectoryError, match="a list of samples with prompt, base, trained"):
+        read_samples(run)
+    (run / "samples.json").unlink()
+    assert read_samples(run) == []
+    for wrong, message in (
+        ([str(tmp_path / "none.txt")], "cannot be read"),
+        ([str(file), "--prompt", "x"], "--prompt has no meaning beside it"),
+    ):
+        assert main(["generate", str(run), "--samples", *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_generate_over_a_trunk_server_says_the_same(

@@ -17,6 +17,7 @@ from flower_split.errors import ConfigError
 from flower_split.results.report import page
 from flower_split.results.report.page import MAX_BYTES, write_report
 from flower_split.runs.directory import RunDirectory
+from flower_split.runs.samples import Sample, write_samples
 from flower_split.runs.summary import ClientOutcome, HeldOut, summarize
 from tests.support.distributions import installed
 
@@ -102,6 +103,8 @@ def lines_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def test_report_of_a_run_has_the_numbers_of_its_metrics(tmp_path: Path, javascript: None) -> None:
     run = make_run(tmp_path / "run")
+    assert "Sample generations" not in write_report([run], run / "report.html").read_text()
+    write_samples(run, [Sample(prompt="Hi", base="one\n<two>", trained="three")])
     out = write_report([run], run / "report.html")
     assert out.stat().st_size < MAX_BYTES
     text = out.read_text()
@@ -128,6 +131,7 @@ def test_report_of_a_run_has_the_numbers_of_its_metrics(tmp_path: Path, javascri
     assert [r["activation_peak_bytes"] for r in found.rows("memory")] == [4096]
     assert "its gradient was not finite" in found.cells
     assert "A &lt;note&gt;." in text
+    assert "<td>Hi</td><td>one\n&lt;two&gt;</td><td>three</td>" in text
 
 
 def test_report_lays_a_clients_step_times_end_to_end(tmp_path: Path, javascript: None) -> None:
