@@ -14,6 +14,7 @@ from flower_split.errors import ConfigError
 
 _FILES = (
     "data.path",
+    "data.eval-path",
     "train.client-dir",
     "trunk.token-file",
     "trunk.root-certificates",

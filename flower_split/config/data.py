@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 
-from flower_split.config.validation import above, at_least, kebab, one_of
+from flower_split.config.validation import above, at_least, kebab, one_of, plug_in_name
 from flower_split.errors import ConfigError
 
 REFUSE_OR_SKIP = ("refuse", "skip")
+WITHOUT_PATH = ("stdlib-docs", "hub")  # sources that are no files
 DEDUPLICATE = ("auto", "exact", "near")
 
 
@@ -19,6 +20,9 @@ class DataConfig:
     path: str = ""
     """File or directory of all but stdlib-docs and hub; may contain {partition_id}, the client's
     partition."""
+    eval_path: str = ""
+    """File or directory of what is held out, read as path is: one test set for all clients, or with
+    {partition_id} one for each; all of path is then trained on. Empty: eval-fraction of each client."""
     dataset: str = ""
     """For hub: the data set's id, or a local directory or file that datasets can load."""
     subset: str = ""
@@ -38,18 +42,19 @@ class DataConfig:
     on_unassigned: str = "refuse"
     """On records that the partitioner gives to no client: refuse the run, or skip and count them."""
     partitioner: str = "iid"
-    """How one data set is split over clients: a partitioner of flwr-datasets, or none (every client
-    reads all of its own file)."""
+    """How one data set is split over clients: a partitioner of flwr-datasets, none (every client reads
+    all of its own file), a plug-in's name, or an import path."""
     partition_by: str = ""
     """The field that dirichlet, natural-id and shard divide by."""
     dirichlet_alpha: float = 0.5
     """Concentration of dirichlet, above 0; smaller is more unequal."""
     eval_fraction: float = 0.2
-    """Share of a client's examples that is held out for evaluation, between 0 and 1."""
+    """Share of a client's examples that is held out for evaluation, between 0 and 1, where eval-path
+    names nothing."""
     deduplicate: str = "auto"
     """Held-out text that is trained on: exact (equal documents are on one side, on every client),
     near (also, no held-out document has more than half of its 8-grams in the client's training
-    text), or auto (near for stdlib-docs, else exact)."""
+    text), or auto (near for stdlib-docs, else exact). With eval-path, what is trained on gives way."""
     max_eval_batches: int = 0
     """Batches of one evaluation of one client, at most; 0: all."""
 
@@ -71,6 +76,12 @@ class DataConfig:
             raise ConfigError("data.source must not be empty: a source's name, or an import path.")
         for name in ("on_bad_record", "on_small_client", "on_unassigned"):
             one_of(f"data.{kebab(name)}", getattr(self, name), REFUSE_OR_SKIP)
+        plug_in_name("data.partitioner", self.partitioner)
+        if self.eval_path and self.source in WITHOUT_PATH:
+            raise ConfigError(
+                f'data.eval-path is read as data.path is, and the source "{self.source}" reads no path. '
+                "Leave it empty, or use a source of files."
+            )
         one_of("data.deduplicate", self.deduplicate, DEDUPLICATE)
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(

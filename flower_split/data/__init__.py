@@ -18,16 +18,21 @@ from flower_split.data.client_data import (
 )
 from flower_split.data.documents import Record
 from flower_split.data.examples import Example
+from flower_split.data.partitioner import Partitioner, PartitionRequest
+from flower_split.data.partitions import PARTITIONERS
 from flower_split.data.source import DataSource, SourceRecords, SourceRequest
 from flower_split.data.source_registry import DATA_SOURCES
 from flower_split.data.tally import DataCounts
 
 __all__ = [
     "DATA_SOURCES",
+    "PARTITIONERS",
     "ClientData",
     "DataCounts",
     "DataSource",
     "Example",
+    "PartitionRequest",
+    "Partitioner",
     "Record",
     "SourceRecords",
     "SourceRequest",

@@ -3,19 +3,20 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flower_split.config import DataConfig, ModelConfig, RunConfig
-from flower_split.data.documents import Document, Record
+from flower_split.data.documents import Document, Record, content_of
 from flower_split.data.examples import Example, make_examples
 from flower_split.data.formats import parse_record
-from flower_split.data.held_out import TooLittleData, split_held_out
+from flower_split.data.held_out import TooLittleData, in_fair_order, split_held_out
 from flower_split.data.model_limits import check_model_limits
 from flower_split.data.near_duplicates import without_repeats
-from flower_split.data.partitions import partition_rows
+from flower_split.data.partitioner import PartitionRequest
+from flower_split.data.partitions import NONE, PARTITIONERS, partition_rows
 from flower_split.data.source import SourceRequest
 from flower_split.data.source_registry import DATA_SOURCES
 from flower_split.data.sources.tables import column_of
@@ -65,12 +66,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def check_source(config: DataConfig) -> None:
-    """Check that ``data.source`` is known here and has the keys that it needs.
+    """Check that source and partitioner are known here, and the source has the keys that it needs.
 
     Raises:
-        ConfigError: It is not, or has not.
+        ConfigError: One is not, or it has not.
     """
     DATA_SOURCES.get(config.source)().check(config)
+    PARTITIONERS.get(config.partitioner)
 
 
 def check_data(config: RunConfig) -> None:
@@ -116,10 +118,12 @@ def load_client_data(
         )
     check_model_limits(config, tokenizer)
     tally = Tally(skip_bad_records=config.data.on_bad_record == "skip")
+    share = _Share(partition_id, num_partitions, tally)
     name = ""
     try:
-        name, documents = _documents(config, partition_id, num_partitions, tally)
-        train, evaluate = _both_sides(config, documents, tokenizer, tally)
+        name, documents = _documents(config, share, config.data)
+        sides = _both_sides(config, documents, share)
+        train, evaluate = _examples(*sides, tokenizer, config.train.sequence_length, tally)
     except TooLittleData as error:
         reason = f"partition {partition_id} of {num_partitions}: {error}"
         if config.data.on_small_client == "refuse":
@@ -140,10 +144,11 @@ def load_client_data(
     return ClientData(train, evaluate, name, counts)
 
 
-def _both_sides(
-    config: RunConfig,
-    documents: Sequence[Document],
+def _examples(
+    train: Sequence[Document],
+    held_out: Sequence[Document],
     tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
     tally: Tally,
 ) -> tuple[list[Example], list[Example]]:
     """Return training and held-out examples.
@@ -151,60 +156,90 @@ def _both_sides(
     Raises:
         TooLittleData: One of them is empty.
     """
-    train, held_out = split_held_out(documents, config.data.eval_fraction, config.seed)
-    if config.data.leaves_repeats_out:
-        kept = without_repeats(held_out, train)
-        tally.add("near_duplicates", len(held_out) - len(kept))
-        held_out = kept
     made = []
     for side, its in (("training", train), ("held-out", held_out)):
-        examples = make_examples(its, tokenizer, config.train.sequence_length, tally)
+        examples = make_examples(its, tokenizer, sequence_length, tally)
         if not examples:
             raise TooLittleData(
                 f"the {side} documents must give at least one example of two tokens; they give "
                 "none. Give this client more data, or leave it out with data.on-small-client = "
-                f'"skip"; data.deduplicate is {config.data.deduplicate!r}.'
+                '"skip"; see data.deduplicate too.'
             )
         made.append(examples)
     return made[0], made[1]
 
 
-def _documents(
-    config: RunConfig, partition_id: int, num_partitions: int, tally: Tally
-) -> tuple[str, list[Document]]:
+def _both_sides(
+    config: RunConfig, documents: Sequence[Document], share: "_Share"
+) -> tuple[list[Document], list[Document]]:
+    """Return what is trained on and what is held out; what would be in both is in one, and counted.
+
+    Raises:
+        TooLittleData: There are not two different documents.
+    """
+    data, tally = config.data, share.tally
+    if data.eval_path:
+        _, held_out = _documents(
+            config, share, replace(data, path=data.eval_path, partitioner=NONE)
+        )
+        tested = {content_of(document) for document in held_out}
+        train = [document for document in documents if content_of(document) not in tested]
+        if data.leaves_repeats_out:
+            train = without_repeats(train, held_out)
+        tally.add("tested_records", len(documents) - len(train))
+        return train, in_fair_order(held_out, config.seed)
+    train, held_out = split_held_out(documents, data.eval_fraction, config.seed)
+    if data.leaves_repeats_out:
+        kept = without_repeats(held_out, train)
+        tally.add("near_duplicates", len(held_out) - len(kept))
+        held_out = kept
+    return train, held_out
+
+
+@dataclass(frozen=True, slots=True)
+class _Share:
+    """Whose data is read."""
+
+    partition_id: int
+    num_partitions: int
+    tally: Tally
+
+
+def _documents(config: RunConfig, share: _Share, data: DataConfig) -> tuple[str, list[Document]]:
     """Return a name for the client's documents, and the documents in a fixed order."""
-    data = config.data
-    source = DATA_SOURCES.get(data.source)()
-    source.check(data)
-    found = source.read(
+    check_source(data)
+    found = DATA_SOURCES.get(data.source)().read(
         SourceRequest(
             config=data,
-            partition_id=partition_id,
-            num_partitions=num_partitions,
-            tally=tally,
+            partition_id=share.partition_id,
+            num_partitions=share.num_partitions,
+            tally=share.tally,
             app=config.app,
         )
     )
     records = found.records
     if len(records) == 0:
         raise TooLittleData(
-            f"the data must hold at least one record; {found.where} holds none. Check data.path or "
-            "data.dataset."
+            f"the data must hold at least one record; {found.where} holds none. Check data.path, "
+            "data.eval-path or data.dataset."
         )
     rows = list(range(len(records)))
     if not found.own:
         rows = partition_rows(
-            lambda name: column_of(records, name),
-            len(records),
-            data,
-            seed=config.seed,
-            partition_id=partition_id,
-            num_partitions=num_partitions,
-            tally=tally,
+            PartitionRequest(
+                config=data,
+                num_rows=len(records),
+                partition_id=share.partition_id,
+                num_partitions=share.num_partitions,
+                seed=config.seed,
+                column=lambda name: column_of(records, name),
+                tally=share.tally,
+                app=config.app,
+            )
         )
     ignored = data.ignored | ({data.partition_by} - {""})
     text_field = found.text_field or data.text_field
-    return found.name, list(_parsed(records, rows, text_field, ignored, tally))
+    return found.name, list(_parsed(records, rows, text_field, ignored, share.tally))
 
 
 def _parsed(

@@ -32,8 +32,7 @@ def split_held_out(
             'clients, or leave it out with data.on-small-client = "skip".'
         )
     for content in ranked:
-        digest = hashlib.sha256(f"{seed}\0{content}".encode()).digest()
-        ranked[content] = int.from_bytes(digest[:8], "big") / 2**64
+        ranked[content] = _rank(content, seed)
     ordered = sorted(ranked.values())
     # the threshold moves only where it would leave a side empty
     threshold = min(fraction, ordered[-1]) if fraction > ordered[0] else ordered[1]
@@ -41,3 +40,17 @@ def split_held_out(
     held_out = [document for document in documents if ranked[content_of(document)] < threshold]
     held_out.sort(key=lambda document: ranked[content_of(document)])
     return train, held_out
+
+
+def in_fair_order(documents: Sequence[Document], seed: int) -> list[Document]:
+    """Return documents in the order of a hash of seed and content.
+
+    An evaluation of the first few batches is then a fair sample, however a file is sorted.
+    """
+    return sorted(documents, key=lambda document: _rank(content_of(document), seed))
+
+
+def _rank(content: str, seed: int) -> float:
+    """Return a number in [0, 1) that looks random."""
+    digest = hashlib.sha256(f"{seed}\0{content}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

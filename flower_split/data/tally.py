@@ -19,11 +19,12 @@ _PLACES_LOGGED = 5  # of bad records; the rest is only counted
 class DataCounts:
     """What one client has of its data; counts are of records unless they say otherwise."""
 
-    records: int = 0  # of this client's share that were read and understood
+    records: int = 0  # of this client's share, and of data.eval-path, read and understood
     bad_records: int = 0  # left out by data.on-bad-record = "skip"
     blank_records: int = 0  # text without anything but white space
     unassigned_records: int = 0  # of the whole data set: in no client's share
     near_duplicates: int = 0  # held-out documents left out, as training text covers them
+    tested_records: int = 0  # training documents left out, as data.eval-path holds them out
     train_examples: int = 0
     eval_examples: int = 0
     cut_examples: int = 0  # longer than train.sequence-length
@@ -50,6 +51,7 @@ class DataCounts:
             (self.blank_records, "blank records were passed over"),
             (self.unassigned_records, "records are in no client's share (data.on-unassigned)"),
             (self.near_duplicates, "held-out documents repeat training text and were left out"),
+            (self.tested_records, "training documents are in data.eval-path and were left out"),
             (
                 self.cut_examples,
                 f"examples were longer than train.sequence-length and lost {self.cut_tokens} tokens",

@@ -65,15 +65,17 @@ def _check_data(config: RunConfig) -> None:
                 "exist. Correct the path."
             )
         return
-    if not data.path:
-        return
-    for partition in range(config.num_clients):
-        path = Path(data.path.replace(_PARTITION, str(partition))).expanduser()
+    for key, named in (("data.path", data.path), ("data.eval-path", data.eval_path)):
+        if named:
+            _check_paths(key, named, config.num_clients)
+
+
+def _check_paths(key: str, named: str, num_clients: int) -> None:
+    for partition in range(num_clients if _PARTITION in named else 1):
+        path = Path(named.replace(_PARTITION, str(partition))).expanduser()
         if not path.exists():
-            whose = f" of partition {partition}" if _PARTITION in data.path else ""
+            whose = f" of partition {partition}" if _PARTITION in named else ""
             raise DataError(
-                f"data.path must name a file or directory; {path}{whose} does not exist. Correct "
-                "data.path, or num-clients where there are fewer files."
+                f"{key} must name a file or directory; {path}{whose} does not exist. Correct {key}, or "
+                "num-clients where there are fewer files."
             )
-        if _PARTITION not in data.path:
-            return

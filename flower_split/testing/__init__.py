@@ -9,6 +9,7 @@ from flower_split.testing.codecs import check_codec
 from flower_split.testing.data_sources import check_data_source
 from flower_split.testing.failures import ConformanceError
 from flower_split.testing.loggers import check_logger
+from flower_split.testing.partitioners import check_partitioner
 from flower_split.testing.reports import check_report
 from flower_split.testing.rules import check_rule
 from flower_split.testing.transports import check_transport
@@ -20,6 +21,7 @@ __all__ = [
     "check_codec",
     "check_data_source",
     "check_logger",
+    "check_partitioner",
     "check_report",
     "check_rule",
     "check_transport",

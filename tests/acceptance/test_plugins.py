@@ -25,6 +25,7 @@ NAMED: dict[str, Scalar] = {
     "trunk.wire-dtype": "row-int8",
     "trunk.transport": "measured",
     "data.source": "notes",
+    "data.partitioner": "in-turn",
     "trunk.window-rule": "needs-first",
     "report": "rounds",
     "train.report-to": "losses",
@@ -35,6 +36,7 @@ GROUPS = {
     "trunk.wire-dtype": "flower_split.codecs",
     "trunk.transport": "flower_split.transports",
     "data.source": "flower_split.data_sources",
+    "data.partitioner": "flower_split.partitioners",
     "trunk.window-rule": "flower_split.window_rules",
     "report": "flower_split.reports",
     "train.report-to": "flower_split.loggers",
@@ -53,22 +55,19 @@ def plugins(tmp_path: Path) -> Iterator[None]:
         yield
 
 
-def notes(path: Path) -> str:
-    """A file for each client, with lines that are no notes."""
-    path.mkdir()
-    for partition in range(CLIENTS):
-        lines = [f"- note {n} of {'abc'[partition] * (4 + n % 3)}" for n in range(8)]
-        (path / f"{partition}.txt").write_text("a title\n" + "\n".join(lines) + "\n")
-    return str(path / "{partition_id}.txt")
+def notes(path: Path) -> None:
+    """A file for all clients, with a line that is no note."""
+    lines = [f"- note {n} of {'abc'[n % 3] * (4 + n % 5)}" for n in range(8 * CLIENTS)]
+    path.write_text("a title\n" + "\n".join(lines) + "\n")
 
 
 def job(tmp_path: Path, name: str, **changes: Scalar) -> dict[str, Scalar]:
-    model, data = tmp_path / "model", tmp_path / "notes"
+    model, data = tmp_path / "model", tmp_path / "notes.txt"
     if not model.exists():
         make_model(model)
         notes(data)
     return {
-        **tiny_config(model, str(data / "{partition_id}.txt"), num_clients=CLIENTS),
+        **tiny_config(model, str(data), num_clients=CLIENTS),
         "trunk.step-every": "server-round",
         "run-dir": str(tmp_path / name),
         **NAMED,
@@ -98,8 +97,9 @@ def test_a_run_uses_every_plug_in_that_its_config_names(
     assert {record["partition_id"] for record in done.metrics("step")} == set(range(CLIENTS))
     adapter = done.read_adapter("client")
     assert all(bool(torch.isfinite(value).all()) for value in adapter.values())
+    shuffled = finished(job(tmp_path, "shuffled", **{"data.partitioner": "iid"}))
     # Each of them has been at work: the run without it ends elsewhere.
-    for other in (plain, mean, everybody):
+    for other in (plain, mean, everybody, shuffled):
         theirs = other.read_adapter("client")
         assert adapter.keys() == theirs.keys()
         assert any(not torch.equal(adapter[name], theirs[name]) for name in adapter)
@@ -123,6 +123,7 @@ def test_without_the_distribution_its_names_are_refused(tmp_path: Path, key: str
         "strategy.rules": "",
         "trunk.wire-dtype": "native",
         "trunk.transport": "grpc",
+        "data.partitioner": "iid",
         "trunk.window-rule": "quorum",
         "report": "html",
         "train.report-to": "",

@@ -64,6 +64,49 @@ def test_jsonl_of_each_client_is_its_own(
         assert len(data.train) + len(data.evaluate) == count
 
 
+def test_eval_path_is_held_out_by_every_client_and_trained_on_by_none(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path, rows = _jsonl(tmp_path / "all.jsonl", _rows(60)), _rows(66)
+    test = _jsonl(tmp_path / "test.jsonl", rows[54:])  # six that are in both, six that are not
+    config = _config(source="jsonl", path=str(path), eval_path=str(test))
+    clients = [load_client_data(config, tokenizer, i, 3) for i in range(3)]
+    held_out = [_prompts(client.evaluate) for client in clients]
+    assert held_out[0] == held_out[1] == held_out[2] and len(held_out[0]) == 12
+    assert clients[0].evaluate == clients[1].evaluate == clients[2].evaluate
+    trained = [_prompts(client.train) for client in clients]
+    assert sum(map(len, trained)) == len(set.union(*trained)) == 54
+    assert not set.union(*trained) & held_out[0]
+    assert sum(client.counts.tested_records for client in clients) == 6
+    assert "6 training documents are in data.eval-path" in " ".join(
+        (clients[0].counts + clients[1].counts + clients[2].counts).losses()
+    )
+    order = [tuple(example.input_ids[:3]) for example in clients[0].evaluate]
+    assert order != sorted(order)  # the file's
+
+
+def test_eval_path_with_a_partition_is_each_clients_own_and_near_repeats_are_not_trained_on(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    words = [" ".join("abcdefgh"[(n + i) % 8] for i in range(9)) for n in range(4)]
+    path = _jsonl(tmp_path / "all.jsonl", [{"text": f"{text} a"} for text in words])
+    for number in range(2):
+        _jsonl(tmp_path / f"{number}.jsonl", [{"text": words[number]}])
+    config = _config(
+        source="jsonl", path=str(path), partitioner="none", deduplicate="near",
+        eval_path=str(tmp_path / "{partition_id}.jsonl"),
+    )  # fmt: skip
+    for number in range(2):
+        data = load_client_data(config, tokenizer, number, 2)
+        assert data.counts.tested_records == 1  # its own words with one more
+        assert data.counts.records == 4 + 1
+
+
+def test_eval_path_of_a_source_without_files_is_refused() -> None:
+    with pytest.raises(ConfigError, match='data.eval-path.*"stdlib-docs" reads no path'):
+        DataConfig(eval_path="test.jsonl")
+
+
 def test_jsonl_with_chats_texts_and_a_named_field_is_read(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:

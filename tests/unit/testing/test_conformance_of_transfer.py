@@ -290,7 +290,7 @@ def test_a_transport_that_breaks_a_clause_is_found(
         TrunkChannel.close(channel)
 
 
-@pytest.mark.parametrize("name", ["codecs", "data_sources"])
+@pytest.mark.parametrize("name", ["codecs", "data_sources", "partitioners"])
 def test_the_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     failed, tried = doctest.testmod(sys.modules[f"flower_split.testing.{name}"])
