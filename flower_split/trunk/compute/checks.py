@@ -15,12 +15,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.parties.fingerprint import differences, differing_fields, is_of_training
 from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.protocol.values import ForwardCall, ForwardMode
+from flower_split.trunk.compute.magnitude import largest_magnitude
 
 HIDDEN, MASK, POSITIONS = "hidden_states", "attention_mask", "position_ids"
 WHOLE = "host_argument/attention_mask"  # beside a key-value cache: over its positions as well
@@ -279,7 +280,7 @@ def check_fingerprint(
 
 def check_finite(what: str, tensor: Tensor) -> None:
     """Refuse NaN and Inf."""
-    if not bool(torch.isfinite(tensor).all()):
+    if not math.isfinite(largest_magnitude([tensor])):
         raise TrunkRefused(
             RefusalReason.NON_FINITE,
             f"{what} holds NaN or Inf, and nothing of it was used. Lower the learning rate, clip the "
@@ -289,8 +290,7 @@ def check_finite(what: str, tensor: Tensor) -> None:
 
 def check_all_finite(tensors: Mapping[str, Tensor]) -> None:
     """Check each as :func:`check_finite` does, by name, looking once: on a GPU a look is a wait."""
-    largest = nn.utils.get_total_norm(list(tensors.values()), norm_type=math.inf)
-    if not bool(torch.isfinite(largest)):
+    if not math.isfinite(largest_magnitude(list(tensors.values()))):
         for what, tensor in tensors.items():
             check_finite(what, tensor)
 

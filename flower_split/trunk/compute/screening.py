@@ -7,14 +7,14 @@ window is reduced, so that the window can be reduced again without the slot.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.compute.magnitude import largest_magnitude
 
 # Of one entry of a client's token-mean gradient, and of one trained weight. No training that works
 # comes near it, and an fp32 norm over a trillion of such entries is still finite.
@@ -43,7 +43,7 @@ def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
             f"its loss_denominator is {gradient.denominator:g} for {gradient.num_tokens:g} label tokens, "
             f"and may be at most {MAX_ENTRY:g} times as many"
         )
-    largest = _largest([total for total in gradient.total if total is not None])
+    largest = largest_magnitude([total for total in gradient.total if total is not None])
     mean = largest * weight
     if not mean <= MAX_ENTRY:  # NaN is not
         return (
@@ -102,10 +102,10 @@ def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.
         TrunkRefused: One is not (NON_FINITE).
     """
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if _is_bounded(_largest(list(floats.values())), limit):
+    if _is_bounded(largest_magnitude(list(floats.values())), limit):
         return
     for name, tensor in floats.items():
-        largest = _largest([tensor])
+        largest = largest_magnitude([tensor])
         if not _is_bounded(largest, limit):
             raise TrunkRefused(
                 RefusalReason.NON_FINITE,
@@ -113,13 +113,6 @@ def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.
                 f"{limit:g}. Nothing of the round is kept. Lower trunk.optimizer.learning-rate, or "
                 "set trunk.max-client-grad-norm.",
             )
-
-
-def _largest(tensors: Sequence[Tensor]) -> float:
-    """Return the largest magnitude, exact in the tensors' own dtypes; NaN where one holds NaN."""
-    held = [tensor for tensor in tensors if tensor.numel()]
-    with torch.no_grad():
-        return float(nn.utils.get_total_norm(held, norm_type=math.inf)) if held else 0.0
 
 
 def _is_bounded(largest: float, limit: float) -> bool:
