@@ -16,15 +16,22 @@ from flower_split.errors import ConfigError
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], config: OptimizerConfig
+    parameters: Iterable[nn.Parameter], config: OptimizerConfig, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """Make the optimizer that ``config`` names, over ``parameters`` in the order given."""
+    """Make the optimizer that ``config`` names, over ``parameters`` in the order given.
+
+    Args:
+        parameters: Floating-point.
+        config: Name, rate and decay.
+        fused: Step in one kernel, with other last bits than torch's default.
+    """
     rate, decay = config.learning_rate, config.weight_decay
+    one_kernel = True if fused else None  # None: torch's default
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, fused=one_kernel)
     if config.name == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=one_kernel)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=one_kernel)
 
 
 def optimizer_tensors(

@@ -10,12 +10,13 @@ from flower_split.errors import AggregationError, ConfigError
 from flower_split.lora import attach_lora
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.runtime.devices import resolve_device
-from flower_split.split import CutLayers, load_trunk_model
+from flower_split.split import CutLayers, TrunkModel, load_trunk_model
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.structure.compute_mode import compute_fast
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.schema_probe import schema_of
+from flower_split.trunk.compute.warm_up import warm_up
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
@@ -61,10 +62,8 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
     inputs = schema_of(
         trunk, trunk.hidden_size
     )  # before compilation, which every form would repeat
-    if config.trunk.compute == "fast":
-        compute_fast(trunk, trunk.stack.layers(trunk))
     return TrunkEngine(
-        TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed),
+        _compute(config, trunk),
         mode=config.mode,
         hidden_size=trunk.hidden_size,
         fingerprint=fingerprint(config),
@@ -82,6 +81,17 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
             held_bytes=int(config.trunk.held_memory_per_client * _GIB),
         ),
     )
+
+
+def _compute(config: RunConfig, trunk: TrunkModel) -> TrunkCompute:
+    """Return the trunk's arithmetic in the mode of ``trunk.compute``, compiled where that is fast."""
+    fast = config.trunk.compute == "fast"
+    if fast:
+        compute_fast(trunk, trunk.stack.layers(trunk))
+    compute = TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed, fused=fast)
+    if fast and compute.device.type == "cuda":
+        warm_up(compute, trunk.hidden_size, config.train.batch_size, config.train.sequence_length)
+    return compute
 
 
 def _device(config: TrunkConfig) -> str | None:

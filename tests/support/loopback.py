@@ -122,6 +122,7 @@ class FakeEngine:
     def __init__(self, on_call: Callable[[str, int], None] | None = None) -> None:
         self.epoch = 7
         self.hidden_size = HIDDEN
+        self.device = torch.device("cpu")
         self.fingerprint = FINGERPRINT
         self.queue_seconds = 0.0
         self.calls: list[tuple[str, tuple[object, ...]]] = []

@@ -146,11 +146,12 @@ class InputSchema:
         _check_features(found)
         return {HIDDEN: hidden, **found}
 
-    def check_gradient(self, grad: Tensor) -> None:
+    def check_gradient(self, grad: Tensor, slot: int) -> None:
         """Check the gradient that a backward brings; that it fits its forward is checked with that.
 
         Raises:
-            TrunkRefused: It has another form (INVALID_REQUEST).
+            TrunkRefused: It has another form (INVALID_REQUEST), or holds NaN or Inf (NON_FINITE, which
+                names the slot).
         """
         if grad.ndim != 3 or grad.shape[-1] != self.hidden_size or grad.dtype not in FLOATS:
             dtype = str(grad.dtype).removeprefix("torch.")
@@ -158,6 +159,7 @@ class InputSchema:
                 f"trunk_output_grad must be floating-point [batch, seq, {self.hidden_size}]; it is "
                 f"{dtype} of shape {tuple(grad.shape)}."
             )
+        check_finite(f"slot {slot}: trunk_output_grad", grad)
 
     def _hidden_states(self, tensors: Mapping[str, Tensor]) -> Tensor:
         hidden = tensors.get(HIDDEN)

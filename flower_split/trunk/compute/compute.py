@@ -46,9 +46,12 @@ class TrunkCompute:
             parameters that require grad are trained; none: the trunk is frozen.
         optimizer: Optimizer, schedule and clipping.
         seed: Of the dropout masks.
+        fused: Whether the optimizer steps in one kernel, with other last bits.
     """
 
-    def __init__(self, trunk: nn.Module, optimizer: OptimizerConfig, *, seed: int) -> None:
+    def __init__(
+        self, trunk: nn.Module, optimizer: OptimizerConfig, *, seed: int, fused: bool = False
+    ) -> None:
         self.trunk = trunk
         self.seed = seed
         self.version = 0
@@ -65,7 +68,9 @@ class TrunkCompute:
         self.spans = Spans(trunk, self.device, self.dtype)
         self._slots = ParameterSlots(trunk, self.parameters)
         self._config = optimizer
-        self._optimizer = make_optimizer(self.parameters, optimizer) if self.parameters else None
+        self._optimizer = (
+            make_optimizer(self.parameters, optimizer, fused=fused) if self.parameters else None
+        )
         self._rate = LearningRate(optimizer, 1)
         self._storages = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
 
@@ -94,9 +99,9 @@ class TrunkCompute:
         hidden = tensors["hidden_states"]
         one = Pass(tensors, seed_of if train else "", use_cache, cuts)
         with torch.no_grad():
-            output = self._run(one, hidden.to(self.device, self.dtype))
-        check_finite("trunk_output", output)
-        return output.to(hidden.dtype)
+            output = self._run(one, hidden.to(self.device, self.dtype)).to(hidden.dtype)
+        check_finite("trunk_output", output)  # waits: what is returned is complete
+        return output
 
     def forward_train(
         self,
@@ -124,7 +129,8 @@ class TrunkCompute:
         known = self._storages | (weights.storages if weights else set())
         with torch.enable_grad(), _SavedBytes(known) as saved:
             output = self._run(one, leaf)
-        check_finite("trunk_output", output.detach())
+        returned = output.detach().to(smashed.dtype)
+        check_finite("trunk_output", returned)
         activation = Activation(
             version=weights.version if weights else self.version,
             num_bytes=max(saved.num_bytes, leaf.nbytes),
@@ -133,7 +139,7 @@ class TrunkCompute:
             recompute=partial(self._run, one),
             parameters=weights.parameters if weights else None,
         )
-        return output.detach().to(smashed.dtype), activation
+        return returned, activation
 
     def backward(
         self, activation: Activation, trunk_output_grad: Tensor
@@ -162,12 +168,13 @@ class TrunkCompute:
                 allow_unused=True,
             )
         activation.output = None  # its graph is used up: a backward that is tried again, recomputes
+        smashed_grad = smashed_grad.to(trunk_output_grad.dtype)
         computed = {"smashed_grad": smashed_grad}
         for (name, _), gradient in zip(self.named, gradients, strict=True):
             if gradient is not None:
                 computed[f"the gradient of {name}"] = gradient
         check_all_finite(computed)
-        return smashed_grad.to(trunk_output_grad.dtype), list(gradients)
+        return smashed_grad, list(gradients)
 
     def covers(self, cuts: CutLayers) -> tuple[bool, ...] | None:
         """Return which of ``self.parameters`` a client's calls pass through; None: all."""

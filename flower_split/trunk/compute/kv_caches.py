@@ -255,9 +255,9 @@ def _forward(
             mask if isinstance(mask, Tensor) else None,
             given.position_ids,
             given.host_arguments,
-        )
-    check_finite("trunk_output", output)
-    return output.to(hidden.dtype)
+        ).to(hidden.dtype)
+    check_finite("trunk_output", output)  # waits: what is returned is complete
+    return output
 
 
 def _invalid(what: str) -> TrunkRefused:

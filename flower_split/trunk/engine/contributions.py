@@ -16,7 +16,7 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
 from flower_split.runtime import failpoints
-from flower_split.trunk.compute.checks import check_finite, check_weights
+from flower_split.trunk.compute.checks import check_weights
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.engine.compute_thread import ComputeThread
@@ -195,7 +195,6 @@ class Contributions:
                 f"says {call.version}); the weights are at {version}. Run it again.",
             )
         check_weights(activation.hidden.shape, call.num_tokens, call.loss_denominator, name.slot)
-        check_finite("trunk_output_grad", call.grad)
         smashed_grad, gradients = self._compute.backward(activation, call.grad)
         with self._changed:
             # The window decides first: what it refuses must not have been added.

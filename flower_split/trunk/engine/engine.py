@@ -79,6 +79,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
 
     Attributes:
         compute: The trunk module and its optimizer; the compute thread's while a round is open.
+        device: On which calls find their tensors soonest.
         knows_token: ``knows_token(token)`` returns whether a token is a participant's of the round
             begun last. Waits for no lock.
         count_bytes: ``count_bytes(session, received, sent)`` adds a call's bytes on the wire to its
@@ -106,6 +107,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         self.epoch = secrets.randbits(63)
         self.mode = mode
         self.hidden_size = hidden_size
+        self.device = compute.device
         self.fingerprint = dict(fingerprint)
         trains = mode == "joint"
         reduction = reduction or Reduction()
@@ -250,7 +252,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
             name = current.name_of(member, call.key, CallKind.BACKWARD)
-        self._inputs.check_gradient(call.grad)
+        self._inputs.check_gradient(call.grad, member.slot)
         return self._contributions.once(Contribution(current, member, name, call, arrived))
 
     def finish_step(self, call: FinishCall) -> FinishResult:

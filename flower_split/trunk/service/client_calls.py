@@ -48,7 +48,7 @@ from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_fr
 from flower_split.wire.codecs import NATIVE, Coded, make_codec
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
-from flower_split.wire.staging import Allocate, pinned, pooled, to_host
+from flower_split.wire.staging import allocator, arrived, aside, to_host
 
 
 class ClientCalls:
@@ -84,8 +84,8 @@ class ClientCalls:
         self._tokens = SessionTokens()
         self._shared = SharedPayloads(engine.knows_token)
         self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
-        on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._allocate: Allocate = pinned if on_gpu else pooled
+        self._device = engine.device
+        self._allocate = allocator(engine.device)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
@@ -149,6 +149,7 @@ class ClientCalls:
         with (
             Answering(context, "Forward", self._refusals) as call,
             Holding(self._quotas, context, waits=True) as held,
+            aside(self._device),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
             frames = self._first_frames.of(requests)
@@ -165,6 +166,7 @@ class ClientCalls:
                 digest=recorded,
             )
             call.digest = received.digest
+            self._bring(received, "hidden_states")
             result = self._engine.forward(_forward_call(header, received, deadline))
             return self._reply("trunk_output", result, header.session, incoming, received)
 
@@ -172,6 +174,7 @@ class ClientCalls:
         with (
             Answering(context, "Backward", self._refusals) as call,
             Holding(self._quotas, context, waits=False) as held,
+            aside(self._device),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
             frames = self._first_frames.of(requests)
@@ -187,6 +190,7 @@ class ClientCalls:
                 digest=True,
             )
             call.digest = received.digest
+            self._bring(received, "trunk_output_grad")
             result = self._engine.backward(_backward_call(header, received, deadline))
             return self._reply("smashed_grad", result, header.session, incoming, received)
 
@@ -216,6 +220,12 @@ class ClientCalls:
             self._engine.count_bytes(header.session, received.num_bytes, reply.num_bytes)
             memory = incoming.shared  # a reply goes the way that its request came
             return reply.frames() if memory is None else placed_frames(memory, reply)
+
+    def _bring(self, received: Received, name: str) -> None:
+        """Put the one large tensor of a call where it is checked and computed with, if it came."""
+        tensor = received.tensors.get(name)
+        if tensor is not None:
+            received.tensors[name] = arrived(tensor, self._device)
 
     def _reply(
         self,

@@ -178,6 +178,6 @@ def test_features_of_images_have_one_row_per_position_of_the_mask() -> None:
     "grad", [ones(1, 2), ones(1, 2, HIDDEN + 1), ones(1, 2, HIDDEN, dtype=torch.int64)]
 )
 def test_gradient_of_another_form_is_refused(llama: InputSchema, grad: Tensor) -> None:
-    llama.check_gradient(ones(1, 2, HIDDEN))
+    llama.check_gradient(ones(1, 2, HIDDEN), 3)
     with pytest.raises(TrunkRefused, match="trunk_output_grad must be"):
-        llama.check_gradient(grad)
+        llama.check_gradient(grad, 3)
