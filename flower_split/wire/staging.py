@@ -10,8 +10,8 @@ import functools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -124,27 +124,20 @@ def to_host(tensor: Tensor) -> Tensor:
     return host
 
 
-@contextmanager
-def aside(device: torch.device) -> Iterator[None]:
-    """Let this thread copy and check beside what other threads compute on ``device``.
+def aside(device: torch.device) -> AbstractContextManager[object]:
+    """Let this thread copy and check beside what other threads compute on a GPU.
 
-    A GPU's work waits for all that its stream was given before; inside the block this thread has a
-    stream of the side, and waits for nobody. What it reads must be complete. On the CPU it does nothing.
+    A GPU's work waits for all that its stream was given before; inside the block this thread has
+    another stream, and waits for nobody. What it reads must be complete.
     """
-    if device.type != "cuda":
-        yield
-        return
-    with torch.cuda.stream(_side_stream(device)):
-        yield
+    return torch.cuda.stream(_side_stream(device))
 
 
 def arrived(host: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor that has arrived, on ``device`` and complete, whatever stream uses it next.
+    """Return a tensor that has arrived, on the GPU and complete, whatever stream uses it next.
 
     Called inside :func:`aside`.
     """
-    if device.type != "cuda":
-        return host
     tensor = host.to(device, non_blocking=host.is_pinned())
     tensor.record_stream(torch.cuda.default_stream(device))
     copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]

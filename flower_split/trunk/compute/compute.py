@@ -25,10 +25,10 @@ from flower_split.split.structure.quantization import float_dtype
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation
-from flower_split.trunk.compute.checks import check_all_finite, check_finite
+from flower_split.trunk.compute.checks import check_all_finite, check_bounded, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
 from flower_split.trunk.compute.passes import Pass
-from flower_split.trunk.compute.screening import MAX_ENTRY, check_bounded
+from flower_split.trunk.compute.screening import MAX_ENTRY
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
 from flower_split.trunk.compute.weights_state import (

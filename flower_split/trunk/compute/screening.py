@@ -2,19 +2,17 @@
 
 A client's numbers scale other clients' work in three ways: the denominator of its loss, its label
 tokens, and the gradient itself. Tokens are bounded by the rows x positions that the trunk saw
-(:func:`flower_split.trunk.compute.checks.check_weights`); the other two are looked at here, before a
-window is reduced, so that the window can be reduced again without the slot.
+(:func:`check_weights`); the other two are looked at before a window is reduced, so that the window
+can be reduced again without the slot.
 """
 
 import math
-from collections.abc import Mapping
-
-from torch import Tensor
+from collections.abc import Mapping, Sequence
 
 from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.trunk.compute.checks import largest_magnitude
 from flower_split.trunk.compute.gradients import SlotGradient
-from flower_split.trunk.compute.magnitude import largest_magnitude
 
 # Of one entry of a client's token-mean gradient, and of one trained weight. No training that works
 # comes near it, and an fp32 norm over a trillion of such entries is still finite.
@@ -55,8 +53,12 @@ def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
 
 def faults(gradients: Mapping[int, SlotGradient], *, whole_step: bool = True) -> dict[int, str]:
     """Return the slots whose gradients may not enter a step, each with the reason."""
-    found = {slot: fault(gradients[slot], whole_step=whole_step) for slot in sorted(gradients)}
-    return {slot: why for slot, why in found.items() if why}
+    found: dict[int, str] = {}
+    for slot in sorted(gradients):
+        why = fault(gradients[slot], whole_step=whole_step)
+        if why:
+            found[slot] = why
+    return found
 
 
 def outliers(gradients: Mapping[int, SlotGradient], factor: float) -> dict[int, str]:
@@ -90,30 +92,19 @@ def pulls_of(gradients: Mapping[int, SlotGradient]) -> dict[int, float]:
     }
 
 
-def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.inf) -> None:
-    """Check that every entry is finite and at most ``limit``; on a GPU this is one wait.
-
-    Args:
-        what: Names the tensors in the message.
-        tensors: By name.
-        limit: Of an entry's magnitude.
-
-    Raises:
-        TrunkRefused: One is not (NON_FINITE).
-    """
-    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    if _is_bounded(largest_magnitude(list(floats.values())), limit):
-        return
-    for name, tensor in floats.items():
-        largest = largest_magnitude([tensor])
-        if not _is_bounded(largest, limit):
-            raise TrunkRefused(
-                RefusalReason.NON_FINITE,
-                f"{what} {name} has an entry of magnitude {largest:g}; it must be finite and at most "
-                f"{limit:g}. Nothing of the round is kept. Lower trunk.optimizer.learning-rate, or "
-                "set trunk.max-client-grad-norm.",
-            )
-
-
-def _is_bounded(largest: float, limit: float) -> bool:
-    return math.isfinite(largest) and largest <= limit
+def check_weights(
+    shape: Sequence[int], num_tokens: float, loss_denominator: float, slot: int
+) -> None:
+    """Refuse a weight that the micro-batch cannot have; the numbers are the client's word."""
+    positions = shape[0] * shape[1]
+    if not 0 < num_tokens <= positions:
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST,
+            f"num_tokens must be above 0 and at most batch x seq = {positions}; slot {slot} says "
+            f"{num_tokens}.",
+        )
+    if not (loss_denominator > 0 and math.isfinite(loss_denominator)):
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST,
+            f"loss_denominator must be finite and above 0; slot {slot} says {loss_denominator}.",
+        )

@@ -16,9 +16,9 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
 from flower_split.runtime import failpoints
-from flower_split.trunk.compute.checks import check_weights
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.compute.screening import check_weights
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallName, reply_of
 from flower_split.trunk.engine.round_index import RoundIndex

@@ -1,4 +1,4 @@
-"""The clients' methods of the trunk's service: sessions, forwards, backwards, ends of steps.
+"""The clients' calls with tensors of the trunk's service: forwards, backwards, ends of steps.
 
 Each handler reads a call, checks it, makes one value of it for the engine, and frames the reply.
 
@@ -7,21 +7,19 @@ Next: ``flower_split/trunk/engine/engine.py``.
 
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import grpc
 import torch
 import xxhash
-from google.protobuf.message import Message
 
 from flower_split.errors import CodecError
 from flower_split.parties.fingerprint import CODEC
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     cache_from_proto,
-    cuts_from_proto,
-    grant_to_proto,
 )
 from flower_split.protocol.values import (
     BackwardCall,
@@ -32,6 +30,7 @@ from flower_split.protocol.values import (
     ForwardMode,
 )
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.client_sessions import ClientSessions
 from flower_split.trunk.service.control import ControlCalls
 from flower_split.trunk.service.handlers import (
     Answering,
@@ -41,7 +40,6 @@ from flower_split.trunk.service.handlers import (
     Quotas,
     SessionTokens,
     deadline_of,
-    token_of,
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_frames
@@ -83,73 +81,32 @@ class ClientCalls:
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
         self._shared = SharedPayloads(engine.knows_token)
+        self._sessions = ClientSessions(
+            engine, self._tokens, self._shared, max_tensor_bytes, max_call_seconds
+        )
         self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
         self._device = engine.device
-        self._allocate = allocator(engine.device)
+        self._on_gpu = self._device.type == "cuda"
+        self._aside: Callable[[], AbstractContextManager[object]] = (
+            partial(aside, self._device) if self._on_gpu else nullcontext
+        )
+        self._allocate = allocator(self._device)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
-        made = ControlCalls(self._refusals, self._first_frames).handler
-        at_once = partial(Holding, self._quotas, waits=False, control=True)
-        waiting = partial(Holding, self._quotas, waits=True, control=True)
+        control = ControlCalls(self._refusals, self._first_frames)
         return {
-            "OpenSession": made(pb.OpenSessionRequest, self._open_session, at_once),
-            "WaitVersion": made(pb.WaitVersionRequest, self._wait_version, waiting),
-            "ShortenPlan": made(pb.ShortenPlanRequest, self._shorten_plan, at_once),
-            "CloseSession": made(pb.CloseSessionRequest, self._close_session, at_once),
-            "ShareMemory": made(pb.ShareMemoryRequest, self._share_memory, at_once),
+            **self._sessions.handlers(control, self._quotas),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
             "FinishStep": grpc.stream_stream_rpc_method_handler(self._finish_step),
         }
 
-    def _open_session(self, request: pb.OpenSessionRequest, context: Context) -> Message:
-        token = token_of(context)
-        grant = self._engine.open_session(
-            token,
-            dict(request.fingerprint),
-            request.planned_steps,
-            request.evaluate,
-            cuts_from_proto(request),
-        )
-        self._tokens.remember(grant.session, token)
-        return grant_to_proto(grant, self._max_tensor_bytes)
-
-    def _wait_version(self, request: pb.WaitVersionRequest, context: Context) -> Message:
-        self._tokens.check(
-            token_of(context), request.session, request.trunk_epoch, self._engine.epoch
-        )
-        version = self._engine.wait_version(
-            request.session,
-            request.trunk_epoch,
-            request.version,
-            deadline_of(context, self._max_call_seconds),
-        )
-        return pb.WaitVersionReply(version=version)
-
-    def _shorten_plan(self, request: pb.ShortenPlanRequest, context: Context) -> Message:
-        self._tokens.check(
-            token_of(context), request.session, request.trunk_epoch, self._engine.epoch
-        )
-        self._engine.shorten_plan(request.session, request.trunk_epoch, request.planned_steps)
-        return pb.ShortenPlanReply()
-
-    def _close_session(self, request: pb.CloseSessionRequest, context: Context) -> Message:
-        self._tokens.check(
-            token_of(context), request.session, request.trunk_epoch, self._engine.epoch
-        )
-        self._engine.close_session(request.session, request.trunk_epoch)
-        self._shared.drop(token_of(context))
-        return pb.CloseSessionReply()
-
-    def _share_memory(self, request: pb.ShareMemoryRequest, context: Context) -> Message:
-        return self._shared.offer(request, token_of(context))
-
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
             Answering(context, "Forward", self._refusals) as call,
             Holding(self._quotas, context, waits=True) as held,
-            aside(self._device),
+            self._aside(),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
             frames = self._first_frames.of(requests)
@@ -174,7 +131,7 @@ class ClientCalls:
         with (
             Answering(context, "Backward", self._refusals) as call,
             Holding(self._quotas, context, waits=False) as held,
-            aside(self._device),
+            self._aside(),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
             frames = self._first_frames.of(requests)
@@ -183,11 +140,9 @@ class ClientCalls:
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             held.announce(incoming.header.tensors)
             call.header = header
+            coded = Coded(self._codec, "trunk_output_grad")
             received = incoming.receive(
-                self._max_tensor_bytes,
-                coded=Coded(self._codec, "trunk_output_grad"),
-                allocate=self._allocate,
-                digest=True,
+                self._max_tensor_bytes, coded=coded, allocate=self._allocate, digest=True
             )
             call.digest = received.digest
             self._bring(received, "trunk_output_grad")
@@ -224,7 +179,7 @@ class ClientCalls:
     def _bring(self, received: Received, name: str) -> None:
         """Put the one large tensor of a call where it is checked and computed with, if it came."""
         tensor = received.tensors.get(name)
-        if tensor is not None:
+        if tensor is not None and self._on_gpu:
             received.tensors[name] = arrived(tensor, self._device)
 
     def _reply(
@@ -240,7 +195,8 @@ class ClientCalls:
             compute_seconds=result.compute_seconds,
             queue_seconds=result.queue_seconds,
         )
-        tensors = Coded(self._codec, name).encode(to_host(result.tensor))
+        tensor = to_host(result.tensor) if self._on_gpu else result.tensor
+        tensors = Coded(self._codec, name).encode(tensor)
         reply = Outgoing(pb.Header(reply=header), tensors)
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
         memory = incoming.shared  # a reply goes the way that its request came

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flower_split.trunk.compute.magnitude import largest_magnitude
+from flower_split.trunk.compute.checks import largest_magnitude
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
