@@ -189,9 +189,9 @@ class Client:
         position = self.position(order.trunk.server_round)
         with trained_cores(self.model, base_change), self._trunk(order.trunk) as trunk:
             named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            optimizer = PartOptimizer(
-                list(named.values()), self.config.train.optimizer, position.total_steps
-            )
+            settings = self.config.train.optimizer
+            settings = replace(settings, learning_rate=settings.learning_rate * order.rate_factor)
+            optimizer = PartOptimizer(list(named.values()), settings, position.total_steps)
             optimizer.load_state(list(named), optimizer_state or NOTHING)
             trunk.open(position.num_steps)
             result = train_round(

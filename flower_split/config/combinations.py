@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from flower_split.config.averaging import why_rate_as_it_is
 from flower_split.config.clipping import (
     is_guarded,
     same_max_grad_norm,
@@ -319,6 +320,19 @@ ALWAYS = (
             "train.optimizer-state",
             "strategy.name",
             holds=lambda c: c.train.optimizer_state == "keep" and c.strategy.name != "lora-fedavg",
+        ),
+    ),
+    Combination(
+        condition="`train.rate-scale = sqrt-clients` with `sgd`, `train.sync = gradients` or a strategy "
+        "other than `lora-fedavg`",
+        reason="the factor makes up for Adam's steps being averaged by lora-fedavg, one by each client",
+        remedy='Set train.rate-scale = "auto" or "none"',
+        keys=_when(
+            "train.rate-scale",
+            "train.optimizer.name",
+            "train.sync",
+            "strategy.name",
+            holds=lambda c: c.train.rate_scale == "sqrt-clients" and why_rate_as_it_is(c) != "",
         ),
     ),
     Combination(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from flower_split.config.averaging import averages_factors, why_rate_as_it_is
 from flower_split.config.clipping import clips_over_model
 from flower_split.config.combinations import check_combinations
 from flower_split.config.data import DataConfig
@@ -98,7 +99,18 @@ class RunConfig:
     @property
     def keeps_optimizer(self) -> bool:
         """Whether a client's optimizer goes on from round to round."""
-        return self.shares_gradients or self.train.optimizer_state == "keep"
+        state = self.train.optimizer_state
+        return (
+            self.shares_gradients or state == "keep" or (state == "auto" and averages_factors(self))
+        )
+
+    @property
+    def scales_client_rate(self) -> bool:
+        """Whether the clients' learning rate is multiplied by the square root of their number."""
+        if self.train.rate_scale == "auto":
+            kept_averages = self.keeps_optimizer and averages_factors(self)
+            return kept_averages and why_rate_as_it_is(self) == ""
+        return self.train.rate_scale == "sqrt-clients"
 
     def __post_init__(self) -> None:
         """Check choices and ranges, and that the settings can go together."""

@@ -9,7 +9,8 @@ OPTIMIZERS = ("adamw", "adam", "sgd")
 MAX_GRAD_NORM_OVER = ("auto", "model", "part")
 COMPUTE_MODES = ("exact", "fast")
 SYNC = ("rounds", "gradients")
-OPTIMIZER_STATES = ("reset", "keep")
+OPTIMIZER_STATES = ("auto", "reset", "keep")
+RATE_SCALES = ("auto", "none", "sqrt-clients")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,9 +78,14 @@ class TrainConfig:
     sync: str = "rounds"
     """When the clients' adapters are the same: rounds (averaged after each), or gradients (in every
     optimizer step all clients take the mean of their gradients, which the trunk then sees)."""
-    optimizer_state: str = "reset"
-    """Of a client's optimizer, at the start of a round: reset (a new one), or keep (as its last
-    committed round left it, on the client's own disk). With sync = gradients it is always kept."""
+    optimizer_state: str = "auto"
+    """Of a client's optimizer, at the start of a round: reset (a new one), keep (as its last committed
+    round left it, on the client's own disk; always so with sync = gradients), or auto (keep where
+    lora-fedavg averages A and B: fedit and ffa-lora)."""
+    rate_scale: str = "auto"
+    """Factor on the clients' learning rate: none (1), sqrt-clients (the square root of how many clients
+    a round averages), or auto (sqrt-clients for Adam and AdamW, where lora-fedavg averages A and B and
+    the optimizer's state is kept)."""
     proximal_mu: float = 0.0
     """Weight of FedProx's pull to the round's first weights; strategy.options may set it too."""
     auxiliary_head: bool = False
@@ -120,5 +126,6 @@ class TrainConfig:
         one_of("train.max-grad-norm-over", self.max_grad_norm_over, MAX_GRAD_NORM_OVER)
         one_of("train.sync", self.sync, SYNC)
         one_of("train.optimizer-state", self.optimizer_state, OPTIMIZER_STATES)
+        one_of("train.rate-scale", self.rate_scale, RATE_SCALES)
         at_least("train.proximal-mu", self.proximal_mu, 0)
         at_least("train.sequence-length", self.sequence_length, 2)

@@ -43,6 +43,7 @@ WANTS_WEIGHT_NORMS = PREFIX + "wants-weight-norms"
 PRIVATE_NAMES = PREFIX + "private-names"
 PRIVATE_DIGEST = PREFIX + "private-digest"  # also of a training reply
 PRIVATE_FOLDER = PREFIX + "private-folder"
+RATE_FACTOR = PREFIX + "rate-factor"
 KEEPS_OPTIMIZER = PREFIX + "keeps-optimizer"
 PROXIMAL_MU = "proximal-mu"  # Flower's own: its FedProx writes it
 

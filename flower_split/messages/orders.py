@@ -143,6 +143,7 @@ class TrainOrder(PhaseOrder):
     data_pass: int = 0  # 1-based count of this client's training messages; 0: the server round
     trainable: tuple[str, ...] | None = None  # names of the weights that train, sorted; None: all
     wants_weight_norms: bool = False  # the reply shall hold the norms of the modules with DoRA
+    rate_factor: float = 1.0  # on the client's learning rate
     proximal_mu: float = 0.0  # FedProx's μ, as Flower's strategy sends it; 0: it sends none
 
     @classmethod
@@ -157,6 +158,7 @@ class TrainOrder(PhaseOrder):
             data_pass=fields.count(keys.DATA_PASS, 0),
             trainable=None if trains_all else fields.names(keys.TRAINABLE),
             wants_weight_norms=fields.flag(keys.WANTS_WEIGHT_NORMS),
+            rate_factor=fields.number(keys.RATE_FACTOR, 1.0),
             proximal_mu=fields.number(keys.PROXIMAL_MU, 0.0),
         )
 
@@ -168,6 +170,8 @@ class TrainOrder(PhaseOrder):
             values[keys.TRAINABLE] = list(self.trainable)
         if self.wants_weight_norms:
             values[keys.WANTS_WEIGHT_NORMS] = True
+        if self.rate_factor != 1.0:
+            values[keys.RATE_FACTOR] = self.rate_factor
         if self.proximal_mu:
             values[keys.PROXIMAL_MU] = self.proximal_mu
         return values

@@ -1,6 +1,7 @@
 """A client's optimizer that goes on from round to round, exactly once, with real clients."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,13 +78,18 @@ def keep(job: Job, name: str, method: str = "fedit", **changes: Scalar) -> Outco
 
 
 def by_hand(config: RunConfig) -> State:
-    """Mean of adapters over clients, each with one optimizer over all rounds, on the unsplit model."""
+    """Mean of adapters over clients, each with one optimizer over all rounds, on the unsplit model.
+
+    The clients' rate is multiplied by the square root of their number.
+    """
     model = AutoModelForCausalLM.from_pretrained(config.model.name)
     attach_lora(model, model_cuts(config), client_parts(config), seed=config.seed)
     trained = [p for p in model.parameters() if p.requires_grad]
     clients = [Client(RunCache(config), slot, CLIENTS) for slot in range(CLIENTS)]
     total = clients[0].position(1).total_steps
-    optimizers = [PartOptimizer(trained, config.train.optimizer, total) for _ in clients]
+    settings = config.train.optimizer
+    scaled = replace(settings, learning_rate=settings.learning_rate * CLIENTS**0.5)
+    optimizers = [PartOptimizer(trained, scaled, total) for _ in clients]
     adapter = adapter_state(model)
     for server_round in range(1, ROUNDS + 1):
         sums: dict[str, Tensor] = {name: torch.zeros(1).double() for name in adapter}

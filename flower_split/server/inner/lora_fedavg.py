@@ -6,6 +6,7 @@ computes each client's change against what it sent *to that client*: clients may
 scales and modules than each other (:class:`flower_split.aggregation.adapter_aggregator.AdapterSpec`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -44,6 +45,8 @@ class LoraFedAvg(FedAvg):
         last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
         private_folder: Where simulated clients keep what stays with them, if anything does.
         keeps_optimizer: Whether a client's optimizer state stays with it from round to round.
+        scales_client_rate: Whether a client's learning rate is multiplied by the square root of how many
+            clients are averaged with it; see :func:`flower_split.config.averaging.why_rate_as_it_is`.
         largest_weights: Partition to the largest weight that this client can report truthfully; one above
             is malformed. Partitions that are not named have no bound.
 
@@ -85,6 +88,7 @@ class LoraFedAvg(FedAvg):
         self.last_summary = RoundSummary(())
         self.private_folder = ""
         self.keeps_optimizer = False
+        self.scales_client_rate = False
         self.largest_weights: Mapping[int, float] = MappingProxyType({})
         self._digests: dict[int, str] = {}  # partition -> of what it keeps, last committed round
         tried: list[AdapterSpec] = []
@@ -131,6 +135,7 @@ class LoraFedAvg(FedAvg):
             order = TrainOrder(
                 trainable=None if all_train else tuple(sorted(sent.keys() & trainable)),
                 wants_weight_norms=self._dora is not None,
+                rate_factor=math.sqrt(len(messages)) if self.scales_client_rate else 1.0,
             )
             message.content = order.write(message.content)
         self._add_residuals(messages, train=True)

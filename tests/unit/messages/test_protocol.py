@@ -67,6 +67,7 @@ train_orders = st.builds(
     data_pass=counts,
     trainable=st.none() | names,
     wants_weight_norms=st.booleans(),
+    rate_factor=st.sampled_from([1.0, 1.5, 2.0]),
 )
 train_replies = st.builds(
     TrainReply,
@@ -129,6 +130,7 @@ def test_training_order_survives_every_strategy_of_flower(
         data_pass=order.data_pass,
         trainable=order.trainable,
         wants_weight_norms=order.wants_weight_norms,
+        rate_factor=order.rate_factor,
         proximal_mu=found.proximal_mu,
     )
     (record,) = content.config_records.values()

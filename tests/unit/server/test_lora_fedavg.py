@@ -9,6 +9,7 @@ from flower_split.aggregation.adapter_aggregator import AdapterSpec
 from flower_split.config import StrategyConfig
 from flower_split.errors import AggregationError
 from flower_split.messages.arrays import from_arrays, to_arrays
+from flower_split.messages.orders import TrainOrder, TrunkOrder
 from flower_split.server.federation.exchange import exchange
 from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -210,3 +211,16 @@ def test_weight_above_what_a_client_can_have_trained_on_is_malformed(
         return
     with pytest.raises(AggregationError, match="client 1 reports num-tokens = 31.*at most 30"):
         strategy.aggregate_train(1, replies)
+
+
+@pytest.mark.parametrize(("scales", "factor"), [(True, 2**0.5), (False, 1.0)])
+def test_two_clients_are_told_the_square_root_of_two(scales: bool, factor: float) -> None:
+    strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.partition_of)
+    strategy.scales_client_rate = scales
+    grid = FakeGrid([9, 4], lambda message: None)
+    messages = strategy.configure_train(
+        1, strategy.initial_arrays(), ConfigRecord(), NodeView(grid, [9, 4])
+    )
+    trunk = TrunkOrder(address="here:1", token="t", server_round=1)
+    orders = [TrainOrder.read(TrainOrder(trunk=trunk).write(m.content)) for m in messages]
+    assert [order.rate_factor for order in orders] == [factor, factor]
