@@ -3,12 +3,11 @@
 Flower's file is read here, without importing Flower, so that the command's first checks are quick.
 """
 
-import os
 import tomllib
 from dataclasses import dataclass
-from pathlib import Path
 
 from flower_split.errors import ConfigError
+from flower_split.runtime.flower_home import flower_home
 
 _LOCAL = (":local:", ":local-in-memory:")  # Flower's words for "start one on this machine"
 _FLOWERS_OWN = {"local": ":local:", "supergrid": "api.flower.ai"}  # without a file
@@ -39,7 +38,7 @@ def find_connection(name: str | None) -> Connection:
     Raises:
         ConfigError: There is none of that name, or Flower's file is damaged.
     """
-    path = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "config.toml"
+    path = flower_home() / "config.toml"
     table: dict[str, object] = {"default": "local"}
     table |= {known: {"address": address} for known, address in _FLOWERS_OWN.items()}
     try:

@@ -22,6 +22,7 @@ _VALUES: dict[str, Scalar] = {
     "num-server-rounds": 4,
     "evaluate-every": 2,
     "train.local-steps": 5,
+    "strategy.aggregator": "fedit",
     "train.batch-size": 4,
     "train.optimizer.learning-rate": 0.008,
     "trunk.optimizer.learning-rate": 0.008,

@@ -91,8 +91,8 @@ class TrainConfig:
     auxiliary_head: bool = False
     """In mode forward-only: train the bottom with a local head and loss."""
     client_dir: str = ""
-    """Directory of what a client keeps (private factors, optimizer state); empty: in the run
-    directory, if simulated."""
+    """Directory of what a client keeps (private factors, optimizer state); empty: in the run directory
+    if simulated, else in Flower's home."""
     report_to: str = ""
     """Where the ServerApp tells metrics beside metrics.jsonl, as "name, name": tensorboard, wandb, mlflow
     (extras of the same names), a plug-in's name, or an import path; empty: nowhere."""

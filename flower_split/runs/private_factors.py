@@ -31,8 +31,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from flower_split.config import RunConfig
-from flower_split.errors import ConfigError, FederationError, RunDirectoryError
+from flower_split.errors import FederationError, RunDirectoryError
 from flower_split.runtime.atomic_files import write_atomically
+from flower_split.runtime.flower_home import flower_home
 from flower_split.runtime.simulation import SIMULATED, simulated_clients_at_once
 
 FOLDER = "clients"
@@ -50,28 +51,18 @@ OPTIMIZER = "optimizer/"
 def client_directory(config: RunConfig, node_config: Mapping[str, object], simulated: str) -> Path:
     """Return where this client keeps what is its own.
 
-    The node config's ``client-dir``, or ``train.client-dir``, or, for a simulated client, a folder of
-    the run directory; on a machine of its own a client must be told.
+    The node config's ``client-dir``, or ``train.client-dir``; else a folder of the run directory for a
+    simulated client, and of Flower's home for one on a machine of its own.
 
     Args:
         config: The run's configuration.
         node_config: Of this client's SuperNode.
         simulated: The folder of the run directory, as the ServerApp names it.
-
-    Raises:
-        ConfigError: Nothing names a directory.
     """
     named = str(node_config.get("client-dir", "")) or config.train.client_dir
     if not named and (node_config.get(SIMULATED) or simulated_clients_at_once()):
         named = simulated
-    if not named:
-        raise ConfigError(
-            f'strategy.aggregator = "{config.strategy.aggregator}" with train.optimizer-state = '
-            f'"{config.train.optimizer_state}" and train.sync = "{config.train.sync}" leaves something '
-            "with each client, on its own disk, but no directory is named for it. Start the SuperNode with "
-            "--node-config 'client-dir=\"…\" …', or set train.client-dir."
-        )
-    return Path(named).expanduser()
+    return Path(named).expanduser() if named else flower_home() / "flower-split" / FOLDER
 
 
 @dataclass(frozen=True, slots=True)

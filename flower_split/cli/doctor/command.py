@@ -16,6 +16,7 @@ from flower_split.cli.overrides import parse_overrides
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.runtime.exit_codes import COMPLETED, FAILED
+from flower_split.runtime.flower_home import flower_home
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,12 +72,11 @@ def examine(command: DoctorCommand, config: RunConfig | None) -> Iterator[Findin
 
 def _places(config: RunConfig | None) -> dict[str, Path]:
     """Return what a run writes, and where."""
-    home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr")
     models = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
     runs = Path(config.run_dir).expanduser() if config and config.run_dir else Path("runs")
     return {
         "runs": runs,
-        "Flower": home,
+        "Flower": flower_home(),
         "temporary files": Path(tempfile.gettempdir()),
         "models": models,
     }

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from flower_split.config import parse_run_config
-from flower_split.errors import ConfigError
 from flower_split.runs.private_factors import client_directory
 
 CONFIG = parse_run_config({})
@@ -20,6 +19,8 @@ def test_a_directory_that_is_named_comes_first() -> None:
     assert client_directory(CONFIG, node, "run/clients") == Path("own")
 
 
-def test_a_client_on_a_machine_of_its_own_must_be_told() -> None:
-    with pytest.raises(ConfigError, match="train.client-dir"):
-        client_directory(CONFIG, {}, "run/clients")
+def test_a_client_on_a_machine_of_its_own_uses_flowers_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", "/flower")
+    assert client_directory(CONFIG, {}, "run/clients") == Path("/flower/flower-split/clients")

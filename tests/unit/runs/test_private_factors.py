@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flower_split.config import RunConfig, StrategyConfig, TrainConfig
-from flower_split.errors import ConfigError, FederationError, RunDirectoryError
+from flower_split.errors import FederationError, RunDirectoryError
 from flower_split.runs.private_factors import (
     PrivateFolder,
     checked_digest,
@@ -135,8 +135,8 @@ def config(client_dir: str) -> RunConfig:
 def test_client_directory_is_the_nodes_before_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert client_directory(config("run"), {"client-dir": "node"}, "hint") == Path("node")
     assert client_directory(config("run"), {}, "hint") == Path("run")
-    with pytest.raises(ConfigError, match=r"fedsa-lora.*--node-config.*train\.client-dir"):
-        client_directory(config(""), {}, "hint")
+    monkeypatch.setenv("FLWR_HOME", "/flower")
+    assert client_directory(config(""), {}, "hint") == Path("/flower/flower-split/clients")
     monkeypatch.setattr("flower_split.runs.private_factors.simulated_clients_at_once", lambda: 2)
     assert client_directory(config(""), {}, "hint") == Path("hint")
     assert client_directory(config(""), {"client-dir": "node"}, "hint") == Path("node")
