@@ -80,6 +80,10 @@ def train(config: RunConfig, ratios: Ratios) -> tuple[str, str]:
     address = f"127.0.0.1:{server.start()}"
     coordinator = TrunkCoordinator(address, TOKEN, timeout=60.0)
     base: RoundBase | None = None
+    factor = len(clients) ** 0.5 if config.scales_client_rate else 1.0
+    kept: list[Mapping[str, Tensor] | None] = [{} if config.keeps_optimizer else None] * len(
+        clients
+    )
     try:
         for number in range(1, config.num_server_rounds + 1):
             tokens = {slot: f"token {slot} of {number}" for slot in range(len(clients))}
@@ -98,11 +102,16 @@ def train(config: RunConfig, ratios: Ratios) -> tuple[str, str]:
             with ThreadPoolExecutor(len(clients)) as pool:
                 orders = [
                     TrainOrder(
-                        trunk=TrunkOrder(address=address, token=tokens[slot], server_round=number)
+                        trunk=TrunkOrder(address=address, token=tokens[slot], server_round=number),
+                        rate_factor=factor,
                     )
                     for slot in range(len(clients))
                 ]
-                results = list(pool.map(Client.train, clients, repeat(sent), orders))
+                results = list(
+                    pool.map(Client.train, clients, repeat(sent), orders, repeat({}), kept)
+                )
+            if config.keeps_optimizer:
+                kept = [result.optimizer_state for result in results]
             updates = [
                 AdapterUpdate(c.partition_id, sent, adapter_state(c.model), float(r.num_tokens))
                 for c, r in zip(clients, results, strict=True)
