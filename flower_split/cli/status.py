@@ -100,6 +100,11 @@ def picture(address: str, seen: Seen) -> Group:
         f"rounds {process.rounds_committed} committed, {process.rounds_aborted} aborted  up "
         f"{process.uptime_seconds:.0f} s  flower-split {process.package_version}",
     ]
+    if status.batches.batches:
+        lines.append(
+            f"batches {status.batches.batches} in {status.batches.passes} passes, "
+            f"{status.batches.partial} without somebody"
+        )
     if status.problem:
         lines.append(f"problem: {status.problem}")
     return Group(head, *map(Text, lines), _slots(status.slots))

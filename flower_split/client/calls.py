@@ -248,6 +248,7 @@ class Exchange:
         if self._micro_batch is not None:
             header.key.CopyFrom(self._key(self._micro_batch))
             header.acknowledged = self._calls.answered_below(self._micro_batch.window)
+            header.last = self._micro_batch.last
         if self._caching.use_cache is not None:
             header.use_cache = self._caching.use_cache
         if self._caching.step is not None:

@@ -177,6 +177,16 @@ def _not_the_identity(config: "RunConfig") -> tuple[str, ...]:
     )
 
 
+def _batches(config: "RunConfig") -> bool:
+    return config.trunk.window_batches == "on"
+
+
+def _each_gradient_is_needed(config: "RunConfig") -> tuple[str, ...]:
+    wanted = {"trunk.reduction": "mean", "trunk.max-client-grad-norm": 0.0}
+    differing = tuple(key for key, value in wanted.items() if _value(config, key) != value)
+    return ("trunk.window-batches", *differing) if _batches(config) and differing else ()
+
+
 ALWAYS = (
     Combination(
         condition="`resume-previous` without `resume`",
@@ -311,6 +321,25 @@ ALWAYS = (
         remedy='Set strategy.name = "lora-fedavg", strategy.aggregator = "fedit", '
         'strategy.server-optimizer = "none" and strategy.server-learning-rate = 1.0',
         keys=_not_the_identity,
+    ),
+    Combination(
+        condition="`trunk.window-batches = on` where the trunk does not step with every local step",
+        reason="a batch waits for all clients of a window, and there they need not run at once",
+        remedy='Set mode = "joint" and trunk.step-every = "local-step", or trunk.window-batches = '
+        '"off"',
+        keys=_when(
+            "trunk.window-batches",
+            "mode",
+            "trunk.step-every",
+            holds=lambda c: _batches(c) and not steps_with_every_local_step(c),
+        ),
+    ),
+    Combination(
+        condition="`trunk.window-batches = on` with `trunk.reduction` or `trunk.max-client-grad-norm`",
+        reason="one backward gives the clients' sum, and no gradient of one client that could be "
+        "clipped or compared",
+        remedy='Set trunk.window-batches = "off", or leave the others at their defaults',
+        keys=_each_gradient_is_needed,
     ),
     Combination(
         condition="`train.optimizer-state = keep` with a strategy other than `lora-fedavg`",

@@ -16,6 +16,7 @@ from flower_split.config.validation import (
 from flower_split.errors import ConfigError
 
 STEP_EVERY = ("local-step", "server-round", "contribution")
+WINDOW_BATCHES = ("off", "on")
 ON_BAD_CLIENT = ("exclude", "abort")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 
@@ -48,6 +49,9 @@ class TrunkConfig:
     window_rule: str = "quorum"
     """Whether a window that meets the quorum goes on without who has left: quorum (it does), a
     plug-in's name, or an import path."""
+    window_batches: str = "off"
+    """Whether the trunk computes the clients' micro-batches of one place in a window as one batch, in
+    slot order: on, or off (each alone)."""
     join_timeout: float = 120.0
     """Seconds from the round's start until every participant must have joined."""
     window_timeout: float = 120.0
@@ -117,6 +121,7 @@ class TrunkConfig:
         plug_in_name("trunk.wire-dtype", self.wire_dtype)
         plug_in_name("trunk.transport", self.transport)
         plug_in_name("trunk.window-rule", self.window_rule)
+        one_of("trunk.window-batches", self.window_batches, WINDOW_BATCHES)
         one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
         if self.device_map:
             one_of("trunk.device-map", self.device_map, DEVICE_MAPS)

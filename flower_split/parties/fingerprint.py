@@ -35,6 +35,7 @@ _TRAINING = frozenset(
         "trunk.num-threads",
         "trunk.on-bad-client",
         "trunk.reduction",
+        "trunk.window-batches",
         "trunk.window-rule",
     }
 )
@@ -92,6 +93,8 @@ def settings(config: RunConfig) -> dict[str, str]:
         "trunk.max-client-grad-norm": f"{trunk.max_client_grad_norm:g}",
         "trunk.on-bad-client": trunk.on_bad_client,
         "trunk.window-rule": trunk.window_rule,
+        # Only where it is on: a client that knows nothing of it works with a trunk where it is off.
+        **({"trunk.window-batches": "on"} if trunk.window_batches == "on" else {}),
         **_optimizer_fields(trunk.optimizer),
     }
 

@@ -124,7 +124,7 @@ class ContributionKey(_message.Message):
     def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., window: _Optional[int] = ..., micro_batch: _Optional[int] = ...) -> None: ...
 
 class ForwardHeader(_message.Message):
-    __slots__ = ("session", "trunk_epoch", "key", "version", "mode", "acknowledged", "use_cache", "cache", "released_caches")
+    __slots__ = ("session", "trunk_epoch", "key", "version", "mode", "acknowledged", "use_cache", "cache", "released_caches", "last")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +134,7 @@ class ForwardHeader(_message.Message):
     USE_CACHE_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
     RELEASED_CACHES_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
     session: str
     trunk_epoch: int
     key: ContributionKey
@@ -143,7 +144,8 @@ class ForwardHeader(_message.Message):
     use_cache: bool
     cache: CacheUse
     released_caches: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ..., acknowledged: _Optional[int] = ..., use_cache: _Optional[bool] = ..., cache: _Optional[_Union[CacheUse, _Mapping]] = ..., released_caches: _Optional[_Iterable[int]] = ...) -> None: ...
+    last: bool
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., mode: _Optional[_Union[ForwardMode, str]] = ..., acknowledged: _Optional[int] = ..., use_cache: _Optional[bool] = ..., cache: _Optional[_Union[CacheUse, _Mapping]] = ..., released_caches: _Optional[_Iterable[int]] = ..., last: _Optional[bool] = ...) -> None: ...
 
 class CacheUse(_message.Message):
     __slots__ = ("id", "step", "past_length")
@@ -433,20 +435,22 @@ class SlotReport(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., completed: _Optional[bool] = ..., problem: _Optional[str] = ..., contributions: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., joined: _Optional[bool] = ..., waited_seconds: _Optional[float] = ..., silent_seconds: _Optional[float] = ...) -> None: ...
 
 class PrepareRoundReply(_message.Message):
-    __slots__ = ("version", "digest", "slots", "optimizer_steps", "compute_seconds", "activations")
+    __slots__ = ("version", "digest", "slots", "optimizer_steps", "compute_seconds", "activations", "batches")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STEPS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     version: int
     digest: str
     slots: _containers.RepeatedCompositeFieldContainer[SlotReport]
     optimizer_steps: int
     compute_seconds: float
     activations: ActivationReport
-    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., optimizer_steps: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ...) -> None: ...
+    batches: BatchReport
+    def __init__(self, version: _Optional[int] = ..., digest: _Optional[str] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., optimizer_steps: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., batches: _Optional[_Union[BatchReport, _Mapping]] = ...) -> None: ...
 
 class ActivationReport(_message.Message):
     __slots__ = ("num_bytes", "peak_bytes", "budget_bytes", "recomputes", "refusals")
@@ -461,6 +465,18 @@ class ActivationReport(_message.Message):
     recomputes: int
     refusals: int
     def __init__(self, num_bytes: _Optional[int] = ..., peak_bytes: _Optional[int] = ..., budget_bytes: _Optional[int] = ..., recomputes: _Optional[int] = ..., refusals: _Optional[int] = ...) -> None: ...
+
+class BatchReport(_message.Message):
+    __slots__ = ("batches", "passes", "partial", "sums_again")
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
+    PASSES_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    SUMS_AGAIN_FIELD_NUMBER: _ClassVar[int]
+    batches: int
+    passes: int
+    partial: int
+    sums_again: int
+    def __init__(self, batches: _Optional[int] = ..., passes: _Optional[int] = ..., partial: _Optional[int] = ..., sums_again: _Optional[int] = ...) -> None: ...
 
 class CommitRoundRequest(_message.Message):
     __slots__ = ("experiment", "server_round", "attempt")
@@ -517,7 +533,7 @@ class StatusRequest(_message.Message):
     def __init__(self, keep_alive: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process")
+    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process", "batches")
     class FingerprintEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -540,6 +556,7 @@ class StatusReply(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
+    BATCHES_FIELD_NUMBER: _ClassVar[int]
     trunk_epoch: int
     version: int
     experiment: str
@@ -555,7 +572,8 @@ class StatusReply(_message.Message):
     fingerprint: _containers.ScalarMap[str, str]
     activations: ActivationReport
     process: ProcessReport
-    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ...) -> None: ...
+    batches: BatchReport
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ..., batches: _Optional[_Union[BatchReport, _Mapping]] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
     __slots__ = ("package_version", "uptime_seconds", "round_seconds", "queue_seconds", "resident_bytes", "accelerator_bytes", "bytes_received", "bytes_sent", "rounds_committed", "rounds_aborted", "checkpoint_seconds", "compute_seconds")

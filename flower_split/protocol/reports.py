@@ -8,13 +8,14 @@ from google.protobuf.message import Message
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.values import (
     ActivationReport,
+    BatchReport,
     ProcessReport,
     RoundReport,
     SlotReport,
     TrunkStatus,
 )
 
-_Report = TypeVar("_Report", ActivationReport, ProcessReport, SlotReport)
+_Report = TypeVar("_Report", ActivationReport, BatchReport, ProcessReport, SlotReport)
 
 
 def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
@@ -26,6 +27,7 @@ def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
         optimizer_steps=report.optimizer_steps,
         compute_seconds=report.compute_seconds,
         activations=pb.ActivationReport(**asdict(report.activations)),
+        batches=pb.BatchReport(**asdict(report.batches)),
     )
 
 
@@ -38,6 +40,7 @@ def report_from_proto(reply: pb.PrepareRoundReply) -> RoundReport:
         optimizer_steps=reply.optimizer_steps,
         compute_seconds=reply.compute_seconds,
         activations=_of_same_fields(ActivationReport, reply.activations),
+        batches=_of_same_fields(BatchReport, reply.batches),
     )
 
 
@@ -59,6 +62,7 @@ def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
         fingerprint=dict(status.fingerprint),
         activations=pb.ActivationReport(**asdict(status.activations)),
         process=pb.ProcessReport(**asdict(status.process)),
+        batches=pb.BatchReport(**asdict(status.batches)),
     )
 
 
@@ -80,6 +84,7 @@ def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
         fingerprint=dict(reply.fingerprint),
         activations=_of_same_fields(ActivationReport, reply.activations),
         process=_of_same_fields(ProcessReport, reply.process),
+        batches=_of_same_fields(BatchReport, reply.batches),
     )
 
 

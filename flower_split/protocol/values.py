@@ -126,6 +126,7 @@ class ForwardCall:
     digest: bytes  # XXH3-128 of the request's content; empty: an evaluation without a cache
     deadline: float  # when to give up waiting, on the monotonic clock
     acknowledged: int = 0  # the client has the replies of all earlier micro-batches of this window
+    last: bool = False  # whether the slot sends no further micro-batch in this window
     use_cache: bool | None = None  # as the model's own argument
     cache: CacheStep | None = None  # evaluation: go on from this key-value cache, and keep it
     released: tuple[int, ...] = ()  # the session's key-value caches that the client is done with
@@ -211,6 +212,16 @@ class ActivationReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BatchReport:
+    """The joint batches of a round; zeros where every micro-batch is computed alone."""
+
+    batches: int = 0
+    passes: int = 0  # that they took: one each, where everything in it could be joined
+    partial: int = 0  # batches that went on without somebody who had planned them
+    sums_again: int = 0  # windows summed again without a client that had contributed
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RoundReport:
     """The outcome of a round, before it is committed."""
 
@@ -220,6 +231,7 @@ class RoundReport:
     optimizer_steps: int
     compute_seconds: float
     activations: ActivationReport = field(default_factory=ActivationReport)
+    batches: BatchReport = field(default_factory=BatchReport)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,3 +271,4 @@ class TrunkStatus:
     fingerprint: Mapping[str, str] = field(default_factory=dict)
     activations: ActivationReport = field(default_factory=ActivationReport)
     process: ProcessReport = field(default_factory=ProcessReport)
+    batches: BatchReport = field(default_factory=BatchReport)

@@ -129,7 +129,7 @@ class Recorder:
 
     def trunk_round(self, server_round: int, attempt: int, report: RoundReport) -> None:
         """Record a round on the trunk: steps, time, activation memory, and who was left out."""
-        activations = report.activations
+        activations, batches = report.activations, report.batches
         self.run.append(
             "trunk",
             {
@@ -142,6 +142,9 @@ class Recorder:
                 "activation_budget_bytes": activations.budget_bytes,
                 "activation_recomputes": activations.recomputes,
                 "activation_refusals": activations.refusals,
+                "batches": batches.batches,
+                "partial_batches": batches.partial,
+                "sums_again": batches.sums_again,
                 "left_out": {
                     str(item.slot): item.problem for item in report.slots if not item.completed
                 },

@@ -75,6 +75,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
         inputs=inputs,
         window_rule=window_rule,
+        window_batches=config.trunk.window_batches == "on",
         shares=Shares(
             evaluations=config.trunk.max_evaluations,
             compute_seconds=config.trunk.max_compute_seconds,

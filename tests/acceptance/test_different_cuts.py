@@ -123,11 +123,13 @@ def test_three_clients_of_three_cuts_each_step_bit_for_bit_as_their_unsplit_mode
             assert not torch.equal(tensor, done.client0[name])
 
 
+@pytest.mark.parametrize("batches", ["off", "on"])
 @pytest.mark.parametrize("equal_copies", [True, False], ids=["equal", "gone-apart"])
 def test_trunk_steps_by_the_data_that_passed_through_each_layer(
-    checkpoint: Path, equal_copies: bool
+    checkpoint: Path, equal_copies: bool, batches: str
 ) -> None:
     config = wide_config(checkpoint)
+    config = replace(config, trunk=replace(config.trunk, window_batches=batches))
     done = OneRound(config, equal_copies=equal_copies)
     whole = Whole(config)
     found = {s: gradients(whole, done.start_of(s), b, TOKENS[s])[1] for s, b in BATCHES.items()}

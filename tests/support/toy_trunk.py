@@ -59,6 +59,7 @@ def make_engine(
     checkpoints: CheckpointStore | None = None,
     window_rule: WindowRule | None = None,
     shares: Shares | None = None,
+    window_batches: bool = False,
     clock=time.monotonic,
 ) -> TrunkEngine:
     """An engine around a fresh :class:`ToyTrunk`."""
@@ -75,6 +76,7 @@ def make_engine(
         checkpoints=checkpoints,
         window_rule=window_rule,
         shares=shares,
+        window_batches=window_batches,
         clock=clock,
     )
 
@@ -120,6 +122,7 @@ class ToyClient:
         digest: bytes = b"f",
         timeout: float = 20.0,
         acknowledged: int = 0,
+        last: bool = True,
         **tensors: Tensor,
     ):
         return self.engine.forward(
@@ -133,6 +136,7 @@ class ToyClient:
                 digest=digest,
                 deadline=time.monotonic() + timeout,
                 acknowledged=acknowledged,
+                last=last,
             )
         )
 

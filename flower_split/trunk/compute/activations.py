@@ -5,7 +5,7 @@ inputs and runs the forward again, with the same weights version and dropout see
 gradient is the same. Where even the inputs do not fit, the call is refused: nothing is evicted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -44,6 +44,7 @@ class ActivationCache:
         self._peak = self._recomputes = self._refusals = 0
         self._of_slot: dict[int, int] = {}  # bytes
         self._entries: dict[Key, Activation] = {}
+        self._held: dict[Key, int] = {}  # bytes of micro-batches whose activation is joint
 
     def report(self) -> ActivationReport:
         """Return the cache's figures since :meth:`clear`."""
@@ -97,9 +98,49 @@ class ActivationCache:
         self._of_slot[slot] = self._of_slot.get(slot, 0) + activation.num_bytes
         self._entries[key] = activation
 
+    def reserve(self, key: Key, num_bytes: int) -> None:
+        """Hold room for a micro-batch that will be part of a joint pass.
+
+        Raises:
+            TrunkRefused: There is none (OVER_BUDGET).
+        """
+        self.require_room(key[0], num_bytes)
+        self.hold(key, num_bytes)
+
+    def hold(self, key: Key, num_bytes: int) -> None:
+        """Count a micro-batch in a joint pass as so many bytes from now on."""
+        change = num_bytes - self._held.get(key, 0)
+        self._held[key] = num_bytes
+        self.num_bytes += change
+        self._peak = max(self._peak, self.num_bytes)
+        self._of_slot[key[0]] = self._of_slot.get(key[0], 0) + change
+
+    def put_joint(self, shares: Mapping[Key, float], activation: Activation) -> None:
+        """Keep the activation of a joint pass, without its graph if the graph does not fit.
+
+        Args:
+            shares: Of each micro-batch in it, which has reserved what it needs without the graph.
+            activation: Of the pass.
+        """
+        wanted = {
+            key: max(self._held.get(key, 0), int(share * activation.num_bytes))
+            for key, share in shares.items()
+        }
+        more = {key: num_bytes - self._held.get(key, 0) for key, num_bytes in wanted.items()}
+        fits = self.num_bytes + sum(more.values()) <= self.budget and all(
+            self._of_slot.get(key[0], 0) + extra <= self.per_client for key, extra in more.items()
+        )
+        if not fits:
+            activation.output = None
+            activation.hidden = activation.hidden.detach()
+            self._recomputes += len(shares)
+            return
+        for key, num_bytes in wanted.items():
+            self.hold(key, num_bytes)
+
     def keys(self) -> set[Key]:
         """Return what is kept."""
-        return set(self._entries)
+        return self._entries.keys() | self._held.keys()
 
     def get(self, key: Key) -> Activation | None:
         """Return the activation of ``key``, which stays."""
@@ -108,18 +149,19 @@ class ActivationCache:
     def release(self, key: Key) -> None:
         """Free the activation of ``key``: its backward is done."""
         entry = self._entries.pop(key, None)
-        if entry is not None:
-            self.num_bytes -= entry.num_bytes
-            self._of_slot[key[0]] -= entry.num_bytes
+        held = self._held.pop(key, 0) + (0 if entry is None else entry.num_bytes)
+        if held:
+            self.num_bytes -= held
+            self._of_slot[key[0]] -= held
 
     def release_slot(self, slot: int) -> None:
         """Free all that a client that has left kept here."""
-        for key in [key for key in self._entries if key[0] == slot]:
+        for key in [key for key in self.keys() if key[0] == slot]:
             self.release(key)
 
     def release_before(self, window: int) -> None:
         """Free what earlier windows left behind: the weights have stepped, nobody can use it."""
-        for key in [key for key in self._entries if key[1] < window]:
+        for key in [key for key in self.keys() if key[1] < window]:
             self.release(key)
 
     def begin(self, num_shares: int) -> None:
@@ -135,5 +177,6 @@ class ActivationCache:
     def clear(self) -> None:
         """Free everything: a round is over."""
         self._entries.clear()
+        self._held.clear()
         self._of_slot.clear()
         self.num_bytes = self._peak = self._recomputes = self._refusals = 0

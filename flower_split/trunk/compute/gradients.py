@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flower_split.aggregation.core.client_updates import ClientUpdate
 from flower_split.aggregation.rules.rule import Rule
+from flower_split.errors import ConfigError
 
 
 @dataclass(slots=True)
@@ -52,7 +53,7 @@ class SlotGradient:
         loss_denominator: float,
     ) -> None:
         """Add micro-batch ``micro_batch``; one that comes early waits for those before it."""
-        wide = [None if g is None else _at_least_fp32(g.detach()) for g in gradients]
+        wide = [None if g is None else widened(g.detach()) for g in gradients]
         if micro_batch != self.following:
             self.waiting_bytes += sum(g.nbytes for g in wide if g is not None)
         self._waiting[micro_batch] = (wide, num_tokens, loss_denominator)
@@ -70,7 +71,7 @@ class SlotGradient:
             return
         scale = denominator / self.denominator
         self.total = [
-            _sum(total, gradient, scale)
+            sum_of(total, gradient, scale)
             for total, gradient in zip(self.total, gradients, strict=True)
         ]
 
@@ -90,11 +91,13 @@ class SlotGradient:
         return norm * (self.denominator / self.num_tokens)
 
 
-def _at_least_fp32(gradient: Tensor) -> Tensor:
+def widened(gradient: Tensor) -> Tensor:
+    """Return a gradient in the dtype in which sums are kept: fp32, or its own fp64."""
     return gradient if gradient.dtype == torch.float64 else gradient.float()
 
 
-def _sum(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
+def sum_of(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
+    """Return ``total + scale · gradient``; None counts as 0."""
     if gradient is None:
         return total
     scaled = gradient if scale == 1.0 else gradient * scale
@@ -120,7 +123,7 @@ def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | Non
     for slot in sorted(slots):
         given = slots[slot]
         result = [
-            _sum(total, gradient, given.denominator / tokens[index])
+            sum_of(total, gradient, given.denominator / tokens[index])
             if given.passes(index)
             else total
             for index, (total, gradient) in enumerate(zip(result, given.total, strict=True))
@@ -151,6 +154,18 @@ class Reduction:
     rules: tuple[Rule, ...] = ()
     exclude_bad: bool = True
     outlier_factor: float = 0.0
+
+    def require_mean(self) -> None:
+        """Check that it is the plain mean by label tokens, which looks at no client's gradient.
+
+        Raises:
+            ConfigError: It is not, and the trunk computes window batches.
+        """
+        if self.max_client_norm or self.rules:
+            raise ConfigError(
+                "trunk.window-batches keeps no gradient of one client, which trunk.reduction and "
+                "trunk.max-client-grad-norm need. Leave them at their defaults, or turn it off."
+            )
 
     def __call__(
         self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.errors import FlowerSplitError, RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
 from flower_split.runtime import failpoints
@@ -20,9 +20,9 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.screening import check_weights
 from flower_split.trunk.engine.compute_thread import ComputeThread
-from flower_split.trunk.engine.ledger import CallName, reply_of
+from flower_split.trunk.engine.ledger import CallName, contribution_hash, reply_of
 from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, contribution_hash
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.sessions import Session
 from flower_split.trunk.engine.shares import Shares
 
@@ -42,6 +42,16 @@ class Contribution:
         """Slot, window and micro-batch: the key of its activations."""
         return (self.name.slot, self.name.window, self.name.micro_batch)
 
+    @property
+    def num_elements(self) -> int:
+        """Elements of its smashed data, or of its gradient."""
+        if isinstance(self.call, ForwardCall):
+            return self.call.tensors["hidden_states"].numel()
+        return self.call.grad.numel()
+
+
+Admit = Callable[[Contribution, "Future[CallResult]"], None]
+
 
 class Contributions:
     """The training calls of the open round, and of the dispatches of an asynchronous one.
@@ -52,6 +62,7 @@ class Contributions:
         thread: Where calls run.
         settle: Called on the compute thread after every backward that counted.
         shares: What one client may take of a round.
+        admit: Checks a call of a round with joint batches, and lets it wait for its batch.
     """
 
     def __init__(
@@ -61,6 +72,7 @@ class Contributions:
         thread: ComputeThread,
         settle: Callable[[Round], None],
         shares: Shares,
+        admit: Admit,
     ) -> None:
         self._index = index
         self._changed = index.changed
@@ -69,6 +81,7 @@ class Contributions:
         self._thread = thread
         self._settle = settle
         self._shares = shares
+        self._admit = admit
 
     def once(self, item: Contribution) -> CallResult:
         """Run a call, or wait for the reply of its first arrival.
@@ -80,12 +93,37 @@ class Contributions:
             RoundAborted: The round was given up.
             TrunkUnavailable: The deadline passed first; the call may yet take effect.
         """
+        if item.round.batches is not None:
+            return self._together(item)
         with self._changed:
             future, mine = self._claim(item)
         if mine:
             self._thread.turns.put(item.member.id, partial(self._run, item, future), future)
             self._thread.submit(self._thread.turns.run_next)
         return reply_of(future, item.call.deadline - self._clock())
+
+    def _together(self, item: Contribution) -> CallResult:
+        """Let a call wait for the others of its batch, and for its reply."""
+        current, name, call = item.round, item.name, item.call
+        with self._changed:
+            future, mine = self._claim(item)
+            if isinstance(call, ForwardCall):
+                acknowledged = min(call.acknowledged, name.micro_batch)
+                current.ledger.acknowledge(name.slot, name.window, acknowledged)
+            if mine:
+                try:
+                    self._admit(item, future)
+                except FlowerSplitError as error:
+                    current.ledger.forget(name)
+                    future.set_exception(error)
+        try:
+            return reply_of(future, call.deadline - self._clock())
+        except TrunkUnavailable as error:
+            with self._changed:
+                late = current.windows.waiting_for()
+            raise TrunkUnavailable(
+                f"{error} It is computed with the other clients': {late}."
+            ) from None
 
     def _claim(self, item: Contribution) -> tuple[Future[CallResult], bool]:
         """Return the call's reply, and whether it must be run; the lock is free while it waits."""

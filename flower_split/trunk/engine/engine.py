@@ -35,6 +35,7 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.kv_caches import CacheStore
 from flower_split.trunk.compute.schema_probe import schema_of
+from flower_split.trunk.engine.batch_calls import BatchCalls
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.compute_thread import ComputeThread
@@ -75,11 +76,17 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         inputs: What a forward may bring; None: the trunk's model is asked now.
         window_rule: Whether a window goes on without somebody; None: as the quorum says.
         shares: What one client may take of a round.
+        window_batches: Whether the clients' micro-batches of one place in a window are one batch, in
+            rounds that step with every local step; ``reduction`` must be the mean then.
         clock: Monotonic seconds; tests pass their own.
+
+    Raises:
+        ConfigError: There are window batches, and a reduction that needs each client's gradient.
 
     Attributes:
         compute: The trunk module and its optimizer; the compute thread's while a round is open.
         device: On which calls find their tensors soonest.
+        window_batches: As given: whether a backward, too, waits for other clients.
         knows_token: ``knows_token(token)`` returns whether a token is a participant's of the round
             begun last. Waits for no lock.
         count_bytes: ``count_bytes(session, received, sent)`` adds a call's bytes on the wire to its
@@ -102,15 +109,18 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         inputs: InputSchema | None = None,
         window_rule: WindowRule | None = None,
         shares: Shares | None = None,
+        window_batches: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epoch = secrets.randbits(63)
-        self.mode = mode
-        self.hidden_size = hidden_size
+        self.mode, self.hidden_size = mode, hidden_size
         self.device = compute.device
+        self.window_batches = window_batches
         self.fingerprint = dict(fingerprint)
         trains = mode == "joint"
         reduction = reduction or Reduction()
+        if window_batches:
+            reduction.require_mean()
         self._inputs = inputs or schema_of(compute.trunk, hidden_size)
         self.compute, self._clock = compute, clock
         self._shares = shares or Shares()
@@ -126,6 +136,9 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         self.knows_token, self.count_bytes = self._index.knows_token, self._index.count_bytes
         self._weights = CommittedWeights(compute, checkpoints)
         self._settling = Settling(self._index, compute, reduction)
+        thread = self._thread = ComputeThread(compute, clock)
+        settle = self._settling.settle
+        batch_calls = BatchCalls(self._index, compute, self._inputs, thread, settle)
         self._lifecycle = RoundLifecycle(
             self._index,
             self._settling,
@@ -135,12 +148,13 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             reduction=reduction,
             trains=trains,
             window_rule=window_rule or QuorumAlone(),
+            make_batches=batch_calls.batches if window_batches else None,
         )
-        thread = self._thread = ComputeThread(compute, clock)
         caches = CacheStore(compute, cache_bytes, clock, self._shares.held_bytes)
         self._unrecorded = UnrecordedForwards(self._index, compute, thread, caches, self._shares)
-        settle = self._settling.settle
-        self._contributions = Contributions(self._index, compute, thread, settle, self._shares)
+        self._contributions = Contributions(
+            self._index, compute, thread, settle, self._shares, batch_calls.admit
+        )
         self._step_ends = StepEnds(self._index, thread, settle)
         self._started = clock()
         self._pulse, self._waits = Pulse(self._thread.submit, clock), Waits()
@@ -190,6 +204,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
                 )
             if not evaluate:
                 current.windows.join(slot, planned_steps, self._clock())
+                current.go_on()
             session = current.seat(slot, planned_steps, cuts)
             self._index.touch(current, slot)
             logger.info("%s: slot %d joined", current, slot, extra={"slot": slot})
@@ -316,6 +331,8 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
                 current.windows.abort("the trunk is shutting down")
             for dispatch in self._index.dispatches.all():
                 dispatch.windows.abort("the trunk is shutting down")
+            if current is not None:
+                current.go_on()
             self._changed.notify_all()
         self._deadlines.close()
         self._thread.close()

@@ -5,7 +5,8 @@ the engine's lock, but while a checkpoint is written.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
@@ -15,13 +16,16 @@ from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.engine.batched_round import BatchedRound
 from flower_split.trunk.engine.buffer_round import BufferRound
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.revocations import Revocations
 from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.engine.round_state import Round
+from flower_split.trunk.engine.sessions import hashed
 from flower_split.trunk.engine.settling import Settling
+from flower_split.trunk.engine.window_batches import WindowBatches
 from flower_split.trunk.engine.window_rules import WindowRule
 from flower_split.trunk.engine.windows import WindowMachine
 
@@ -40,6 +44,8 @@ class RoundLifecycle:
         reduction: How the arrivals of an asynchronous round become one gradient.
         trains: Whether the trunk's weights train (mode joint).
         window_rule: Whether a window of training goes on without somebody.
+        make_batches: Makes what gathers the calls of a round into joint batches, where it steps with
+            every local step; None: every micro-batch is computed alone.
 
     Attributes:
         revocations: The clients that an operator took out.
@@ -56,6 +62,7 @@ class RoundLifecycle:
         reduction: Reduction,
         trains: bool,
         window_rule: WindowRule,
+        make_batches: Callable[[], WindowBatches] | None = None,
     ) -> None:
         self.revocations = Revocations(index, settling)
         self._index = index
@@ -66,6 +73,7 @@ class RoundLifecycle:
         self._reduction = reduction
         self._trains = trains
         self._window_rule = window_rule
+        self._make_batches = make_batches
 
     def begin(self, plan: RoundPlan) -> tuple[int, int]:
         """Open a round; see :meth:`TrunkEngine.begin_round`."""
@@ -140,6 +148,7 @@ class RoundLifecycle:
                 optimizer_steps=self._compute.version - current.before.version,
                 compute_seconds=current.compute_seconds,
                 activations=current.activations.report(),
+                batches=current.batch_report(),
             )
         failpoints.reach("trunk.prepare.answering")
         return current.report
@@ -186,20 +195,8 @@ class RoundLifecycle:
         elif not plan.evaluate:  # an evaluation lets who is at work go on
             dispatches.clear(f"round {plan.server_round} is not asynchronous")
         self._activations.begin(_num_shares(plan))
-        now = self._index.clock()
-        windows = WindowMachine(
-            plan.participants,
-            step_every=(
-                plan.step_every if self._trains or plan.asynchronous else StepEvery.CONTRIBUTION
-            ),
-            quorum=plan.quorum,
-            join_seconds=plan.join_seconds,
-            window_seconds=plan.window_seconds,
-            now=now,
-            must_end_steps=plan.finish is not None,
-            rule=None if plan.evaluate else self._window_rule,
-        )
-        before = self._compute.snapshot()
+        batches = self._batches_of(plan)
+        windows = self._windows_of(plan, batches)
         if plan.asynchronous:
             windows.phase = Phase.OPEN  # nobody joins it: dispatches do
             return BufferRound(
@@ -207,24 +204,53 @@ class RoundLifecycle:
                 compute=self._compute,
                 trains=self._trains,
                 windows=windows,
-                before=before,
+                before=self._compute.snapshot(),
                 activations=dispatches.activations,
                 slots_by_token={},
-                began=now,
-                last_activity=now,
+                began=self._index.clock(),
+                last_activity=self._index.clock(),
                 dispatches=dispatches,
                 reduction=self._reduction,
             )
-        return Round(
+        made = Round if batches is None else partial(BatchedRound, batches=batches)
+        return made(
             plan=plan,
             compute=self._compute,
             trains=self._trains,
             windows=windows,
-            before=before,
+            before=self._compute.snapshot(),
             activations=self._activations,
             slots_by_token={hashed(token): slot for slot, token in plan.participants.items()},
-            began=now,
-            last_activity=now,
+            began=self._index.clock(),
+            last_activity=self._index.clock(),
+        )
+
+    def _batches_of(self, plan: RoundPlan) -> WindowBatches | None:
+        """Return what gathers a round's calls; None: each of them is computed alone."""
+        if self._make_batches is None or plan.evaluate:
+            return None
+        if self._trains and plan.step_every is StepEvery.LOCAL_STEP:
+            return self._make_batches()
+        logger.info(
+            "round %d: every micro-batch is computed alone, for the round does not step with every "
+            "local step (trunk.window-batches)",
+            plan.server_round,
+        )
+        return None
+
+    def _windows_of(self, plan: RoundPlan, batches: WindowBatches | None) -> WindowMachine:
+        return WindowMachine(
+            plan.participants,
+            step_every=(
+                plan.step_every if self._trains or plan.asynchronous else StepEvery.CONTRIBUTION
+            ),
+            quorum=plan.quorum,
+            join_seconds=plan.join_seconds,
+            window_seconds=plan.window_seconds,
+            now=self._index.clock(),
+            must_end_steps=plan.finish is not None,
+            rule=None if plan.evaluate else self._window_rule,
+            late=None if batches is None else batches.late,
         )
 
     def _supersede(self, former: Round, plan: RoundPlan) -> None:

@@ -9,7 +9,6 @@ The engine's lock (:class:`~flower_split.trunk.engine.round_index.RoundIndex`) g
 is held around every method, but for the methods that say otherwise.
 """
 
-import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -34,14 +33,16 @@ from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Weights
 from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
+from flower_split.trunk.engine.open_window import OpenWindow
 from flower_split.trunk.engine.phases import Phase
-from flower_split.trunk.engine.sessions import Session, StepEnd
+from flower_split.trunk.engine.sessions import Session, StepEnd, hashed
 from flower_split.trunk.engine.shares import Usage
+from flower_split.trunk.engine.window_batches import WindowBatches
 from flower_split.trunk.engine.windows import WindowMachine
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Round:
+class Round(OpenWindow):
     """State of one attempt, from BeginRound until another round begins."""
 
     plan: RoundPlan
@@ -55,6 +56,7 @@ class Round:
     sessions: dict[str, Session] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)  # sessions whose client has left
     gradients: dict[int, SlotGradient] = field(default_factory=dict)  # of the open window, by slot
+    batches: WindowBatches | None = None  # None: every micro-batch is computed alone
     step_ends: Ledger[FinishResult] = field(default_factory=Ledger)
     ending: dict[int, StepEnd] = field(default_factory=dict)  # of the open window, by slot
     usage: Usage = field(default_factory=Usage)
@@ -197,7 +199,7 @@ class Round:
         """Forget what the dropped slots gave to the open window."""
         for slot, state in self.windows.slots.items():
             if state.dropped:
-                self.gradients.pop(slot, None)
+                self.forget_slot(slot)
                 end = self.ending.pop(slot, None)
                 if end is not None:
                     end.future.set_exception(
@@ -206,9 +208,13 @@ class Round:
                             f"the round goes on without slot {slot}: {state.dropped}.",
                         )
                     )
-                self.activations.release_slot(slot)
                 if self.open_contribution is not None and self.open_contribution[0] == slot:
                     self.open_contribution = None
+
+    def forget_slot(self, slot: int) -> None:
+        """Forget what a slot that no longer takes part gave to the open window."""
+        self.gradients.pop(slot, None)
+        self.activations.release_slot(slot)
 
     def forget_work(self) -> None:
         """Free what an aborted round has gathered."""
@@ -337,14 +343,3 @@ class Round:
             return False
         self.open_contribution, self.open_since = mine, now
         return True
-
-
-def hashed(token: str) -> bytes:
-    """Return a token's SHA-256, by which it is looked up: no comparison leaks its bytes."""
-    return hashlib.sha256(token.encode()).digest()
-
-
-def contribution_hash(name: CallName, digest: bytes) -> int:
-    """Return a contribution as a number; see :attr:`Round.ledger_hash`."""
-    text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
-    return int.from_bytes(hashlib.sha256(text).digest(), "big")

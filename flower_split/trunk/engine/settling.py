@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
-from flower_split.trunk.compute.screening import faults, outliers
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
@@ -51,6 +50,7 @@ class Settling:
                 current.forget_work()
                 level = logging.INFO if current.plan.evaluate else logging.WARNING
                 logger.log(level, "%s aborted: %s", current, current.windows.problem)
+            current.go_on()
             self._index.changed.notify_all()
 
     def drop(self, current: Round, slot: int, why: str) -> None:
@@ -88,8 +88,7 @@ class Settling:
             former = state.planned_steps
             current.windows.shorten(slot, planned_steps)
             if state.finished and not state.complete:  # of a step that it does not finish
-                current.gradients.pop(slot, None)
-                current.activations.release_slot(slot)
+                current.forget_slot(slot)
             current.after_contribution()
         if planned_steps != former:
             logger.info(
@@ -118,6 +117,7 @@ class Settling:
                 why = f"it was silent for {current.plan.window_seconds:g} s, so its lease ended"
                 current.windows.drop(slot, why, now)
             current.release_dropped()
+            current.go_on()
             self._index.changed.notify_all()
             return current
 
@@ -132,21 +132,20 @@ class Settling:
         windows = current.windows
         alone = windows.step_every is StepEvery.CONTRIBUTION
         if current.trains:
-            gradients = {slot: current.gradients[slot] for slot in slots}
             rule = current.plan.finish
-            bad = faults(gradients, whole_step=not alone)
+            bad = current.window_faults(slots, whole_step=not alone)
             if rule is not None and not bad:
                 bad = step_end_faults(current, slots)
-            bad = bad or outliers(gradients, self._reduction.outlier_factor)
+            bad = bad or current.window_outliers(slots, self._reduction.outlier_factor)
             if bad:
                 self._blame(current, bad)
                 return
-            reduced = self._reduction(gradients)
+            reduced = self._reduction(current.window_gradients(slots))
             if rule is None:
                 self._compute.step(reduced)
             else:
                 step_together(current, slots, reduced, rule, self._compute, self._index.clock)
-        current.gradients.clear()
+        current.forget_window()
         if not alone:
             windows.seal(self._index.clock())
             current.activations.release_before(windows.window)

@@ -21,9 +21,9 @@ from flower_split.trunk.compute.clipping import (
 )
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.compute_thread import ComputeThread
-from flower_split.trunk.engine.ledger import CallKind, CallName
+from flower_split.trunk.engine.ledger import CallKind, CallName, contribution_hash
 from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, contribution_hash
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.sessions import StepEnd
 
 
@@ -109,7 +109,7 @@ def step_together(
     """
     started = clock()
     ends = {slot: current.ending.pop(slot) for slot in slots}
-    tokens = {slot: current.gradients[slot].num_tokens for slot in slots}
+    tokens = current.window_tokens(slots)
     shared: dict[str, Tensor] = {}
     if rule.share_gradients:
         mean = mean_gradients({slot: end.gradients for slot, end in ends.items()}, tokens)
@@ -147,9 +147,7 @@ def step_end_faults(current: Round, slots: Sequence[int]) -> dict[int, str]:
         else end.grad_norm_squared
         for slot in slots
     }
-    gradients = {slot: current.gradients[slot] for slot in slots}
-    whole = {slot: g.mean_norm() for slot, g in gradients.items() if g.covers is None}
-    return norm_faults(norms, whole)
+    return norm_faults(norms, current.trunk_norms(slots))
 
 
 def check_step_end(end: StepEnd, rule: FinishRule, slot: int) -> None:

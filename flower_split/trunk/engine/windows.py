@@ -13,44 +13,14 @@ clock, and holds one lock around every call.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.shorter_plans import shorten
+from flower_split.trunk.engine.slots import Slot
 from flower_split.trunk.engine.window_rules import WindowRule, why_given_up
-
-
-@dataclass(slots=True)
-class Slot:
-    """One participant of the round, and what it has given to the window that is open."""
-
-    planned_steps: int | None = None  # None: has not joined
-    dropped: str = ""  # why it no longer takes part
-    received: set[int] = field(default_factory=set)  # micro-batch indices in the open window
-    last: int | None = None  # index of its last micro-batch in the open window, once known
-    contributions: int = 0  # over the round
-    num_tokens: float = 0.0  # over the round
-    steps_done: int = 0  # windows that have everything from it; 1 where a window is a round
-    finished: bool = False  # every planned contribution is in
-    must_end_step: bool = False  # a window also needs the end of the slot's step
-    step_ended: bool = False  # in the open window
-
-    @property
-    def has_all_micro_batches(self) -> bool:
-        """Whether the open window has every backward of this slot."""
-        return self.last is not None and len(self.received) == self.last + 1
-
-    @property
-    def complete(self) -> bool:
-        """Whether the open window has everything from this slot."""
-        return self.has_all_micro_batches and (self.step_ended or not self.must_end_step)
-
-    def clear(self) -> None:
-        """Forget what the open window has from this slot."""
-        self.received, self.last, self.step_ended = set(), None, False
 
 
 class WindowMachine:
@@ -66,6 +36,9 @@ class WindowMachine:
         must_end_steps: Whether a slot is complete only when it has said that its step ends.
         rule: Asked, beside the quorum, before a window goes on without somebody; None: the quorum
             alone decides.
+        late: Given who takes part in the open window, whom the others wait for; empty: nobody before
+            its last call; None: nobody, for the trunk is at it. Where it is set, a deadline drops those
+            alone, and the others get as long again. None: everybody is late who is not complete.
 
     ``SERVER_ROUND`` and ``CONTRIBUTION`` keep no deadlines of their own: their participants may
     run one after the other, and the coordinator ends the round (:meth:`finish`).
@@ -82,6 +55,7 @@ class WindowMachine:
         now: float,
         must_end_steps: bool = False,
         rule: WindowRule | None = None,
+        late: Callable[[Collection[int]], Collection[int] | None] | None = None,
     ) -> None:
         self.slots = {slot: Slot(must_end_step=must_end_steps) for slot in sorted(slots)}
         self.step_every = step_every
@@ -91,6 +65,7 @@ class WindowMachine:
         self.phase = Phase.JOINING
         self.problem = ""
         self._rule = rule
+        self._find_late = late
         self._deadline = now + join_seconds if step_every is StepEvery.LOCAL_STEP else math.inf
 
     @property
@@ -241,8 +216,7 @@ class WindowMachine:
         """Say whom the open window still waits for."""
         if self.phase is Phase.JOINING:
             return f"slots {self._missing_joins()} have not joined"
-        late = [s for s, state in self._members() if not state.dropped and not state.complete]
-        return f"slots {late} have not contributed to window {self.window}"
+        return f"slots {self._late()} have not contributed to window {self.window}"
 
     def waited_for(self) -> list[int]:
         """Return the slots that all others wait for now, where they go on together."""
@@ -250,9 +224,19 @@ class WindowMachine:
             return []
         if self.phase is Phase.JOINING:
             return self._missing_joins()
-        there = [slot for slot, state in self._members() if not state.dropped]
-        late = [slot for slot in there if not self.slots[slot].complete]
-        return late if self.phase is Phase.OPEN and len(late) < len(there) else []
+        there, late = self.present() or [], self._late()
+        return late if len(late) < len(there) else []
+
+    def present(self) -> list[int] | None:
+        """Return who takes part in the open window now, in slot order; None: none is open."""
+        if self.phase is not Phase.OPEN:
+            return None
+        return [slot for slot, state in self._members() if not state.dropped]
+
+    @property
+    def num_planned(self) -> int:
+        """How many had planned the open window, with those who have left."""
+        return len(self._members())
 
     def seal(self, now: float) -> None:
         """Open the next window, or be done: the engine has stepped with the open one."""
@@ -269,12 +253,13 @@ class WindowMachine:
             for slot in self._missing_joins():
                 self.slots[slot].dropped = "it did not join within the join deadline"
         else:
-            for _, state in self._members():
-                if not state.dropped and not state.complete:
-                    state.dropped = (
-                        f"it did not contribute to window {self.window} within "
-                        f"{self.window_seconds:g} s"
-                    )
+            for slot in self._late():
+                self.slots[slot].dropped = (
+                    f"it did not contribute to window {self.window} within "
+                    f"{self.window_seconds:g} s"
+                )
+            if self._find_late is not None:
+                self._deadline = now + self.window_seconds
         self._check_quorum()
         if self.phase is Phase.JOINING:
             self._open(now)
@@ -311,6 +296,17 @@ class WindowMachine:
                 "round.",
             )
         return state
+
+    def _late(self) -> list[int]:
+        """Return whom the open window waits for, in slot order."""
+        there = [slot for slot, state in self._members() if not state.dropped]
+        incomplete = [slot for slot in there if not self.slots[slot].complete]
+        if self._find_late is None:
+            return incomplete
+        found = self._find_late(there)
+        if found is None:
+            return []
+        return [slot for slot in there if slot in found] or incomplete
 
     def _missing_joins(self) -> list[int]:
         return [

@@ -130,7 +130,7 @@ class ClientCalls:
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
             Answering(context, "Backward", self._refusals) as call,
-            Holding(self._quotas, context, waits=False) as held,
+            Holding(self._quotas, context, waits=self._engine.window_batches) as held,
             self._aside(),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
@@ -239,6 +239,7 @@ def _forward_call(header: pb.ForwardHeader, received: Received, deadline: float)
         digest=received.digest,
         deadline=deadline,
         acknowledged=header.acknowledged,
+        last=header.last,
         use_cache=header.use_cache if header.HasField("use_cache") else None,
         cache=cache_from_proto(header.cache, rows) if header.HasField("cache") else None,
         released=tuple(header.released_caches),

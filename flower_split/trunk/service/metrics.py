@@ -46,6 +46,8 @@ _GAUGES: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
     "activation_budget_bytes": ("trunk.activation-memory", lambda s: s.activations.budget_bytes),
     "activation_recomputes": ("graphs not kept, in this round", lambda s: s.activations.recomputes),
     "activation_refusals": ("forwards refused, in this round", lambda s: s.activations.refusals),
+    "batches": ("joint, in this round", lambda s: s.batches.batches),
+    "partial_batches": ("without somebody, in this round", lambda s: s.batches.partial),
     "accelerator_bytes": ("allocated by torch", lambda s: s.process.accelerator_bytes),
 }
 _COUNTERS: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {

@@ -19,6 +19,7 @@ CENTRAL: dict[str, Scalar] = {
     "strategy.name": "fedavg",
     "strategy.weighting": "uniform",
 }
+BATCHES: dict[str, Scalar] = {"trunk.window-batches": "on"}
 BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     ({"resume-previous": True}, r"resume-previous = true with resume = \"\": there is no run dir"),
     (
@@ -36,6 +37,8 @@ BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     (SHARED | {"lora.rank-by-partition": "0=2"}, "the same parameters on every client"),
     (SHARED | {"privacy.mechanism": "local"}, "sees every client's gradient as it is"),
     (SHARED | {"strategy.aggregator": "product-delta"}, "must leave it as it is"),
+    (BATCHES | {"trunk.step-every": "server-round"}, "there they need not run at once"),
+    (BATCHES | {"trunk.reduction": "median"}, 'window-batches = "on" with trunk.reduction = "med'),
     (
         {
             "train.optimizer-state": "keep",
@@ -117,7 +120,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 31
+    assert len(rows) == 33
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "

@@ -100,6 +100,7 @@ def test_fingerprint_has_everything_by_which_the_trunk_trains() -> None:
         "trunk.reduction": replace(config, trunk=replace(trunk, reduction="median")),
         "trunk.max-client-grad-norm": replace(config, trunk=replace(trunk, max_client_grad_norm=1)),
         "trunk.on-bad-client": replace(config, trunk=replace(trunk, on_bad_client="abort")),
+        "trunk.window-batches": replace(config, trunk=replace(trunk, window_batches="on")),
         "trunk.window-rule": replace(config, trunk=replace(trunk, window_rule="mine")),
     }
     for name, other in others.items():
