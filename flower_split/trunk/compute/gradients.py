@@ -155,17 +155,21 @@ class Reduction:
     exclude_bad: bool = True
     outlier_factor: float = 0.0
 
-    def require_mean(self) -> None:
-        """Check that it is the plain mean by label tokens, which looks at no client's gradient.
+    def checked(self, *, batches: bool) -> "Reduction":
+        """Return itself, once it is the plain mean by label tokens where that is needed.
+
+        Args:
+            batches: Whether the trunk computes window batches, which keep no gradient of one client.
 
         Raises:
-            ConfigError: It is not, and the trunk computes window batches.
+            ConfigError: It would need those gradients.
         """
-        if self.max_client_norm or self.rules:
+        if batches and (self.max_client_norm or self.rules):
             raise ConfigError(
                 "trunk.window-batches keeps no gradient of one client, which trunk.reduction and "
                 "trunk.max-client-grad-norm need. Leave them at their defaults, or turn it off."
             )
+        return self
 
     def __call__(
         self, slots: Mapping[int, SlotGradient], factors: Mapping[int, float] | None = None

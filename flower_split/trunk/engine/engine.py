@@ -114,16 +114,12 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
     ) -> None:
         self.epoch = secrets.randbits(63)
         self.mode, self.hidden_size = mode, hidden_size
-        self.device = compute.device
-        self.window_batches = window_batches
-        self.fingerprint = dict(fingerprint)
+        self.device, self.window_batches = compute.device, window_batches
+        self.fingerprint, self._shares = dict(fingerprint), shares or Shares()
         trains = mode == "joint"
-        reduction = reduction or Reduction()
-        if window_batches:
-            reduction.require_mean()
+        reduction = (reduction or Reduction()).checked(batches=window_batches)
         self._inputs = inputs or schema_of(compute.trunk, hidden_size)
-        self.compute, self._clock = compute, clock
-        self._shares = shares or Shares()
+        self.compute, self._clock, self._started = compute, clock, clock()
         dispatches = Dispatches(
             compute,
             trains=trains,
@@ -131,16 +127,16 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             weight_bytes=weight_bytes,
             clock=clock,
         )
-        self._index = RoundIndex(dispatches, self.epoch, clock)
-        self._changed = self._index.changed
-        self.knows_token, self.count_bytes = self._index.knows_token, self._index.count_bytes
+        index = self._index = RoundIndex(dispatches, self.epoch, clock)
+        self._changed = index.changed
+        self.knows_token, self.count_bytes = index.knows_token, index.count_bytes
         self._weights = CommittedWeights(compute, checkpoints)
-        self._settling = Settling(self._index, compute, reduction)
-        thread = self._thread = ComputeThread(compute, clock)
-        settle = self._settling.settle
-        batch_calls = BatchCalls(self._index, compute, self._inputs, thread, settle)
+        self._settling = Settling(index, compute, reduction)
+        thread, settle = ComputeThread(compute, clock), self._settling.settle
+        self._thread = thread
+        joint = BatchCalls(index, compute, self._inputs, thread, settle)
         self._lifecycle = RoundLifecycle(
-            self._index,
+            index,
             self._settling,
             compute,
             weights=self._weights,
@@ -148,18 +144,15 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             reduction=reduction,
             trains=trains,
             window_rule=window_rule or QuorumAlone(),
-            make_batches=batch_calls.batches if window_batches else None,
+            make_batches=joint.batches if window_batches else None,
         )
         caches = CacheStore(compute, cache_bytes, clock, self._shares.held_bytes)
-        self._unrecorded = UnrecordedForwards(self._index, compute, thread, caches, self._shares)
-        self._contributions = Contributions(
-            self._index, compute, thread, settle, self._shares, batch_calls.admit
-        )
-        self._step_ends = StepEnds(self._index, thread, settle)
-        self._started = clock()
+        self._unrecorded = UnrecordedForwards(index, compute, thread, caches, self._shares)
+        shares, admit = self._shares, joint.admit
+        self._contributions = Contributions(index, compute, thread, settle, shares, admit)
+        self._step_ends = StepEnds(index, thread, settle)
         self._pulse, self._waits = Pulse(self._thread.submit, clock), Waits()
-        free_caches = self._unrecorded.free_caches
-        self._deadlines = Deadlines(self._index, self.expire, free_caches, self.look)
+        self._deadlines = Deadlines(index, self.expire, self._unrecorded.free_caches, self.look)
 
     # ------------------------------------------------------------------ clients
 
