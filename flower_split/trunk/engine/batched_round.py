@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 
 from flower_split.errors import FlowerSplitError, RefusalReason, RoundAborted, TrunkRefused
 from flower_split.protocol.values import BatchReport, TrunkStatus
-from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.window_batches import Waiting, WindowBatches
@@ -16,31 +15,6 @@ class BatchedRound(Round):
     """A round that steps with every local step, and gathers its clients' calls into batches."""
 
     batches: WindowBatches
-
-    def window_gradients(self, slots: Sequence[int]) -> dict[int, SlotGradient]:
-        """Return the window's sums over ``slots``, numbered: there is one for each pair of cuts."""
-        return self.batches.total.gradients(slots)
-
-    def window_faults(self, slots: Sequence[int], *, whole_step: bool) -> dict[int, str]:
-        """Return the slots whose gradients may not enter the step, each with the reason."""
-        return self.batches.total.faults(slots)
-
-    def window_outliers(self, slots: Sequence[int], factor: float) -> dict[int, str]:
-        """Return the slots whose gradients are far above the window's median, each with the reason."""
-        return self.batches.total.outliers(slots, factor)
-
-    def window_tokens(self, slots: Sequence[int]) -> dict[int, float]:
-        """Return the label tokens that each slot gave to the open window."""
-        return {slot: self.batches.total.counts[slot].num_tokens for slot in slots}
-
-    def trunk_norms(self, slots: Sequence[int]) -> dict[int, float]:
-        """Return how large the slots' smashed gradients are, a measure of their gradients' size."""
-        counts = {slot: self.batches.total.counts[slot] for slot in slots}
-        return {slot: mine.smashed_rms() for slot, mine in counts.items() if mine.cuts is None}
-
-    def forget_window(self) -> None:
-        """Forget what the open window has gathered: the trunk has stepped with it."""
-        self.batches.next_window()
 
     def forget_slot(self, slot: int) -> None:
         """Forget a slot that no longer takes part, and tell its calls that wait.

@@ -5,7 +5,6 @@ runs; a retry that comes while it runs waits for it, and one that comes later ge
 bit for bit. The same name with other content is refused. :class:`Turns` says whose call runs next.
 """
 
-import hashlib
 import math
 import threading
 from collections import Counter, deque
@@ -54,12 +53,6 @@ class CallName:
     window: int
     micro_batch: int
     kind: CallKind
-
-
-def contribution_hash(name: CallName, digest: bytes) -> int:
-    """Return a contribution as a number; see ``Round.ledger_hash``."""
-    text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
-    return int.from_bytes(hashlib.sha256(text).digest(), "big")
 
 
 class Ledger(Generic[Reply]):

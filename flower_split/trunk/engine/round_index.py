@@ -18,8 +18,8 @@ from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.weight_versions import Versions
 from flower_split.trunk.engine.dispatches import Dispatches
-from flower_split.trunk.engine.round_state import Round
-from flower_split.trunk.engine.sessions import Session, hashed
+from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.engine.sessions import Session
 from flower_split.trunk.engine.watching import Totals
 
 

@@ -9,9 +9,10 @@ The engine's lock (:class:`~flower_split.trunk.engine.round_index.RoundIndex`) g
 is held around every method, but for the methods that say otherwise.
 """
 
+import hashlib
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
@@ -23,8 +24,6 @@ from flower_split.protocol.values import (
     RoundBase,
     RoundPlan,
     RoundReport,
-    SlotReport,
-    TrunkStatus,
 )
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import ActivationCache
@@ -33,16 +32,16 @@ from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.compute.weight_versions import Weights
 from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
-from flower_split.trunk.engine.open_window import OpenWindow
 from flower_split.trunk.engine.phases import Phase
-from flower_split.trunk.engine.sessions import Session, StepEnd, hashed
+from flower_split.trunk.engine.round_reports import RoundReports
+from flower_split.trunk.engine.sessions import Session, StepEnd
 from flower_split.trunk.engine.shares import Usage
 from flower_split.trunk.engine.window_batches import WindowBatches
 from flower_split.trunk.engine.windows import WindowMachine
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Round(OpenWindow):
+class Round(RoundReports):
     """State of one attempt, from BeginRound until another round begins."""
 
     plan: RoundPlan
@@ -222,42 +221,8 @@ class Round(OpenWindow):
         self.gradients.clear()
         self.ending.clear()  # whoever waits is told that the round was given up
 
-    def slot_reports(self) -> tuple[SlotReport, ...]:
-        """Return what every participant has done so far."""
-        return tuple(
-            SlotReport(
-                slot=slot,
-                completed=state.finished,
-                problem=state.dropped,
-                contributions=state.contributions,
-                num_tokens=state.num_tokens,
-                bytes_received=self.usage.received[slot],
-                bytes_sent=self.usage.sent[slot],
-            )
-            for slot, state in self.windows.slots.items()
-        )
-
-    def final_reports(self) -> tuple[SlotReport, ...]:
-        """Return what the participants did, once :meth:`finish` has been called."""
-        return self.slot_reports()
-
-    def described(self, base: TrunkStatus) -> TrunkStatus:
-        """Return ``base`` with where this round stands."""
-        slots = self.slot_reports()
-        phase = "idle" if self.committed else self.windows.phase.value
-        return replace(
-            base,
-            server_round=self.plan.server_round,
-            attempt=self.plan.attempt,
-            phase="prepared" if self.report and phase == "done" else phase,
-            window=self.windows.window,
-            num_tokens=sum(slot.num_tokens for slot in slots),
-            bytes_received=self.usage.received.total(),
-            bytes_sent=self.usage.sent.total(),
-            slots=slots,
-            problem=self.windows.problem,
-            activations=self.activations.report(),
-        )
+    def go_on(self) -> None:
+        """Start what a change lets go on, or tell whoever waits that the round was given up."""
 
     # ------------------------------------------------------------------ names and sessions
 
@@ -343,3 +308,14 @@ class Round(OpenWindow):
             return False
         self.open_contribution, self.open_since = mine, now
         return True
+
+
+def hashed(token: str) -> bytes:
+    """Return a token's SHA-256, by which it is looked up: no comparison leaks its bytes."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def contribution_hash(name: CallName, digest: bytes) -> int:
+    """Return a contribution as a number; see :attr:`Round.ledger_hash`."""
+    text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
+    return int.from_bytes(hashlib.sha256(text).digest(), "big")

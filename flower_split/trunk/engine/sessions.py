@@ -1,6 +1,5 @@
 """What a round knows of one client: its session, and the end of its step."""
 
-import hashlib
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -29,8 +28,3 @@ class StepEnd:
     gradients: Mapping[str, Tensor]  # its own, where the round shares them
     future: "Future[FinishResult]"  # of the reply, when the window has stepped
     arrived: float  # on the engine's clock
-
-
-def hashed(token: str) -> bytes:
-    """Return a token's SHA-256, by which it is looked up: no comparison leaks its bytes."""
-    return hashlib.sha256(token.encode()).digest()

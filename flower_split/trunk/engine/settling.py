@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.screening import faults, outliers
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
@@ -50,7 +51,8 @@ class Settling:
                 current.forget_work()
                 level = logging.INFO if current.plan.evaluate else logging.WARNING
                 logger.log(level, "%s aborted: %s", current, current.windows.problem)
-            current.go_on()
+            if current.batches is not None:
+                current.go_on()
             self._index.changed.notify_all()
 
     def drop(self, current: Round, slot: int, why: str) -> None:
@@ -133,19 +135,24 @@ class Settling:
         alone = windows.step_every is StepEvery.CONTRIBUTION
         if current.trains:
             rule = current.plan.finish
-            bad = current.window_faults(slots, whole_step=not alone)
+            total = None if current.batches is None else current.batches.total
+            each = {} if total is not None else {slot: current.gradients[slot] for slot in slots}
+            bad = total.faults(slots) if total else faults(each, whole_step=not alone)
             if rule is not None and not bad:
                 bad = step_end_faults(current, slots)
-            bad = bad or current.window_outliers(slots, self._reduction.outlier_factor)
+            factor = self._reduction.outlier_factor
+            bad = bad or (total.outliers(slots, factor) if total else outliers(each, factor))
             if bad:
                 self._blame(current, bad)
                 return
-            reduced = self._reduction(current.window_gradients(slots))
+            reduced = self._reduction(total.gradients(slots) if total else each)
             if rule is None:
                 self._compute.step(reduced)
             else:
                 step_together(current, slots, reduced, rule, self._compute, self._index.clock)
-        current.forget_window()
+        current.gradients.clear()
+        if current.batches is not None:
+            current.batches.next_window()
         if not alone:
             windows.seal(self._index.clock())
             current.activations.release_before(windows.window)

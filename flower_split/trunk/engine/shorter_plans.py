@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from flower_split.errors import RefusalReason, TrunkRefused
 
 if TYPE_CHECKING:  # windows.py lets its slots do this
-    from flower_split.trunk.engine.slots import Slot
+    from flower_split.trunk.engine.windows import Slot
 
 
 def shorten(state: "Slot", slot: int, planned_steps: int, whole_round: bool) -> None:

@@ -21,9 +21,9 @@ from flower_split.trunk.compute.clipping import (
 )
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.compute_thread import ComputeThread
-from flower_split.trunk.engine.ledger import CallKind, CallName, contribution_hash
+from flower_split.trunk.engine.ledger import CallKind, CallName
 from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round
+from flower_split.trunk.engine.round_state import Round, contribution_hash
 from flower_split.trunk.engine.sessions import StepEnd
 
 
@@ -109,7 +109,7 @@ def step_together(
     """
     started = clock()
     ends = {slot: current.ending.pop(slot) for slot in slots}
-    tokens = current.window_tokens(slots)
+    tokens = _tokens(current, slots)
     shared: dict[str, Tensor] = {}
     if rule.share_gradients:
         mean = mean_gradients({slot: end.gradients for slot, end in ends.items()}, tokens)
@@ -147,7 +147,26 @@ def step_end_faults(current: Round, slots: Sequence[int]) -> dict[int, str]:
         else end.grad_norm_squared
         for slot in slots
     }
-    return norm_faults(norms, current.trunk_norms(slots))
+    return norm_faults(norms, _trunk_norms(current, slots))
+
+
+def _tokens(current: Round, slots: Sequence[int]) -> dict[int, float]:
+    """Return the label tokens that each slot gave to the open window."""
+    if current.batches is not None:
+        return {slot: current.batches.total.counts[slot].num_tokens for slot in slots}
+    return {slot: current.gradients[slot].num_tokens for slot in slots}
+
+
+def _trunk_norms(current: Round, slots: Sequence[int]) -> dict[int, float]:
+    """Return how large the trunk's gradient is of each slot that passes through all of it.
+
+    Of joint batches it is the size of the smashed gradients that stands for it.
+    """
+    if current.batches is not None:
+        counts = {slot: current.batches.total.counts[slot] for slot in slots}
+        return {slot: mine.smashed_rms() for slot, mine in counts.items() if mine.cuts is None}
+    gradients = {slot: current.gradients[slot] for slot in slots}
+    return {slot: g.mean_norm() for slot, g in gradients.items() if g.covers is None}
 
 
 def check_step_end(end: StepEnd, rule: FinishRule, slot: int) -> None:

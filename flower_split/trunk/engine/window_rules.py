@@ -16,7 +16,7 @@ from flower_split.errors import ConfigError
 from flower_split.runtime.registry import Registry
 
 if TYPE_CHECKING:  # windows.py asks the rule
-    from flower_split.trunk.engine.slots import Slot
+    from flower_split.trunk.engine.windows import Slot
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,16 +14,47 @@ clock, and holds one lock around every call.
 
 import math
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.shorter_plans import shorten
-from flower_split.trunk.engine.slots import Slot
 from flower_split.trunk.engine.window_rules import WindowRule, why_given_up
+from flower_split.trunk.engine.window_waits import WindowWaits
 
 
-class WindowMachine:
+@dataclass(slots=True)
+class Slot:
+    """One participant of the round, and what it has given to the window that is open."""
+
+    planned_steps: int | None = None  # None: has not joined
+    dropped: str = ""  # why it no longer takes part
+    received: set[int] = field(default_factory=set)  # micro-batch indices in the open window
+    last: int | None = None  # index of its last micro-batch in the open window, once known
+    contributions: int = 0  # over the round
+    num_tokens: float = 0.0  # over the round
+    steps_done: int = 0  # windows that have everything from it; 1 where a window is a round
+    finished: bool = False  # every planned contribution is in
+    must_end_step: bool = False  # a window also needs the end of the slot's step
+    step_ended: bool = False  # in the open window
+
+    @property
+    def has_all_micro_batches(self) -> bool:
+        """Whether the open window has every backward of this slot."""
+        return self.last is not None and len(self.received) == self.last + 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether the open window has everything from this slot."""
+        return self.has_all_micro_batches and (self.step_ended or not self.must_end_step)
+
+    def clear(self) -> None:
+        """Forget what the open window has from this slot."""
+        self.received, self.last, self.step_ended = set(), None, False
+
+
+class WindowMachine(WindowWaits):
     """The windows of one server round.
 
     Args:
@@ -93,7 +124,7 @@ class WindowMachine:
                 f"{planned_steps}; a plan cannot change within a round.",
             )
         state.planned_steps = planned_steps
-        if self.phase is Phase.JOINING and not self._missing_joins():
+        if self.phase is Phase.JOINING and not self.missing_joins():
             self._open(now)
 
     def shorten(self, slot: int, planned_steps: int) -> None:
@@ -104,7 +135,7 @@ class WindowMachine:
         """
         state = self._alive(slot)
         shorten(state, slot, planned_steps, self.step_every is StepEvery.SERVER_ROUND)
-        if self.phase is Phase.OPEN and not self._members():
+        if self.phase is Phase.OPEN and not self.members():
             self.phase = Phase.DONE
 
     def check_planned(self, slot: int, window: int) -> None:
@@ -193,7 +224,7 @@ class WindowMachine:
             state.dropped = why
             state.clear()
             self._check_quorum()
-            if self.phase is Phase.JOINING and not self._missing_joins():
+            if self.phase is Phase.JOINING and not self.missing_joins():
                 self._open(now)
 
     def exclude(self, slot: int, why: str) -> None:
@@ -207,36 +238,10 @@ class WindowMachine:
         """Return the open window's slots in their order, once it is complete; ``None`` before."""
         if self.phase is not Phase.OPEN or self.step_every is StepEvery.CONTRIBUTION:
             return None
-        members = [slot for slot, state in self._members() if not state.dropped]
+        members = [slot for slot, state in self.members() if not state.dropped]
         if not members or not all(self.slots[slot].complete for slot in members):
             return None
         return members
-
-    def waiting_for(self) -> str:
-        """Say whom the open window still waits for."""
-        if self.phase is Phase.JOINING:
-            return f"slots {self._missing_joins()} have not joined"
-        return f"slots {self._late()} have not contributed to window {self.window}"
-
-    def waited_for(self) -> list[int]:
-        """Return the slots that all others wait for now, where they go on together."""
-        if self.step_every is not StepEvery.LOCAL_STEP:
-            return []
-        if self.phase is Phase.JOINING:
-            return self._missing_joins()
-        there, late = self.present() or [], self._late()
-        return late if len(late) < len(there) else []
-
-    def present(self) -> list[int] | None:
-        """Return who takes part in the open window now, in slot order; None: none is open."""
-        if self.phase is not Phase.OPEN:
-            return None
-        return [slot for slot, state in self._members() if not state.dropped]
-
-    @property
-    def num_planned(self) -> int:
-        """How many had planned the open window, with those who have left."""
-        return len(self._members())
 
     def seal(self, now: float) -> None:
         """Open the next window, or be done: the engine has stepped with the open one."""
@@ -250,10 +255,10 @@ class WindowMachine:
         if now < self.deadline:
             return
         if self.phase is Phase.JOINING:
-            for slot in self._missing_joins():
+            for slot in self.missing_joins():
                 self.slots[slot].dropped = "it did not join within the join deadline"
         else:
-            for slot in self._late():
+            for slot in self.late():
                 self.slots[slot].dropped = (
                     f"it did not contribute to window {self.window} within "
                     f"{self.window_seconds:g} s"
@@ -297,25 +302,7 @@ class WindowMachine:
             )
         return state
 
-    def _late(self) -> list[int]:
-        """Return whom the open window waits for, in slot order."""
-        there = [slot for slot, state in self._members() if not state.dropped]
-        incomplete = [slot for slot in there if not self.slots[slot].complete]
-        if self._find_late is None:
-            return incomplete
-        found = self._find_late(there)
-        if found is None:
-            return []
-        return [slot for slot in there if slot in found] or incomplete
-
-    def _missing_joins(self) -> list[int]:
-        return [
-            slot
-            for slot, state in self.slots.items()
-            if state.planned_steps is None and not state.dropped
-        ]
-
-    def _members(self) -> list[tuple[int, Slot]]:
+    def members(self) -> list[tuple[int, Slot]]:
         """Return who belongs to the open window, dropped ones included."""
         if self.step_every is StepEvery.SERVER_ROUND:
             return list(self.slots.items()) if self.window == 0 else []
@@ -332,6 +319,6 @@ class WindowMachine:
             self._deadline = now + self.window_seconds
 
     def _check_quorum(self) -> None:
-        why = why_given_up(self.window, self._members(), self.quorum, self._rule)
+        why = why_given_up(self.window, self.members(), self.quorum, self._rule)
         if why or all(state.dropped for state in self.slots.values()):
             self.abort(why or "every participant has left the round")
