@@ -19,6 +19,7 @@ def add_operator_commands(
     _add_new(commands)
     _add_certs(commands)
     _add_doctor(commands)
+    _add_plan(commands)
     _add_status(commands)
     _add_release(commands)
     _add_revoke(commands)
@@ -123,6 +124,51 @@ def _doctor(arguments: argparse.Namespace) -> int:
             run_config=arguments.run_config,
             listen=arguments.listen,
             certificates=arguments.certificate,
+            as_json=arguments.json,
+        )
+    )
+
+
+def _add_plan(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="say what memory, bytes and seconds a job needs, before any weight is loaded",
+        description="Reads the model's configuration alone. Seconds are by the rates given, or by a probe "
+        "of this machine.",
+    )
+    plan.add_argument("app", type=Path, help="the app's directory")
+    plan.add_argument(
+        "--link", type=float, default=100.0, metavar="MBIT", help="megabits a second, of one client"
+    )
+    plan.add_argument(
+        "--latency", type=float, default=20.0, metavar="MS", help="milliseconds, there and back"
+    )
+    for party in ("client", "trunk"):
+        plan.add_argument(
+            f"--{party}-gflops",
+            type=float,
+            default=0.0,
+            metavar="N",
+            help=f"1e9 operations a second that the {party}'s machine does; default: this one's",
+        )
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.add_argument(
+        "--run-config", "-c", action="append", metavar="KEY=VALUE …", help="as for run"
+    )
+    plan.set_defaults(handler=_plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.plan.command import PlanCommand, plan
+
+    return plan(
+        PlanCommand(
+            app=arguments.app,
+            run_config=arguments.run_config,
+            link=arguments.link,
+            latency=arguments.latency,
+            client_gflops=arguments.client_gflops,
+            trunk_gflops=arguments.trunk_gflops,
             as_json=arguments.json,
         )
     )
