@@ -19,16 +19,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from flower_split.client.passing import Passing, TwoCalls
 from flower_split.errors import CodecError, TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cache_to_proto
 from flower_split.protocol.values import ForwardMode, SessionGrant
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.wire.codecs import Codec, Coded, TensorForm
+from flower_split.wire.codecs import Codec, Coded, TensorForm, stays_on_device
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import Allocate, ToDevice, ToHost, pooled
-from flower_split.wire.transport import Transport
+from flower_split.wire.transport import DeviceTransport, Transport
 
 
 @dataclass(slots=True)
@@ -71,8 +72,7 @@ class SessionCalls:
         codec: How activations and gradients travel.
 
     Attributes:
-        channel: As given.
-        codec: As given.
+        channel, codec: As given.
         grant: Of the open session; None: it is not open.
         max_tensor_bytes: That one call may carry.
         waiting: Entered around every call.
@@ -122,16 +122,16 @@ class SessionCalls:
 
         Raises:
             CodecError: It is too large for this trunk, or the answer is not what was asked for.
-            TrunkUnavailable: No answer within the call timeout.
-            TrunkRefused: The trunk answered no.
-            RoundAborted: The round was given up.
+            TrunkError: As :class:`~flower_split.wire.transport.Transport` says.
         """
-        reply = None
+        reply, staying = None, frozenset[str]()
         if sent is not None:
             name, tensor = sent
             reply = Coded(self.codec, result, TensorForm.of(tensor))
-            tensors = {**Coded(self.codec, name).encode(tensor), **tensors}
-        message = Outgoing(header, tensors)
+            parts = Coded(self.codec, name).encode(tensor)
+            staying = frozenset(parts if tensor.device.type != "cpu" else ())
+            tensors = {**parts, **tensors}
+        message = Outgoing(header, tensors, staying)
         if message.tensor_bytes > self.max_tensor_bytes:
             raise CodecError(
                 f"one call may carry {self.max_tensor_bytes} bytes of tensors to this trunk; this "
@@ -207,7 +207,7 @@ class Exchange:
     """The calls of one micro-batch: a forward, then at most one backward.
 
     Args:
-        calls: Of the open session.
+        calls: Of the session.
         mode: What the trunk keeps.
         micro_batch: Which it is; None: an evaluation.
         extras: Tensors beside the hidden states.
@@ -265,6 +265,13 @@ class Exchange:
         self._extras, self._version = {}, reply.version
         return received.tensors["trunk_output"]
 
+    def may_stay(self, smashed: Tensor) -> bool:
+        """Return whether the trunk takes tensors of this GPU where they lie."""
+        channel = self._calls.channel
+        if not stays_on_device(self._calls.codec) or not isinstance(channel, DeviceTransport):
+            return False
+        return channel.takes(smashed)
+
     def backward(self, trunk_output_grad: Tensor) -> Tensor:
         """Send the output's gradient; return ``smashed_grad``. Once.
 
@@ -318,6 +325,10 @@ def call_trunk(smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
         exchange: The micro-batch's two calls.
     """
     device, on_gpu = smashed.device, smashed.device.type != "cpu"
+    if on_gpu and exchange.may_stay(smashed):
+        passed = Passing(exchange)
+        stand_in = _CallTrunk.apply(passed.take_in(smashed), always, passed)  # type: ignore[no-untyped-call]
+        return passed.give_out(stand_in)
     if on_gpu:
         smashed = ToHost.apply(smashed)  # type: ignore[no-untyped-call]
     output: Tensor = _CallTrunk.apply(smashed, always, exchange)  # type: ignore[no-untyped-call]
@@ -330,7 +341,7 @@ class _CallTrunk(torch.autograd.Function):
     """CPU tensors to the trunk and back, in both directions."""
 
     @staticmethod
-    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: Any, smashed: Tensor, always: Tensor, exchange: TwoCalls) -> Tensor:
         ctx.exchange = exchange
         return exchange.forward(smashed)
 

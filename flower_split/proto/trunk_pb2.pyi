@@ -62,18 +62,20 @@ CONTRIBUTION: StepEvery
 BUFFER: StepEvery
 
 class TensorSpec(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "codec", "num_bytes")
+    __slots__ = ("name", "dtype", "shape", "codec", "num_bytes", "on_device")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ON_DEVICE_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     codec: Codec
     num_bytes: int
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., num_bytes: _Optional[int] = ...) -> None: ...
+    on_device: bool
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., num_bytes: _Optional[int] = ..., on_device: _Optional[bool] = ...) -> None: ...
 
 class Frame(_message.Message):
     __slots__ = ("header", "payload")
@@ -84,20 +86,22 @@ class Frame(_message.Message):
     def __init__(self, header: _Optional[_Union[Header, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class Header(_message.Message):
-    __slots__ = ("tensors", "forward", "backward", "reply", "finish_step", "shared")
+    __slots__ = ("tensors", "forward", "backward", "reply", "finish_step", "shared", "device")
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     REPLY_FIELD_NUMBER: _ClassVar[int]
     FINISH_STEP_FIELD_NUMBER: _ClassVar[int]
     SHARED_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     tensors: _containers.RepeatedCompositeFieldContainer[TensorSpec]
     forward: ForwardHeader
     backward: BackwardHeader
     reply: ReplyHeader
     finish_step: FinishStepHeader
     shared: SharedPayload
-    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ..., finish_step: _Optional[_Union[FinishStepHeader, _Mapping]] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
+    device: SharedPayload
+    def __init__(self, tensors: _Optional[_Iterable[_Union[TensorSpec, _Mapping]]] = ..., forward: _Optional[_Union[ForwardHeader, _Mapping]] = ..., backward: _Optional[_Union[BackwardHeader, _Mapping]] = ..., reply: _Optional[_Union[ReplyHeader, _Mapping]] = ..., finish_step: _Optional[_Union[FinishStepHeader, _Mapping]] = ..., shared: _Optional[_Union[SharedPayload, _Mapping]] = ..., device: _Optional[_Union[SharedPayload, _Mapping]] = ...) -> None: ...
 
 class SharedPayload(_message.Message):
     __slots__ = ("slot", "generation", "offset")
@@ -218,24 +222,32 @@ class WaitVersionReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class ShareMemoryRequest(_message.Message):
-    __slots__ = ("boot_id", "user")
+    __slots__ = ("boot_id", "user", "device", "device_bytes")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     user: int
-    def __init__(self, boot_id: _Optional[str] = ..., user: _Optional[int] = ...) -> None: ...
+    device: str
+    device_bytes: int
+    def __init__(self, boot_id: _Optional[str] = ..., user: _Optional[int] = ..., device: _Optional[str] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class ShareMemoryReply(_message.Message):
-    __slots__ = ("process", "descriptor", "num_bytes", "nonce")
+    __slots__ = ("process", "descriptor", "num_bytes", "nonce", "device_handle", "device_bytes")
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_HANDLE_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     process: int
     descriptor: int
     num_bytes: int
     nonce: bytes
-    def __init__(self, process: _Optional[int] = ..., descriptor: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
+    device_handle: bytes
+    device_bytes: int
+    def __init__(self, process: _Optional[int] = ..., descriptor: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ..., device_handle: _Optional[bytes] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("fingerprint", "planned_steps", "evaluate", "cuts")

@@ -7,6 +7,7 @@ written with its fields in another order goes through the protobuf parser.
 Next: ``flower_split/trunk/service/server.py``.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.wire.codecs.codec import Coded, TensorForm
+from flower_split.wire.device_memory import device_digest
 from flower_split.wire.format import (
     DTYPES,
     HEADER_TAG,
@@ -28,8 +30,8 @@ from flower_split.wire.format import (
     MAX_TENSORS,
     PAYLOAD_TAG,
 )
-from flower_split.wire.sending import framed_bytes
-from flower_split.wire.shared_memory import Place, SharedFrames, SharedMemory
+from flower_split.wire.placed_payloads import PlacedPayloads
+from flower_split.wire.shared_memory import SharedFrames, SharedMemory
 from flower_split.wire.staging import Allocate, pooled
 
 
@@ -42,12 +44,14 @@ class Layout:
         dtype: Of the decoded tensor.
         shape: Of the decoded tensor.
         num_bytes: In the payload.
+        on_device: Whether the payload lies in memory of a GPU.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     num_bytes: int
+    on_device: bool = False
 
 
 def _read_varint(data: memoryview, start: int) -> tuple[int, int] | None:
@@ -145,17 +149,18 @@ class Incoming:
         found = header.WhichOneof("call")
         if call not in (None, found):
             raise CodecError(f"the header of this call must be of {call!r}; it is of {found!r}.")
-        self.header = header
-        self._num_bytes = len(first)
-        # The memory that the payloads lie in; None: they come in frames.
+        self.header, self._num_bytes = header, len(first)
+        # The memory that payloads lie in; None: all come in frames.
         self.shared: SharedMemory | None = None
-        if header.HasField("shared"):
+        self._placed: PlacedPayloads | None = None
+        if header.HasField("shared") or header.HasField("device"):
             if memory is not None:
                 self.shared = memory()
             elif isinstance(frames, SharedFrames):
                 self.shared = frames.memory
             if self.shared is None:
                 raise CodecError("the message's payloads lie in memory that nobody shares with it.")
+            self._placed = PlacedPayloads(header, self.shared)
 
     def receive(
         self,
@@ -185,59 +190,57 @@ class Incoming:
         if coded is not None:
             announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
             form = coded.form(announced, max_bytes)
-        payloads = []
-        if self.shared is not None:
-            payloads = self._open(self.shared, layouts)
-        else:
+        placed = self._open(self._placed, layouts) if self._placed else [None] * len(layouts)
+        payloads, framed = [], []
+        for layout, found in zip(layouts, placed, strict=True):
+            payloads.append(allocate(layout.num_bytes) if found is None else found)
+            if found is None:
+                framed.append(payloads[-1])
+        content = xxhash.xxh3_128()
+        if digest:
             for layout in layouts:
-                payloads.append(allocate(layout.num_bytes))
-        content = self._fill(layouts, payloads, digest)
+                content.update(repr((layout.name, str(layout.dtype), layout.shape)).encode())
+            for found in placed:
+                if found is not None and found.nbytes:
+                    on_host = found.device.type == "cpu"
+                    content.update(found.numpy().data if on_host else device_digest(found))
+        if self._placed is None or not self._placed.fill_no_frame:
+            self._fill(framed, content if digest else None)
         tensors = {
             layout.name: decode_tensor(layout, payload)
             for layout, payload in zip(layouts, payloads, strict=True)
         }
         if coded is not None and form is not None:
             tensors = coded.decode(tensors, form)
-        return Received(tensors, content, self._num_bytes)
+        if self._placed is not None:
+            self._num_bytes = self._placed.num_bytes([layout.num_bytes for layout in layouts])
+        return Received(tensors, content.digest() if digest else b"", self._num_bytes)
 
-    def _open(self, memory: SharedMemory, layouts: list[Layout]) -> list[Tensor]:
-        """Return the payloads where they lie; tensors without one get memory of their own."""
-        shared = self.header.shared
-        if self._first_payload.nbytes or next(self._frames, None) is not None:
+    def _open(self, placed: PlacedPayloads, layouts: list[Layout]) -> list[Tensor | None]:
+        """Return the payloads that do not come in frames."""
+        if placed.fill_no_frame and (
+            self._first_payload.nbytes or next(self._frames, None) is not None
+        ):
             raise CodecError("a message with payloads in shared memory is one frame without any.")
         sizes = [layout.num_bytes for layout in layouts]
-        place = Place(shared.slot, shared.generation, shared.offset)
-        opened = iter(memory.receiving.open(place, [size for size in sizes if size]))
-        self.header.ClearField("shared")
-        self._num_bytes = framed_bytes(self.header.ByteSize(), sum(sizes))
-        return [next(opened) if size else torch.empty(0, dtype=torch.uint8) for size in sizes]
+        return placed.open(sizes, [layout.on_device for layout in layouts])
 
-    def _fill(self, layouts: list[Layout], payloads: list[Tensor], digest: bool) -> bytes:
-        """Fill the payloads from the stream, and return the digest."""
-        content = xxhash.xxh3_128()
-        if digest:
-            for layout in layouts:
-                content.update(repr((layout.name, str(layout.dtype), layout.shape)).encode())
-        if self.shared is not None:
-            for payload in payloads:
-                if digest and payload.nbytes:
-                    content.update(payload.numpy().data)
-            return content.digest() if digest else b""
-        chunks = self._chunks(sum(layout.num_bytes for layout in layouts))
+    def _fill(self, payloads: list[Tensor], content: xxhash.xxh3_128 | None) -> None:
+        """Fill the payloads from the stream, and add it to the digest."""
+        chunks = self._chunks(sum(payload.nbytes for payload in payloads))
         chunk = memoryview(b"")
         for payload in payloads:
             target, filled = payload.numpy().data, 0
             while filled < target.nbytes:
                 if not chunk.nbytes:
                     chunk = next(chunks)
-                    if digest:
+                    if content is not None:
                         content.update(chunk)
                 size = min(chunk.nbytes, target.nbytes - filled)
                 target[filled : filled + size] = chunk[:size]
                 chunk = chunk[size:]
                 filled += size
         next(chunks, None)  # runs to the end of the stream, where surplus is found
-        return content.digest() if digest else b""
 
     def _chunks(self, wanted: int) -> Iterator[memoryview]:
         """Yield the payloads, checked against what is announced; end only with the stream."""
@@ -312,9 +315,7 @@ def _check_spec(spec: pb.TensorSpec) -> tuple[Layout, int]:
             f"tensor {name!r} must have at most {MAX_DIMS} dimensions of at most {MAX_DIM}; it has "
             f"{len(shape)}, the largest {max(shape)}."
         )
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     decoded = count * dtype.itemsize
     wanted_codec = pb.BITS if dtype == torch.bool else pb.RAW
     if spec.codec != wanted_codec:
@@ -322,13 +323,15 @@ def _check_spec(spec: pb.TensorSpec) -> tuple[Layout, int]:
             f"tensor {name!r} of {dtype} must use codec {pb.Codec.Name(wanted_codec)}; it uses "
             f"number {spec.codec}."
         )
+    if spec.on_device and dtype == torch.bool:
+        raise CodecError(f"tensor {name!r} of booleans travels as bits, and cannot stay on a GPU.")
     num_bytes = (count + 7) // 8 if dtype == torch.bool else decoded
     if spec.num_bytes != num_bytes:
         raise CodecError(
             f"tensor {name!r} of {dtype} {list(shape)} takes {num_bytes} bytes; its description "
             f"says {spec.num_bytes}."
         )
-    return Layout(name, dtype, shape, num_bytes), decoded
+    return Layout(name, dtype, shape, num_bytes, spec.on_device), decoded
 
 
 def decode_tensor(layout: Layout, payload: Tensor) -> Tensor:
@@ -340,9 +343,7 @@ def decode_tensor(layout: Layout, payload: Tensor) -> Tensor:
             view of it.
     """
     if layout.dtype == torch.bool:
-        count = 1
-        for size in layout.shape:
-            count *= size
+        count = math.prod(layout.shape)
         bits = np.unpackbits(payload.numpy(), count=count, bitorder="little")
         return torch.from_numpy(bits).view(torch.bool).reshape(layout.shape)
     return payload.view(layout.dtype).reshape(layout.shape)

@@ -7,7 +7,7 @@ Next: ``flower_split/wire/receiving.py``, then ``flower_split/trunk/service/serv
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,8 @@ from flower_split.wire.format import (
     NUMBERS,
     PAYLOAD_TAG,
 )
-from flower_split.wire.shared_memory import Place
+from flower_split.wire.shared_slots import Place
+from flower_split.wire.staging import tensors_to_host
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,24 +73,57 @@ def encode_tensor(name: str, tensor: Tensor) -> Encoded:
     return Encoded(spec, data)
 
 
+def describe_on_device(name: str, tensor: Tensor) -> Encoded:
+    """Describe a tensor whose bytes stay on its GPU.
+
+    Raises:
+        CodecError: Its dtype has no place on the wire, or is packed there.
+    """
+    if tensor.dtype not in NUMBERS or tensor.dtype == torch.bool:
+        raise CodecError(f"tensor {name!r} of {tensor.dtype} cannot stay on its GPU.")
+    spec = pb.TensorSpec(
+        name=name,
+        dtype=NUMBERS[tensor.dtype],
+        shape=tensor.shape,
+        codec=pb.RAW,
+        num_bytes=tensor.nbytes,
+        on_device=True,
+    )
+    return Encoded(spec, memoryview(b""))
+
+
 class Outgoing:
     """A message to send: :meth:`frames` may be called again for every attempt.
 
     Args:
         header: The call's header; its ``tensors`` are filled in here.
-        tensors: Dense CPU tensors by name, in payload order. They must not change until sent.
+        tensors: Dense tensors by name, in payload order, on the CPU but for those that stay on a GPU.
+            They must not change until sent.
+        staying: Names of those that stay on a GPU: :meth:`placed_on_device` says where, or
+            :meth:`on_host` gives the message without them.
 
     Attributes:
-        num_bytes: Of all frames.
+        num_bytes: Of all frames, as if everything went in them.
         tensor_bytes: Of the tensors in memory.
-        payloads: Of the tensors that have one, in their order.
+        payloads: Of the tensors that have one on the CPU, in their order.
+        staying: The tensors that stay on a GPU, in their order.
 
     Raises:
         CodecError: A tensor has no place on the wire, or the header is too large.
     """
 
-    def __init__(self, header: pb.Header, tensors: Mapping[str, Tensor]) -> None:
-        encoded = [encode_tensor(name, tensor) for name, tensor in tensors.items()]
+    def __init__(
+        self,
+        header: pb.Header,
+        tensors: Mapping[str, Tensor],
+        staying: Collection[str] = (),
+    ) -> None:
+        encoded = [
+            describe_on_device(name, tensor) if name in staying else encode_tensor(name, tensor)
+            for name, tensor in tensors.items()
+        ]
+        self._header, self._tensors = header, tensors
+        self.staying = [tensor for name, tensor in tensors.items() if name in staying]
         header.tensors.extend(item.spec for item in encoded)
         serialized = header.SerializeToString()
         if len(serialized) > MAX_HEADER_BYTES:
@@ -103,6 +137,10 @@ class Outgoing:
         self._plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
         self.tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
         self.num_bytes = sum(len(prefix) + size for prefix, size in self._plan)
+        if self.staying:
+            there = sum(tensor.nbytes for tensor in self.staying)
+            here = sum(part.nbytes for part in self.payloads)
+            self.num_bytes = framed_bytes(len(serialized), here + there)
 
     def frames(self) -> Iterator[bytes]:
         """Yield the frames, each made when it is asked for."""
@@ -118,6 +156,25 @@ class Outgoing:
                 used += piece.nbytes
                 size -= piece.nbytes
             yield b"".join(pieces)
+
+    def placed_on_device(self, place: Place) -> "Outgoing":
+        """Return the message with the place of the tensors that stay on a GPU."""
+        there = pb.SharedPayload(slot=place.slot, generation=place.generation, offset=place.offset)
+        serialized = self._serialized + pb.Header(device=there).SerializeToString()
+        message = copy.copy(self)
+        message._serialized = serialized
+        header_bytes = HEADER_TAG + _varint(len(serialized)) + serialized
+        message._plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
+        return message
+
+    def on_host(self) -> "Outgoing":
+        """Return the message with copies on the CPU of the tensors that stay on a GPU."""
+        if not self.staying:
+            return self
+        header = pb.Header()
+        header.CopyFrom(self._header)
+        header.ClearField("tensors")
+        return Outgoing(header, tensors_to_host(self._tensors))
 
     def placed(self, place: Place) -> "Outgoing":
         """Return the message as the one frame that says where its payloads lie.

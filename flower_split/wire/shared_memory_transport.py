@@ -9,20 +9,25 @@ import threading
 from collections.abc import Callable, Iterator
 
 from google.protobuf.message import Message
+from torch import Tensor
 
 from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.device_memory import DeviceBuffer, device_name
 from flower_split.wire.grpc_transport import TrunkChannel
+from flower_split.wire.placed_payloads import in_memory
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.shared_memory import SharedFrames, SharedMemory, host_identity
+from flower_split.wire.shared_slots import aligned
 from flower_split.wire.transport import Reply, Result
 
 logger = logging.getLogger(__name__)
 
 _OFFER_SECONDS = 10.0
+_DEVICE_SLOTS = 6  # of the size of a first tensor, in a half of a GPU's memory
 
 
 class AutomaticChannel(Closing):
@@ -76,6 +81,8 @@ class AutomaticChannel(Closing):
         retry: bool = True,
     ) -> Reply:
         """Make one control call; see :class:`~flower_split.wire.transport.Transport`."""
+        if method == "CloseSession" and self._memory is not None:
+            self._memory.close_device()  # before the trunk, which has made it, gives it back
         return self._grpc.unary(method, request, reply_type, timeout=timeout, retry=retry)
 
     def stream(
@@ -83,15 +90,21 @@ class AutomaticChannel(Closing):
     ) -> Result:
         """Make one call that sends and reads frames; see ``Transport``."""
         memory = self._shared()
-        place = memory.sending.put(message.payloads) if memory and message.payloads else None
-        if memory is None or place is None:
-            return self._grpc.stream(method, message, read)
+        if memory is None:
+            return self._grpc.stream(method, message.on_host(), read)
+        message, places = in_memory(memory, message)
         result = self._grpc.stream(
-            method, message.placed(place), lambda frames: read(SharedFrames(frames, memory))
+            method, message, lambda frames: read(SharedFrames(frames, memory))
         )
-        # A call that failed keeps its place: a late attempt of it may still be under way.
-        memory.sending.answered(place)
+        # A call that failed keeps its places: a late attempt of it may still be under way.
+        places.answered()
         return result
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Return whether the trunk computes on the same GPU and shares memory of it."""
+        memory = self._shared(tensor)
+        device = None if memory is None else memory.device
+        return device is not None and device.device == tensor.device
 
     def download(
         self, method: str, request: Message, read: Callable[[Iterator[bytes]], Result]
@@ -102,20 +115,26 @@ class AutomaticChannel(Closing):
     def close(self) -> None:
         """Close the connections, and let go of the memory. Idempotent."""
         self._grpc.close()
+        if self._memory is not None:
+            self._memory.close_device()
         self._memory = None
 
-    def _shared(self) -> SharedMemory | None:
-        """Return the memory shared with the trunk; None: there is none."""
+    def _shared(self, like: Tensor | None = None) -> SharedMemory | None:
+        """Return the memory shared with the trunk; None: there is none.
+
+        Args:
+            like: A tensor of a GPU that calls will carry; None: there is none.
+        """
         with self._lock:
             if not self._asked:
                 self._asked = True
                 try:
-                    self._memory = self._agree()
+                    self._memory = self._agree(like)
                 except (OSError, TrunkError) as error:
                     self._refuse(str(error))
             return self._memory
 
-    def _agree(self) -> SharedMemory:
+    def _agree(self, like: Tensor | None) -> SharedMemory:
         """Open the memory that the trunk offers.
 
         Raises:
@@ -126,6 +145,9 @@ class AutomaticChannel(Closing):
         if not boot_id:
             raise OSError("this host has no Linux kernel that tells its boot id")
         request = pb.ShareMemoryRequest(boot_id=boot_id, user=user)
+        if like is not None:
+            request.device = device_name(like.device)
+            request.device_bytes = _DEVICE_SLOTS * aligned(like.nbytes)
         offer = self._grpc.unary(
             "ShareMemory",
             request,
@@ -135,9 +157,16 @@ class AutomaticChannel(Closing):
         )
         if not offer.process:
             raise OSError("the trunk runs on another host or as another user")
-        return SharedMemory.of_process(
+        memory = SharedMemory.of_process(
             offer.process, offer.descriptor, offer.num_bytes, offer.nonce
         )
+        if like is not None and offer.device_handle:
+            handle, num_bytes = offer.device_handle, offer.device_bytes
+            try:
+                memory.share_device(DeviceBuffer.open(handle, num_bytes, like.device))
+            except OSError as error:
+                logger.debug("tensors go to the trunk through the host's memory: %s", error)
+        return memory
 
     def _refuse(self, why: str) -> None:
         """Go on with frames."""

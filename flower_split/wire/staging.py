@@ -98,7 +98,8 @@ def allocator(device: torch.device) -> Allocate:
 
 
 @functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one stream of a GPU on which this process copies."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
@@ -112,7 +113,7 @@ def to_host(tensor: Tensor) -> Tensor:
     if tensor.device.type != "cuda":
         return tensor.detach().cpu()
     source = tensor.detach().contiguous()
-    stream = _side_stream(source.device)
+    stream = side_stream(source.device)
     stream.wait_stream(torch.cuda.current_stream(source.device))
     with torch.cuda.stream(stream):
         host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
@@ -130,7 +131,7 @@ def aside(device: torch.device) -> AbstractContextManager[object]:
     A GPU's work waits for all that its stream was given before; inside the block this thread has
     another stream, and waits for nobody. What it reads must be complete.
     """
-    return torch.cuda.stream(_side_stream(device))
+    return torch.cuda.stream(side_stream(device))
 
 
 def arrived(host: Tensor, device: torch.device) -> Tensor:

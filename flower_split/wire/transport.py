@@ -6,9 +6,10 @@ is one.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from google.protobuf.message import Message
+from torch import Tensor
 
 from flower_split.wire.sending import Outgoing
 
@@ -64,3 +65,15 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Close the connections; calls in progress end. Idempotent."""
+
+
+@runtime_checkable
+class DeviceTransport(Protocol):
+    """A transport that may take tensors where they lie on a GPU; others are given CPU tensors."""
+
+    def takes(self, tensor: Tensor) -> bool:
+        """Return whether messages may have tensors like this one that stay on their GPU.
+
+        Called before every call with tensors of a GPU; the answer is kept.
+        """
+        ...

@@ -43,7 +43,7 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_frames
-from flower_split.wire.codecs import NATIVE, Coded, make_codec
+from flower_split.wire.codecs import NATIVE, Coded, make_codec, stays_on_device
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import allocator, arrived, aside, to_host
@@ -80,7 +80,7 @@ class ClientCalls:
         self._quotas = quotas
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
-        self._shared = SharedPayloads(engine.knows_token)
+        self._shared = SharedPayloads(engine.knows_token, engine.device)
         self._sessions = ClientSessions(
             engine, self._tokens, self._shared, max_tensor_bytes, max_call_seconds
         )
@@ -179,7 +179,7 @@ class ClientCalls:
     def _bring(self, received: Received, name: str) -> None:
         """Put the one large tensor of a call where it is checked and computed with, if it came."""
         tensor = received.tensors.get(name)
-        if tensor is not None and self._on_gpu:
+        if tensor is not None and self._on_gpu and tensor.device.type == "cpu":
             received.tensors[name] = arrived(tensor, self._device)
 
     def _reply(
@@ -195,11 +195,13 @@ class ClientCalls:
             compute_seconds=result.compute_seconds,
             queue_seconds=result.queue_seconds,
         )
-        tensor = to_host(result.tensor) if self._on_gpu else result.tensor
+        # A reply goes the way that its request came.
+        stays = incoming.header.HasField("device") and stays_on_device(self._codec)
+        tensor = to_host(result.tensor) if self._on_gpu and not stays else result.tensor
         tensors = Coded(self._codec, name).encode(tensor)
-        reply = Outgoing(pb.Header(reply=header), tensors)
+        reply = Outgoing(pb.Header(reply=header), tensors, tensors if stays else ())
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
-        memory = incoming.shared  # a reply goes the way that its request came
+        memory = incoming.shared
         return reply.frames() if memory is None else placed_frames(memory, reply)
 
 

@@ -9,13 +9,19 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 
+import torch
+
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.wire.device_memory import DeviceBuffer, device_name
+from flower_split.wire.placed_payloads import in_memory
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.shared_memory import SharedMemory, host_identity
+from flower_split.wire.shared_slots import aligned
 
 logger = logging.getLogger(__name__)
 
 PAYLOAD_BYTES = 1 << 30  # of each direction of one client; pages take memory when they are used
+DEVICE_BYTES = 1 << 28  # at most, of each direction of one client, on the GPU; taken at once
 
 
 class SharedPayloads:
@@ -23,10 +29,12 @@ class SharedPayloads:
 
     Args:
         knows_token: Whether a participant still has this token. Needs no lock.
+        device: On which the trunk computes.
     """
 
-    def __init__(self, knows_token: Callable[[str], bool]) -> None:
+    def __init__(self, knows_token: Callable[[str], bool], device: torch.device) -> None:
         self._knows_token = knows_token
+        self._device = device
         self._lock = threading.Lock()
         self._pieces: dict[str, SharedMemory] = {}
 
@@ -52,12 +60,26 @@ class SharedPayloads:
                 except OSError as error:
                     logger.warning("no memory can be shared with a client: %s", error)
                     return pb.ShareMemoryReply()
+                self._share_device(piece, request)
+        device = piece.device
         return pb.ShareMemoryReply(
             process=os.getpid(),
             descriptor=piece.descriptor,
             num_bytes=piece.num_bytes,
             nonce=piece.nonce,
+            device_handle=b"" if device is None else device.handle,
+            device_bytes=0 if device is None else device.num_bytes,
         )
+
+    def _share_device(self, piece: SharedMemory, request: pb.ShareMemoryRequest) -> None:
+        """Share memory of the GPU as well, where the client computes on the trunk's."""
+        if not request.device or request.device != device_name(self._device):
+            return
+        half = aligned(min(request.device_bytes, DEVICE_BYTES))
+        try:
+            piece.share_device(DeviceBuffer.make(2 * half, self._device))
+        except OSError as error:
+            logger.warning("no memory of the GPU can be shared with a client: %s", error)
 
     def of(self, token: str) -> SharedMemory | None:
         """Return the memory shared with a client; None: there is none."""
@@ -79,8 +101,6 @@ class SharedPayloads:
 
 def placed_frames(memory: SharedMemory, reply: Outgoing) -> Iterator[bytes]:
     """Return the frames of a reply whose payloads go into shared memory, if there is room."""
-    place = memory.sending.put(reply.payloads) if reply.payloads else None
-    if place is None:
-        return reply.frames()
-    memory.sending.answered(place)  # free once the client has opened it and let go of it
-    return reply.placed(place).frames()
+    reply, places = in_memory(memory, reply)
+    places.answered()  # free once the client has opened it and let go of it
+    return reply.frames()

@@ -119,6 +119,14 @@ class BFloat16Codec(NativeCodec):
     dtype: ClassVar[torch.dtype | None] = torch.bfloat16
 
 
+def stays_on_device(codec: Codec) -> bool:
+    """Return whether what a codec encodes and decodes is the tensor itself, wherever it lies.
+
+    A plug-in's subclass of these may do anything, and is told CPU tensors.
+    """
+    return type(codec) in (NativeCodec, Float32Codec, BFloat16Codec)
+
+
 @dataclass(frozen=True, slots=True)
 class Coded:
     """The tensor of a message that goes through a codec, checked on both sides.
