@@ -199,8 +199,11 @@ class DeviceHalf:
             finally:
                 self._table.leave(entry)
         if data.device.type == "cuda":
-            for copy in copies:  # made on the side stream, used on another
+            for (
+                copy
+            ) in copies:  # made on the side stream; the caller's, or the compute thread's, uses it
                 copy.record_stream(torch.cuda.default_stream(data.device))
+                copy.record_stream(torch.cuda.current_stream(data.device))
         return copies
 
     def close(self) -> None:
