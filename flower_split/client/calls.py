@@ -121,7 +121,7 @@ class SessionCalls:
             allocate: Where it is received.
 
         Raises:
-            CodecError: It is too large for this trunk, or the answer is not what was asked for.
+            CodecError: It is too large, or the answer is not what was asked for.
             TrunkError: As :class:`~flower_split.wire.transport.Transport` says.
         """
         reply, staying = None, frozenset[str]()
@@ -230,8 +230,7 @@ class Exchange:
         self._calls = calls
         self._caching = caching
         self._grant = grant = calls.require()
-        self._mode = mode
-        self._micro_batch = micro_batch
+        self._mode, self._micro_batch = mode, micro_batch
         self._extras = extras
         self._allocate = allocate
         self._version = grant.version + (micro_batch.window if micro_batch else 0)

@@ -51,6 +51,7 @@ class RoundIndex:
 
     def __init__(self, dispatches: Dispatches, epoch: int, clock: Callable[[], float]) -> None:
         self.changed = threading.Condition()
+        self._counting = threading.Lock()  # of bytes; taken last
         self.dispatches = dispatches
         self.epoch = epoch
         self.clock = clock
@@ -142,11 +143,15 @@ class RoundIndex:
         return False
 
     def count_bytes(self, session: str, received: int, sent: int) -> None:
-        """Add a call's bytes on the wire to its slot's totals. Takes the lock itself."""
-        with self.changed:
+        """Add a call's bytes on the wire to its slot's totals.
+
+        Takes a lock of its own: the engine's is held while the optimizer steps, and the reply that
+        completes a window must not wait for that.
+        """
+        current = self.of_session(session)
+        with self._counting:
             self.totals.bytes_received += received
             self.totals.bytes_sent += sent
-            current = self.of_session(session)
             if current is not None:
                 slot = current.sessions[session].slot
                 current.usage.received[slot] += received
@@ -273,5 +278,5 @@ class RoundIndex:
         return self.round
 
     def _dispatch_of(self, session: str) -> Round | None:
-        at_work = self.dispatches.at_work.values()
+        at_work = list(self.dispatches.at_work.values())  # a copy: see count_bytes
         return next((item for item in at_work if session in item.sessions), None)
