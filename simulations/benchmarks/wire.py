@@ -37,6 +37,7 @@ class EchoEngine:
 
     epoch = 1
     device = torch.device("cpu")
+    window_batches = False
     fingerprint: Mapping[str, str] = MappingProxyType({})  # no codec named: tensors as they are
 
     def open_session(

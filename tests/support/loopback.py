@@ -123,6 +123,7 @@ class FakeEngine:
         self.epoch = 7
         self.hidden_size = HIDDEN
         self.device = torch.device("cpu")
+        self.window_batches = False
         self.fingerprint = FINGERPRINT
         self.queue_seconds = 0.0
         self.calls: list[tuple[str, tuple[object, ...]]] = []
