@@ -61,7 +61,7 @@ def evaluate_alone(client: Client, adapter: Mapping[str, Tensor]) -> EvalResult:
     """Return the held-out loss of an adapter of the whole model, at the run's ranks."""
     model, _ = client.kept.whole_model(SAME_AS_RUN)
     load_adapter_state(model, adapter)
-    return evaluate(model, client.eval_batches(), client.device)
+    return evaluate(model, client.eval_batches(), client.device, client.config.model)
 
 
 def part_optimizers(client: Client, model: PreTrainedModel) -> list[PartOptimizer]:

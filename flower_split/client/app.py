@@ -129,6 +129,7 @@ class Handlers:
             num_examples=result.num_examples,
             bytes_sent=result.bytes_sent,
             bytes_received=result.bytes_received,
+            sums=result.sums,
         ).write()
 
     def train_local_only(self, message: Message, context: Context) -> RecordDict:

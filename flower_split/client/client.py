@@ -229,7 +229,7 @@ class Client:
         self._load(adapter, base_change)
         with self._trunk(order.trunk) as trunk:
             trunk.open(0, evaluate=True)
-            result = evaluate(self.model, self.eval_batches(), self.device)
+            result = evaluate(self.model, self.eval_batches(), self.device, self.config.model)
             wire = trunk.take_stats()
         return replace(result, bytes_sent=wire.bytes_sent, bytes_received=wire.bytes_received)
 

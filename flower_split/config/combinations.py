@@ -215,6 +215,16 @@ ALWAYS = (
         ),
     ),
     Combination(
+        condition="`train.auxiliary-head` with another `model.task` than `causal-lm`",
+        reason="the auxiliary head predicts the next token from the bottom's output",
+        remedy="Set train.auxiliary-head = false",
+        keys=_when(
+            "train.auxiliary-head",
+            "model.task",
+            holds=lambda c: c.train.auxiliary_head and c.model.task != "causal-lm",
+        ),
+    ),
+    Combination(
         condition="`local-only-baseline` with `trunk.train = full` or `train.auxiliary-head`",
         reason="a client alone trains the run's LoRA in one process, so that it would be no baseline",
         remedy="Set local-only-baseline = false",

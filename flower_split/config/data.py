@@ -31,6 +31,8 @@ class DataConfig:
     """For hub and saved: the split to read."""
     text_field: str = "text"
     """The field that holds the text of records that are running text."""
+    label_field: str = "label"
+    """Of a classification: the field with a record's label, or with the labels of its tokens."""
     ignore_fields: str = ""
     """Fields of records and messages that may be passed over, as "name, name"; any other that is not
     understood is refused. Metadata such as id and source is passed over always."""

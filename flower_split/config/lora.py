@@ -9,6 +9,7 @@ from flower_split.errors import ConfigError
 
 CLIENT_SCALES = ("alpha", "scale")
 LORA_INITS = ("kaiming", "gaussian", "orthogonal", "random")
+HEAD = "head"  # in modules-to-save: whatever the task has put on top of the base model
 BIASES = ("none", "all", "lora_only")
 
 
@@ -40,7 +41,8 @@ class LoraPartConfig:
     bias: str = "none"
     """Which biases of the base train: none, all, or lora_only."""
     modules_to_save: str = ""
-    """Modules that train whole, as name suffixes separated by commas."""
+    """Modules that train whole, as name suffixes separated by commas; head: those that the task has put
+    on top (of the top, where model.task has such a head, without being named)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""

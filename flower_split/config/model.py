@@ -9,6 +9,22 @@ from flower_split.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 QUANTIZATIONS = ("bnb-8bit", "bnb-4bit", "dequantize")
+CAUSAL_LM = "causal-lm"
+SEQUENCE_CLASSIFICATION = "sequence-classification"
+TOKEN_CLASSIFICATION = "token-classification"
+QUESTION_ANSWERING = "question-answering"
+MASKED_LM = "masked-lm"
+SEQ2SEQ = "seq2seq"
+TASKS = (
+    CAUSAL_LM,
+    SEQ2SEQ,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+    QUESTION_ANSWERING,
+    MASKED_LM,
+)
+WITH_LABELS = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)
+WITH_OWN_HEAD = (*WITH_LABELS, QUESTION_ANSWERING)  # which a base model lacks
 _OWN_CUTS = re.compile(r"(\d+)\s*=\s*(\d+)\s*:\s*(\d+)")
 
 
@@ -20,6 +36,11 @@ class ModelConfig:
     """The base model: quickstart (in the package), a local directory, or a hub id."""
     revision: str = ""
     """Hub revision; empty: the default branch."""
+    task: str = CAUSAL_LM
+    """What the model does: causal-lm, seq2seq (cut in the encoder), sequence-classification,
+    token-classification, question-answering or masked-lm."""
+    labels: str = ""
+    """Of a classification: the classes, as "name, name"; a record's label is a name, or an index from 0."""
     first_cut: int = 2
     """The bottom is layers [0, first-cut)."""
     second_cut: int = 6
@@ -39,6 +60,8 @@ class ModelConfig:
         """Check the rules that need no model."""
         if not self.name:
             raise ConfigError("model.name must not be empty: a local directory or a hub id.")
+        one_of("model.task", self.task, TASKS)
+        self._check_labels()
         at_least("model.first-cut", self.first_cut, 0)
         if self.second_cut <= self.first_cut:
             raise ConfigError(
@@ -58,6 +81,24 @@ class ModelConfig:
             one_of("model.quantization", self.quantization, (*QUANTIZATIONS, "a JSON object"))
         for partition, (first, second) in self.own_cuts.items():
             self.check_cuts(first, second, f"model.cuts-by-partition: partition {partition}")
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The classes in ``labels``, in order."""
+        return tuple(filter(None, (name.strip() for name in self.labels.split(","))))
+
+    def _check_labels(self) -> None:
+        names = self.label_names
+        if self.task not in WITH_LABELS and names:
+            raise ConfigError(
+                f'model.labels are the classes of a classification, and model.task is "{self.task}". '
+                "Leave them out."
+            )
+        if self.task in WITH_LABELS and (len(names) < 2 or len(set(names)) < len(names)):
+            raise ConfigError(
+                f'model.task = "{self.task}" needs two or more different classes in model.labels, as '
+                f'"ham, spam"; they are {self.labels!r}.'
+            )
 
     @property
     def own_cuts(self) -> dict[int, tuple[int, int]]:

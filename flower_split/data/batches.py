@@ -1,4 +1,8 @@
-"""Batches of examples as a model takes them: right-padded, int64, ``[batch, seq]``."""
+"""Batches of examples as a model takes them: right-padded, int64.
+
+Shapes: inputs ``[batch, seq]``; labels the same, ``[batch, target]`` of another sequence, ``[batch]`` of
+classes, or ``[batch, 2]`` of answers.
+"""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -51,14 +55,28 @@ def eval_batches(
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """Return one batch, padded on the right to its longest example."""
+    """Return one batch of examples of one form, padded on the right to the longest.
+
+    Where labels are another sequence, the input is padded to its length too: a trunk takes no more
+    labels than it sees positions.
+    """
+    form = examples[0].form
     length = max(len(example.input_ids) for example in examples)
+    target = max(len(example.labels) for example in examples)
+    if form == "target":
+        length = max(length, target)
 
-    def padded(rows: list[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
+    def padded(rows: list[list[int]], fill: int, to: int = length) -> Tensor:
+        return torch.tensor([row + [fill] * (to - len(row)) for row in rows])
 
-    return {
+    labels = [example.labels for example in examples]
+    batch = {
         "input_ids": padded([example.input_ids for example in examples], pad_token_id),
         "attention_mask": padded([[1] * len(example.input_ids) for example in examples], 0),
-        "labels": padded([example.labels for example in examples], NO_LOSS),
+        "labels": padded(labels, NO_LOSS, length if form == "tokens" else target),
     }
+    if form == "record" and target == 1:
+        batch["labels"] = batch["labels"][:, 0]
+    if examples[0].types:
+        batch["token_type_ids"] = padded([example.types for example in examples], 0)
+    return batch

@@ -10,8 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flower_split.config import DataConfig, ModelConfig, RunConfig
 from flower_split.data.documents import Document, Record, content_of
-from flower_split.data.examples import Example, make_examples
-from flower_split.data.formats import parse_record
+from flower_split.data.examples import Example
 from flower_split.data.held_out import TooLittleData, in_fair_order, split_held_out
 from flower_split.data.model_limits import check_model_limits
 from flower_split.data.near_duplicates import without_repeats
@@ -21,6 +20,8 @@ from flower_split.data.source import SourceRequest
 from flower_split.data.source_registry import DATA_SOURCES
 from flower_split.data.sources.tables import column_of
 from flower_split.data.tally import DataCounts, Tally
+from flower_split.data.tasks.registry import DATA_TASKS
+from flower_split.data.tasks.task import DataTask
 from flower_split.errors import ConfigError, DataError
 from flower_split.split.loading.model_source import ModelSource
 
@@ -118,12 +119,13 @@ def load_client_data(
         )
     check_model_limits(config, tokenizer)
     tally = Tally(skip_bad_records=config.data.on_bad_record == "skip")
-    share = _Share(partition_id, num_partitions, tally)
+    task = DATA_TASKS[config.model.task](config, tokenizer)
+    share = _Share(partition_id, num_partitions, tally, task)
     name = ""
     try:
         name, documents = _documents(config, share, config.data)
         sides = _both_sides(config, documents, share)
-        train, evaluate = _examples(*sides, tokenizer, config.train.sequence_length, tally)
+        train, evaluate = _examples(*sides, task, tally)
     except TooLittleData as error:
         reason = f"partition {partition_id} of {num_partitions}: {error}"
         if config.data.on_small_client == "refuse":
@@ -147,8 +149,7 @@ def load_client_data(
 def _examples(
     train: Sequence[Document],
     held_out: Sequence[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
+    task: DataTask,
     tally: Tally,
 ) -> tuple[list[Example], list[Example]]:
     """Return training and held-out examples.
@@ -158,7 +159,7 @@ def _examples(
     """
     made = []
     for side, its in (("training", train), ("held-out", held_out)):
-        examples = make_examples(its, tokenizer, sequence_length, tally)
+        examples = task.examples(its, tally)
         if not examples:
             raise TooLittleData(
                 f"the {side} documents must give at least one example of two tokens; they give "
@@ -203,6 +204,7 @@ class _Share:
     partition_id: int
     num_partitions: int
     tally: Tally
+    task: DataTask
 
 
 def _documents(config: RunConfig, share: _Share, data: DataConfig) -> tuple[str, list[Document]]:
@@ -239,7 +241,7 @@ def _documents(config: RunConfig, share: _Share, data: DataConfig) -> tuple[str,
         )
     ignored = data.ignored | ({data.partition_by} - {""})
     text_field = found.text_field or data.text_field
-    return found.name, list(_parsed(records, rows, text_field, ignored, share.tally))
+    return found.name, list(_parsed(records, rows, text_field, ignored, share))
 
 
 def _parsed(
@@ -247,11 +249,12 @@ def _parsed(
     rows: Sequence[int],
     text_field: str,
     ignored: frozenset[str],
-    tally: Tally,
+    share: _Share,
 ) -> Iterator[Document]:
+    tally = share.tally
     for row in rows:
         try:
-            document = parse_record(records[row], text_field, ignored)
+            document = share.task.document(records[row], text_field, ignored)
         except DataError as error:
             tally.bad(error)
             continue

@@ -1,7 +1,8 @@
 """Documents: one record of the data with its meaning. :mod:`flower_split.data.formats` makes them.
 
 A document is text (packed with its neighbours), a prompt with its completion (loss on the
-completion), or a conversation (loss on the assistant's turns, or on what follows its prompt).
+completion), or a conversation (loss on the assistant's turns, or on what follows its prompt); of other
+tasks than language modelling, a text with its class, words with theirs, or a question with its answer.
 """
 
 import json
@@ -63,11 +64,40 @@ class ChatCompletion:
     options: TemplateOptions = TemplateOptions()
 
 
-Document: TypeAlias = Text | Completion | Chat | ChatCompletion
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A text and its class."""
+
+    place: str
+    text: str
+    label: int  # index of the class
+
+
+@dataclass(frozen=True, slots=True)
+class Tagged:
+    """Words, each with its class."""
+
+    place: str
+    words: tuple[str, ...]
+    classes: tuple[int, ...]  # indices
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question, and where in a context its answer stands."""
+
+    place: str
+    question: str
+    context: str
+    start: int  # of the answer, in characters
+    end: int  # behind its last
+
+
+Document: TypeAlias = Text | Completion | Chat | ChatCompletion | Labelled | Tagged | Question
 
 
 def content_of(document: Document) -> str:
-    """Return what makes two documents equal, wherever they stand."""
+    """Return what makes two documents equal, wherever they stand; labels are left out of it."""
     match document:
         case Text(text=text):
             return text
@@ -77,6 +107,12 @@ def content_of(document: Document) -> str:
             return json.dumps(messages, sort_keys=True, default=str)
         case ChatCompletion(prompt=before, completion=after):
             return json.dumps([*before, *after], sort_keys=True, default=str)
+        case Labelled(text=text):
+            return text
+        case Tagged(words=words):
+            return json.dumps(words)
+        case Question(question=question, context=context):
+            return json.dumps([question, context])
 
 
 def text_of_document(document: Document) -> str:
@@ -90,3 +126,9 @@ def text_of_document(document: Document) -> str:
             return "\n".join(str(message.get("content", "")) for message in messages)
         case ChatCompletion(prompt=before, completion=after):
             return "\n".join(str(message.get("content", "")) for message in [*before, *after])
+        case Labelled(text=text):
+            return text
+        case Tagged(words=words):
+            return " ".join(words)
+        case Question(question=question, context=context):
+            return f"{question}\n{context}"

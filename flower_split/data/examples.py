@@ -6,12 +6,12 @@ token of an example is never predicted.
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from flower_split.data.documents import Chat, Completion, Document, Text
+from flower_split.data.documents import Chat, ChatCompletion, Completion, Document, Text
 from flower_split.data.rendering import Rendered, render_chat, render_completion
 from flower_split.data.tally import Tally
 from flower_split.errors import DataError
@@ -24,10 +24,16 @@ NO_LOSS = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence; ``labels`` is as long as ``input_ids``."""
+    """One sequence, and what is learned of it.
+
+    ``labels`` is as long as ``input_ids`` (form "tokens"), another sequence (form "target"), or of the
+    sequence as a whole: its class, or an answer's first and last token (form "record").
+    """
 
     input_ids: list[int]
     labels: list[int]
+    form: Literal["tokens", "target", "record"] = "tokens"
+    types: list[int] = field(default_factory=list)  # of the tokens, where there are two texts
 
     @property
     def num_tokens(self) -> int:
@@ -84,7 +90,7 @@ def _examples_of(document: Document, tokenizer: PreTrainedTokenizerBase) -> list
             for rendered in render_chat(document, tokenizer)
         ]
     else:
-        assert not isinstance(document, Text)
+        assert isinstance(document, ChatCompletion)
         rendered = render_completion(document, tokenizer)
         made = [_spans_example(rendered, tokenizer, document.place)]
     if not made or any(example.num_tokens == 0 for example in made):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from flower_split.config import ModelConfig, RunConfig
+from flower_split.config.model import CAUSAL_LM
 from flower_split.errors import ConfigError
 from flower_split.split.loading.model_source import ModelSource
 
@@ -27,7 +28,7 @@ _AFTER_PADDING = (
 
 
 def check_model_limits(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) -> None:
-    """Check that the model is causal and has room for the tokenizer and the sequences.
+    """Check that the model fits its task and has room for the tokenizer and the sequences.
 
     Args:
         config: Its ``model`` and ``train.sequence_length`` are used.
@@ -40,11 +41,12 @@ def check_model_limits(config: RunConfig, tokenizer: PreTrainedTokenizerBase | N
     if model is None:
         return  # loading the model says what is wrong with its configuration
     name = config.model.name
-    if sees_later_tokens(model):
+    if config.model.task == CAUSAL_LM and sees_later_tokens(model):
         raise ConfigError(
             f"model.name must be a causal language model; {name!r} ({model.model_type}) is an encoder: "
-            "each token sees those after it, so it would see its own labels. Use a decoder, or, if its "
-            'weights were trained as one, set "is_decoder": true in its config.json.'
+            "each token sees those after it, so it would see its own labels. Use a decoder, or another "
+            'model.task, or, if its weights were trained as a decoder, set "is_decoder": true in its '
+            "config.json."
         )
     length, most = config.train.sequence_length, max_positions(model)
     if most is not None and length > most:

@@ -164,6 +164,7 @@ def _metrics(result: EvalResult) -> dict[str, float]:
         EVAL_LOSS: result.loss_sum / max(result.num_tokens, 1),
         NUM_TOKENS: result.num_tokens,
         NUM_EXAMPLES: result.num_examples,
+        **result.sums,
     }
 
 

@@ -9,7 +9,7 @@ rsLoRA: Kalajdzievski, "A Rank Stabilization Scaling Factor for Fine-Tuning with
 DoRA: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", ICML 2024.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from flower_split.aggregation.core.adapter_layout import MAGNITUDE
 from flower_split.config import LoraPartConfig
+from flower_split.config.lora import HEAD
 from flower_split.errors import ConfigError, SplitError
 from flower_split.lora.initial_values import Inits, initial_value, renew_magnitudes
 from flower_split.lora.model_parts import (
@@ -38,6 +39,7 @@ from flower_split.lora.state import (
 )
 from flower_split.lora.whole_weights import ParameterSlot, own_parameters, train_whole
 from flower_split.split import CutLayers
+from flower_split.split.loading.tasks import head_modules
 from flower_split.split.structure.stack import LayerStack
 
 
@@ -132,7 +134,8 @@ class PartPlan:
             for name, module in model.named_modules()
             if name and part_of(name, stack, cuts, embeddings) == part
         }
-        self.saved = sorted(name for name in self._own if ends_with(name, config.saved_modules))
+        self._saved_names = _without_word(config.saved_modules, model)
+        self.saved = sorted(name for name in self._own if ends_with(name, self._saved_names))
         self.targets = self._targets(output_embeddings(model)) if config.has_lora else {}
         self.whole = self._whole()
 
@@ -228,7 +231,7 @@ class PartPlan:
 
     def _check_whole(self, key: str) -> None:
         config = self.config
-        for name in config.saved_modules:
+        for name in self._saved_names:
             found = [module for module in self.saved if ends_with(module, [name])]
             if not own_parameters(self._own[n] for n in self._own if lies_in(n, found)):
                 raise ConfigError(
@@ -245,6 +248,12 @@ class PartPlan:
                 f'{key}.train is "full", but the {self.part} has no weight of its own. Set it to '
                 '"lora" and r to 0, or move the cut layer.'
             )
+
+
+def _without_word(names: Sequence[str], model: nn.Module) -> list[str]:
+    """Return the names of modules that train whole, with what ``head`` stands for in its place."""
+    heads = head_modules(model) if HEAD in names else []
+    return [name for name in names if name != HEAD] + heads
 
 
 def _inject(

@@ -14,6 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from flower_split.errors import FederationError
 from flower_split.messages import keys
 from flower_split.messages.carrier import Fields, Value, numbers_of, stamped
+from flower_split.training.scores import sums_in
 
 # Metrics by name, for whoever weighs, checks or records them.
 TRAIN_LOSS, EVAL_LOSS, LOSS_SUM = keys.TRAIN_LOSS, keys.EVAL_LOSS, keys.LOSS_SUM
@@ -97,6 +98,7 @@ class EvaluateReply:
     num_examples: int
     bytes_sent: int = 0  # to the trunk
     bytes_received: int = 0  # from the trunk
+    sums: Mapping[str, float] = field(default_factory=dict)  # what the task's scores are made of
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -107,6 +109,7 @@ class EvaluateReply:
             keys.NUM_EXAMPLES: self.num_examples,
             keys.BYTES_SENT: self.bytes_sent,
             keys.BYTES_RECEIVED: self.bytes_received,
+            **self.sums,
         }
         return RecordDict({keys.METRICS: MetricRecord(dict(metrics)), keys.REPLY: stamped({})})
 
@@ -115,13 +118,15 @@ class EvaluateReply:
         """Read a reply; raises as :meth:`TrainReply.read` does."""
         what = "an evaluation reply"
         Fields.of(content, what)
-        metrics = Fields(scalars(content), what)
+        numbers = scalars(content)
+        metrics = Fields(numbers, what)
         return cls(
             loss_sum=metrics.number(keys.LOSS_SUM),
             num_tokens=metrics.count(keys.NUM_TOKENS),
             num_examples=metrics.count(keys.NUM_EXAMPLES),
             bytes_sent=metrics.count(keys.BYTES_SENT, 0),
             bytes_received=metrics.count(keys.BYTES_RECEIVED, 0),
+            sums=sums_in(numbers),
         )
 
 

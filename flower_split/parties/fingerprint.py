@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flower_split.config import LoraPartConfig, OptimizerConfig, RunConfig
+from flower_split.config.model import CAUSAL_LM
 from flower_split.config.validation import kebab
 from flower_split.errors import SplitError
 from flower_split.parties.protocol_versions import FIELD as PROTOCOL
@@ -96,6 +97,7 @@ def settings(config: RunConfig) -> dict[str, str]:
         # Only where it is on: a client that knows nothing of it works with a trunk where it is off.
         **({"trunk.window-batches": "on"} if trunk.window_batches == "on" else {}),
         **_optimizer_fields(trunk.optimizer),
+        **_task_fields(config),
     }
 
 
@@ -143,6 +145,13 @@ def differences(
     return "; ".join(
         f"{name} ({labels[0]}: {mine.get(name)}, {labels[1]}: {theirs.get(name)})" for name in names
     )
+
+
+def _task_fields(config: RunConfig) -> dict[str, str]:
+    model = config.model
+    if model.task == CAUSAL_LM:
+        return {}
+    return {"task": model.task, "labels": ", ".join(model.label_names) or "none"}
 
 
 def _optimizer_fields(optimizer: OptimizerConfig) -> dict[str, str]:

@@ -12,8 +12,11 @@ layers that it and the trunk both hold are its **overlap**:
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.config.lora import HEAD
+from flower_split.config.model import WITH_OWN_HEAD
 from flower_split.errors import ConfigError
 from flower_split.split import CutLayers
 from flower_split.split.structure.stack import LayerStack
@@ -108,8 +111,15 @@ def held_modules(
 
 
 def client_parts(config: RunConfig) -> dict[str, LoraPartConfig]:
-    """Return what trains of the parts that a client holds, LoRA or whole weights."""
-    return _that_train({"bottom": config.lora.bottom, "top": config.lora.top})
+    """Return what trains of the parts that a client holds, LoRA or whole weights.
+
+    A head that the task has put on top trains whole: a base model has none.
+    """
+    top = config.lora.top
+    if config.model.task in WITH_OWN_HEAD and top.train == "lora":
+        names = [*(name for name in top.saved_modules if name != HEAD), HEAD]
+        top = replace(top, modules_to_save=", ".join(names))
+    return _that_train({"bottom": config.lora.bottom, "top": top})
 
 
 def trunk_parts(config: RunConfig) -> dict[str, LoraPartConfig]:

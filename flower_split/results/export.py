@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flower_split.config import LoraPartConfig, RunConfig
+from flower_split.config import model as tasks
 from flower_split.errors import RunDirectoryError
 from flower_split.lora import embedding_names, part_of
 from flower_split.lora.base_change import with_base_change
@@ -37,6 +38,13 @@ from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import empty_model
 from flower_split.split.structure.stack import LayerStack, find_stack
 
+# PEFT has no type for masked tokens, and its model for answers drops the token types (0.21).
+_TASK_TYPES = {
+    tasks.CAUSAL_LM: TaskType.CAUSAL_LM,
+    tasks.SEQ2SEQ: TaskType.SEQ_2_SEQ_LM,
+    tasks.SEQUENCE_CLASSIFICATION: TaskType.SEQ_CLS,
+    tasks.TOKEN_CLASSIFICATION: TaskType.TOKEN_CLS,
+}
 _PREFIX = "base_model.model."
 _A_WEIGHT = (".lora_A.weight", ".lora_embedding_A")
 
@@ -242,7 +250,7 @@ def _peft_config(
         modules_to_save=form.whole_modules or None,
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in shapes),
         revision=ModelSource.of(config.model).revision,
-        task_type=TaskType.CAUSAL_LM,
+        task_type=_TASK_TYPES.get(config.model.task),
         inference_mode=True,
     )
 

@@ -42,6 +42,12 @@ _WIRE = {
     "bytes_received": "bytes, trunk to client, in frames",
 }
 
+_SCORES = {
+    "accuracy": "share of labels that are right, where the task has it",
+    "f1": "of classes (macro), or of answers, where the task has it",
+    "exact_match": "share of records that are right as a whole, where the task has it",
+}
+
 SCHEMA: Mapping[str, Kind] = {
     "step": Kind(
         "one local optimizer step of one client",
@@ -70,6 +76,8 @@ SCHEMA: Mapping[str, Kind] = {
             "num_examples": "held-out examples",
             "eval_loss": "nats per label token",
             "perplexity": "exp(eval_loss)",
+            **_SCORES,
+            "sums": "what the scores are made of: they add up over clients",
             "local_only": "true: of a model that one client trained alone (phase baseline)",
             "trained_by": "with local_only: the client that trained it",
             **_WIRE,
@@ -84,6 +92,7 @@ SCHEMA: Mapping[str, Kind] = {
             "num_tokens": "label tokens trained",
             "eval_loss": "nats per held-out label token of the clients in evaluated",
             "perplexity": "exp(eval_loss)",
+            **_SCORES,
             "evaluated": "partitions whose held-out data is in eval_loss",
             **_WIRE,
         },

@@ -4,14 +4,18 @@ Losses are in nats per label token; a perplexity is the exponential of such a me
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from flower_split.config import ModelConfig
 from flower_split.errors import FederationError
+from flower_split.training.scores import add, scores_of
+
+_CAUSAL = ModelConfig()  # whose task has no scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,7 @@ class HeldOut:
 
     loss_sum: float  # nats, over all label tokens
     num_tokens: int  # label tokens
+    sums: Mapping[str, float] = field(default_factory=dict)  # see flower_split.training.scores
 
     @property
     def perplexity(self) -> float:
@@ -54,14 +59,22 @@ class SummaryRow:
     federated: float
     local_own: float | None  # alone-trained, on its own held-out data
     local_others: float | None  # alone-trained, on the other clients' held-out data
+    base_scores: Mapping[str, float] = field(
+        default_factory=dict
+    )  # name -> value, as the task has them
+    federated_scores: Mapping[str, float] = field(default_factory=dict)
 
 
-def summarize(outcomes: Sequence[ClientOutcome]) -> list[SummaryRow]:
+def summarize(outcomes: Sequence[ClientOutcome], model: ModelConfig = _CAUSAL) -> list[SummaryRow]:
     """Return one row per client in order of partition, then one for all clients.
 
     Every perplexity pools tokens: the exponential of summed loss over summed tokens, so that the
     last row is that of the union of the clients' held-out data. Its ``local_others`` pools every
     pair of an alone-trained model and another client's data.
+
+    Args:
+        outcomes: One of each client.
+        model: The task and its classes, for its scores.
 
     Raises:
         FederationError: There is no outcome, or a partition comes twice.
@@ -76,11 +89,14 @@ def summarize(outcomes: Sequence[ClientOutcome]) -> list[SummaryRow]:
 
     def row(client: str, group: Sequence[ClientOutcome]) -> SummaryRow:
         pairs = [(o.partition_id, p, result) for o in group for p, result in o.local_only.items()]
+        before, after = pool(o.before for o in group), pool(o.after for o in group)
         return SummaryRow(
             client=client,
-            num_tokens=sum(outcome.before.num_tokens for outcome in group),
-            base=_pool([outcome.before for outcome in group]).perplexity,
-            federated=_pool([outcome.after for outcome in group]).perplexity,
+            num_tokens=before.num_tokens,
+            base=before.perplexity,
+            federated=after.perplexity,
+            base_scores=scores_of(before.sums, model),
+            federated_scores=scores_of(after.sums, model),
             local_own=_perplexity([result for mine, other, result in pairs if mine == other]),
             local_others=_perplexity([result for mine, other, result in pairs if mine != other]),
         )
@@ -89,13 +105,19 @@ def summarize(outcomes: Sequence[ClientOutcome]) -> list[SummaryRow]:
     return [*rows, row("all clients", ordered)]
 
 
-def _pool(results: Sequence[HeldOut]) -> HeldOut:
+def pool(results: Iterable[HeldOut]) -> HeldOut:
     """Return the result on the union of the held-out data."""
-    return HeldOut(sum(r.loss_sum for r in results), sum(r.num_tokens for r in results))
+    losses, tokens = [], 0
+    sums: dict[str, float] = {}
+    for result in results:
+        losses.append(result.loss_sum)
+        tokens += result.num_tokens
+        add(sums, result.sums)
+    return HeldOut(math.fsum(losses), tokens, sums)
 
 
 def _perplexity(results: Sequence[HeldOut]) -> float | None:
-    return _pool(results).perplexity if results else None
+    return pool(results).perplexity if results else None
 
 
 def summary_table(rows: Sequence[SummaryRow]) -> Table:
@@ -129,16 +151,24 @@ def summary_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
     """Return header and rows as text, for any table; without the columns that nobody measured."""
     with_local = any(row.local_own is not None or row.local_others is not None for row in rows)
     lines = [["client", "tokens", "base", "federated", "change"]]
+    scores = list(rows[0].federated_scores) if rows else []
+    lines[0] += [f"{name}: base, federated" for name in scores]
     if with_local:
         lines[0] += ["alone: own data", "alone: others' data"]
     for row in rows:
         change = 100 * (row.federated / row.base - 1)
         cells = [row.client, f"{row.num_tokens:,}", _number(row.base), _number(row.federated)]
         cells.append(f"{change:+.1f} %")
+        cells += [_scores(row, name) for name in scores]
         if with_local:
             cells += [_number(row.local_own), _number(row.local_others)]
         lines.append(cells)
     return lines
+
+
+def _scores(row: SummaryRow, name: str) -> str:
+    found = [scores.get(name) for scores in (row.base_scores, row.federated_scores)]
+    return " → ".join("–" if value is None else f"{value:.3f}" for value in found)
 
 
 def _number(value: float | None) -> str:

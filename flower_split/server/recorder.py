@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -24,8 +23,9 @@ from flower_split.runs.directory import RunDirectory
 from flower_split.runs.files import Json
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runs.run_facts import exclusions, lateness, truncation
-from flower_split.runs.summary import ClientOutcome, HeldOut, print_summary, summarize
+from flower_split.runs.summary import ClientOutcome, HeldOut, pool, print_summary, summarize
 from flower_split.server.traffic import Traffic, trunk_calls
+from flower_split.training.scores import scores_of, sums_in
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,11 @@ class Recorder:
             elif record["kind"] == "evaluation" and isinstance(number, int):
                 loss, tokens = float(str(record["loss_sum"])), int(str(record["num_tokens"]))
                 partition_id = int(str(record["partition_id"]))
-                self._held_out.setdefault(number, {})[partition_id] = HeldOut(loss, tokens)
+                sums = record.get("sums")
+                known = dict(sums) if isinstance(sums, Mapping) else {}
+                self._held_out.setdefault(number, {})[partition_id] = HeldOut(
+                    loss, tokens, {name: float(str(value)) for name, value in known.items()}
+                )
 
     def clients(self, facts: Mapping[int, ClientFacts]) -> None:
         """Record what every client says of its data, by partition, before it trains."""
@@ -176,7 +180,8 @@ class Recorder:
         self, server_round: int, partition_id: int, metrics: Mapping[str, float]
     ) -> None:
         """Record one client's held-out result after a round; round 0 is before the first."""
-        held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]))
+        sums = sums_in(metrics)
+        held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]), sums)
         self._held_out.setdefault(server_round, {})[partition_id] = held_out
         sent, received = metrics.get(BYTES_SENT, 0), metrics.get(BYTES_RECEIVED, 0)
         self.traffic.add(partition_id, "evaluation", up=sent, down=received)
@@ -186,7 +191,9 @@ class Recorder:
                 "server_round": server_round,
                 "partition_id": partition_id,
                 "perplexity": held_out.perplexity,
-                **metrics,
+                **{name: value for name, value in metrics.items() if name not in sums},
+                **scores_of(sums, self.config.model),
+                **({"sums": sums} if sums else {}),
             },
         )
 
@@ -247,6 +254,9 @@ class Recorder:
             missing = len(self.names) > len(evaluated)
             whose = f" (of partitions {', '.join(map(str, evaluated))} only)" if missing else ""
             parts.append(f"held-out perplexity {held_out.perplexity:.2f}{whose}")
+            scores = scores_of(held_out.sums, self.config.model)
+            record |= scores
+            parts += [f"{name} {value:.3f}" for name, value in scores.items()]
         if tokens:
             rate = tokens / max(outcome.seconds, 1e-9)
             megabytes = (sent + received) / 1e6
@@ -267,10 +277,7 @@ class Recorder:
     def pooled(self, server_round: int) -> HeldOut | None:
         """Return all clients' held-out results of a round together; None where nobody evaluated."""
         results = self._held_out.get(server_round, {})
-        if not results:
-            return None
-        loss = math.fsum(result.loss_sum for result in results.values())
-        return HeldOut(loss, sum(result.num_tokens for result in results.values()))
+        return pool(results.values()) if results else None
 
     def train_loss(self, server_round: int) -> float | None:
         """Return the mean loss of a round's training, in nats per label token; None: there was none."""
@@ -299,7 +306,7 @@ class Recorder:
             )
             for partition_id in sorted(first.keys() & last.keys())
         ]
-        rows = summarize(outcomes) if outcomes else []
+        rows = summarize(outcomes, self.config.model) if outcomes else []
         seconds = time.monotonic() - self._start
         self._append_traffic(self.last_round)  # of the baseline
         totals = {"label tokens trained": int(self._totals["num_tokens"])}

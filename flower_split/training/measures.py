@@ -1,6 +1,7 @@
 """Where a round stands in the run, and what is measured while it trains.
 
-``num_tokens`` counts label tokens after the causal shift. Times are wall-clock seconds.
+``num_tokens`` counts label tokens (after the causal shift of a causal language model), or records, where
+the task has one label for each. Times are wall-clock seconds.
 """
 
 import math
@@ -109,3 +110,4 @@ class EvalResult:
     num_examples: int
     bytes_sent: int = 0  # to a trunk that is elsewhere
     bytes_received: int = 0  # from it
+    sums: Mapping[str, float] = field(default_factory=dict)  # see flower_split.training.scores

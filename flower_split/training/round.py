@@ -25,7 +25,7 @@ from flower_split.config import RunConfig
 from flower_split.runtime.threads import pinned_pool
 from flower_split.training.auxiliary_head import AuxiliaryHead
 from flower_split.training.compute_turns import ComputeTurns
-from flower_split.training.loss import Batch, causal_lm_loss, count_label_tokens
+from flower_split.training.loss import Batch, count_labels, task_loss
 from flower_split.training.measures import RoundPosition, StepMetrics, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.step_end import end_step_together
@@ -138,7 +138,7 @@ class _StepTrainer:
     ) -> StepMetrics:
         """Take one optimizer step over ``micro_batches``."""
         started = time.perf_counter()
-        tokens = [count_label_tokens(batch) for batch in micro_batches]
+        tokens = [count_labels(batch, self.config.model.task) for batch in micro_batches]
         loss = self._accumulate(step, micro_batches, tokens)
         self.num_micro_batches += len(micro_batches)
         if self.proximity is not None:
@@ -209,7 +209,7 @@ class _StepTrainer:
             else nullcontext()
         )
         with named, self.turns.computing(seed):
-            loss = causal_lm_loss(self.model, batch, total, self.device)
+            loss = task_loss(self.model, batch, total, self.device, self.config.model.task)
             objective = loss if self.auxiliary is None else loss + self.auxiliary.loss(batch, total)
             # The trunk's own input makes autograd call it even where the bottom trains nothing.
             always = [self.trunk.always] if self.trunk is not None else []

@@ -163,7 +163,9 @@ class Lab:
     def held_out_loss(self, rank: int, index: int) -> tuple[float, int]:
         """Loss sum and label tokens of one client's held-out data under what is loaded."""
         examples = self.data[index].evaluate[: self.arguments.eval_examples]
-        found = evaluate(self.models[rank], eval_batches(examples, 16, self.pad), CPU)
+        found = evaluate(
+            self.models[rank], eval_batches(examples, 16, self.pad), CPU, ModelConfig()
+        )
         return found.loss_sum, found.num_tokens
 
 

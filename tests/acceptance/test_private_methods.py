@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from flower_split.cli.main import FAILED, WRONG_USE, main
 from flower_split.client.client import Client
 from flower_split.client.model_cache import RunCache
-from flower_split.config import RunConfig, Scalar
+from flower_split.config import ModelConfig, RunConfig, Scalar
 from flower_split.errors import FederationError, RoundLost, RunDirectoryError, TrunkUnavailable
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
 from flower_split.parties.parts import client_parts, model_cuts
@@ -286,7 +286,7 @@ def test_export_of_one_client_is_the_model_that_this_client_evaluated(
         model = PeftModel.from_pretrained(base, str(out)).get_base_model()
         for partition in (slot, (slot + 1) % CLIENTS):
             client = Client(RunCache(run.config), partition, CLIENTS)
-            result = evaluate(model, client.eval_batches(), torch.device("cpu"))
+            result = evaluate(model, client.eval_batches(), torch.device("cpu"), ModelConfig())
             losses[slot, partition] = result.loss_sum
     for slot in range(CLIENTS):
         assert losses[slot, slot] == pytest.approx(reported[slot], rel=1e-5)

@@ -8,6 +8,7 @@ from flwr.app import Message
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from flower_split.config import ModelConfig
 from flower_split.data import eval_batches, load_client_data, load_tokenizer
 from flower_split.errors import RoundLost, RunDirectoryError
 from flower_split.results.export import export_adapter
@@ -145,7 +146,9 @@ def test_exported_adapter_has_the_held_out_loss_that_the_clients_reported(
     for partition in range(CLIENTS):
         data = load_client_data(done.config, tokenizer, partition, CLIENTS)
         batches = eval_batches(data.evaluate, done.config.train.batch_size, 0)
-        found = evaluate(model.get_base_model(), batches, torch.device("cpu")).loss_sum
+        found = evaluate(
+            model.get_base_model(), batches, torch.device("cpu"), ModelConfig()
+        ).loss_sum
         assert found == pytest.approx(reported[partition], rel=1e-5)
     ids = torch.arange(3, 12)[None]
     with open_generator(done.path) as generator, torch.no_grad():
@@ -160,7 +163,7 @@ def test_exported_adapter_has_the_held_out_loss_that_the_clients_reported(
     )
     data = load_client_data(done.config, tokenizer, 0, CLIENTS)
     batches = eval_batches(data.evaluate, done.config.train.batch_size, 0)
-    lost = evaluate(without.get_base_model(), batches, torch.device("cpu")).loss_sum
+    lost = evaluate(without.get_base_model(), batches, torch.device("cpu"), ModelConfig()).loss_sum
     assert abs(lost - reported[0]) > 1e-3 * reported[0]
 
 

@@ -141,6 +141,8 @@ def _outcome(run: RunData) -> str:
         rows.append(overall)
     alone = any(row.get("local_own") is not None for row in rows)
     header = ["client", "held-out tokens", "base", "federated", "change"]
+    scores = _names_of_scores(rows)
+    header += [f"{name}: base, federated" for name in scores]
     header += ["alone: own data", "alone: others' data"] if alone else []
     body = []
     for row in rows:
@@ -156,6 +158,7 @@ def _outcome(run: RunData) -> str:
             if isinstance(base, float) and isinstance(federated, float)
             else "–"
         )
+        cells += [_before_and_after(row, name) for name in scores]
         body.append(
             cells + ([_show(row.get(n)) for n in ("local_own", "local_others")] if alone else [])
         )
@@ -170,6 +173,17 @@ def _outcome(run: RunData) -> str:
         _facts(facts) if isinstance(facts, Mapping) else "",
         f"<p class=path>{_text(str(run.path))}</p>",
     )
+
+
+def _names_of_scores(rows: Sequence[Mapping[str, Json]]) -> list[str]:
+    found = rows[0].get("federated_scores") if rows else None
+    return list(found) if isinstance(found, Mapping) else []
+
+
+def _before_and_after(row: Mapping[str, Json], name: str) -> str:
+    found = [row.get("base_scores"), row.get("federated_scores")]
+    values = [scores.get(name) if isinstance(scores, Mapping) else None for scores in found]
+    return " → ".join(f"{v:.3f}" if isinstance(v, float) else "–" for v in values)
 
 
 def _samples(run: RunData) -> str:

@@ -19,11 +19,13 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from flower_split.config.model import WITH_OWN_HEAD
 from flower_split.errors import SplitError
 from flower_split.split.checking.self_check import check_splittable
 from flower_split.split.loading.device_map import DeviceMap, check_placed, resolve_device_map
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.partial_class import Carve, holed, quiet_loading
+from flower_split.split.loading.tasks import AUTO_CLASSES, begin_head, head_modules, set_labels
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.quantization import (
     check_quantised,
@@ -56,6 +58,8 @@ def load_model_config(source: ModelSource) -> PreTrainedConfig:
         ) from error
     if source.attn_implementation:
         config._attn_implementation = source.attn_implementation
+    if source.labels:
+        set_labels(config, source.labels)
     return config
 
 
@@ -101,6 +105,7 @@ class Checkpoint:
             SplitError: It is no such model, or ``cuts`` do not fit it.
         """
         config = load_model_config(source)
+        auto_class = AUTO_CLASSES[source.task] if source.task else auto_class
         mapping: Any = auto_class._model_mapping
         found = mapping.get(type(config), None)
         model_class = found[0] if isinstance(found, tuple) else found
@@ -109,7 +114,8 @@ class Checkpoint:
                 f"{source.name_or_path!r} is a {config.model_type!r} model, which {auto_class.__name__} "
                 "does not load. Use a model of the kind that is asked for."
             )
-        new_head = auto_class is not AutoModelForCausalLM
+        own_head = source.task in WITH_OWN_HEAD  # which trains whole, so that it may be new
+        new_head = own_head if source.task else auto_class is not AutoModelForCausalLM
         checkpoint = cls(source, config, model_class, new_head)
         if cuts is not None:
             check_splittable(checkpoint.skeleton, checkpoint.stack, cuts)
@@ -167,7 +173,7 @@ class Checkpoint:
         keep_trainable(model)
         if asked is not self.quantization and self.dtype is not None:
             settle_dtype(model, owned, self.dtype)
-        self._check_complete(loaded[1]["missing_keys"])
+        self._settle_missing(model, loaded[1]["missing_keys"])
         model.__class__ = self.model_class
         model.config.name_or_path = self.name_or_path
         model.name_or_path = self.name_or_path
@@ -175,22 +181,27 @@ class Checkpoint:
             check_placed(model, self.stack, cuts)
         return model if placed or device is None else nn.Module.to(model, device)
 
-    def _check_complete(self, missing_keys: Iterable[str]) -> None:
-        """Refuse a checkpoint that lacks tensors of this part.
+    def _settle_missing(self, model: PreTrainedModel, missing_keys: Iterable[str]) -> None:
+        """Begin a head that the checkpoint lacks, and refuse one that lacks anything else.
 
         Raises:
             SplitError: It does.
         """
+        missing_keys = list(missing_keys)
+        heads = head_modules(self.skeleton) if self.new_head else []
         missing = sorted(
             name
             for name in missing_keys
-            if not self.new_head or self.stack.index_of(name) is not None
+            if self.stack.index_of(name) is not None
+            or not any(name.startswith(f"{head}.") for head in heads)
         )
         if missing:
             raise SplitError(
                 f"the checkpoint {self.name_or_path!r} lacks {len(missing)} tensors of this part, "
                 f"such as {missing[0]}. Use a complete checkpoint of {self.model_class.__name__}."
             )
+        if missing_keys:
+            begin_head(model, missing_keys)
 
     def check_trains(self, model: nn.Module, leaf: Tensor, run: Callable[[Tensor], Tensor]) -> None:
         """Check that a quantised part can be trained (:func:`check_quantised`)."""

@@ -24,6 +24,10 @@ class ModelSource:
     """dtype of the weights; None: the checkpoint's."""
     quantization: Quantization | None = None
     """Quantization of the base weights; None: as the checkpoint is."""
+    task: str = ""
+    """What the model does, as ``model.task`` says it; empty: the loader's auto class says so."""
+    labels: tuple[str, ...] = ()
+    """The classes of a classification; empty: those of the checkpoint."""
 
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelSource":
@@ -38,6 +42,8 @@ class ModelSource:
             attn_implementation=config.attn_implementation or None,
             dtype=config.dtype,
             quantization=config.quantization or None,
+            task=config.task,
+            labels=config.label_names,
         )
 
 

@@ -27,6 +27,10 @@ BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
         'early-stopping.metric = "eval-loss" with fraction-evaluate = 0.0',
     ),
     ({"train.auxiliary-head": True}, r'train.auxiliary-head = true with mode = "joint"'),
+    (
+        {"train.auxiliary-head": True, "mode": "forward-only", "model.task": "masked-lm"},
+        "predicts the next token",
+    ),
     ({"local-only-baseline": True, "trunk.train": "full"}, "it would be no baseline"),
     ({"lora.trunk.r": 0}, r"nothing of it would train. Set lora.trunk.r"),
     (OVER_MODEL | {"trunk.step-every": "server-round"}, "all three gradients at the same step"),
@@ -120,7 +124,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 33
+    assert len(rows) == 34
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "

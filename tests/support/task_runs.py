@@ -1,0 +1,136 @@
+"""Tiny models, tokenizers and records for every ``model.task``."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+WORDS = [
+    "sun",
+    "moon",
+    "star",
+    "sea",
+    "land",
+    "rock",
+    "tree",
+    "leaf",
+    "bird",
+    "fish",
+    "red",
+    "blue",
+]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>"]
+VOCABULARY = [*SPECIAL, *WORDS]
+SIZE = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 5}
+
+
+@dataclass(frozen=True)
+class TaskRun:
+    """One task on one family."""
+
+    task: str
+    family: str
+    labels: tuple[str, ...] = ()
+
+
+RUNS = (
+    TaskRun("sequence-classification", "bert", ("sky", "earth")),
+    TaskRun("sequence-classification", "llama", ("sky", "earth")),
+    TaskRun("token-classification", "bert", ("O", "sky", "earth")),
+    TaskRun("masked-lm", "bert"),
+    TaskRun("seq2seq", "t5"),
+    TaskRun("question-answering", "bert"),
+    TaskRun("causal-lm", "llama"),
+)
+
+
+def make_base(path: Path, family: str) -> Path:
+    """A base model without any head for a task, seeded, with a tokenizer of words."""
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    if family == "bert":
+        words.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        special |= {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    else:
+        special["eos_token"] = "</s>"
+    inputs = ["input_ids", "attention_mask"] + (["token_type_ids"] if family == "bert" else [])
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, model_input_names=inputs, **special
+    ).save_pretrained(path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if family == "bert":
+        config = BertConfig(
+            **SIZE, **sizes, intermediate_size=48, max_position_embeddings=32,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        BertForMaskedLM(config).save_pretrained(path)
+    elif family == "llama":
+        config = LlamaConfig(
+            **SIZE, **sizes, intermediate_size=48, num_key_value_heads=2, max_position_embeddings=32
+        )
+        LlamaForCausalLM(config).save_pretrained(path)
+    else:
+        config = T5Config(
+            **SIZE, d_model=32, d_kv=8, d_ff=48, num_layers=4, num_heads=4, dropout_rate=0.0,
+            decoder_start_token_id=0,
+        )  # fmt: skip
+        T5ForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
+def records(task: str, seed: int, count: int) -> list[dict[str, object]]:
+    """Records that can be learned: sky words and earth words, copies, a coloured word."""
+    chance = torch.Generator().manual_seed(seed)
+
+    def pick(words: Sequence[str], number: int) -> list[str]:
+        return [words[int(i)] for i in torch.randint(len(words), (number,), generator=chance)]
+
+    found: list[dict[str, object]] = []
+    for index in range(count):
+        kind = index % 2
+        text = pick(WORDS[:3] if kind == 0 else WORDS[3:6], 3 + index % 3)
+        if task == "sequence-classification":
+            label: object = ["sky", "earth"][kind] if index % 3 else kind  # by name, or index
+            found.append({"text": " ".join(text), "label": label})
+        elif task == "token-classification":
+            words = [*text, *pick(WORDS[6:], 2)]
+            classes = ["O" if w in WORDS[6:] else ["sky", "earth"][w in WORDS[3:6]] for w in words]
+            found.append({"tokens": words, "label": classes})
+        elif task == "question-answering":
+            around = pick(WORDS[6:10], 4)
+            answer = text[:2]
+            context = " ".join([*around[:2], *answer, *around[2:]])
+            start = context.index(" ".join(answer))
+            answers = {"text": [" ".join(answer)], "answer_start": [start]}
+            found.append(
+                {"question": ["red", "blue"][kind], "context": context, "answers": answers}
+            )
+        elif task == "masked-lm":
+            found.append({"text": " ".join(text * 3)})
+        else:
+            found.append({"prompt": " ".join(text), "completion": " ".join(reversed(text))})
+    return found
+
+
+def write_records(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
+    """JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
