@@ -23,7 +23,10 @@ SCORES = {
 @pytest.mark.slow  # seven runs
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_run_of_a_task_ends_with_its_scores(flower: Flower, tmp_path: Path, case: TaskRun) -> None:
-    app = make_app(tmp_path / "app", job(tmp_path, case, **{"trunk.step-every": "local-step"}))
+    app = make_app(
+        tmp_path / "app",
+        job(tmp_path, case, **{"trunk.step-every": "local-step", "train.local-steps": 10}),
+    )
     done = flower.command("flower-split", "run", str(app), "--local")
     assert done.returncode == 0, done.stdout
     frames = load(tmp_path / "run")
