@@ -66,6 +66,8 @@ class TrunkConfig:
     """GiB of saved activations of one client; 0: an equal share."""
     max_calls_in_flight: int = 32
     """Calls that one client may have in progress at the trunk."""
+    max_connections: int = 512
+    """Connections that the trunk's port has open at once, of everybody; one more is closed."""
     call_memory_per_client: float = 1.0
     """GiB of tensors of one client's calls in progress, as they are announced."""
     max_call_positions: int = 262144
@@ -152,7 +154,7 @@ class TrunkConfig:
             "snapshot_memory",
         ):
             above(f"trunk.{kebab(name)}", getattr(self, name), 0)
-        for name in ("num_threads", "max_calls_in_flight", "max_call_positions"):
+        for name in ("num_threads", "max_calls_in_flight", "max_connections", "max_call_positions"):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         one_of("trunk.compute", self.compute, COMPUTE_MODES)
         if bool(self.client_certificate) != bool(self.client_key):

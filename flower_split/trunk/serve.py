@@ -104,6 +104,7 @@ class RunningTrunk(Closing):
                 call_bytes=int(config.trunk.call_memory_per_client * 2**30),
                 call_positions=config.trunk.max_call_positions,
                 first_frame_seconds=config.trunk.first_frame_timeout,
+                connections=config.trunk.max_connections,
             ),
             audit=self._audit,
         )

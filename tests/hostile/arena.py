@@ -5,6 +5,7 @@ digest of a round that the attacker never joined. ``python -m tests.hostile.aren
 """
 
 import logging
+import math
 import os
 import statistics
 import subprocess
@@ -29,38 +30,19 @@ from flower_split.split import CutLayers, split_model
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.limits import Limits
-from tests.hostile.enemy import Enemy
+from tests.hostile.attack import Attack, Attacker, AttackerApart, AttackerHere, Target, Told
 from tests.support.loopback import COORDINATOR_TOKEN, served
 from tests.support.tiny_models import tiny_model
 
 ROWS, POSITIONS, HIDDEN = 4, 64, 256
 FINGERPRINT = {"model": "arena"}
-LIMITS = Limits(calls=16, call_bytes=16 << 20, call_positions=512, first_frame_seconds=3.0)
+LIMITS = Limits(
+    calls=16, call_bytes=16 << 20, call_positions=512, first_frame_seconds=3.0, connections=300
+)
 MAX_RATIO = 2.0
 MAX_GROWTH = 64 << 20
+_TURNS = 2  # of quiet and attack
 _TRIES = 3  # of a step's time, on a machine that does other things
-
-
-@dataclass(frozen=True, slots=True)
-class Attack:
-    """One attack.
-
-    Args:
-        point: Of the threats in ``docs/security.md``: numbers, strangers, memory, members, arguments,
-            credentials.
-        name: What it does.
-        codes: What its calls may be answered with; ``OPEN`` is a call that is still held.
-        make: Makes its calls.
-        repeats: Whether to make them again and again while the honest client works.
-        named: Whether the round must name the attacker as left out for its numbers.
-    """
-
-    point: str
-    name: str
-    codes: frozenset[str]
-    make: Callable[[Enemy], None]
-    repeats: bool = True
-    named: bool = False
 
 
 @dataclass(slots=True)
@@ -69,12 +51,22 @@ class Outcome:
 
     attack: Attack
     answers: Counter[str] = field(default_factory=Counter)
-    quiet: float = 0.0  # seconds of an honest step
-    attacked: float = 0.0
+    quiet_steps: list[float] = field(default_factory=list)  # seconds of honest steps
+    attacked_steps: list[float] = field(default_factory=list)
     growth: int = 0  # bytes of the trunk's resident memory
     same_digest: bool = False
     problems: list[str] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)  # what an answer of each status said
+
+    @property
+    def quiet(self) -> float:
+        """The median step before and after the attack."""
+        return statistics.median(self.quiet_steps)
+
+    @property
+    def attacked(self) -> float:
+        """The median step beside it."""
+        return statistics.median(self.attacked_steps or [math.inf])
 
     @property
     def ratio(self) -> float:
@@ -101,18 +93,20 @@ def trunk_here() -> Iterator["Arena"]:
     """An arena whose trunk is in this process: its memory is not told from the attacker's."""
     engine = make_arena_engine()
     with served(engine, max_workers=64, limits=LIMITS, max_call_seconds=20.0) as port:
-        yield Arena(port, os.getpid(), warm=1, steps=1)
+        yield Arena(port, os.getpid(), AttackerHere(), warm=1, steps=1)
 
 
 @contextmanager
 def trunk_apart() -> Iterator["Arena"]:
-    """An arena whose trunk is a process of its own."""
+    """An arena whose trunk and attacker are processes of their own."""
     command = [sys.executable, "-m", "tests.hostile.arena"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
+    attacker = AttackerApart()
     try:
-        yield Arena(int(process.stdout.readline()), process.pid)
+        yield Arena(int(process.stdout.readline()), process.pid, attacker)
     finally:
+        attacker.close()
         process.stdin.close()
         process.wait(30)
         process.stdout.close()
@@ -124,12 +118,15 @@ class Arena:
     Args:
         port: The trunk's.
         pid: Of its process.
+        attacker: Makes the attacks.
         warm: Honest steps before a measurement.
         steps: Of each measurement.
     """
 
-    def __init__(self, port: int, pid: int, warm: int = 2, steps: int = 5) -> None:
-        self.port = port
+    def __init__(
+        self, port: int, pid: int, attacker: Attacker, warm: int = 2, steps: int = 5
+    ) -> None:
+        self.port, self._attacker = port, attacker
         self._warm, self._steps = warm, steps
         self._statm = Path(f"/proc/{pid}/statm")
         self._rounds = 0
@@ -196,31 +193,40 @@ class Arena:
         session: str,
     ) -> Outcome:
         outcome = Outcome(attack or Attack("", "none", frozenset(), lambda enemy: None))
-        every = 2 * (self._warm + self._steps)
-        work = _Work(honest, every)
-        if attack is None:
-            work.seconds(every)
-            return outcome
-        number = self._rounds
-        enemy = Enemy(
-            self.port, f"attacker-{number}", f"attacker-{number - 1}", name, session, FINGERPRINT
-        )
-        try:
-            enemy.join()
-            work.seconds(self._warm)
-            outcome.quiet = work.seconds(self._steps)
-            before = self.resident()
-            with _Peak(self.resident) as peak, _attacking(attack, enemy, outcome):
-                work.seconds(self._warm)
-                outcome.attacked = work.seconds(self._steps)
-                control.status()
-            outcome.growth = peak.most - before
-        except TrunkError as error:
-            outcome.problems.append(f"the honest side failed: {error}")
-        finally:
-            enemy.close()
-        outcome.answers, outcome.texts = enemy.answers, enemy.texts
+        work = _Work(honest, (2 * _TURNS + 1) * (self._warm + self._steps))
+        if attack is not None:
+            number = self._rounds
+            tokens = f"attacker-{number}", f"attacker-{number - 1}"
+            target = Target(self.port, *tokens, name, session, FINGERPRINT)
+            self._attacker.join(target, attack.name)
+            told = Told()
+            try:
+                self._measure(attack, work, outcome, control)
+            except TrunkError as error:
+                outcome.problems.append(f"the honest side failed: {error}")
+            finally:
+                told = self._attacker.end()
+            outcome.answers, outcome.texts = Counter(told.answers), told.texts
+            outcome.problems += told.problems
+            work.steps(self._warm)
+        outcome.quiet_steps += work.steps(work.left)
         return outcome
+
+    def _measure(
+        self, attack: Attack, work: "_Work", outcome: Outcome, control: TrunkCoordinator
+    ) -> None:
+        """Steps in quiet and under attack, in turns: this machine does other things too."""
+        for _ in range(_TURNS if attack.repeats else 1):
+            work.steps(self._warm)
+            outcome.quiet_steps += work.steps(self._steps)
+            before = self.resident()
+            with _Peak(self.resident) as peak:
+                self._attacker.begin()
+                work.steps(self._warm)
+                outcome.attacked_steps += work.steps(self._steps)
+                control.status()
+            outcome.growth = max(outcome.growth, peak.most - before)
+            self._attacker.pause()
 
     def verdict(self, outcome: Outcome, *, timed: bool = True) -> list[str]:
         """Why an attack succeeded, in words; empty: it did not.
@@ -249,9 +255,13 @@ class _Work:
     def __init__(self, trunk: RemoteTrunk, count: int) -> None:
         self._trunk, self._count, self._next = trunk, count, 0
 
-    def seconds(self, steps: int) -> float:
-        """Make so many; return the median of their seconds."""
-        return statistics.median(self._step() for _ in range(steps))
+    @property
+    def left(self) -> int:
+        return self._count - self._next
+
+    def steps(self, steps: int) -> list[float]:
+        """Make so many; return the seconds of each."""
+        return [self._step() for _ in range(steps)]
 
     def _step(self) -> float:
         index, tokens = self._next, ROWS * POSITIONS
@@ -287,31 +297,6 @@ class _Peak:
     def _run(self) -> None:
         while not self._stop.wait(0.02):
             self.most = max(self.most, self._look())
-
-
-@contextmanager
-def _attacking(attack: Attack, enemy: Enemy, outcome: Outcome) -> Iterator[None]:
-    """Attack inside the block; what is to be held is there before it begins."""
-    stop = threading.Event()
-
-    def run() -> None:
-        try:
-            attack.make(enemy)
-            while attack.repeats and not stop.wait(0.01):
-                attack.make(enemy)
-        except Exception as error:  # a fault of the attack, which must not look like a defence
-            outcome.problems.append(f"the attack broke: {error!r}")
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    if not attack.repeats:
-        thread.join()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        enemy.let_go()
 
 
 def main() -> None:

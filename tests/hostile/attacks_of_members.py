@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.wire.sending import Outgoing
-from tests.hostile.arena import Attack
+from tests.hostile.attack import Attack
 from tests.hostile.attacks_of_strangers import (
     CONTROL,
     COORDINATORS,
@@ -90,6 +90,19 @@ def members() -> Iterator[Attack]:
             enemy.start("Forward", 1, frames, silent=False, timeout=20.0)
 
     yield Attack("members", "forwards-that-keep-nothing", flooded, unrecorded)
+
+    def refused(enemy: Enemy) -> None:
+        for _ in range(8):
+            frames = enemy.forward(enemy.count, trunk_epoch=enemy.epoch ^ 1)
+            enemy.start("Forward", 1, frames, silent=False, timeout=20.0)
+
+    yield Attack("members", "a-flood-of-calls-that-are-each-refused", flooded, refused)
+
+    def reread(enemy: Enemy) -> None:
+        enemy.call("Forward", enemy.forward(enemy.count))
+
+    read = frozenset({"OK", "RESOURCE_EXHAUSTED"})
+    yield Attack("members", "forwards-that-are-read-and-never-followed", read, reread)
 
     def pairs(enemy: Enemy) -> None:
         index = enemy.count

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from flower_split.wire.grpc_options import Metadata, bearer
-from tests.hostile.arena import Attack
+from tests.hostile.attack import Attack
 from tests.hostile.enemy import Enemy
 
 Make = Callable[[Enemy], None]
@@ -47,6 +47,14 @@ def strangers() -> Iterator[Attack]:
                 enemy.call(method, [b""], metadata(enemy))  # type: ignore[operator]
 
             yield Attack("strangers", f"{method}-{name}", STRANGER, probe)
+
+        def flood(enemy: Enemy, metadata: object = metadata) -> None:
+            given = metadata(enemy)  # type: ignore[operator]
+            enemy.start("Forward", 8, [b""], given, silent=False, timeout=20.0)
+
+        # UNAVAILABLE: HTTP/2 refuses streams above those that a connection may have.
+        flooded = STRANGER | {"OPEN", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+        yield Attack("strangers", f"a-flood-of-Forward-{name}", flooded, flood)
     health = "/grpc.health.v1.Health/Check"
     yield Attack(
         "strangers",
@@ -54,6 +62,13 @@ def strangers() -> Iterator[Attack]:
         frozenset({"OPEN", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED"}),
         silent(health, 100, lambda enemy: ()),
         repeats=False,
+    )
+    checked = frozenset({"OK", "OPEN", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"})
+    yield Attack(
+        "strangers",
+        "a-flood-of-health-checks",
+        checked,
+        lambda enemy: enemy.start(health, 8, [b""], (), silent=False, timeout=20.0),
     )
     yield Attack(
         "strangers",
@@ -104,6 +119,19 @@ def memory() -> Iterator[Attack]:
             enemy.connect(200, data)
 
         yield Attack("memory", f"200-connections-that-{name}", connected, connect, repeats=False)
+
+    def reconnect(enemy: Enemy) -> None:
+        enemy.disconnect()
+        enemy.connect(100, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+
+    yield Attack("memory", "400-connections", connected, lambda e: e.connect(400), repeats=False)
+    yield Attack("memory", "100-connections-again-and-again", connected, reconnect)
+
+    def many_frames(enemy: Enemy) -> None:
+        enemy.start("Forward", 380, [large], bearer("nobody's"), timeout=20.0)
+
+    held = STRANGER | {"OPEN", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
+    yield Attack("memory", "380-first-frames-of-8-MiB", held, many_frames, repeats=False)
     yield Attack(
         "memory",
         "metadata-of-7-KiB",

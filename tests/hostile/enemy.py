@@ -5,6 +5,7 @@ import socket
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import grpc
 import torch
@@ -174,8 +175,7 @@ class Enemy:
         self.let_go()
         for channel in self._channels:
             channel.close()
-        for one in self._sockets:
-            one.close()
+        self.disconnect()
 
     # ---- messages
 
@@ -220,9 +220,16 @@ class Enemy:
         """Open connections that send ``data`` and then nothing."""
         for _ in range(count):
             one = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-            one.sendall(data)
+            with suppress(ConnectionError):  # it is closed at once, beyond so many
+                one.sendall(data)
             self._sockets.append(one)
             self.answers["CONNECTED"] += 1
+
+    def disconnect(self) -> None:
+        """Close the connections of :meth:`connect`."""
+        for one in self._sockets:
+            one.close()
+        self._sockets.clear()
 
     def stall_inside_messages(self, count: int, token: str) -> None:
         """HTTP/2 streams that announce a message of 8 MiB, send a part of it, and stop."""

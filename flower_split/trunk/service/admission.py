@@ -2,7 +2,8 @@
 
 The synchronous server gives every call a worker, which then waits for the call's first message. The
 check therefore runs when the call's metadata has arrived: a stranger's call gets a handler that reads
-nothing and answers at once, in the same words whatever is wrong with its credential.
+nothing and answers in the same words whatever is wrong with its credential. So does a participant's call
+above its share. Refusals have a rate (:mod:`flower_split.trunk.service.pacing`); no worker waits for it.
 """
 
 import hmac
@@ -15,11 +16,20 @@ import grpc
 from flower_split.errors import ConfigError, RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.runtime.secret_files import TokenFile
 from flower_split.trunk.service.client_certificates import UNKNOWN_TOKEN, CertificateGate
-from flower_split.trunk.service.handlers import Answering, Context, FirstFrames, bearer_in
+from flower_split.trunk.service.control import CONTROL_CALLS
+from flower_split.trunk.service.handlers import (
+    Answering,
+    Context,
+    FirstFrames,
+    Quotas,
+    bearer_in,
+)
+from flower_split.trunk.service.limits import over_checks, over_refusals
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE
 
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
+_POOL = "experimental_thread_pool"  # gRPC's name for the pool that a behaviour runs in
 _HEALTH_WORKERS = 4  # that health checks, which need no credential, may hold at once
 
 Request = TypeVar("Request")
@@ -59,6 +69,7 @@ class Admission(grpc.ServerInterceptor):
             it must not wait.
         refusals: Notes who was refused.
         first_frames: Reads the request of a health check.
+        quotas: Of the calls in progress.
         gate: Checks the certificates of calls; None: there are none.
     """
 
@@ -68,8 +79,10 @@ class Admission(grpc.ServerInterceptor):
         knows_token: Callable[[str], bool],
         refusals: RefusalLog,
         first_frames: FirstFrames,
+        quotas: Quotas,
         gate: CertificateGate | None = None,
     ) -> None:
+        self._quotas = quotas
         self._gate = gate
         self._coordinator_token = coordinator_token
         self._knows_token = knows_token
@@ -85,7 +98,11 @@ class Admission(grpc.ServerInterceptor):
         """Return the call's own handler, or the one that refuses it."""
         service, _, method = details.method.lstrip("/").partition("/")
         if details.method == _HEALTH_CHECK:
-            return self._limited(continuation(details))
+            if not self._refusals.pace.is_over(_HEALTH_CHECK):
+                self._refusals.pace.count(_HEALTH_CHECK)
+                return self._limited(continuation(details))
+            often = self._refusing(method, over_checks(), _HEALTH_CHECK)
+            return cast("grpc.RpcMethodHandler[Request, Reply]", often)
         if service != SERVICE:
             return None
         token = bearer_in(details.invocation_metadata)
@@ -93,6 +110,12 @@ class Admission(grpc.ServerInterceptor):
             coordinator = not self._knows_token(token)
             if not coordinator or self._coordinator_token.accepts(token):
                 handler = continuation(details)
+                refusal = None
+                if token in self._refusals.pace.spent or token in self._quotas.full:
+                    refusal = None if coordinator else self._above_share(token, method)
+                if refusal is not None:
+                    refusing = self._refusing(method, refusal, token)
+                    handler = cast("grpc.RpcMethodHandler[Request, Reply]", refusing)
                 if self._gate is None or handler is None:
                     return handler
                 gate, refusals = self._gate, self._refusals
@@ -105,14 +128,26 @@ class Admission(grpc.ServerInterceptor):
                             raise refusal
 
                 return _checked(handler, check)
+        stranger = TrunkRefused(RefusalReason.UNAUTHENTICATED, UNKNOWN_TOKEN)
         # Nothing is read or written by it, so the types of requests and replies are no matter.
-        return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method))
+        return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method, stranger))
 
-    def _refusing(self, method: str) -> "grpc.RpcMethodHandler[bytes, bytes]":
+    def _above_share(self, token: str, method: str) -> TrunkRefused | None:
+        """Return why a participant's call is refused before anything is done for it; None: it is not."""
+        if self._refusals.pace.is_over(token):
+            return over_refusals()
+        return self._quotas.above_share(token, control=method in CONTROL_CALLS)
+
+    def _refusing(
+        self, method: str, refusal: TrunkRefused, token: str = ""
+    ) -> "grpc.RpcMethodHandler[bytes, bytes]":
+        """Return a handler that refuses a call when the refusal of its caller is due."""
+
         def refuse(requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-            with Answering(context, method, self._refusals):
-                raise TrunkRefused(RefusalReason.UNAUTHENTICATED, UNKNOWN_TOKEN)
+            with Answering(context, method, self._refusals, counts=False):
+                raise refusal
 
+        setattr(refuse, _POOL, self._refusals.pace.lane(token))
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _limited(
@@ -155,6 +190,8 @@ def _checked(
             check(context)
             return behaviour(asked, context)
 
+        if hasattr(behaviour, _POOL):
+            setattr(run, _POOL, getattr(behaviour, _POOL))
         return run
 
     forms = handler.request_deserializer, handler.response_serializer

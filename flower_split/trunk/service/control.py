@@ -18,6 +18,11 @@ from flower_split.trunk.service.refusals import RefusalLog
 
 Request = TypeVar("Request", bound=Message)
 
+# Of a client: a few may be in progress beside its calls with tensors.
+CONTROL_CALLS = frozenset(
+    {"OpenSession", "WaitVersion", "ShortenPlan", "CloseSession", "ShareMemory"}
+)
+
 
 def _let_in(context: Context) -> AbstractContextManager[object]:
     return nullcontext()

@@ -7,7 +7,6 @@ its reply has left, and is cut off where it takes longer than the trunk allows.
 import hmac
 import logging
 import math
-import secrets
 import threading
 import time
 from collections import Counter, OrderedDict, deque
@@ -18,25 +17,19 @@ from contextlib import AbstractContextManager
 from functools import partial
 from itertools import chain
 from types import TracebackType
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import grpc
 from google.protobuf.message import Message
 
-from flower_split.errors import (
-    CodecError,
-    FlowerSplitError,
-    RefusalReason,
-    TrunkRefused,
-    TrunkUnavailable,
-)
+from flower_split.errors import CodecError, RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
 from flower_split.trunk.service.audit_log import Told, event_of
 from flower_split.trunk.service.client_certificates import common_name
 from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.wire.grpc_status import REFUSAL_KEY, TrunkBusy, status_of
+from flower_split.wire.grpc_status import TrunkBusy
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +49,17 @@ class Answering(AbstractContextManager["Answering"]):
         context: Of the call.
         method: Its name, for the log.
         refusals: Notes refused calls.
+        counts: Whether a refusal of this call makes its caller's next ones slower.
 
     Attributes:
         header: What the call says of itself, once it has been read; for the audit log.
         digest: Of what arrived.
     """
 
-    def __init__(self, context: Context, method: str, refusals: RefusalLog) -> None:
+    def __init__(
+        self, context: Context, method: str, refusals: RefusalLog, *, counts: bool = True
+    ) -> None:
+        self._counts = counts
         self.header: Message | None = None
         self.digest = b""
         self._context = context
@@ -76,30 +73,16 @@ class Answering(AbstractContextManager["Answering"]):
         trace: TracebackType | None,
     ) -> None:
         """End the call with the status of ``error``, if there is one."""
+        token = None
+        if error is not None or self._refusals.audit is not None:
+            token = bearer_in(self._context.invocation_metadata())
         if self._refusals.audit is not None:
-            token, name = bearer_in(self._context.invocation_metadata()), common_name(self._context)
+            name = common_name(self._context)
             told = Told(self._context.peer(), token, self._method, self.header, self.digest, name)
             self._refusals.audit.note(event_of(told, error))
-        if isinstance(error, FlowerSplitError):
-            code, text, refusal = status_of(error)
-            if refusal is not None:
-                self._context.set_trailing_metadata(((REFUSAL_KEY, refusal.SerializeToString()),))
-            logger.debug("%s: %s, %s", self._method, code.name, text)
-            self._refusals.note(self._context.peer(), self._method, error)
-            _abort(self._context, code, text)
-        elif isinstance(error, Exception) and not isinstance(error, grpc.RpcError):
-            # (An RpcError: the client has gone; nobody is there to be told.)
-            incident = secrets.token_hex(4)
-            logger.error("%s failed, incident %s", self._method, incident, exc_info=error)
-            text = (
-                f"the trunk failed at {self._method}; its log says why under incident {incident}."
-            )
-            _abort(self._context, grpc.StatusCode.INTERNAL, text)
-
-
-def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
-    context.abort(code, text)
-    raise AssertionError("grpc's abort raises")
+        if error is not None:
+            given = token if token and self._counts else ""
+            self._refusals.end_call(self._context, self._method, error, given)
 
 
 def bearer_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> str | None:
@@ -228,10 +211,14 @@ class Quotas:
         waiting: Calls that may wait for others at once, of all sessions.
         limits: Of one session.
         max_call_seconds: Until a call is cut off.
+
+    Attributes:
+        full: Tokens that have been refused for their calls in progress. Read without the lock.
     """
 
     def __init__(self, waiting: int, limits: Limits, max_call_seconds: float) -> None:
         self.limits, self._most_unread = limits, limits.unread
+        self.full: set[str] = set()
         self._waiting = waiting
         self._max_seconds = max_call_seconds + _GRACE_SECONDS
         self._lock = threading.Lock()
@@ -249,13 +236,11 @@ class Quotas:
             TrunkRefused: Its session makes too many, or leaves replies unread (OVER_BUDGET).
             TrunkBusy: Too many calls wait.
         """
-        token, limits = place.token, self.limits
+        token = place.token
         with self._lock:
-            self._forget_ended()
-            if self._calls[token] >= limits.calls + (_CONTROL_CALLS if place.control else 0):
-                raise limits.over_calls()
-            if self._unread[token] >= self._most_unread:
-                raise limits.over_unread()
+            over = self._above_share(token, control=place.control)
+            if over is not None:
+                raise over
             if place.waits and self._num_waiting >= self._waiting:
                 raise TrunkBusy(f"{self._waiting} calls wait at the trunk; try this one again.")
             self._calls[token] += 1
@@ -264,6 +249,11 @@ class Quotas:
         # Called where the call's last byte has left, on the thread that accepts calls: no lock there.
         if not place.context.add_callback(partial(self._ended.append, place)):
             self._ended.append(place)  # it is over already: its caller has gone
+
+    def above_share(self, token: str, *, control: bool) -> TrunkRefused | None:
+        """Return why a session's next call would be too many now; None: it would not."""
+        with self._lock:
+            return self._above_share(token, control=control)
 
     def announce(self, place: "Holding", num_bytes: int) -> None:
         """Count the bytes of a call's tensors in, before anything is allocated for them.
@@ -294,6 +284,16 @@ class Quotas:
             overdue = [place for place, until in self._open.items() if until < now]
         for place in overdue:
             place.context.cancel()
+
+    def _above_share(self, token: str, *, control: bool) -> TrunkRefused | None:
+        self._forget_ended()
+        over = None
+        if self._calls[token] >= self.limits.calls + (_CONTROL_CALLS if control else 0):
+            over = self.limits.over_calls()
+        elif self._unread[token] >= self._most_unread:
+            over = self.limits.over_unread()
+        (self.full.discard if over is None else self.full.add)(token)
+        return over
 
     def _forget_ended(self) -> None:
         """Count out whose reply has left, or has nobody to read it."""

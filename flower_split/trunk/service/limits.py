@@ -15,6 +15,7 @@ class Limits:
     call_bytes: int = 1 << 30  # trunk.call-memory-per-client: of their tensors, as announced
     call_positions: int = 1 << 18  # trunk.max-call-positions: rows x positions of each
     first_frame_seconds: float = 20.0  # trunk.first-frame-timeout: until a call says what it is
+    connections: int = 512  # trunk.max-connections: of everybody
 
     def over_calls(self) -> TrunkRefused:
         """Return the refusal of a call too many."""
@@ -49,6 +50,19 @@ class Limits:
             f"a call may have {self.call_positions} rows x positions (trunk.max-call-positions); this "
             f"one has {rows} x {positions}. Send smaller batches, or raise the key at the trunk."
         )
+
+
+def over_refusals() -> TrunkRefused:
+    """Return the refusal of a client that was refused too often a moment ago."""
+    return _over(
+        "too many calls of this client were refused a moment ago, so its next ones are refused unread. "
+        "Correct what its log names, and let it try again in some seconds."
+    )
+
+
+def over_checks() -> TrunkRefused:
+    """Return the refusal of a health check too many."""
+    return _over("too many health checks were made a moment ago; ask again in some seconds.")
 
 
 def _over(message: str) -> TrunkRefused:

@@ -1,13 +1,18 @@
 """The trail of refused calls: one line a second at most, and counts of all."""
 
 import logging
+import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 
+import grpc
+
 from flower_split.errors import FlowerSplitError, RefusalReason
 from flower_split.trunk.service.audit_log import AuditLog, reason_of
+from flower_split.trunk.service.pacing import Pace
+from flower_split.wire.grpc_status import REFUSAL_KEY, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +27,9 @@ class RefusalLog:
     Args:
         clock: Monotonic seconds; tests pass their own.
         audit: Where every call is noted; None: nowhere.
+
+    Attributes:
+        pace: How fast calls are refused; the log's owner closes it.
     """
 
     def __init__(
@@ -29,6 +37,7 @@ class RefusalLog:
     ) -> None:
         self._clock = clock
         self.audit = audit
+        self.pace = Pace(clock)
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()  # by method and reason
         self._silent = 0  # refusals since the last line
@@ -40,11 +49,46 @@ class RefusalLog:
         with self._lock:
             return dict(self._counts)
 
-    def note(self, peer: str, method: str, error: FlowerSplitError) -> None:
-        """Count a refused call, and log it unless another one was logged a moment ago."""
+    def end_call(
+        self, context: grpc.ServicerContext, method: str, error: BaseException, token: str
+    ) -> None:
+        """End a call with the status of what it raised; raises what gRPC's ``abort`` does.
+
+        Args:
+            context: Of the call.
+            method: Its name.
+            error: One that nobody expects is INTERNAL, and its log entry has the incident's number.
+            token: As for :meth:`note`.
+        """
+        if isinstance(error, FlowerSplitError):
+            code, text, refusal = status_of(error)
+            if refusal is not None:
+                context.set_trailing_metadata(((REFUSAL_KEY, refusal.SerializeToString()),))
+            logger.debug("%s: %s, %s", method, code.name, text)
+            self.note(context.peer(), method, error, token)
+            context.abort(code, text)
+        elif isinstance(error, Exception) and not isinstance(error, grpc.RpcError):
+            # (An RpcError: the client has gone; nobody is there to be told.)
+            incident = secrets.token_hex(4)
+            logger.error("%s failed, incident %s", method, incident, exc_info=error)
+            text = f"the trunk failed at {method}; its log says why under incident {incident}."
+            context.abort(grpc.StatusCode.INTERNAL, text)
+
+    def note(self, peer: str, method: str, error: FlowerSplitError, token: str = "") -> None:
+        """Count a refused call, and log it unless another one was logged a moment ago.
+
+        Args:
+            peer: Its address.
+            method: Its name.
+            error: What it is answered with.
+            token: A participant's, whose next calls are refused unread where it has too many such;
+                empty: the refusal has been counted there.
+        """
         reason = reason_of(error)
         if not reason:
             return  # the round was given up, or the trunk is busy: no fault of the caller
+        if token:
+            self.pace.count(token)
         with self._lock:
             self._counts[method, reason] += 1
             now = self._clock()

@@ -99,9 +99,11 @@ class TrunkServer(Closing):
 
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
-            options=server_options(),
+            options=server_options(limits.connections),
             interceptors=[
-                Admission(credential, engine.knows_token, refusals, first_frames, self._gate),
+                Admission(
+                    credential, engine.knows_token, refusals, first_frames, quotas, self._gate
+                ),
                 *interceptors,
             ],
         )
@@ -147,6 +149,7 @@ class TrunkServer(Closing):
         self._server.stop(grace).wait()
         self._watch.close()
         self._first_frames.close()
+        self.refusals.pace.close()
 
     def close(self) -> None:
         """Stop without grace."""
