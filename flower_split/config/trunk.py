@@ -52,6 +52,8 @@ class TrunkConfig:
     window_batches: str = "off"
     """Whether the trunk computes the clients' micro-batches of one place in a window as one batch, in
     slot order: on, or off (each alone)."""
+    window_batch_positions: int = 8192
+    """Rows times positions of one pass of such a batch, padding included; more take several passes."""
     join_timeout: float = 120.0
     """Seconds from the round's start until every participant must have joined."""
     window_timeout: float = 120.0
@@ -116,6 +118,11 @@ class TrunkConfig:
             return min(1.0, self.quorum_count / num_participants)
         return self.quorum
 
+    @property
+    def batch_positions(self) -> int:
+        """Rows times positions of one pass of a window batch; 0: there are none."""
+        return self.window_batch_positions if self.window_batches == "on" else 0
+
     def __post_init__(self) -> None:
         """Check choices and ranges."""
         one_of("trunk.train", self.train, ("lora", "full"))
@@ -154,7 +161,13 @@ class TrunkConfig:
             "snapshot_memory",
         ):
             above(f"trunk.{kebab(name)}", getattr(self, name), 0)
-        for name in ("num_threads", "max_calls_in_flight", "max_connections", "max_call_positions"):
+        for name in (
+            "num_threads",
+            "max_calls_in_flight",
+            "max_connections",
+            "max_call_positions",
+            "window_batch_positions",
+        ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         one_of("trunk.compute", self.compute, COMPUTE_MODES)
         if bool(self.client_certificate) != bool(self.client_key):

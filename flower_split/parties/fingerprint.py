@@ -95,7 +95,11 @@ def settings(config: RunConfig) -> dict[str, str]:
         "trunk.on-bad-client": trunk.on_bad_client,
         "trunk.window-rule": trunk.window_rule,
         # Only where it is on: a client that knows nothing of it works with a trunk where it is off.
-        **({"trunk.window-batches": "on"} if trunk.window_batches == "on" else {}),
+        **(
+            {"trunk.window-batches": f"on, passes of {trunk.batch_positions}"}
+            if trunk.batch_positions
+            else {}
+        ),
         **_optimizer_fields(trunk.optimizer),
         **_task_fields(config),
     }

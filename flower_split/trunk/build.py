@@ -75,7 +75,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
         inputs=inputs,
         window_rule=window_rule,
-        window_batches=config.trunk.window_batches == "on",
+        batch_positions=config.trunk.batch_positions,
         shares=Shares(
             evaluations=config.trunk.max_evaluations,
             compute_seconds=config.trunk.max_compute_seconds,
@@ -91,7 +91,11 @@ def _compute(config: RunConfig, trunk: TrunkModel) -> TrunkCompute:
         compute_fast(trunk, trunk.stack.layers(trunk))
     compute = TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed, fused=fast)
     if fast and compute.device.type == "cuda":
-        warm_up(compute, trunk.hidden_size, config.train.batch_size, config.train.sequence_length)
+        rows, length = config.train.batch_size, config.train.sequence_length
+        if config.trunk.batch_positions:
+            most = max(rows, config.trunk.batch_positions // length)
+            rows = min(rows * config.num_clients, most)
+        warm_up(compute, trunk.hidden_size, rows, length)
     return compute
 
 

@@ -4,7 +4,7 @@ Everything is the product's own: a trunk process on loopback, clients in process
 local training spine. The model has random weights; the unsplit reference trains the same LoRA in one
 process. All run in turns on one machine within one run, and the ratios are what counts.
 
-Usage: ``python simulations/benchmarks/split_step.py [--preset tiny|1b|7b] [--clients 1 2 4 8]``
+Usage: ``python simulations/benchmarks/split_step.py [--preset tiny|small|1b|7b] [--clients 1 2 4 8]``
 """
 
 import argparse
@@ -63,6 +63,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(128, 8, 4, 352, 2048, (2, 6), 8, 128, "float32"),
+    "small": Preset(768, 12, 12, 2048, 32000, (2, 10), 8, 128, "float32"),
     "1b": Preset(2048, 16, 16, 5632, 32000, (1, 15), 8, 512, "bfloat16"),
     "7b": Preset(4096, 32, 32, 11008, 32000, (2, 30), 8, 512, "bfloat16"),
 }
@@ -85,11 +86,14 @@ def write_checkpoint(preset: Preset, path: Path, device: str) -> None:
     model.save_pretrained(path)
 
 
-def make_config(preset: Preset, path: Path, args: argparse.Namespace) -> RunConfig:
-    """LoRA of rank 16 on every part."""
+def make_config(
+    preset: Preset, path: Path, args: argparse.Namespace, rows: int = 0, clients: int = 1
+) -> RunConfig:
+    """LoRA of rank 16 on every part; of rows and clients a trunk in mode fast makes its first shapes."""
     part = LoraPartConfig(r=16, alpha=32.0)
     return RunConfig(
         num_server_rounds=1,
+        num_clients=clients,
         model=ModelConfig(
             name=str(path),
             first_cut=preset.cuts[0],
@@ -100,7 +104,8 @@ def make_config(preset: Preset, path: Path, args: argparse.Namespace) -> RunConf
         lora=LoraConfigs(bottom=part, trunk=part, top=part),
         train=TrainConfig(
             local_steps=args.steps,
-            batch_size=preset.batch,
+            batch_size=rows or preset.batch,
+            sequence_length=preset.sequence,
             gradient_accumulation_steps=args.accumulate,
             micro_batches_in_flight=args.in_flight,
             num_threads=args.threads,
@@ -112,6 +117,8 @@ def make_config(preset: Preset, path: Path, args: argparse.Namespace) -> RunConf
             num_threads=args.threads,
             wire_dtype=args.wire_dtype,
             device_map=args.device_map,
+            window_batches=args.window_batches,
+            window_batch_positions=args.batch_positions,
         ),
     )
 
@@ -222,7 +229,7 @@ def measure_unsplit(preset, args, path, rows) -> list[StepMetrics]:
 
 def measure_split(preset, args, path, rows, count: int) -> list[StepMetrics]:
     """The steps of the first of ``count`` clients that train at once."""
-    config = make_config(preset, path, args)
+    config = make_config(preset, path, args, rows, count)
     with closing(TrunkProcess.start(config, 600.0)) as trunk:
         coordinator = TrunkCoordinator(trunk.address, trunk.token, timeout=120.0)
         clients = [in_process(run_client, preset, args, path, rows) for _ in range(count)]
@@ -258,6 +265,12 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compute", choices=["exact", "fast"], default="exact")
+    parser.add_argument(
+        "--window-batches", choices=["off", "on"], default="off", help="as trunk.window-batches"
+    )
+    parser.add_argument(
+        "--batch-positions", type=int, default=8192, help="as trunk.window-batch-positions"
+    )
     parser.add_argument("--wire-dtype", default="native")
     parser.add_argument("--activation-memory", type=float, default=60.0, help="GiB")
     parser.add_argument("--quantization", default="", help="as model.quantization")

@@ -59,7 +59,7 @@ def make_engine(
     checkpoints: CheckpointStore | None = None,
     window_rule: WindowRule | None = None,
     shares: Shares | None = None,
-    window_batches: bool = False,
+    batch_positions: int = 0,
     clock=time.monotonic,
 ) -> TrunkEngine:
     """An engine around a fresh :class:`ToyTrunk`."""
@@ -76,7 +76,7 @@ def make_engine(
         checkpoints=checkpoints,
         window_rule=window_rule,
         shares=shares,
-        window_batches=window_batches,
+        batch_positions=batch_positions,
         clock=clock,
     )
 

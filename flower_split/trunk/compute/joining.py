@@ -4,7 +4,8 @@ Rows are in the order of slots. Shorter sequences are padded on the right to the
 padding mask 0 there, and lose the padding again. Micro-batches that differ in more than their rows and
 lengths (own cut layers, whole masks, arguments that a client makes for the layers) go into passes of
 their own, and so do lengths that are too far apart: a pass has at most ``MAX_PADDED`` times the
-positions that its clients sent.
+positions that its clients sent. Nor has a pass more positions than it may, but for one micro-batch that
+has more by itself: which passes there are depends on what was sent alone.
 
 Shapes: hidden states ``[rows, positions, hidden]``; padding mask ``[rows, positions]``; position ids
 ``[rows or 1, positions]``, with an axis before them where the model has several.
@@ -58,17 +59,18 @@ class Rows:
         return joined[self.first : self.first + self.count, : self.positions]
 
 
-def passes_of(parts: Sequence[Part], *, takes_mask: bool) -> list[list[Part]]:
+def passes_of(parts: Sequence[Part], *, takes_mask: bool, max_positions: int) -> list[list[Part]]:
     """Return which micro-batches go together, each list in slot order, the lists by their first slot.
 
     Args:
         parts: One per slot.
         takes_mask: Whether the model takes a padding mask, without which nothing can be padded.
+        max_positions: Rows times positions of a pass, with padding.
     """
     kinds: dict[Hashable, list[Part]] = {}
     for part in sorted(parts, key=lambda item: item.slot):
         kinds.setdefault(_kind(part, takes_mask), []).append(part)
-    found = [group for same in kinds.values() for group in _by_length(same)]
+    found = [group for same in kinds.values() for group in _by_length(same, max_positions)]
     return sorted(found, key=lambda group: group[0].slot)
 
 
@@ -126,13 +128,13 @@ def _kind(part: Part, takes_mask: bool) -> Hashable:
     )
 
 
-def _by_length(parts: Sequence[Part]) -> list[list[Part]]:
-    """Return the parts in groups of like lengths, each in slot order."""
+def _by_length(parts: Sequence[Part], max_positions: int) -> list[list[Part]]:
+    """Return the parts in groups of like lengths that are not too large, each in slot order."""
     groups: list[list[Part]] = []
     rows = positions = 0
     for part in sorted(parts, key=lambda item: (item.hidden.shape[1], item.slot)):
         rows, positions = rows + part.hidden.shape[0], positions + part.num_positions
-        if not groups or rows * part.hidden.shape[1] > MAX_PADDED * positions:
+        if not groups or rows * part.hidden.shape[1] > min(MAX_PADDED * positions, max_positions):
             groups.append([])
             rows, positions = part.hidden.shape[0], part.num_positions
         groups[-1].append(part)

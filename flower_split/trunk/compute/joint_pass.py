@@ -9,7 +9,7 @@ Shapes: hidden states ``[rows, positions, hidden]``.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -91,24 +91,30 @@ class JointCompute:
     Args:
         compute: The trunk module.
         takes_mask: Whether its model takes a padding mask.
+        max_positions: Rows times positions of a pass.
     """
 
-    def __init__(self, compute: TrunkCompute, *, takes_mask: bool) -> None:
+    def __init__(self, compute: TrunkCompute, *, takes_mask: bool, max_positions: int) -> None:
         self._compute = compute
         self._takes_mask = takes_mask
+        self._max_positions = max_positions
 
-    def forward(self, parts: Sequence[Part], seed_of: str) -> Forwarded:
+    def forward(
+        self, parts: Sequence[Part], seed_of: str, keep: Callable[[JointPass], None]
+    ) -> Forwarded:
         """Run the micro-batches of one place in the window, and keep what the backward needs.
 
         Args:
             parts: One per slot, in any order.
             seed_of: Names the batch for its dropout masks: the same name and parts, the same masks.
+            keep: Called after every pass: it may take the graph away before the next one is made.
         """
         result = Forwarded()
-        for group in passes_of(parts, takes_mask=self._takes_mask):
+        groups = passes_of(parts, takes_mask=self._takes_mask, max_positions=self._max_positions)
+        for group in groups:
             name = f"{seed_of}/{group[0].slot}"
             try:
-                self._forward(group, name, result)
+                keep(self._forward(group, name, result))
             except Exception as error:
                 if len(group) == 1:
                     result.failures[group[0].slot] = error
@@ -116,14 +122,14 @@ class JointCompute:
                 logger.warning("slots %s are computed one by one: %s", _slots(group), error)
                 for part in group:
                     try:
-                        self._forward([part], f"{seed_of}/{part.slot}", result)
+                        keep(self._forward([part], f"{seed_of}/{part.slot}", result))
                     except Exception as own:
                         result.failures[part.slot] = own
         if self._compute.device.type == "cuda":  # other threads read on streams of their own
             torch.cuda.current_stream(self._compute.device).synchronize()
         return result
 
-    def _forward(self, group: Sequence[Part], seed_of: str, result: Forwarded) -> None:
+    def _forward(self, group: Sequence[Part], seed_of: str, result: Forwarded) -> JointPass:
         compute = self._compute
         output, activation = compute.forward_train(
             joined(group, compute.device, compute.dtype),
@@ -135,6 +141,7 @@ class JointCompute:
         result.passes.append(made)
         for rows in made.rows:
             result.outputs[rows.slot] = rows.of(output).to(rows.dtype)
+        return made
 
     def backward(self, passes: Sequence[JointPass], given: Mapping[int, Given]) -> Backwarded:
         """Run the backward of a batch for the slots that give a gradient; the others' rows are 0."""

@@ -19,7 +19,7 @@ from flower_split.runtime import failpoints
 from flower_split.trunk.compute.checks import MASK, InputSchema
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import MAX_PADDED, Part
-from flower_split.trunk.compute.joint_pass import Given, JointCompute
+from flower_split.trunk.compute.joint_pass import Given, JointCompute, JointPass
 from flower_split.trunk.compute.screening import check_weights
 from flower_split.trunk.compute.window_sum import Counted, WindowSum
 from flower_split.trunk.engine.compute_thread import ComputeThread
@@ -45,6 +45,7 @@ class BatchCalls:
         inputs: What a forward may bring.
         thread: Where batches run.
         settle: Called on the compute thread after every backward that counted.
+        max_positions: Rows times positions of a pass.
     """
 
     def __init__(
@@ -54,12 +55,13 @@ class BatchCalls:
         inputs: InputSchema,
         thread: ComputeThread,
         settle: Callable[[Round], None],
+        max_positions: int,
     ) -> None:
         self._index = index
         self._changed, self._clock = index.changed, index.clock
         self._compute = compute
         takes_mask = any(len(form.shape) == 2 for form in inputs.plain.get(MASK, ()))
-        self._joint = JointCompute(compute, takes_mask=takes_mask)
+        self._joint = JointCompute(compute, takes_mask=takes_mask, max_positions=max_positions)
         self._thread = thread
         self._settle = settle
 
@@ -186,13 +188,12 @@ class BatchCalls:
             for waiting in there
             if isinstance(waiting.item.call, ForwardCall)
         ]
-        made = self._joint.forward(parts, f"{server_round}/{window}/batch/{batch.micro_batch}")
+        made = self._joint.forward(
+            parts,
+            f"{server_round}/{window}/batch/{batch.micro_batch}",
+            partial(self._keep, current, window, batch.micro_batch),
+        )
         with self._changed:
-            for one in made.passes:
-                keys = {
-                    (slot, window, batch.micro_batch): share for slot, share in one.shares().items()
-                }
-                current.activations.put_joint(keys, one.activation)
             assert current.batches is not None
             current.batches.forwarded(batch, made.passes, made.outputs)
         if len(made.passes) > 1:
@@ -204,6 +205,12 @@ class BatchCalls:
                 len(made.passes),
             )
         return {**outcomes, **made.outputs, **made.failures}
+
+    def _keep(self, current: Round, window: int, micro_batch: int, one: JointPass) -> None:
+        """Keep a pass within the budget, before the next one is made."""
+        shares = {(slot, window, micro_batch): share for slot, share in one.shares().items()}
+        with self._changed:
+            current.activations.put_joint(shares, one.activation)
 
     def _backward(self, current: Round, batch: Batch, calls: Sequence[Waiting]) -> Outcomes:
         with self._changed:

@@ -76,8 +76,9 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         inputs: What a forward may bring; None: the trunk's model is asked now.
         window_rule: Whether a window goes on without somebody; None: as the quorum says.
         shares: What one client may take of a round.
-        window_batches: Whether the clients' micro-batches of one place in a window are one batch, in
-            rounds that step with every local step; ``reduction`` must be the mean then.
+        batch_positions: Rows times positions of one pass, where the clients' micro-batches of one place
+            in a window are one batch, in rounds that step with every local step; 0: each is computed
+            alone. ``reduction`` must be the mean otherwise.
         clock: Monotonic seconds; tests pass their own.
 
     Raises:
@@ -86,7 +87,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
     Attributes:
         compute: The trunk module and its optimizer; the compute thread's while a round is open.
         device: On which calls find their tensors soonest.
-        window_batches: As given: whether a backward, too, waits for other clients.
+        window_batches: Whether there are such batches: a backward, too, waits for other clients.
         knows_token: ``knows_token(token)`` returns whether a token is a participant's of the round
             begun last. Waits for no lock.
         count_bytes: ``count_bytes(session, received, sent)`` adds a call's bytes on the wire to its
@@ -109,15 +110,15 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         inputs: InputSchema | None = None,
         window_rule: WindowRule | None = None,
         shares: Shares | None = None,
-        window_batches: bool = False,
+        batch_positions: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.epoch = secrets.randbits(63)
         self.mode, self.hidden_size = mode, hidden_size
-        self.device, self.window_batches = compute.device, window_batches
+        self.device, self.window_batches = compute.device, batch_positions > 0
         self.fingerprint, self._shares = dict(fingerprint), shares or Shares()
         trains = mode == "joint"
-        reduction = (reduction or Reduction()).checked(batches=window_batches)
+        reduction = (reduction or Reduction()).checked(batches=batch_positions > 0)
         self._inputs = inputs or schema_of(compute.trunk, hidden_size)
         self.compute, self._clock, self._started = compute, clock, clock()
         dispatches = Dispatches(
@@ -134,7 +135,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         self._settling = Settling(index, compute, reduction)
         thread, settle = ComputeThread(compute, clock), self._settling.settle
         self._thread = thread
-        joint = BatchCalls(index, compute, self._inputs, thread, settle)
+        joint = BatchCalls(index, compute, self._inputs, thread, settle, batch_positions)
         self._lifecycle = RoundLifecycle(
             index,
             self._settling,
@@ -144,7 +145,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             reduction=reduction,
             trains=trains,
             window_rule=window_rule or QuorumAlone(),
-            make_batches=joint.batches if window_batches else None,
+            make_batches=joint.batches if batch_positions else None,
         )
         caches = CacheStore(compute, cache_bytes, clock, self._shares.held_bytes)
         self._unrecorded = UnrecordedForwards(index, compute, thread, caches, self._shares)

@@ -12,7 +12,7 @@ from flower_split.lora import attach_lora
 from flower_split.split import CutLayers, TrunkModel, split_model
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import MAX_PADDED, Part, passes_of
-from flower_split.trunk.compute.joint_pass import Given, JointCompute
+from flower_split.trunk.compute.joint_pass import Given, JointCompute, JointPass
 from flower_split.trunk.compute.window_sum import Counted, WindowSum
 from tests.support.tiny_models import tiny_model
 
@@ -81,8 +81,12 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     assert error <= tolerance, error
 
 
+def kept(one: JointPass) -> None:
+    """Every graph has room."""
+
+
 def joint_of(trunk: nn.Module) -> JointCompute:
-    return JointCompute(TrunkCompute(trunk, SGD, seed=0), takes_mask=True)
+    return JointCompute(TrunkCompute(trunk, SGD, seed=0), takes_mask=True, max_positions=10_000)
 
 
 # Families whose norms or softmax go through fp32 have its rounding, whatever the dtype.
@@ -110,7 +114,7 @@ def test_joint_pass_of_unequal_clients_gives_each_its_own_numbers_and_all_the_su
     for one in clients:
         one.hidden, one.grad = one.hidden.to(dtype), one.grad.to(dtype)
     joint = joint_of(trunk)
-    made = joint.forward([one.part() for one in reversed(clients)], "name")
+    made = joint.forward([one.part() for one in reversed(clients)], "name", kept)
     assert [[rows.slot for rows in one.rows] for one in made.passes] == [[0, 1, 2], [3]]
     given = {one.slot: Given(one.grad, one.denominator) for one in clients}
     back = joint.backward(made.passes, given)
@@ -139,7 +143,7 @@ def test_sum_without_a_client_that_left_is_that_of_the_others():
     joint = joint_of(trunk)
     total = WindowSum(joint, lambda cuts: None)
     for index, clients in ((1, second), (0, first)):  # the second is done first
-        made = joint.forward([one.part() for one in clients], str(index))
+        made = joint.forward([one.part() for one in clients], str(index), kept)
         given = {one.slot: Given(one.grad, one.denominator) for one in clients}
         back = joint.backward(made.passes, given)
         counted = [Counted(one.slot, one.tokens, one.denominator) for one in clients]
@@ -158,9 +162,9 @@ def test_joint_pass_repeats_its_dropout_masks_when_the_sum_is_taken_again():
     joint = joint_of(trunk)
     clients = [sent(slot, 2, 4, trunk.hidden_size) for slot in range(2)]
     parts = [one.part() for one in clients]
-    made = joint.forward(parts, "name")
-    assert torch.equal(made.outputs[1], joint.forward(parts, "name").outputs[1])
-    assert not torch.equal(made.outputs[1], joint.forward(parts, "other").outputs[1])
+    made = joint.forward(parts, "name", kept)
+    assert torch.equal(made.outputs[1], joint.forward(parts, "name", kept).outputs[1])
+    assert not torch.equal(made.outputs[1], joint.forward(parts, "other", kept).outputs[1])
     back = joint.backward(
         made.passes, {one.slot: Given(one.grad, one.denominator) for one in clients}
     )
@@ -181,7 +185,7 @@ def test_client_at_fault_is_named_and_the_others_keep_their_numbers(fault: str):
     else:
         clients[1].denominator = 1e30
     joint = joint_of(trunk)
-    made = joint.forward([one.part() for one in clients], "name")
+    made = joint.forward([one.part() for one in clients], "name", kept)
     given = {one.slot: Given(one.grad, one.denominator) for one in clients}
     back = joint.backward(made.passes, given)
     for one in (clients[0], clients[2]):
@@ -217,7 +221,7 @@ def test_forward_that_fails_for_one_client_is_computed_for_the_others():
     joint = joint_of(Fussy())
     clients = [sent(slot, 1, 2, 3) for slot in range(3)]
     clients[1].hidden[0, 0, 0] = 10.0
-    made = joint.forward([one.part() for one in clients], "name")
+    made = joint.forward([one.part() for one in clients], "name", kept)
     assert sorted(made.outputs) == [0, 2]
     assert made.failures.keys() == {1} and "above 9" in str(made.failures[1])
 
@@ -226,8 +230,9 @@ def test_passes_hold_what_goes_together_and_little_padding():
     def part(slot: int, rows: int, length: int, **tensors: Tensor) -> Part:
         return Part(slot=slot, tensors={"hidden_states": torch.zeros(rows, length, 2), **tensors})
 
-    def slots(parts: list[Part], takes_mask: bool = True) -> list[list[int]]:
-        return [[one.slot for one in group] for group in passes_of(parts, takes_mask=takes_mask)]
+    def slots(parts: list[Part], takes_mask: bool = True, most: int = 1000) -> list[list[int]]:
+        groups = passes_of(parts, takes_mask=takes_mask, max_positions=most)
+        return [[one.slot for one in group] for group in groups]
 
     assert slots([part(2, 1, 4), part(0, 2, 5), part(1, 1, 4)]) == [[0, 1, 2]]
     assert slots([part(2, 1, 4), part(0, 2, 5), part(1, 1, 4)], takes_mask=False) == [[0], [1, 2]]
@@ -236,12 +241,34 @@ def test_passes_hold_what_goes_together_and_little_padding():
     positions = {"position_ids": torch.arange(4)[None]}
     assert slots([part(0, 1, 4), part(1, 1, 4, **positions), part(2, 1, 4)]) == [[0, 2], [1]]
     lengths = [3, 100, 90, 4, 60, 5, 300]
-    groups = passes_of([part(i, 1, n) for i, n in enumerate(lengths)], takes_mask=True)
+    parts = [part(i, 1, n) for i, n in enumerate(lengths)]
+    groups = passes_of(parts, takes_mask=True, max_positions=1000)
     assert sorted(one.slot for group in groups for one in group) == list(range(7))
     for group in groups:
         padded = len(group) * max(lengths[one.slot] for one in group)
         assert padded <= MAX_PADDED * sum(lengths[one.slot] for one in group)
     assert len(groups) == 3
+    assert slots([part(i, 2, 4) for i in range(5)], most=16) == [[0, 1], [2, 3], [4]]
+    assert slots([part(0, 9, 4), part(1, 1, 4)], most=16) == [[0], [1]]  # one alone may have more
+
+
+def test_graphs_of_two_passes_are_never_there_at_once_where_the_first_is_taken_away():
+    trunk = trunk_of("llama")
+    compute = TrunkCompute(trunk, SGD, seed=0)
+    joint = JointCompute(compute, takes_mask=True, max_positions=8)
+    clients = [sent(slot, 2, 4, trunk.hidden_size) for slot in range(2)]
+    graphs: list[bool] = []
+
+    def take(one: JointPass) -> None:
+        graphs.append(one.activation.output is not None)
+        one.activation.output = None
+
+    made = joint.forward([one.part() for one in clients], "name", take)
+    assert graphs == [True, True] and len(made.passes) == 2
+    given = {one.slot: Given(one.grad, one.denominator) for one in clients}
+    back = joint.backward(made.passes, given)
+    for one in clients:
+        close(back.smashed_grads[one.slot], alone(trunk, one)[1], 1e-6)
 
 
 def test_position_ids_of_one_row_or_several_are_joined_with_their_rows():
@@ -253,7 +280,7 @@ def test_position_ids_of_one_row_or_several_are_joined_with_their_rows():
         Part(slot=c.slot, tensors={"hidden_states": c.hidden, "position_ids": ids[c.slot]})
         for c in clients
     ]
-    made = joint_of(trunk).forward(parts, "name")
+    made = joint_of(trunk).forward(parts, "name", kept)
     assert len(made.passes) == 1
     for one in clients:
         expected = trunk(one.hidden, position_ids=ids[one.slot]).detach()

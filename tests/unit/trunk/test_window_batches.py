@@ -46,7 +46,7 @@ class Rig:
             for name in ("quorum", "attempt", "finish", "step_every", "window_seconds")
             if name in settings
         }
-        self.engine: TrunkEngine = make_engine(window_batches=True, **settings)
+        self.engine: TrunkEngine = make_engine(batch_positions=1000, **settings)
         self.engine.begin_round(make_plan(slots, **plan))
         self.attempt = int(plan.get("attempt", 0))
         self.clients = {slot: ToyClient(self.engine, slot, steps) for slot in slots}
@@ -297,7 +297,7 @@ def test_trunk_that_is_started_again_between_forward_and_backward_ends_on_the_sa
 
 
 def test_batch_waits_for_everybody_to_join(rigs):
-    engine = make_engine(window_batches=True)
+    engine = make_engine(batch_positions=1000)
     engine.begin_round(make_plan((0, 1)))
     early = ToyClient(engine, 0)
     with pytest.raises(TrunkUnavailable, match=r"slots \[1\] have not joined"):
@@ -524,7 +524,7 @@ def test_forward_over_the_budget_is_refused_before_it_waits(rigs):
 def test_reduction_that_needs_each_gradient_is_refused():
     for reduction in (Reduction(max_client_norm=1.0), Reduction(rules=parse_rules("median"))):
         with pytest.raises(ConfigError, match=r"trunk\.window-batches"):
-            make_engine(window_batches=True, reduction=reduction)
+            make_engine(batch_positions=1000, reduction=reduction)
 
 
 def test_round_that_steps_once_computes_each_alone(rigs, caplog):
