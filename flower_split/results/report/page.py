@@ -1,5 +1,6 @@
 """The report's page: HTML with its styles, scripts and data inside, so that it needs no network."""
 
+import functools
 import html
 import importlib.util
 import json
@@ -65,8 +66,9 @@ def write_page(runs: Sequence[RunData], out: Path) -> None:
     write_atomically(out, page_of(runs, drawing()).encode())
 
 
+@functools.cache
 def drawing() -> str:
-    """Return the JavaScript of every page; making it takes a second.
+    """Return the JavaScript of every page; making it takes seconds, once in a process.
 
     Raises:
         ConfigError: The extra ``report`` is not installed.
