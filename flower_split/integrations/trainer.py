@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import (
     Trainer,
@@ -57,7 +58,8 @@ def connect_trainer(trainer: Trainer, *, step_every: str = "local-step") -> None
         step_every: The trunk's own setting: ``local-step``, ``server-round`` or ``contribution``.
 
     Raises:
-        SplitError: The model is not a client model, or its trunk is not remote.
+        SplitError: The model is not a client model, its trunk is not remote, or its reference model
+            calls a remote trunk.
         ConfigError: ``step_every`` is unknown, or the trainer would use several devices at once.
     """
     if step_every not in STEP_EVERY:
@@ -72,7 +74,44 @@ def connect_trainer(trainer: Trainer, *, step_every: str = "local-step") -> None
             f"a client is one process on one device; this trainer uses {trainer.args.n_gpu} devices "
             f"in {trainer.args.world_size} processes. Make one device visible (CUDA_VISIBLE_DEVICES)."
         )
+    reference = getattr(trainer, "ref_model", None)  # of TRL's preference trainers
+    if isinstance(reference, nn.Module) and _calls_remote_trunk(reference):
+        raise SplitError(
+            "the trainer's reference model calls a remote trunk, whose LoRA a client cannot switch off: "
+            "it would be the policy's own. Give it the whole base model as ref_model, or precompute the "
+            "reference's log-probabilities (precompute_ref_log_probs) with that model."
+        )
+    slot.register_forward_pre_hook(_RefuseSwitchedOff(trainer.model))
     _Connection(trainer, slot, step_every)
+
+
+class _RefuseSwitchedOff:
+    """Before every call of the trunk: refuse one that leaves out the client's adapters, or has others.
+
+    A preference trainer's reference policy is the model without its adapters (PEFT's
+    ``disable_adapter``), or with others. The trunk's LoRA cannot be switched with them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+        self._active = [list(layer.active_adapters) for layer in self._layers]
+
+    def __call__(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        for layer, active in zip(self._layers, self._active, strict=True):
+            if layer.disable_adapters or list(layer.active_adapters) != active:
+                raise SplitError(
+                    "the client's adapters are switched off, or others are on, as for a reference "
+                    "policy, and the remote trunk's LoRA stays on: the result would be of neither "
+                    "model. Give the trainer the whole base model as ref_model, or precompute the "
+                    "reference's log-probabilities (precompute_ref_log_probs) with that model."
+                )
+
+
+def _calls_remote_trunk(model: nn.Module) -> bool:
+    return any(
+        isinstance(module, TrunkSlot) and isinstance(module.trunk, RemoteTrunk)
+        for module in model.modules()
+    )
 
 
 def _remote(slot: TrunkSlot) -> RemoteTrunk:
