@@ -29,7 +29,11 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="'KEY=VALUE,VALUE …'",
         help="every combination runs; the first value of a key is what the others are compared with",
     )
-    sweep.add_argument("--baselines", metavar="NAME,…", help="central, alone; default: none")
+    sweep.add_argument(
+        "--baselines",
+        metavar="NAME,…",
+        help="central, alone, federated, sequential, splitfed-v2; default: none",
+    )
     sweep.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="where all of it goes"
     )

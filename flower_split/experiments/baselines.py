@@ -11,22 +11,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
-from flower_split.client.alone import evaluate_alone, names_of_trunk, part_optimizers, train_alone
+from flower_split.client.alone import evaluate_alone, part_optimizers, train_alone
 from flower_split.client.client import SAME_AS_RUN, Client
 from flower_split.client.model_cache import ClientCache
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
+from flower_split.experiments.baseline_records import (
+    evaluate_all,
+    evaluate_if_due,
+    metrics_of,
+    record_training,
+    write_adapters,
+)
+from flower_split.experiments.turn_baselines import (
+    federated_round,
+    run_rounds,
+    sequential_round,
+    split_fed_v2_round,
+)
 from flower_split.lora import adapter_state, load_adapter_state
-from flower_split.messages.replies import EVAL_LOSS, LOSS_SUM, NUM_EXAMPLES, NUM_TOKENS, TRAIN_LOSS
 from flower_split.runs.directory import RunDirectory
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.server.recorder import Recorder
-from flower_split.server.rounds import is_evaluated
 from flower_split.training.loss import Batch
-from flower_split.training.measures import EvalResult, TrainResult
+from flower_split.training.measures import TrainResult
 from flower_split.training.round import train_round
 
 _ALL = 0  # whose line the central model's training is in
@@ -69,10 +77,10 @@ def check_baseline(name: str, config: RunConfig) -> None:
             'a baseline takes as many steps as the run, and strategy.name = "fedbuff" has no rounds '
             "to count them by. Leave --baselines out."
         )
-    if name == "central" and config.fraction_train < 1:
+    if name != "alone" and config.fraction_train < 1:
         raise ConfigError(
-            "the central baseline takes the batches of all clients in every step, and "
-            f"fraction-train is {config.fraction_train:g}. Set it to 1.0, or leave central out."
+            f"the {name} baseline takes the batches of all clients in every round, and "
+            f"fraction-train is {config.fraction_train:g}. Set it to 1.0, or leave {name} out."
         )
     if name == "central" and config.train.local_epochs:
         raise ConfigError(
@@ -86,7 +94,7 @@ def _central(clients: Sequence[Client], recorder: Recorder) -> None:
     config, client = recorder.config, clients[0]
     model, initial = client.kept.whole_model(SAME_AS_RUN)
     load_adapter_state(model, initial)
-    _evaluate(clients, recorder, 0, initial)
+    evaluate_all(clients, recorder, 0, initial)
     optimizers = part_optimizers(client, model)
     accumulate = config.train.gradient_accumulation_steps
     train = replace(config.train, gradient_accumulation_steps=accumulate * len(clients))
@@ -101,25 +109,25 @@ def _central(clients: Sequence[Client], recorder: Recorder) -> None:
             None,
             optimizers=optimizers,
         )
-        _record(recorder, server_round, _ALL, result, with_steps=False)
-        _evaluate_if_due(clients, recorder, server_round, adapter_state(model))
+        record_training(recorder, server_round, _ALL, result, with_steps=False)
+        evaluate_if_due(clients, recorder, server_round, adapter_state(model))
         recorder.round_done(RoundOutcome(server_round, time.monotonic() - start))
-    _write_adapters(recorder, client, model)
+    write_adapters(recorder, client, model)
 
 
 def _alone(clients: Sequence[Client], recorder: Recorder) -> None:
     config, last = recorder.config, recorder.config.num_server_rounds
     _, initial = clients[0].kept.whole_model(SAME_AS_RUN)
-    _evaluate(clients, recorder, 0, initial)
+    evaluate_all(clients, recorder, 0, initial)
     start = time.monotonic()
     for client in clients:
         slot = client.partition_id
 
         def on_round(server_round: int, result: TrainResult, slot: int = slot) -> None:
-            _record(recorder, server_round, slot, result, with_steps=True)
+            record_training(recorder, server_round, slot, result, with_steps=True)
 
         adapter = train_alone(client, on_round)
-        recorder.evaluation(last, slot, _metrics(evaluate_alone(client, adapter)))
+        recorder.evaluation(last, slot, metrics_of(evaluate_alone(client, adapter)))
     seconds = (time.monotonic() - start) / config.num_server_rounds
     for server_round in range(1, last + 1):
         recorder.round_done(RoundOutcome(server_round, seconds))
@@ -131,50 +139,6 @@ def in_turn(streams: Sequence[Iterator[Batch]], count: int) -> Iterator[Batch]:
         for stream in streams:
             for _ in range(count):
                 yield next(stream)
-
-
-def _record(
-    recorder: Recorder, server_round: int, slot: int, result: TrainResult, *, with_steps: bool
-) -> None:
-    lists = result.step_lists() if with_steps else {}
-    metrics = {TRAIN_LOSS: result.loss, NUM_TOKENS: float(result.num_tokens)}
-    recorder.steps(server_round, slot, lists, metrics)
-
-
-def _evaluate_if_due(
-    clients: Sequence[Client], recorder: Recorder, server_round: int, adapter: Mapping[str, Tensor]
-) -> None:
-    if recorder.config.fraction_evaluate and is_evaluated(recorder.config, server_round):
-        _evaluate(clients, recorder, server_round, adapter)
-
-
-def _evaluate(
-    clients: Sequence[Client], recorder: Recorder, server_round: int, adapter: Mapping[str, Tensor]
-) -> None:
-    for client in clients:
-        result = evaluate_alone(client, adapter)
-        recorder.evaluation(server_round, client.partition_id, _metrics(result))
-    if server_round == 0:
-        recorder.round_done(RoundOutcome(0, 0.0))
-
-
-def _metrics(result: EvalResult) -> dict[str, float]:
-    return {
-        LOSS_SUM: result.loss_sum,
-        EVAL_LOSS: result.loss_sum / max(result.num_tokens, 1),
-        NUM_TOKENS: result.num_tokens,
-        NUM_EXAMPLES: result.num_examples,
-        **result.sums,
-    }
-
-
-def _write_adapters(recorder: Recorder, client: Client, model: PreTrainedModel) -> None:
-    """Write the model's adapter in the parts of a run, for export and generation."""
-    state = adapter_state(model)
-    of_trunk = names_of_trunk(client, model, state)
-    for part in ("client", "trunk"):
-        tensors = {n: t for n, t in state.items() if (n in of_trunk) == (part == "trunk")}
-        recorder.run.write_adapter(part, tensors)
 
 
 class Baseline:
@@ -200,6 +164,22 @@ BASELINES: Mapping[str, Baseline] = {
         "each client trains the unsplit model on its own data alone, and is evaluated on its own "
         "held-out data.",
         _alone,
+    ),
+    "federated": Baseline(
+        "federated LoRA with the whole model on each client: in every round each trains it from the "
+        "global adapter, and A and B of all parts are averaged by tokens. SplitFed V1, which has a copy "
+        "of the trunk for each client and averages them, computes the same (Thapa et al., AAAI 2022).",
+        lambda clients, recorder: run_rounds(clients, recorder, federated_round),
+    ),
+    "sequential": Baseline(
+        "split learning in turns: the clients train one after the other, each from where the one before "
+        "it stopped, with one trunk (Gupta and Raskar, 2018).",
+        lambda clients, recorder: run_rounds(clients, recorder, sequential_round),
+    ),
+    "splitfed-v2": Baseline(
+        "SplitFed V2: in every round one trunk trains with one client after the other, in random order; "
+        "bottoms and tops begin equal and are averaged by tokens (Thapa et al., AAAI 2022).",
+        lambda clients, recorder: run_rounds(clients, recorder, split_fed_v2_round),
     ),
 }
 """Name -> baseline."""

@@ -1,5 +1,6 @@
 """Baselines against plain PyTorch on the union of the data."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -115,9 +116,63 @@ def test_alone_evaluates_every_client_on_its_own_data(
     assert isinstance(notes, list) and '"alone"' in str(notes[0])
 
 
+@pytest.mark.parametrize("name", ["federated", "sequential", "splitfed-v2"])
+def test_baseline_in_turns_is_adamw_in_that_order(
+    tmp_path: Path, parts: tuple[Path, str], name: str
+) -> None:
+    config = config_of(parts, tmp_path / "run", num_server_rounds=2, train__batch_size=2)
+    run_baseline(name, config)
+    run = RunDirectory.open(tmp_path / "run")
+    found = {**run.read_adapter("client"), **run.read_adapter("trunk")}
+
+    model = AutoModelForCausalLM.from_pretrained(config.model.name, dtype="float32")
+    attach_lora(model, model_cuts(config), all_parts(config), seed=config.seed)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    trunk = {n: p for n, p in trained.items() if ".layers.1." in n or ".layers.2." in n}
+    own = {n: p for n, p in trained.items() if n not in trunk}
+
+    def adamw(parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.0)
+
+    shared = adamw(trunk)
+    clients = [Client(RunCache(config), slot, CLIENTS) for slot in range(CLIENTS)]
+    for server_round in (1, 2):
+        start = {n: p.detach().clone() for n, p in trained.items()}
+        order = list(range(CLIENTS))
+        if name == "splitfed-v2":
+            random.Random(f"{config.seed}/{server_round}").shuffle(order)
+        sums, total = {n: torch.zeros_like(p) for n, p in trained.items()}, 0
+        for slot in order:
+            for parameters in {"federated": [own, trunk], "splitfed-v2": [own]}.get(name, []):
+                for n, p in parameters.items():
+                    p.data.copy_(start[n])
+            batch = next(clients[slot].batches(server_round))
+            loss_of(model, [batch]).backward()
+            optimizers = [adamw(own), adamw(trunk) if name == "federated" else shared]
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            total += tokens
+            for n, p in trained.items():
+                sums[n] += tokens * p.detach()
+        averaged = {"federated": trained, "splitfed-v2": own}.get(name, {})
+        for n, p in averaged.items():
+            p.data.copy_(sums[n] / total)
+    expected = {n.replace(".default.", "."): p.detach() for n, p in trained.items()}
+    assert found.keys() == expected.keys()
+    for n, tensor in expected.items():
+        torch.testing.assert_close(found[n], tensor, rtol=1e-4, atol=1e-5, msg=n)
+    assert len(run.metrics("step")) == 2 * CLIENTS
+    sent = [r["adapters_up"] for r in run.metrics("bytes")]
+    size = 4 * sum(p.numel() for p in trained.values())
+    assert sent == ([size] * 2 * CLIENTS if name == "federated" else [])
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
+        ("federated", {"fraction_train": 0.5}, "the federated baseline.*fraction-train is 0.5"),
         ("sideways", {}, "sideways"),
         ("central", {"fraction_train": 0.5}, "fraction-train is 0.5"),
         ("central", {"train__local_steps": 0, "train__local_epochs": 1}, "local-epochs"),
