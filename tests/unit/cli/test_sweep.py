@@ -16,12 +16,27 @@ BASELINES = ROOT / "simulations" / "baselines" / "sweep.toml"
 def test_sweep_of_the_baselines_compares_three_modes_over_three_seeds(tmp_path: Path) -> None:
     sweep = prepare(SweepCommand(what=BASELINES, out=Path("out")), tmp_path)
     check_sweep(sweep)
-    assert Counter(cell.baseline for cell in sweep.cells) == {"": 9, "central": 3, "alone": 3}
+    assert Counter(cell.baseline for cell in sweep.cells) == {
+        "": 9, "central": 3, "alone": 3, "federated": 3, "sequential": 3, "splitfed-v2": 3
+    }  # fmt: skip
     assert {cell.seed for cell in sweep.cells} == {0, 1, 2}
     config = sweep.config(sweep.cells[0])
     assert (config.mode, config.evaluate_every, config.data.max_eval_batches) == ("joint", 12, 8)
     assert config.num_server_rounds == 12 and config.train.local_steps == 5  # the quick-start's
     assert sweep.out == tmp_path / "out" and config.run_dir.startswith(str(sweep.out))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "simulations").glob("*/sweep.toml")), ids=str)
+def test_every_sweep_of_the_repository_can_be_run_and_says_how(path: Path, tmp_path: Path) -> None:
+    sweep = prepare(SweepCommand(what=path, out=Path("out")), tmp_path)
+    check_sweep(sweep)
+    seeds = [cell.seed for cell in sweep.cells]
+    assert set(seeds) == {0, 1, 2} and len(seeds) == 3 * seeds.count(0) > 3
+    text = (path.parent / "README.md").read_text(encoding="utf-8")
+    command = f"flower-split sweep simulations/{path.parent.name}/sweep.toml --out"
+    assert command in text
+    question = path.read_text(encoding="utf-8").splitlines()[0]
+    assert question.startswith("# ") and question.endswith("?")
 
 
 def test_options_of_the_command_come_before_the_file(tmp_path: Path) -> None:
