@@ -144,6 +144,8 @@ def _subcommands(
             helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
             for name, sub in action.choices.items():
                 yield name, sub, helps.get(name, "")
+                for inner, kind, summary in _subcommands(sub):
+                    yield f"{name} {inner}", kind, summary
 
 
 def _spelled(action: argparse.Action) -> str:

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from flower_split.cli.bench import add_bench
 from flower_split.cli.experiment_commands import add_experiment_commands
 from flower_split.cli.operator_commands import add_operator_commands, add_tls_options
 from flower_split.runs.resuming import resume_table
@@ -38,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     add_experiment_commands(commands)
     add_operator_commands(commands)
+    add_bench(commands)
     return parser
 
 

@@ -1,40 +1,42 @@
-"""The benchmarks run, at their smallest, and print what they promise."""
+"""The benchmarks of several processes run, at their smallest, and print what they promise."""
 
-import re
-import subprocess
-import sys
+import json
+from pathlib import Path
 
 import pytest
 
-
-def run(request: pytest.FixtureRequest, name: str, *options: str) -> str:
-    """The output of a benchmark."""
-    script = request.config.rootpath / "simulations" / "benchmarks" / name
-    done = subprocess.run(
-        [sys.executable, script, *options],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+from flower_split.cli.main import main
 
 
 @pytest.mark.slow
-def test_wire_prints_grpc_beside_tcp_and_shared_memory_beside_memcpy(
-    request: pytest.FixtureRequest,
+def test_bench_transport_has_grpc_beside_tcp_and_shared_memory_beside_memcpy(
+    tmp_path: Path,
 ) -> None:
-    out = run(request, "wire.py", "--repeats", "2", "--sizes", "0.1")
-    number = r" +\d+\.\d+"
-    row = rf"^ *0\.10{number} \|(?:{number}){{4}} \|{number} \|(?:{number}){{4}}$"
-    assert re.search(row, out, re.MULTILINE), out
+    order = ["bench", "transport", "--repeats", "2", "--sizes", "0.1", "--out", str(tmp_path)]
+    assert main(order) == 0
+    rows = {
+        row["what"]: row for row in json.loads((tmp_path / "transport.json").read_text())["rows"]
+    }
+    assert {name: row["base"] for name, row in rows.items()} == {
+        "0.1 MB: raw TCP": "0.1 MB: raw TCP",
+        "0.1 MB: memcpy": "0.1 MB: raw TCP",
+        "0.1 MB: gRPC, evaluation": "0.1 MB: raw TCP",
+        "0.1 MB: gRPC, training call": "0.1 MB: raw TCP",
+        "0.1 MB: shared memory, evaluation": "0.1 MB: memcpy",
+        "0.1 MB: shared memory, training call": "0.1 MB: memcpy",
+    }
+    assert all(len(row["seconds"]) == 2 and row["ratio"] > 0 for row in rows.values())
 
 
 @pytest.mark.slow
-def test_split_step_prints_the_split_step_beside_the_unsplit(
-    request: pytest.FixtureRequest,
-) -> None:
-    out = run(request, "split_step.py", "--clients", "1", "--steps", "2", "--device", "cpu")
-    assert re.search(r"unsplit.*1\.00", out), out
-    assert re.search(r"1 clients x 8 sequences", out), out
+def test_bench_step_has_the_split_step_beside_plain_peft(tmp_path: Path) -> None:
+    order = ["bench", "step", "--clients", "1", "2", "--steps", "1", "--device", "cpu"]
+    assert main([*order, "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    reference = "unsplit PEFT, 8 sequences"
+    assert [(row["what"], row["base"]) for row in rows] == [
+        (reference, reference),
+        ("split, exact, auto, 1 client x 8", reference),
+        ("split, exact, auto, 2 clients x 4", reference),
+    ]
+    assert all(row["ratio"] > 0 for row in rows)

@@ -65,6 +65,7 @@ class TrunkCompute:
         self.device, self.dtype = first.device, float_dtype(trunk)
         devices = {parameter.device for parameter in trunk.parameters()}
         self._cuda = [device for device in devices if device.type == "cuda"]
+        trunk.train(False)  # all of it alike, so that one flag says how all of it is
         self.spans = Spans(trunk, self.device, self.dtype)
         self._slots = ParameterSlots(trunk, self.parameters)
         self._config = optimizer
@@ -278,7 +279,8 @@ class TrunkCompute:
         train = bool(one.seed_of)
         seed = _seed(self.seed, one.seed_of)
         given = TrunkInputs.of(one.extras, self.device)
-        self.trunk.train(train)
+        if self.trunk.training != train:  # a walk over thousands of modules
+            self.trunk.train(train)
         options: dict[str, Any] = {}
         if isinstance(self.trunk, TrunkModel):
             options = {

@@ -1,18 +1,15 @@
-"""Round-trip time of activations through the trunk's server, against raw TCP and against memcpy.
+"""Round-trip time of a tensor through the trunk's server, against raw TCP and against memcpy.
 
 The trunk is an echo in another process, so what is timed is the wire: framing or shared memory, gRPC,
 checks, the digest of a training call. ``memcpy`` copies the same bytes there and back within this
-process, into memory that has been used before. All run in turns within one run, because loopback
-varies by a third between runs. Usage:
-``python simulations/benchmarks/wire.py [--repeats N] [--sizes MB ...]``.
+process, into memory that has been used before. All run in turns, because loopback varies by a third
+between runs.
 """
 
-import argparse
 import multiprocessing
 import socket
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
@@ -22,17 +19,21 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from flower_split.bench.figures import Figures, Row
+from flower_split.bench.machine import describe_machine
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.protocol.values import CallResult, ForwardCall, SessionGrant
 from flower_split.split import CutLayers
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.server import TrunkServer
 
-HIDDEN = 1024
 SIZES = (0.39, 8.4, 67.0)  # MB: one short sequence, a small batch, 8 x 512 tokens of width 4096
 
+_HIDDEN = 1024
+_WARM_UP = 2  # round trips of each kind that do not count
 
-class EchoEngine:
+
+class _EchoEngine:
     """Answers a forward with its input."""
 
     epoch = 1
@@ -69,21 +70,21 @@ class EchoEngine:
         return True
 
     def close_session(self, session: str, epoch: int) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def count_bytes(self, session: str, received: int, sent: int) -> None:
-        """Nothing is counted."""
+        """Count nothing."""
 
 
-def serve_trunk(ready: Connection) -> None:
-    """An echo trunk, until the other end of the pipe closes."""
+def _serve_trunk(ready: Connection) -> None:
+    """Serve an echo trunk until the other end of the pipe closes."""
     torch.set_num_threads(1)
-    with TrunkServer(cast(TrunkEngine, EchoEngine()), coordinator_token="none") as server:
+    with TrunkServer(cast(TrunkEngine, _EchoEngine()), coordinator_token="none") as server:
         ready.send(server.start())
         _until_closed(ready)
 
 
-def serve_tcp(ready: Connection) -> None:
+def _serve_tcp(ready: Connection) -> None:
     """Read 8 bytes of length and so many bytes, send them back; again until the client is gone."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ready.send(listener.getsockname()[1])
@@ -117,8 +118,8 @@ def _fill(connection: socket.socket, target: memoryview) -> bool:
     return True
 
 
-def start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
-    """Run ``serve`` in a fresh process until ``stack`` ends; returns its port."""
+def _start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
+    """Run ``serve`` in a fresh process until ``stack`` ends; return its port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=serve, args=(theirs,), daemon=True)
@@ -129,41 +130,46 @@ def start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
     return int(ours.recv())
 
 
-def timed(call: Callable[[], object]) -> float:
-    """Seconds of one call."""
+def _timed(call: Callable[[], object]) -> float:
+    """Return the seconds of one call."""
     began = time.perf_counter()
     call()
     return time.perf_counter() - began
 
 
-def main() -> None:
-    """Print one line per size."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15, help="timed round trips per size")
-    parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES), metavar="MB")
-    arguments = parser.parse_args()
+def measure_transport(sizes: Sequence[float], repeats: int) -> Figures:
+    """Time round trips of every size, all kinds in turns.
+
+    Args:
+        sizes: In MB.
+        repeats: Of each kind that count.
+    """
     torch.set_num_threads(1)
+    rows: list[Row] = []
     with ExitStack() as stack:
-        tcp_port, trunk_port = start(serve_tcp, stack), start(serve_trunk, stack)
+        tcp_port, trunk_port = _start(_serve_tcp, stack), _start(_serve_trunk, stack)
         connection = stack.enter_context(socket.create_connection(("127.0.0.1", tcp_port)))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        framed, shared = (
-            stack.enter_context(client(trunk_port, transport))
-            for transport in ("grpc", "shared-memory")
-        )
-        print(
-            "medians of round trips in ms; ratios: gRPC to TCP, shared memory to memcpy\n"
-            "size MB      TCP | gRPC eval  ratio     train  ratio |   memcpy | shared eval  ratio     "
-            "train  ratio"
-        )
-        for size in arguments.sizes:
-            smashed = torch.randn(1, max(1, round(size * 1e6 / 4 / HIDDEN)), HIDDEN)
-            trunks = {"gRPC": framed, "shared": shared}
-            print(line(size, smashed, connection, trunks, arguments.repeats), flush=True)
+        trunks = {
+            name: _client(trunk_port, transport)
+            for name, transport in (("gRPC", "grpc"), ("shared memory", "shared-memory"))
+        }
+        for trunk in trunks.values():
+            stack.callback(trunk.close)
+        for size in sizes:
+            smashed = torch.randn(1, max(1, round(size * 1e6 / 4 / _HIDDEN)), _HIDDEN)
+            rows += _rows(size, smashed, connection, trunks, repeats)
+    return Figures(
+        name="transport",
+        title="Round trips to a trunk's server on loopback",
+        machine=describe_machine(),
+        settings={"sizes": list(sizes), "repeats": repeats},
+        rows=rows,
+    )
 
 
-def client(port: int, transport: str) -> RemoteTrunk:
-    """An open session of its own with the echo trunk."""
+def _client(port: int, transport: str) -> RemoteTrunk:
+    """Return an open session of its own with the echo trunk."""
     trunk = RemoteTrunk(
         f"127.0.0.1:{port}",
         token=f"benchmark-{transport}",
@@ -176,14 +182,14 @@ def client(port: int, transport: str) -> RemoteTrunk:
     return trunk
 
 
-def line(
+def _rows(
     size: float,
     smashed: Tensor,
     connection: socket.socket,
     trunks: Mapping[str, RemoteTrunk],
     repeats: int,
-) -> str:
-    """Time all ways in turns, after two rounds that do not count."""
+) -> list[Row]:
+    """Time all ways in turns."""
     data = smashed.numpy().tobytes()
     back = memoryview(bytearray(len(data)))
     there = memoryview(bytearray(len(data)))
@@ -205,27 +211,21 @@ def line(
         with trunk.micro_batch(0, 0, num_tokens=1, loss_denominator=1.0, last=True):
             trunk(smashed)
 
-    ways: dict[str, Callable[[], None]] = {"tcp": tcp, "memcpy": memcpy}
+    ways: dict[str, Callable[[], None]] = {"raw TCP": tcp, "memcpy": memcpy}
     for name, trunk in trunks.items():
-        ways[f"{name} evaluate"] = partial(evaluate, trunk)
-        ways[f"{name} train"] = partial(train, trunk)
+        ways[f"{name}, evaluation"] = partial(evaluate, trunk)
+        ways[f"{name}, training call"] = partial(train, trunk)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 2):
+    for repeat in range(repeats + _WARM_UP):
         for name, way in ways.items():
-            taken = timed(way)
-            if repeat >= 2:
+            taken = _timed(way)
+            if repeat >= _WARM_UP:
                 seconds[name].append(taken)
-    ms = {name: 1e3 * statistics.median(kept) for name, kept in seconds.items()}
-
-    def beside(name: str, base: str) -> str:
-        pairs = (ms[f"{name} {kind}"] for kind in ("evaluate", "train"))
-        return " ".join(f"{value:10.2f} {value / ms[base]:6.2f}" for value in pairs)
-
-    return (
-        f"{size:7.2f} {ms['tcp']:8.2f} |{beside('gRPC', 'tcp')} | {ms['memcpy']:8.2f} | "
-        f"{beside('shared', 'memcpy')}"
-    )
-
-
-if __name__ == "__main__":
-    main()
+    return [
+        Row(
+            what=f"{size:g} MB: {name}",
+            seconds=tuple(kept),
+            base=f"{size:g} MB: {'memcpy' if 'memory' in name else 'raw TCP'}",
+        )
+        for name, kept in seconds.items()
+    ]

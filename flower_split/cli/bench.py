@@ -1,0 +1,152 @@
+"""``flower-split bench``: what this machine does, beside a reference in the same run."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_PRESETS = ("tiny", "small", "1b", "7b")
+_MODES = ("exact", "fast")
+
+
+def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command with its benchmarks."""
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine: transport, training step, memory",
+        description="Prints medians, spreads and ratios to a reference that ran in the same run.",
+    )
+    kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+    _add_transport(kinds)
+    _add_step(kinds)
+    _add_memory(kinds)
+
+
+def _add_transport(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    transport = kinds.add_parser(
+        "transport",
+        help="round trips to a trunk on loopback, beside raw TCP and memcpy",
+        description="Calls of gRPC and of shared memory with a trunk that echoes, in turns with raw TCP "
+        "and memcpy of the same bytes. A training call also digests its content.",
+    )
+    transport.add_argument(
+        "--sizes", type=float, nargs="+", default=[0.39, 8.4, 67.0], metavar="MB"
+    )
+    transport.add_argument("--repeats", type=int, default=15, help="timed round trips per size")
+    _add_out(transport)
+    transport.set_defaults(handler=_transport)
+
+
+def _add_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    step = kinds.add_parser(
+        "step",
+        help="one training step: split, beside plain PEFT in one process",
+        description="A trunk and its clients as processes of this machine, and as the reference "
+        "transformers with PEFT in one process, eager, under autocast where the weights have 16 bits. "
+        "7b needs a GPU of 80 GB.",
+    )
+    _add_model(step)
+    step.add_argument("--compute", nargs="+", choices=_MODES, help="default: exact; on a GPU both")
+    step.add_argument("--transport", nargs="+", default=["auto"], metavar="NAME")
+    step.add_argument("--clients", type=int, nargs="+", default=[1], metavar="N")
+    step.add_argument(
+        "--rows", type=int, default=0, metavar="N", help="of each client; default: 8, divided"
+    )
+    step.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step")
+    step.add_argument("--in-flight", type=int, default=2, metavar="N")
+    step.add_argument("--threads", type=int, default=1, metavar="N", help="of each process")
+    step.add_argument("--kv-heads", type=int, default=0, metavar="N", help="default: all heads")
+    step.add_argument("--wire-dtype", default="native", metavar="NAME")
+    step.add_argument("--window-batches", default="off", choices=("off", "on"))
+    step.add_argument("--batch-positions", type=int, default=8192, metavar="N")
+    step.add_argument("--activation-memory", type=float, default=60.0, metavar="GiB")
+    step.add_argument("--compiled", action="store_true", help="the reference compiled as well")
+    _add_out(step)
+    step.set_defaults(handler=_step)
+
+
+def _add_memory(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    memory = kinds.add_parser(
+        "memory",
+        help="a trunk's step alone: one device, several, quantised",
+        description="Bytes and seconds of a trunk without the wire, in every way that this machine can "
+        "load it.",
+    )
+    _add_model(memory)
+    memory.add_argument("--compute", choices=_MODES, default="exact")
+    _add_out(memory)
+    memory.set_defaults(handler=_memory)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=_PRESETS, default="tiny")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="that are timed")
+    parser.add_argument("--device", default="auto", help="cpu, cuda; default: cuda if there is one")
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write the figures there as JSON and PNG"
+    )
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=max(Console().width, 180))  # a narrower table cannot be read
+
+
+def _transport(arguments: argparse.Namespace) -> int:
+    # Torch takes seconds to load: only the command that needs it does.
+    from flower_split.bench.transport import measure_transport
+
+    figures = measure_transport(arguments.sizes, arguments.repeats)
+    figures.tell(_console(), arguments.out)
+    return 0
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    from flower_split.bench.step import StepBench, measure_step
+    from flower_split.runtime.devices import resolve_device
+    from flower_split.runtime.logs import quiet_libraries
+
+    quiet_libraries()
+    device = str(resolve_device(arguments.device, "--device"))
+    bench = StepBench(
+        preset=arguments.preset,
+        device=device,
+        compute=tuple(arguments.compute or (("exact",) if device == "cpu" else _MODES)),
+        transports=tuple(arguments.transport),
+        clients=tuple(arguments.clients),
+        rows_each=arguments.rows,
+        steps=arguments.steps,
+        accumulate=arguments.accumulate,
+        in_flight=arguments.in_flight,
+        num_threads=arguments.threads,
+        kv_heads=arguments.kv_heads,
+        wire_dtype=arguments.wire_dtype,
+        window_batches=arguments.window_batches,
+        batch_positions=arguments.batch_positions,
+        activation_memory=arguments.activation_memory,
+        compiled=arguments.compiled,
+    )
+    measure_step(bench).tell(_console(), arguments.out)
+    return 0
+
+
+def _memory(arguments: argparse.Namespace) -> int:
+    from flower_split.bench.memory import MemoryBench, measure_memory
+    from flower_split.runtime.devices import resolve_device
+    from flower_split.runtime.logs import quiet_libraries
+
+    quiet_libraries()
+    bench = MemoryBench(
+        preset=arguments.preset,
+        steps=arguments.steps,
+        device=str(resolve_device(arguments.device, "--device")),
+        compute=arguments.compute,
+    )
+    measure_memory(bench).tell(_console(), arguments.out)
+    return 0
