@@ -126,6 +126,13 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help="serve figures for Prometheus there, at /metrics, as plain HTTP; needs the extra metrics",
     )
     trunk.add_argument(
+        "--health-listen",
+        default="",
+        metavar="HOST:PORT",
+        help="also answer health checks there, on loopback, without TLS: for a probe that has no client "
+        "certificate",
+    )
+    trunk.add_argument(
         "--audit-log",
         default="",
         metavar="FILE",

@@ -36,6 +36,7 @@ class TrunkCommand:
     allow_coordinators: Sequence[str] = ()
     checkpoints: str = ""  # directory; empty: none are kept
     metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
+    health_listen: str = ""  # host:port on loopback, for probes; empty: none
     audit_log: str = ""  # file; empty: none is kept
     log: LogSettings = LogSettings(times=True)
     run_config: Sequence[str] | None = None  # values of --run-config
@@ -54,6 +55,7 @@ def trunk_command(arguments: argparse.Namespace) -> TrunkCommand:
         allow_coordinators=arguments.allow_coordinator,
         checkpoints=arguments.checkpoints,
         metrics_listen=arguments.metrics_listen,
+        health_listen=arguments.health_listen,
         audit_log=arguments.audit_log,
         log=LogSettings(level=arguments.log_level, form=arguments.log_format, times=True),
         run_config=arguments.run_config,
@@ -84,6 +86,7 @@ def serve_trunk(command: TrunkCommand) -> int:
         allow_coordinators=tuple(command.allow_coordinators),
         checkpoints=command.checkpoints,
         metrics_listen=command.metrics_listen,
+        health_listen=command.health_listen,
         audit_log=command.audit_log,
     )
     ended = threading.Event()

@@ -38,6 +38,7 @@ class Serving:
     allow_coordinators: tuple[str, ...] = ()  # the same, of calls with the coordinator's token
     checkpoints: str = ""  # directory of the trunk's checkpoints; empty: none are kept
     metrics_listen: str = ""  # host:port for Prometheus; empty: no metrics
+    health_listen: str = ""  # host:port on loopback for probes without a certificate; empty: none
     audit_log: str = ""  # file; empty: none is kept
 
     def __post_init__(self) -> None:
@@ -108,15 +109,24 @@ class RunningTrunk(Closing):
             ),
             audit=self._audit,
         )
-        self._metrics: Closing | None = None
-        self.metrics_port = 0
+        self._beside: list[Closing] = []  # other ports
+        self.metrics_port = self.health_port = 0
         self.port = self._server.start()
-        if serving.metrics_listen:
-            try:
+        try:
+            if serving.metrics_listen:
                 self._serve_metrics(serving, directory)
-            except ConfigError:
-                self.close()
-                raise
+            if serving.health_listen:
+                self._serve_health(serving.health_listen)
+        except ConfigError:
+            self.close()
+            raise
+
+    def _serve_health(self, listen: str) -> None:
+        from flower_split.trunk.service.health_port import HealthPort
+
+        served = HealthPort(listen, self._server.health)
+        self._beside.append(served)
+        self.health_port = served.port
 
     def _serve_metrics(self, serving: Serving, checkpoints: Path | None) -> None:
         try:
@@ -133,12 +143,13 @@ class RunningTrunk(Closing):
             certificate=Path(serving.tls_certificate) if serving.tls_certificate else None,
         )
         served = MetricsServer(serving.metrics_listen, sources)
-        self._metrics, self.metrics_port = served, served.port
+        self._beside.append(served)
+        self.metrics_port = served.port
 
     def close(self) -> None:
         """Stop serving; calls in progress get a short grace."""
-        if self._metrics is not None:
-            self._metrics.close()
+        for served in self._beside:
+            served.close()
         self._server.stop(_GRACE_SECONDS)
         self.engine.close()
         if self._audit is not None:

@@ -11,6 +11,7 @@ from flower_split.errors import TrunkError, TrunkUnavailable
 from flower_split.runs.directory import RunDirectory
 from flower_split.server.app import run
 from flower_split.trunk.serve import RunningTrunk, Serving
+from flower_split.wire.grpc_health import health_of
 from tests.support.local_grid import LocalGrid
 from tests.support.tiny_app import make_data, make_model, tiny_config
 
@@ -52,6 +53,7 @@ def test_run_over_mutual_tls_shows_each_machines_own_certificate(
         tls_certificate=str(certificates / "server.crt"),
         tls_key=str(certificates / "server.key"),
         client_ca=str(certificates / "ca.crt"),
+        health_listen="127.0.0.1:0",
         allow_clients=(f"@{clients}",),
         allow_coordinators=("server-app",),
         audit_log=str(audit),
@@ -70,6 +72,7 @@ def test_run_over_mutual_tls_shows_each_machines_own_certificate(
                 "client-key": str(certificates / f"{name}.key"),
             }
         run(grid, parse_run_config(config))
+        assert health_of(f"127.0.0.1:{trunk.health_port}") == "SERVING"  # as a probe without one
         options = [
             str(config["trunk.address"]),
             "--root-certificates",

@@ -60,6 +60,7 @@ class TrunkServer(Closing):
 
     Attributes:
         refusals: Counts of refused calls.
+        health: Answers health checks.
 
     Raises:
         ConfigError: Plain text beyond loopback, an empty token, half a key pair, a certificate or
@@ -89,7 +90,7 @@ class TrunkServer(Closing):
         self._listen = listen
         self._tls = _certificate_of(listen, tls_certificate, tls_key, mutual)
         self._gate = CertificateGate(mutual, engine.knows_token) if mutual else None
-        self._health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
+        self.health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
         refusals = self.refusals = RefusalLog(audit=audit)
         limits = limits or Limits()
         quotas = Quotas(max_workers * 3 // 4, limits, max_call_seconds)
@@ -115,7 +116,7 @@ class TrunkServer(Closing):
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(SERVICE, handlers),)
         )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
 
     def start(self) -> int:
         """Listen and serve; return the port.
@@ -135,7 +136,7 @@ class TrunkServer(Closing):
         self._server.start()
         self._watch.start()
         for service in ("", SERVICE):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
         how = "plain text" if self._tls is None else "TLS" if self._gate is None else "mutual TLS"
         logger.info("trunk serves on port %d (%s)", port, how)
         return port
@@ -145,7 +146,7 @@ class TrunkServer(Closing):
 
         A cancelled call's thread ends when the engine lets go of it: close the engine afterwards.
         """
-        self._health.enter_graceful_shutdown()
+        self.health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
         self._watch.close()
         self._first_frames.close()

@@ -112,6 +112,21 @@ def test_prometheus_of_compose_asks_the_trunks_metrics_port() -> None:
     assert host in COMPOSE["services"] and listen.endswith(f":{port}")
 
 
+def test_probes_need_no_certificate_and_ask_the_port_that_the_trunk_opens_for_them() -> None:
+    health, trunk = (
+        next(words[1:] for words in docker_lists() if words[1] == name)
+        for name in ("health", "trunk")
+    )
+    assert make_parser().parse_args(trunk).health_listen == make_parser().parse_args(health).address
+    [container] = next(d for d in KUBERNETES if d["kind"] == "Deployment")["spec"]["template"][
+        "spec"
+    ]["containers"]
+    listen = make_parser().parse_args(container["args"][1:]).health_listen
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        asked = make_parser().parse_args(container[probe]["exec"]["command"][1:])
+        assert (asked.address, asked.root_certificates) == (listen, "")
+
+
 # ---------------------------------------------------------------- systemd
 
 
@@ -210,4 +225,4 @@ def test_kubernetes_service_claim_and_certificate_are_the_deployments() -> None:
     certificate = of_kind("Certificate")["spec"]
     assert volumes["certificates"]["secret"]["secretName"] == certificate["secretName"]
     probed = container["livenessProbe"]["exec"]["command"][2].partition(":")[0]
-    assert probed in certificate["dnsNames"]
+    assert probed == "127.0.0.1" and "localhost" in certificate["dnsNames"]  # --health-listen's
