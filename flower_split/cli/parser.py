@@ -84,18 +84,7 @@ def _add_attach(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     _add_stream(attach)
 
 
-def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    trunk = commands.add_parser(
-        "trunk",
-        help="serve the trunk of an app on this machine",
-        description="Serves until it gets SIGINT or SIGTERM. Clients and the ServerApp reach it by "
-        "trunk.address; the ServerApp needs the same token file as trunk.token-file.",
-    )
-    trunk.add_argument("app", type=Path, help="the app's directory (with its pyproject.toml)")
-    trunk.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
-    trunk.add_argument(
-        "--token-file", required=True, type=Path, help="the coordinator's token; made if missing"
-    )
+def _add_certificates(trunk: argparse.ArgumentParser) -> None:
     trunk.add_argument("--tls-certificate", default="", help="PEM file; required off loopback")
     trunk.add_argument("--tls-key", default="", help="PEM file")
     trunk.add_argument(
@@ -113,6 +102,21 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
             help=f"common name or alternative name of a {role}'s certificate, or @FILE with one a line, "
             "read again when it changes; again for each; default: whoever the CA signed",
         )
+
+
+def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    trunk = commands.add_parser(
+        "trunk",
+        help="serve the trunk of an app on this machine",
+        description="Serves until it gets SIGINT or SIGTERM. Clients and the ServerApp reach it by "
+        "trunk.address; the ServerApp needs the same token file as trunk.token-file.",
+    )
+    trunk.add_argument("app", type=Path, help="the app's directory (with its pyproject.toml)")
+    trunk.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
+    trunk.add_argument(
+        "--token-file", required=True, type=Path, help="the coordinator's token; made if missing"
+    )
+    _add_certificates(trunk)
     trunk.add_argument(
         "--checkpoints",
         default="",
