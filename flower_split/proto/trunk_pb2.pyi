@@ -545,7 +545,7 @@ class StatusRequest(_message.Message):
     def __init__(self, keep_alive: _Optional[bool] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process", "batches")
+    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process", "batches", "revoked")
     class FingerprintEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -569,6 +569,7 @@ class StatusReply(_message.Message):
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
+    REVOKED_FIELD_NUMBER: _ClassVar[int]
     trunk_epoch: int
     version: int
     experiment: str
@@ -585,7 +586,8 @@ class StatusReply(_message.Message):
     activations: ActivationReport
     process: ProcessReport
     batches: BatchReport
-    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ..., batches: _Optional[_Union[BatchReport, _Mapping]] = ...) -> None: ...
+    revoked: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ..., batches: _Optional[_Union[BatchReport, _Mapping]] = ..., revoked: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
     __slots__ = ("package_version", "uptime_seconds", "round_seconds", "queue_seconds", "resident_bytes", "accelerator_bytes", "bytes_received", "bytes_sent", "rounds_committed", "rounds_aborted", "checkpoint_seconds", "compute_seconds")

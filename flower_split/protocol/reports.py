@@ -63,6 +63,7 @@ def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
         activations=pb.ActivationReport(**asdict(status.activations)),
         process=pb.ProcessReport(**asdict(status.process)),
         batches=pb.BatchReport(**asdict(status.batches)),
+        revoked=status.revoked,
     )
 
 
@@ -85,6 +86,7 @@ def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
         activations=_of_same_fields(ActivationReport, reply.activations),
         process=_of_same_fields(ProcessReport, reply.process),
         batches=_of_same_fields(BatchReport, reply.batches),
+        revoked=tuple(reply.revoked),
     )
 
 

@@ -272,3 +272,4 @@ class TrunkStatus:
     activations: ActivationReport = field(default_factory=ActivationReport)
     process: ProcessReport = field(default_factory=ProcessReport)
     batches: BatchReport = field(default_factory=BatchReport)
+    revoked: tuple[int, ...] = ()  # slots that an operator took out of the experiment

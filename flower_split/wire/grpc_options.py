@@ -47,7 +47,7 @@ def server_options(max_connections: int) -> list[tuple[str, int]]:
     """
     return [
         ("grpc.max_allowed_incoming_connections", max_connections),
-        ("grpc.max_connection_idle_ms", 120_000),  # without a call; the next call connects again
+        ("grpc.max_connection_idle_ms", 1_800_000),  # without a call; the next call connects again
         # What a stream may send before anybody reads it. gRPC's own estimate would widen it to megabytes
         # for whoever sends fast: 380 streams without a credential then took 825 MiB, and now take 4.
         ("grpc.http2.bdp_probe", 0),

@@ -24,6 +24,14 @@ class RevokingGrid(LocalGrid):
     def __init__(self, config: dict[str, Scalar], revoke: list[str]) -> None:
         super().__init__(2, config)
         self._revoke, self.revoked = revoke, 0
+        self.asked = 0  # partition 1, to train
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        for message in messages:
+            metadata = message.metadata
+            self.asked += metadata.message_type == "train" and metadata.dst_node_id == 101
+        return super().push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         waiting = [self._waiting[name] for name in message_ids if name in self._waiting]
@@ -63,3 +71,37 @@ def test_rounds_are_committed_without_the_client_that_was_revoked(
     evaluated = [row["evaluated"] for row in rows if row["kind"] == "round"]
     assert evaluated == [[0, 1], [0], [0]]
     assert RunDirectory.open(tmp_path / "run").read_adapter("trunk")
+
+
+def test_asynchronous_run_asks_a_client_that_was_revoked_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data", 2)
+    changes: dict[str, Scalar] = {
+        "strategy__name": "fedbuff",
+        "strategy__aggregator": "product-delta",
+        "strategy__buffer_size": 1,
+        "trunk__step_every": "server-round",
+        "trunk__quorum": 0.5,
+        "num_server_rounds": 4,
+        "round_retries": 5,
+    }
+    config: dict[str, Scalar] = {
+        **tiny_config(model, data, **changes),
+        "run-dir": str(tmp_path / "run"),
+        "trunk.token-file": str(token),
+    }
+    with RunningTrunk(parse_run_config(config), Serving(token=TOKEN)) as trunk:
+        address = config["trunk.address"] = f"127.0.0.1:{trunk.port}"
+        revoke = ["trunk-revoke", str(address), "--token-file", str(token), "--slot", "1"]
+        grid = RevokingGrid(config, revoke)
+        run(grid, parse_run_config(config))
+        assert trunk.engine.status().revoked == (1,)
+        assert trunk.engine.status().process.rounds_committed == 4
+    assert (grid.revoked, grid.asked) == (1, 1)
+    assert "slot 1 is out" in capsys.readouterr().out
+    rows = list(map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()))
+    assert {row["partition_id"] for row in rows if row["kind"] == "step"} == {0}

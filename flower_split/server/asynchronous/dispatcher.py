@@ -17,7 +17,7 @@ from flwr.app import ArrayRecord, Message
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from flower_split.errors import FederationError, RoundLost, TrunkRefused
+from flower_split.errors import FederationError, RoundLost, TrunkError, TrunkRefused
 from flower_split.protocol.values import Dispatch
 from flower_split.server.asynchronous.arrivals import Arrivals
 from flower_split.server.federation.exchange import failure_text
@@ -186,7 +186,7 @@ class Dispatcher:
         Raises:
             FederationError: A client failed for the last time, and too few are left.
         """
-        came = []
+        came, failed = [], False
         for reply in self._grid.pull_messages(set(self._open)) if self._open else ():
             item = self._open.pop(reply.metadata.reply_to_message_id, None)
             if item is None:
@@ -200,12 +200,39 @@ class Dispatcher:
             text = failure_text(reply) or self._objection(server_round, partition_id, reply)
             if text:
                 self._fail(item, text)
+                failed = True
                 continue
             self._failures.pop(partition_id, None)
             self._arrivals.add(
                 ClientArrival(item.dispatch, item.base_round, item.sent, reply.content)
             )
+        if failed:
+            self._leave_out_revoked()
         return bool(came)
+
+    def _leave_out_revoked(self) -> None:
+        """Ask nobody again whom an operator took out at the trunk, which tells its client nothing."""
+        try:
+            revoked = self._trunk_rounds.status().revoked
+        except TrunkError as error:
+            logger.warning("the trunk does not report its status: %s", error)
+            return
+        self.leave_out(revoked)
+
+    def leave_out(self, partition_ids: Sequence[int]) -> None:
+        """Go on without clients that an operator revoked; their work is dropped.
+
+        Raises:
+            FederationError: Too few clients are left.
+        """
+        why = "an operator revoked it at the trunk (flower-split trunk-revoke)"
+        new = [slot for slot in partition_ids if slot not in self._left_out]
+        for item in self._open.values():
+            if item.dispatch.slot in new and not item.recalled:
+                item.recalled = why
+                self._arrivals.drop(item.dispatch, item.base_round, why)
+        for partition_id in new:
+            self._without(partition_id, why)
 
     def _objection(self, server_round: int, partition_id: int, reply: Message) -> str:
         """Return why a reply cannot be used; empty if it can."""
@@ -247,6 +274,14 @@ class Dispatcher:
         self._arrivals.drop(item.dispatch, item.base_round, why)
         if self._failures[partition_id] <= self._config.round_retries:
             return
+        self._without(partition_id, why)
+
+    def _without(self, partition_id: int, why: str) -> None:
+        """Leave a client out of the run.
+
+        Raises:
+            FederationError: Too few are left.
+        """
         self._left_out[partition_id] = why
         total = len(self._federation.partition_ids)
         left = total - len(self._left_out)
@@ -256,8 +291,9 @@ class Dispatcher:
         if left < needed:
             raise FederationError(
                 f"{len(self._left_out)} of {total} clients have failed more than round-retries = "
-                f"{self._config.round_retries} times in a row, and the quorum (trunk.quorum, "
-                f"trunk.quorum-count) needs {needed}. Cause: {named.rstrip('.')}. Mend it and start "
+                f"{self._config.round_retries} times in a row, or were revoked, and the quorum "
+                f"(trunk.quorum, trunk.quorum-count) needs {needed}. Cause: "
+                f"{named.rstrip('.')}. Mend it and start "
                 "the run again, or lower trunk.quorum to go on without them."
             )
 

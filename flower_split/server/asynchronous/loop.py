@@ -189,6 +189,7 @@ class AsynchronousRounds:
             raise RoundLost(f"round {server_round}: the trunk has restarted.")
         if status.phase == "aborted":
             raise RoundLost(f"round {server_round}: the trunk gave it up: {status.problem}")
+        self._dispatcher.leave_out(status.revoked)
         logger.info(
             "round %d/%d %d of %d arrived, %d at work, %.1f MB of theirs",
             server_round,

@@ -50,6 +50,7 @@ class OperatorSide:
                 experiment=self._weights.experiment,
                 fingerprint=self.fingerprint,
                 process=self._process(current, now, memory),
+                revoked=tuple(sorted(self._index.revoked)),
             )
             if current is None:
                 return base
