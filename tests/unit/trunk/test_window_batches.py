@@ -4,6 +4,7 @@ Every expected weight is worked out by hand: the toy trunk is ``h ↦ h · W``.
 """
 
 import itertools
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -291,6 +292,40 @@ def test_trunk_that_is_started_again_between_forward_and_backward_ends_on_the_sa
                 future.result(10)
         digests.append(rig.prepare().digest)
     assert digests[0] == digests[1]
+
+
+def play(rig: Rig, rng: random.Random, most: int) -> bool:
+    """Two windows of three clients, each stage in another order; False: it ends after ``most`` calls."""
+    calls = 0
+    for window, kind in itertools.product((0, 1), ("forward", "backward")):
+        futures = []
+        for slot in rng.sample(range(3), 3):
+            if calls == most:
+                return False
+            futures.append(getattr(rig, kind)(slot, window))
+            calls += 1
+        for future in futures:
+            future.result(10)
+    return True
+
+
+def test_twenty_kills_at_any_place_end_on_the_bits_of_an_undisturbed_run(rigs, tmp_path: Path):
+    rng = random.Random(0)
+    settings = {"steps": 2, "optimizer": ADAMW, "dropout": 0.3}
+    undisturbed = rigs(**settings)
+    assert play(undisturbed, rng, 12)
+    store = CheckpointStore(tmp_path)
+    places = set()
+    for attempt in range(20):
+        killed = rigs(checkpoints=store, attempt=attempt, **settings)
+        place = rng.randrange(12)
+        places.add(place)
+        assert not play(killed, rng, place)
+        killed.engine.close()
+    assert len(places) > 8
+    last = rigs(checkpoints=store, attempt=20, **settings)
+    assert play(last, rng, 12)
+    assert last.prepare().digest == undisturbed.prepare().digest
 
 
 # ---------------------------------------------------------------------- who is missing
