@@ -1,0 +1,33 @@
+"""Print the table of faults as Markdown.
+
+Usage: ``python -m tests.deployment``.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.deployment.faults import Seen, trunk_faults
+
+
+def table(rows: Sequence[Seen]) -> str:
+    """Return rows as a Markdown table."""
+    lines = [
+        "| what happened | what the operator sees | after | the run | hashes as undisturbed |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        after = f"{row.after:.0f} s" if row.after else ""
+        same = {True: "yes", False: "**no**", None: ""}[row.same]
+        lines.append(f"| {row.fault} | {row.seen} | {after} | {row.then} | {same} |")
+    return "\n".join(lines)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(trunk_faults(Path(folder), _tell)))
