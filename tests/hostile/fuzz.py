@@ -27,6 +27,8 @@ from flower_split.split import CutLayers, split_model
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
+from flower_split.trunk.service.limits import Limits
+from flower_split.trunk.service.pacing import Rate
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.receiving import Incoming
 from tests.hostile.fuzz_calls import Call, Chance, Known, any_call, mutated_messages
@@ -54,6 +56,8 @@ PLANS: tuple[dict[str, object], ...] = (
 )
 CALLS_PER_ROUND = 80
 FINGERPRINT = {"model": "fuzz"}
+# Most calls are to be refused, each by what it holds.
+UNPACED = Limits(refusals=Rate(burst=10**9, per_second=1e9))
 
 
 @dataclass(slots=True)
@@ -196,7 +200,7 @@ def fuzz_calls(family: str, count: int, findings: Findings, seed: int = 0) -> No
     target, chance = Target(family, findings), Chance(seed)
     with (
         listening(findings),
-        served(target.engine, max_call_seconds=0.05) as port,
+        served(target.engine, max_call_seconds=0.05, limits=UNPACED) as port,
         open_channel(f"127.0.0.1:{port}") as channel,
     ):
         known = target.begin(channel)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.trunk.service.pacing import PARTICIPANT, Rate
 
 _LEAST_UNREAD = 8  # replies under way, however few calls a session may have
 
@@ -16,6 +17,7 @@ class Limits:
     call_positions: int = 1 << 18  # trunk.max-call-positions: rows x positions of each
     first_frame_seconds: float = 20.0  # trunk.first-frame-timeout: until a call says what it is
     connections: int = 512  # trunk.max-connections: of everybody
+    refusals: Rate = PARTICIPANT  # how fast a session's calls are refused
 
     def over_calls(self) -> TrunkRefused:
         """Return the refusal of a call too many."""

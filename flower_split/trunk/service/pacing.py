@@ -42,13 +42,17 @@ class Pace(Closing):
 
     Args:
         clock: Monotonic seconds; tests pass their own.
+        participant: Of each participant.
 
     Attributes:
         spent: Until when the rate of each caller is taken that was refused lately. Read without the
             lock.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, participant: Rate = PARTICIPANT
+    ) -> None:
+        self._participant = participant
         self._clock = clock
         self._changed = threading.Condition()
         self.spent: dict[str, float] = {}
@@ -59,12 +63,12 @@ class Pace(Closing):
 
     def is_over(self, caller: str) -> bool:
         """Return whether a caller's refusals have to wait now."""
-        until, rate = self.spent.get(caller), _rate_of(caller)
+        until, rate = self.spent.get(caller), self._rate_of(caller)
         return until is not None and until - self._clock() > rate.burst / rate.per_second
 
     def count(self, caller: str) -> float:
         """Count a refusal; return when it is due."""
-        rate = _rate_of(caller)
+        rate = self._rate_of(caller)
         with self._changed:
             now = self._clock()
             if len(self.spent) > _MAX_CALLERS:
@@ -78,6 +82,9 @@ class Pace(Closing):
     def lane(self, caller: str) -> "Lane":
         """Return where the refusals of a caller run; empty: of strangers."""
         return Lane(self, caller)
+
+    def _rate_of(self, caller: str) -> Rate:
+        return self._participant if caller else STRANGERS
 
     def run_at(self, due: float, run: Callable[[], None]) -> None:
         """Have the one thread run something, which must not wait."""
@@ -144,7 +151,3 @@ def _fulfil(future: Future[Value], run: Callable[[], Value]) -> None:
         future.set_result(run())
     except BaseException as error:  # gRPC's own, which looks at the future
         future.set_exception(error)
-
-
-def _rate_of(caller: str) -> Rate:
-    return PARTICIPANT if caller else STRANGERS

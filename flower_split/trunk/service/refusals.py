@@ -11,7 +11,7 @@ import grpc
 
 from flower_split.errors import FlowerSplitError, RefusalReason
 from flower_split.trunk.service.audit_log import AuditLog, reason_of
-from flower_split.trunk.service.pacing import Pace
+from flower_split.trunk.service.pacing import PARTICIPANT, Pace, Rate
 from flower_split.wire.grpc_status import REFUSAL_KEY, status_of
 
 logger = logging.getLogger(__name__)
@@ -27,17 +27,21 @@ class RefusalLog:
     Args:
         clock: Monotonic seconds; tests pass their own.
         audit: Where every call is noted; None: nowhere.
+        participant: How fast each participant's calls are refused.
 
     Attributes:
         pace: How fast calls are refused; the log's owner closes it.
     """
 
     def __init__(
-        self, clock: Callable[[], float] = time.monotonic, audit: AuditLog | None = None
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        audit: AuditLog | None = None,
+        participant: Rate = PARTICIPANT,
     ) -> None:
         self._clock = clock
         self.audit = audit
-        self.pace = Pace(clock)
+        self.pace = Pace(clock, participant)
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()  # by method and reason
         self._silent = 0  # refusals since the last line

@@ -91,8 +91,8 @@ class TrunkServer(Closing):
         self._tls = _certificate_of(listen, tls_certificate, tls_key, mutual)
         self._gate = CertificateGate(mutual, engine.knows_token) if mutual else None
         self.health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
-        refusals = self.refusals = RefusalLog(audit=audit)
         limits = limits or Limits()
+        refusals = self.refusals = RefusalLog(audit=audit, participant=limits.refusals)
         quotas = Quotas(max_workers * 3 // 4, limits, max_call_seconds)
         self._watch = CallWatch(quotas.end_overdue)
         # Twice as many as workers: one that was given up reads until its peer has been told.
