@@ -18,6 +18,7 @@ from flower_split.errors import ConfigError
 STEP_EVERY = ("local-step", "server-round", "contribution")
 WINDOW_BATCHES = ("off", "on")
 ON_BAD_CLIENT = ("exclude", "abort")
+MIN_STREAM_WINDOW, MAX_STREAM_WINDOW = 1 << 16, 1 << 24
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 
 
@@ -70,6 +71,8 @@ class TrunkConfig:
     """Calls that one client may have in progress at the trunk."""
     max_connections: int = 512
     """Connections that the trunk's port has open at once, of everybody; one more is closed."""
+    stream_window: int = 131072
+    """Bytes that a call may send before the trunk reads them; more is faster over distant links."""
     call_memory_per_client: float = 1.0
     """GiB of tensors of one client's calls in progress, as they are announced."""
     max_call_positions: int = 262144
@@ -169,6 +172,11 @@ class TrunkConfig:
             "window_batch_positions",
         ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
+        if not MIN_STREAM_WINDOW <= self.stream_window <= MAX_STREAM_WINDOW:
+            raise ConfigError(
+                f"trunk.stream-window must be {MIN_STREAM_WINDOW} to {MAX_STREAM_WINDOW} bytes; it is "
+                f"{self.stream_window}."
+            )
         one_of("trunk.compute", self.compute, COMPUTE_MODES)
         if bool(self.client_certificate) != bool(self.client_key):
             raise ConfigError(

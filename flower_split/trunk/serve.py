@@ -106,6 +106,7 @@ class RunningTrunk(Closing):
                 call_positions=config.trunk.max_call_positions,
                 first_frame_seconds=config.trunk.first_frame_timeout,
                 connections=config.trunk.max_connections,
+                stream_window=config.trunk.stream_window,
             ),
             audit=self._audit,
         )

@@ -12,7 +12,6 @@ from flower_split.wire.proxies import proxy_to
 
 SERVICE = "flower_split.Trunk"
 MAX_MESSAGE_BYTES = 8 << 20
-_WINDOW_BYTES = 128 << 10  # 6 MB/s over 20 ms of network, for each call
 Metadata = tuple[tuple[str, str], ...]
 
 
@@ -39,19 +38,20 @@ def channel_options(proxy: str = "") -> list[tuple[str, int | str]]:
     ]
 
 
-def server_options(max_connections: int) -> list[tuple[str, int]]:
+def server_options(max_connections: int, stream_window: int = 128 << 10) -> list[tuple[str, int]]:
     """Return the options of the trunk server.
 
     Args:
         max_connections: Open at once; one more is closed where it is accepted.
+        stream_window: Bytes that a stream may send before anybody reads them.
     """
     return [
         ("grpc.max_allowed_incoming_connections", max_connections),
         ("grpc.max_connection_idle_ms", 1_800_000),  # without a call; the next call connects again
-        # What a stream may send before anybody reads it. gRPC's own estimate would widen it to megabytes
-        # for whoever sends fast: 380 streams without a credential then took 825 MiB, and now take 4.
+        # gRPC's own estimate of the network would widen the window to megabytes for whoever sends fast:
+        # 380 streams without a credential then took 825 MiB, and now take 4.
         ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", _WINDOW_BYTES),
+        ("grpc.http2.lookahead_bytes", stream_window),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_concurrent_streams", 64),  # of one connection; a client has a few at once

@@ -17,6 +17,7 @@ class Limits:
     call_positions: int = 1 << 18  # trunk.max-call-positions: rows x positions of each
     first_frame_seconds: float = 20.0  # trunk.first-frame-timeout: until a call says what it is
     connections: int = 512  # trunk.max-connections: of everybody
+    stream_window: int = 1 << 17  # trunk.stream-window: bytes of a call that nobody has read
     refusals: Rate = PARTICIPANT  # how fast a session's calls are refused
 
     def over_calls(self) -> TrunkRefused:

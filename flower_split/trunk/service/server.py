@@ -100,7 +100,7 @@ class TrunkServer(Closing):
 
         self._server = grpc.server(
             ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
-            options=server_options(limits.connections),
+            options=server_options(limits.connections, limits.stream_window),
             interceptors=[
                 Admission(
                     credential, engine.knows_token, refusals, first_frames, quotas, self._gate
