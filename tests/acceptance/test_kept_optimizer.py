@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from flower_split.client.client import Client
 from flower_split.client.model_cache import RunCache
 from flower_split.config import RunConfig, Scalar, parse_run_config
-from flower_split.errors import FederationError, RoundLost, RunDirectoryError, TrunkUnavailable
+from flower_split.errors import RoundLost, RunDirectoryError, TrunkUnavailable
 from flower_split.lora import adapter_state, attach_lora, load_adapter_state
 from flower_split.messages.orders import TrainOrder
 from flower_split.parties.parts import all_parts, client_parts, model_cuts
@@ -175,9 +175,12 @@ def test_state_beside_private_factors_is_no_part_of_a_clients_adapter(job: Job) 
     assert {name.partition("/")[0] for name in names if "/" in name} == {"optimizer"}
 
 
-def test_client_without_a_directory_is_told_what_to_set(job: Job) -> None:
-    with pytest.raises(FederationError, match='optimizer-state = "keep".*client-dir'):
-        keep(job, "run", train__client_dir="")
+def test_simulated_client_without_a_directory_keeps_its_state_in_the_run(
+    calm: Outcome, job: Job
+) -> None:
+    run = keep(job, "run", train__client_dir="")
+    assert_same_end(calm.directory, run.directory, ("client",))
+    assert list((run.directory.path / "clients").rglob("*.safetensors"))
 
 
 def test_one_client_that_shares_its_gradients_is_the_unsplit_model_over_all_rounds(

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from flower_split.client.app import app
 from flower_split.config import RunConfig, Scalar
+from flower_split.runtime.simulation import SIMULATED
 from flower_split.trunk.serve import RunningTrunk, Serving
 from tests.support.fakes import FakeGrid
 
@@ -30,7 +31,11 @@ class LocalGrid(FakeGrid):
             node: Context(
                 run_id=1,
                 node_id=node,
-                node_config={"partition-id": node - 100, "num-partitions": num_clients},
+                node_config={
+                    "partition-id": node - 100,
+                    "num-partitions": num_clients,
+                    SIMULATED: True,  # what a client keeps lies in the run directory
+                },
                 state=RecordDict(),
                 run_config=dict(config),
             )
