@@ -4,6 +4,7 @@ With ``-n auto`` the tests of a file run in one process (``--dist loadfile``), s
 is made once.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,17 @@ def no_failpoints() -> Iterator[None]:
     failpoints.reset()
     yield
     failpoints.reset()
+
+
+@pytest.fixture(autouse=True)
+def logging_of_a_library() -> Iterator[None]:
+    """A command run in a test gives the package's logger a handler; the next test has it without."""
+    yield
+    logger = logging.getLogger("flower_split")
+    for handler in [h for h in logger.handlers if type(h) is logging.StreamHandler]:
+        logger.removeHandler(handler)
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

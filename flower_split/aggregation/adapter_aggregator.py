@@ -165,12 +165,15 @@ class AdapterAggregator:
         self._ready()
         start = time.perf_counter()
         clients, excluded = self._admission().admit(updates, exclude=self._exclude)
-        while far := self._outliers(clients):  # until those left are a round without the others
+        ruled = self._ruled(clients)
+        while far := self._outliers(ruled):  # until those left are a round without the others
             if not self._exclude:
                 raise AggregationError(" ".join(far.values()))
             excluded |= far
             clients = [client for client in clients if client.client_id not in far]
-        for transform in (*self._transforms, *then):
+            ruled = self._ruled(clients)
+        clients = ruled
+        for transform in then:
             clients = list(transform(clients))
         # The weights of everybody: a round must have some, whoever holds what.
         shares_of([(client.client_id, client.weight) for client in clients])
@@ -207,6 +210,12 @@ class AdapterAggregator:
         unchanged = tuple(module for module in self._states if module not in set(modules))
         seconds = time.perf_counter() - start
         return RoundSummary(ids, excluded, seconds, unchanged, self.truncation())
+
+    def _ruled(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
+        """Return what the rules make of the clients' updates."""
+        for transform in self._transforms:
+            clients = transform(clients)
+        return list(clients)
 
     def trainable(self) -> list[str]:
         """Return the names of the tensors that clients train in the coming round, and no others."""

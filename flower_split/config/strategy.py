@@ -50,7 +50,7 @@ class StrategyConfig:
     """On a malformed update: refuse the round, or exclude the client."""
     outlier_factor: float = 20.0
     """How many times the median client's an adapter's change may be, among three clients or more, before
-    it is malformed; 0: any."""
+    it is malformed, after the rules; 0: any."""
     server_learning_rate: float = 1.0
     """Learning rate of the server's step on the aggregated ΔW."""
     server_optimizer: str = "none"

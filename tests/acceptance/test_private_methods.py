@@ -255,11 +255,6 @@ def test_client_that_lost_its_factors_is_named(job: Job, monkeypatch: pytest.Mon
         job.go("killed", {**config, "resume": str(job.root / "killed")})
 
 
-def test_client_without_a_directory_is_told_what_to_set(job: Job) -> None:
-    with pytest.raises(FederationError, match="fedsa-lora.*client-dir"):
-        job.run("run", METHOD)
-
-
 def test_server_keeps_digests_only(calm: Outcome) -> None:
     last = RunCheckpoints(calm.directory.path / FOLDER).latest()
     assert last is not None

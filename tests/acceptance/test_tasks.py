@@ -52,7 +52,7 @@ def job(tmp_path: Path, case: TaskRun, **changes: Scalar) -> dict[str, Scalar]:
         "model.labels": ", ".join(case.labels),
         "data.eval-path": str(tmp_path / "test.jsonl"),
         "trunk.step-every": "server-round",
-        "train.local-steps": 3,
+        "train.local-steps": 24,
         "train.optimizer.name": "adamw",
         "train.optimizer.learning-rate": 0.01,
         "trunk.optimizer.name": "adamw",

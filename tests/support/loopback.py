@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import OptimizerConfig
+from flower_split.parties.protocol_versions import SPOKEN
 from flower_split.protocol.values import (
     BackwardCall,
     CallResult,
@@ -28,7 +29,7 @@ from flower_split.trunk.service.server import TrunkServer
 
 HIDDEN = 6
 COORDINATOR_TOKEN = "coordinator-token"
-FINGERPRINT = {"model": "tiny", "protocol": "1"}
+FINGERPRINT = {"model": "tiny", "protocol": str(SPOKEN)}
 
 
 class TinyTrunk(nn.Module):

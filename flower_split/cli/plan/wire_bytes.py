@@ -90,6 +90,7 @@ class _Calls:
             mode=pb.ForwardMode.TRAIN if self._back else pb.ForwardMode.NO_GRAD,
             acknowledged=key.micro_batch,
             use_cache=False,
+            last=last,
         )
         mask = {"attention_mask": torch.ones(self._run.hidden_shape[:2], dtype=torch.bool)}
         sent = [Outgoing(pb.Header(forward=forward), {**self._coded("hidden_states"), **mask})]

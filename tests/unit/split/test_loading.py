@@ -152,7 +152,10 @@ def test_model_source_is_loaded_as_the_run_config_says(tmp_path: Path) -> None:
         ModelConfig(name=str(tmp_path), dtype="bfloat16", attn_implementation="eager")
     )
     assert source == ModelSource(
-        name_or_path=str(tmp_path), dtype="bfloat16", attn_implementation="eager"
+        name_or_path=str(tmp_path),
+        dtype="bfloat16",
+        attn_implementation="eager",
+        task="causal-lm",
     )
     trunk = load_trunk_model(source, CUTS)
     client = load_client_model(source, CUTS, trunk)
