@@ -165,14 +165,10 @@ class AdapterAggregator:
         self._ready()
         start = time.perf_counter()
         clients, excluded = self._admission().admit(updates, exclude=self._exclude)
-        ruled = self._ruled(clients)
-        while far := self._outliers(ruled):  # until those left are a round without the others
-            if not self._exclude:
-                raise AggregationError(" ".join(far.values()))
-            excluded |= far
-            clients = [client for client in clients if client.client_id not in far]
-            ruled = self._ruled(clients)
-        clients = ruled
+        clients, far = self._outliers.leave_out(clients, self._transforms)
+        if far and not self._exclude:
+            raise AggregationError(" ".join(far.values()))
+        excluded |= far
         for transform in then:
             clients = list(transform(clients))
         # The weights of everybody: a round must have some, whoever holds what.
@@ -210,12 +206,6 @@ class AdapterAggregator:
         unchanged = tuple(module for module in self._states if module not in set(modules))
         seconds = time.perf_counter() - start
         return RoundSummary(ids, excluded, seconds, unchanged, self.truncation())
-
-    def _ruled(self, clients: Sequence[ClientUpdate]) -> list[ClientUpdate]:
-        """Return what the rules make of the clients' updates."""
-        for transform in self._transforms:
-            clients = transform(clients)
-        return list(clients)
 
     def trainable(self) -> list[str]:
         """Return the names of the tensors that clients train in the coming round, and no others."""

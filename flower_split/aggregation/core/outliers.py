@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from flower_split.aggregation.core.client_updates import ClientUpdate
+from flower_split.aggregation.core.client_updates import ClientUpdate, Transform
 from flower_split.aggregation.core.factors import Factors, Update
 from flower_split.aggregation.core.lowrank import inner_product
 
@@ -94,6 +94,23 @@ class Outliers:
             "and its version of the app, or raise the key."
             for name, multiple in above_median(self.distances(clients), self.factor).items()
         }
+
+    def leave_out(
+        self, clients: Sequence[ClientUpdate], rules: Sequence[Transform]
+    ) -> tuple[list[ClientUpdate], dict[str | int, str]]:
+        """Return what the rules make of a round's clients, and who was left out, with the reasons.
+
+        What the rules have clipped is no longer far away. Those that stay are ruled and compared anew:
+        they are a round in which the others never were.
+        """
+        gone: dict[str | int, str] = {}
+        while True:
+            ruled: Sequence[ClientUpdate] = [c for c in clients if c.client_id not in gone]
+            for rule in rules:
+                ruled = rule(ruled)
+            if not (far := self(ruled)):
+                return list(ruled), gone
+            gone |= far
 
     def distances(self, clients: Sequence[ClientUpdate]) -> dict[str | int, float]:
         """Return how far each moved, for what it trained on."""
