@@ -118,10 +118,10 @@ def test_command_and_server_app_both_look_before_any_client_is_asked(tmp_path: P
     with served(make_engine(TinyTrunk())) as port:
         keys = {"trunk.address": f"127.0.0.1:{port}", "trunk.token-file": str(token)}
         config = parse_run_config(keys)
-        with pytest.raises(ConfigError, match=r"seed \(run: 0, trunk: None\)"):
+        with pytest.raises(ConfigError, match="speaks protocol 2, the trunk .* 1"):
             check_trunk(config)
         with (
-            pytest.raises(ConfigError, match=r"seed \(run: 0, trunk: None\)"),
+            pytest.raises(ConfigError, match="speaks protocol 2, the trunk .* 1"),
             connect_trunk(config, tmp_path),
         ):
             pass
