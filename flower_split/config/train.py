@@ -84,8 +84,8 @@ class TrainConfig:
     lora-fedavg averages A and B: fedit and ffa-lora)."""
     rate_scale: str = "auto"
     """Factor on the clients' learning rate: none (1), sqrt-clients (the square root of how many clients
-    a round averages), or auto (sqrt-clients for Adam and AdamW, where lora-fedavg averages A and B and
-    the optimizer's state is kept)."""
+    a round averages, as they weigh), or auto (sqrt-clients for Adam and AdamW, where lora-fedavg
+    averages A and B and the optimizer's state is kept)."""
     proximal_mu: float = 0.0
     """Weight of FedProx's pull to the round's first weights; strategy.options may set it too."""
     auxiliary_head: bool = False

@@ -46,7 +46,8 @@ class LoraFedAvg(FedAvg):
         private_folder: Where simulated clients keep what stays with them, if anything does.
         keeps_optimizer: Whether a client's optimizer state stays with it from round to round.
         scales_client_rate: Whether a client's learning rate is multiplied by the square root of how many
-            clients are averaged with it; see :func:`flower_split.config.averaging.why_rate_as_it_is`.
+            clients are averaged, as they weigh; see
+            :func:`flower_split.config.averaging.why_rate_as_it_is`.
         largest_weights: Partition to the largest weight that this client can report truthfully; one above
             is malformed. Partitions that are not named have no bound.
 
@@ -128,6 +129,7 @@ class LoraFedAvg(FedAvg):
         """
         messages = list(super().configure_train(server_round, arrays, config, grid))
         trainable = set(self.aggregator.trainable())
+        factor = self._rate_factor(messages)
         self._sent = self._address(messages, arrays)
         for message in messages:
             sent = self._sent[self._partition_of(message.metadata.dst_node_id)]
@@ -135,7 +137,7 @@ class LoraFedAvg(FedAvg):
             order = TrainOrder(
                 trainable=None if all_train else tuple(sorted(sent.keys() & trainable)),
                 wants_weight_norms=self._dora is not None,
-                rate_factor=math.sqrt(len(messages)) if self.scales_client_rate else 1.0,
+                rate_factor=factor,
             )
             message.content = order.write(message.content)
         self._add_residuals(messages, train=True)
@@ -193,6 +195,21 @@ class LoraFedAvg(FedAvg):
         ]
         metrics = self.train_metrics_aggr_fn(honest, self.weighted_by_key)
         return to_arrays(self.aggregator.distribute()), metrics
+
+    def _rate_factor(self, messages: Sequence[Message]) -> float:
+        """Return the root of how many clients are averaged, as they weigh: (Σ w)² / Σ w² of them.
+
+        Their weights are what they can report at most, which is known beforehand; where that is not,
+        all count the same.
+        """
+        if not self.scales_client_rate:
+            return 1.0
+        known = self.largest_weights
+        partitions = [self._partition_of(message.metadata.dst_node_id) for message in messages]
+        weights = [known[p] for p in partitions if p in known]
+        if len(weights) < len(partitions) or not any(weights):
+            return math.sqrt(len(messages))
+        return math.sqrt(sum(weights) ** 2 / sum(weight * weight for weight in weights))
 
     def _update(self, partition_id: int, content: RecordDict) -> AdapterUpdate:
         """Return what a client returned, beside what it was sent.

@@ -213,14 +213,25 @@ def test_weight_above_what_a_client_can_have_trained_on_is_malformed(
         strategy.aggregate_train(1, replies)
 
 
-@pytest.mark.parametrize(("scales", "factor"), [(True, 2**0.5), (False, 1.0)])
-def test_two_clients_are_told_the_square_root_of_two(scales: bool, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("scales", "weights", "factor"),
+    [
+        (True, {}, 2**0.5),
+        (True, {0: 40.0, 1: 40.0}, 2**0.5),
+        (True, {0: 30.0, 1: 10.0}, 1.6**0.5),  # 40² / (30² + 10²)
+        (True, {0: 1e6, 1: 1.0}, 1.0),  # as good as alone
+        (False, {0: 40.0, 1: 40.0}, 1.0),
+    ],
+)
+def test_clients_are_told_the_root_of_how_many_are_averaged(
+    scales: bool, weights: dict[int, float], factor: float
+) -> None:
     strategy = LoraFedAvg(StrategyConfig(), {"m": 2.0}, INITIAL, FEDERATION.partition_of)
-    strategy.scales_client_rate = scales
+    strategy.scales_client_rate, strategy.largest_weights = scales, weights
     grid = FakeGrid([9, 4], lambda message: None)
     messages = strategy.configure_train(
         1, strategy.initial_arrays(), ConfigRecord(), NodeView(grid, [9, 4])
     )
     trunk = TrunkOrder(address="here:1", token="t", server_round=1)
     orders = [TrainOrder.read(TrainOrder(trunk=trunk).write(m.content)) for m in messages]
-    assert [order.rate_factor for order in orders] == [factor, factor]
+    assert [order.rate_factor for order in orders] == pytest.approx([factor, factor], rel=1e-5)
