@@ -31,6 +31,10 @@ _GONE = (  # the node, or the client's process on it
 )
 _LOSSES = (TRUNK_LOST, *_GONE)
 
+# A reply is noticed after at most this share of the time that it took.
+_POLL_SHARE = 0.03
+_SHORTEST_POLL, _LONGEST_POLL = 0.01, 1.0  # seconds
+
 Watch = Callable[[Sequence[Message]], bool]
 """Called after every poll with the replies that are new; True ends the wait."""
 
@@ -73,8 +77,8 @@ def exchange(
     if len(waiting) < len(sent):
         logger.warning("Flower took %d of %d messages", len(waiting), len(sent))
     replies: list[Message] = []
-    deadline = time.monotonic() + timeout
-    pause = 0.01
+    began = time.monotonic()
+    deadline = began + timeout
     while waiting:
         new = list(grid.pull_messages(waiting))
         waiting -= {reply.metadata.reply_to_message_id for reply in new}
@@ -83,8 +87,9 @@ def exchange(
             break
         if not waiting or time.monotonic() >= deadline:
             break
-        time.sleep(min(pause, max(deadline - time.monotonic(), 0.0)))
-        pause = min(pause * 1.5, 1.0)
+        now = time.monotonic()
+        pause = min(max(_SHORTEST_POLL, _POLL_SHARE * (now - began)), _LONGEST_POLL)
+        time.sleep(min(pause, max(deadline - now, 0.0)))
     return replies
 
 
