@@ -20,6 +20,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from flower_split.config import RunConfig
+from flower_split.config.model import CAUSAL_LM
 from flower_split.errors import ConfigError
 from flower_split.lora import attach_lora, embedding_names, part_of, stack_of
 from flower_split.parties.parts import model_cuts, trained_parts
@@ -58,8 +59,15 @@ def dry_run(config: RunConfig) -> DryRun:
 
     Raises:
         SplitError: The model's configuration cannot be read, or the cut layers do not fit.
-        ConfigError: The base is quantised: fake weights have no quantised form.
+        ConfigError: The base is quantised (fake weights have no quantised form), or the task is none whose
+            micro-batches are made here.
     """
+    if config.model.task != CAUSAL_LM:
+        raise ConfigError(
+            f'plan makes the micro-batches of model.task = "{CAUSAL_LM}" alone, and this job\'s is '
+            f'"{config.model.task}". Plan the same model with "{CAUSAL_LM}": what a head of classes adds '
+            "to it is small beside an output embedding."
+        )
     if config.model.quantization not in ("", "dequantize"):
         raise ConfigError(
             f"plan cannot tell the size of a base that is quantised ({config.model.quantization}). Plan "

@@ -146,6 +146,16 @@ def test_command_prints_a_plan_and_json(
         dry_run(job(checkpoint, {"model.quantization": "bnb-8bit"}))
 
 
+def test_another_task_is_refused_by_name(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="sequence-classification"):
+        dry_run(
+            job(
+                checkpoint,
+                {"model.task": "sequence-classification", "model.labels": "yes, no"},
+            )
+        )
+
+
 def test_probe_tells_a_rate_and_leaves_the_threads_as_they_are() -> None:
     import torch
 
