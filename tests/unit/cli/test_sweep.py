@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flower_split.cli import preflight
 from flower_split.cli.sweep import SweepCommand, prepare
 from flower_split.errors import ConfigError
 from flower_split.experiments.sweep import check_sweep
@@ -35,6 +36,11 @@ def test_every_sweep_of_the_repository_can_be_run_and_says_how(path: Path, tmp_p
     text = (path.parent / "README.md").read_text(encoding="utf-8")
     command = f"flower-split sweep simulations/{path.parent.name}/sweep.toml --out"
     assert command in text
+    for cell in sweep.cells:
+        config = sweep.config(cell)
+        if cell.seed == 0 and config.lora.rank_by_partition:
+            adapter, scales = preflight.check_model(config)
+            preflight.check_clients(config, adapter, scales, f"num-supernodes={config.num_clients}")
     question = path.read_text(encoding="utf-8").splitlines()[0]
     assert question.startswith("# ") and question.endswith("?")
 
