@@ -1,5 +1,6 @@
 """Whom the open window waits for, as the window machine (``windows.py``) says it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ if TYPE_CHECKING:  # windows.py is one of these
     from flower_split.trunk.engine.windows import Slot
 
 
-class WindowWaits:
+class WindowWaits(ABC):
     """The questions about who is missing. The engine's lock is held around every method."""
 
     slots: "dict[int, Slot]"
@@ -62,9 +63,9 @@ class WindowWaits:
             if state.planned_steps is None and not state.dropped
         ]
 
+    @abstractmethod
     def members(self) -> "list[tuple[int, Slot]]":
         """Return who belongs to the open window, dropped ones included."""
-        raise NotImplementedError
 
     def _still_there(self) -> list[int]:
         return [slot for slot, state in self.members() if not state.dropped]
