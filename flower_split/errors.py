@@ -12,6 +12,8 @@
     │   ├── TrunkUnavailable the trunk does not answer within the deadline
     │   ├── TrunkRefused     the trunk answered no; carries a RefusalReason
     │   └── RoundAborted     the trunk gave the round up; nothing of it was kept
+    ├── WorkerError          a node's worker cannot be had, or was lost; its ClientApp can do the work
+    ├── WorkerStuck          a node's worker can be neither asked nor ended
     ├── FederationError      the federation cannot run the job (too small, no replies, all failed)
     │   └── RoundLost        a process or a connection was lost; the round may be tried again
     └── RunDirectoryError    a run directory is incomplete, damaged or not one of ours
@@ -43,6 +45,14 @@ class AggregationError(FlowerSplitError):
 
 class CodecError(FlowerSplitError):
     """Bytes from the wire do not describe a valid tensor."""
+
+
+class WorkerError(FlowerSplitError):
+    """A node's worker cannot be had, or was lost: the ClientApp may answer by itself."""
+
+
+class WorkerStuck(FlowerSplitError):
+    """A node's worker was given a message, and can now be neither asked nor ended."""
 
 
 class FederationError(FlowerSplitError):

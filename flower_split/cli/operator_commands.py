@@ -24,6 +24,7 @@ def add_operator_commands(
     _add_release(commands)
     _add_revoke(commands)
     _add_health(commands)
+    _add_worker(commands)
 
 
 def _add_new(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -317,3 +318,24 @@ def _certificate(arguments: argparse.Namespace) -> "ClientCertificate":
     from flower_split.wire.client_certificate import ClientCertificate
 
     return ClientCertificate(arguments.client_certificate, arguments.client_key)
+
+
+def _add_worker(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    worker = commands.add_parser(
+        "worker",
+        help="show this user's workers on this machine, or end them",
+        description="A deployed client's worker keeps model and data between a node's messages. It is "
+        "started by the first message of a run, and ends with its SuperNode, with the first message of "
+        "another run, or after ten minutes without a message.",
+    )
+    worker.add_argument("node", nargs="?", type=int, help="Flower's id of the node; default: all")
+    worker.add_argument(
+        "--end", action="store_true", help="end them, each when it has answered its message"
+    )
+    worker.set_defaults(handler=_worker)
+
+
+def _worker(arguments: argparse.Namespace) -> int:
+    from flower_split.cli.worker import show_workers
+
+    return show_workers(arguments.node, end=arguments.end)

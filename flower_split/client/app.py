@@ -1,247 +1,90 @@
-"""The ClientApp: what a client answers. Data, labels and text stay here; adapters and numbers travel.
+"""The ClientApp: what Flower loads on a client, and who answers its messages.
 
-Each handler reads its typed order, has the client work, and writes its typed reply
-(:mod:`flower_split.messages`). An error that this package raised on purpose travels as the reply's
-error, in its own words.
+In a deployment Flower starts a process for every message. The node's worker answers it there
+(:mod:`flower_split.client.worker`), and this process loads neither torch nor transformers. Where there
+is no worker, and in a simulation, whose processes are kept, it answers by itself.
 """
 
-import functools
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import sys
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.clientapp.typing import Mod
-from torch import Tensor
+from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from flower_split.client.alone import evaluate_alone, train_alone
-from flower_split.client.client import Client
-from flower_split.client.kept_state import NOTHING_KEPT, KeptState
-from flower_split.client.model_cache import ClientCache
-from flower_split.client.node_route import NodeRoute
-from flower_split.client.privacy_mod import PrivacyMod
-from flower_split.errors import (
-    FederationError,
-    FlowerSplitError,
-    RefusalReason,
-    RoundAborted,
-    TrunkRefused,
-    TrunkUnavailable,
-)
-from flower_split.lora import adapter_state, weight_norms
-from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.error_codes import TRUNK_LOST
-from flower_split.messages.local_only import (
-    ACTION,
-    LocalOnlyEvaluateOrder,
-    LocalOnlyEvaluateReply,
-    LocalOnlyTrainOrder,
-    LocalOnlyTrainReply,
-)
-from flower_split.messages.orders import (
-    BaseValuesOrder,
-    EvaluateOrder,
-    PhaseOrder,
-    TrainOrder,
-    read_query,
-    sent_adapter,
-)
-from flower_split.messages.replies import BaseValuesReply, EvaluateReply, TrainReply
-from flower_split.parties.client_ranks import own_lora
-from flower_split.parties.parts import client_cuts
-from flower_split.runs.private_factors import PrivateFolder, client_directory
-from flower_split.runtime import failpoints
-from flower_split.runtime.log_fields import PROCESS_FIELDS
-from flower_split.runtime.logs import log_to_stderr, quiet_libraries
-from flower_split.runtime.simulation import simulated_clients_at_once
+from flower_split.errors import WorkerError
+from flower_split.messages.local_only import ACTION
+from flower_split.runtime.logs import log_to_stderr
+
+if TYPE_CHECKING:
+    from flower_split.client.handlers import Answers
 
 logger = logging.getLogger(__name__)
 
-_RAISED = 2  # Flower's error code for an exception of the ClientApp
-
-_LOSSES = (
-    RefusalReason.WRONG_EPOCH,
-    RefusalReason.WRONG_ATTEMPT,
-    RefusalReason.UNKNOWN_SESSION,
-    RefusalReason.STALE_VERSION,
-    RefusalReason.NO_ROUND,
-    RefusalReason.UNAUTHENTICATED,  # of a round that was replaced: its tokens are gone
+_PROCESS_OF_A_MESSAGE = (
+    "flwr-clientapp"  # Flower's command; every other process keeps what it loads
 )
 
 
-Handler = Callable[[Message, Context], RecordDict]
+class SplitClientApp(ClientApp):
+    """A ClientApp whose messages the node's worker answers, where Flower starts a process for each."""
 
+    def __call__(self, message: Message, context: Context) -> Message:
+        """Answer a message."""
+        reply = None
+        if Path(sys.argv[0]).name == _PROCESS_OF_A_MESSAGE and wants_worker(context):
+            reply = self._by_worker(message, context)
+        return super().__call__(message, context) if reply is None else reply
 
-class Handlers:
-    """One handler for each message that a client answers.
+    def _by_worker(self, message: Message, context: Context) -> Message | None:
+        """Return the worker's reply; None: this process has to answer, and the log says why."""
+        from flower_split.client.worker.asking import HiredWorker
+        from flower_split.client.worker.meeting import MeetingPlace
+        from flower_split.client.worker.serves import Serves
 
-    Args:
-        cache: What this process keeps between messages.
-    """
-
-    def __init__(self, cache: ClientCache) -> None:
-        self._cache = cache
-
-    def query(self, message: Message, context: Context) -> RecordDict:
-        """Say what this client holds; or, asked for them, give base values of its adapter."""
-        order, client = read_query(message.content), self._client(context)
-        if isinstance(order, BaseValuesOrder):
-            return BaseValuesReply(to_arrays(client.base_values(order.names))).write()
-        facts = client.facts(simulated_clients_at_once())
-        return replace(facts, ignored_keys=self._cache.ignored_keys).write()
-
-    def train(self, message: Message, context: Context) -> RecordDict:
-        """Train one round with the trunk, from the adapter in the message."""
-        client, order = self._client(context), TrainOrder.read(message.content)
-        _say_where(order, client)
-        kept = self._kept(client, order, context)
-        failpoints.reach("client.train.begin")
-        adapter = from_arrays(sent_adapter(message.content)) | kept.values
-        result = client.train(adapter, order, _base_change(order), kept.optimizer_state)
-        failpoints.reach("client.train.end")
-        state = adapter_state(client.model)
-        digest = kept.write(state, result.optimizer_state, order.trunk.server_round)
-        norms = weight_norms(client.model) if order.wants_weight_norms else {}
-        reply = TrainReply(
-            adapter=to_arrays({name: state[name] for name in state if name not in kept.names}),
-            train_loss=result.loss,
-            num_tokens=result.num_tokens,
-            num_examples=result.num_examples,
-            bytes_sent=result.bytes_sent,
-            bytes_received=result.bytes_received,
-            steps=result.step_lists(),
-            weight_norms={name: values.numpy().tobytes() for name, values in norms.items()},
-            private_digest=digest,
-        )
-        return reply.write()
-
-    def evaluate(self, message: Message, context: Context) -> RecordDict:
-        """Evaluate the adapter in the message on held-out data, with the trunk."""
-        client, order = self._client(context), EvaluateOrder.read(message.content)
-        _say_where(order, client)
-        own = self._kept(client, order, context).values
-        adapter = from_arrays(sent_adapter(message.content)) | own
-        result = client.evaluate(adapter, order, _base_change(order))
-        return EvaluateReply(
-            loss_sum=result.loss_sum,
-            num_tokens=result.num_tokens,
-            num_examples=result.num_examples,
-            bytes_sent=result.bytes_sent,
-            bytes_received=result.bytes_received,
-            sums=result.sums,
-        ).write()
-
-    def train_local_only(self, message: Message, context: Context) -> RecordDict:
-        """Train all three parts alone, on the own data, for as many steps as the run."""
-        LocalOnlyTrainOrder.read(message.content)
-        state = train_alone(self._client(context))
-        return LocalOnlyTrainReply(to_arrays(state)).write()
-
-    def evaluate_local_only(self, message: Message, context: Context) -> RecordDict:
-        """Evaluate every adapter in the message on held-out data, without a trunk."""
-        client, losses = self._client(context), {}
-        adapters = LocalOnlyEvaluateOrder.read(message.content).adapters
-        for trained_by, record in sorted(adapters.items()):
-            result = evaluate_alone(client, from_arrays(record))
-            losses[trained_by] = (result.loss_sum, result.num_tokens)
-        return LocalOnlyEvaluateReply(losses).write()
-
-    def _client(self, context: Context) -> Client:
-        """Return this node's client.
-
-        Raises:
-            FederationError: The node does not know its partition.
-        """
-        config = self._cache.config(context.run_config)
-        numbers = []
-        for key in ("partition-id", "num-partitions"):
-            value = context.node_config.get(key)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise FederationError(
-                    f"every SuperNode must know its data partition, but the node config has {key} = "
-                    f"{value!r}. Start it with: flower-supernode … --node-config 'partition-id=0 "
-                    f"num-partitions={config.num_clients}', each with its own partition-id."
-                )
-            numbers.append(value)
-        return Client(
-            self._cache.of(config),
-            partition_id=numbers[0],
-            num_partitions=numbers[1],
-            own=own_lora(config, numbers[0], context.node_config),
-            cuts=client_cuts(config, numbers[0], context.node_config),
-            route=NodeRoute.of(config.trunk, context.node_config),
-        )
-
-    def _kept(self, client: Client, order: PhaseOrder, context: Context) -> KeptState:
-        """Return what stays with this client, by what the order says.
-
-        Raises:
-            ConfigError: It has no directory for it.
-        """
-        if order.private is None:
-            return NOTHING_KEPT
-        directory = client_directory(client.config, context.node_config, order.private.folder)
-        folder = PrivateFolder.of(directory, order.trunk.experiment, client.partition_id)
-        return KeptState(
-            frozenset(order.private.names), order.private.digest, folder, order.private.optimizer
-        )
-
-
-def _say_who(message: Message, context: Context) -> None:
-    """Have this process's log lines name the run and the node.
-
-    Ray pickles the handlers with whatever of this module they name themselves, but functions by name.
-    """
-    PROCESS_FIELDS.bind(run=message.metadata.run_id, node=context.node_id)
-
-
-def _say_where(order: PhaseOrder, client: Client) -> None:
-    """Have this process's log lines name the round."""
-    trunk = order.trunk
-    PROCESS_FIELDS.bind(
-        experiment=trunk.experiment,
-        round=trunk.server_round,
-        attempt=trunk.attempt,
-        slot=client.partition_id,
-    )
-
-
-def _base_change(order: PhaseOrder) -> dict[str, Tensor]:
-    """Return what the method adds to the base weights of this client; empty: nothing."""
-    return {} if order.base_change is None else from_arrays(order.base_change)
-
-
-def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
-    """Make a Flower handler: the content as reply, and this package's errors in their own words."""
-
-    @functools.wraps(handler)
-    def run(message: Message, context: Context) -> Message:
         log_to_stderr(logging.WARNING)
-        _say_who(message, context)
-        quiet_libraries()
-        code = _RAISED
         try:
-            return Message(handler(message, context), reply_to=message)
-        except FlowerSplitError as error:
-            if _is_loss(error):
-                code = TRUNK_LOST
-            logger.error("node=%d %s", context.node_id, error)
-            reason = str(error)
-        except Exception as error:
-            # The edge: what nobody foresaw must reach the ServerApp in words.
-            logger.exception("node=%d an unexpected error", context.node_id)
-            reason = f"an unexpected {type(error).__name__}: {error} (the client's log has the traceback)"
-        return Message(Error(code=code, reason=reason), reply_to=message)
+            serves = Serves.here(self, context)
+            with MeetingPlace.open() as place:
+                with HiredWorker.hire(place, context.node_id, serves) as worker:
+                    return worker.answer(message, context)
+        except WorkerError as error:
+            logger.warning(
+                "node=%d not answered by the node's worker: %s This process answers by itself: the same "
+                "result, after loading model and data again.",
+                context.node_id,
+                error,
+            )
+            return None
 
-    return run
+
+def wants_worker(context: Context) -> bool:
+    """Return whether the node's messages shall be answered by a worker.
+
+    ``client-worker`` of the node config decides, and then ``train.client-worker`` of the run's. The
+    handlers refuse what is neither auto nor off, in this process.
+    """
+    own = context.node_config.get("client-worker")
+    return (own or context.run_config.get("train.client-worker", "auto")) == "auto"
 
 
-def _is_loss(error: FlowerSplitError) -> bool:
-    """Return whether the trunk or the round was lost, through no fault of this client's."""
-    if isinstance(error, TrunkRefused):
-        return error.reason in _LOSSES
-    return isinstance(error, (RoundAborted, TrunkUnavailable))
+class _Later:
+    """Holds what answers, which loads torch and transformers, from the first message on."""
+
+    @cached_property
+    def answers(self) -> "Answers":
+        """What answers."""
+        from flower_split.client.handlers import Answers
+
+        return Answers()
+
+    def private(self, message: Message, context: Context, train: ClientAppCallable) -> Message:
+        """Answer as the mod for ``privacy.mechanism`` does."""
+        return self.answers.private(message, context, train)
 
 
 def make_client_app(mods: Sequence[Mod] = ()) -> ClientApp:
@@ -252,16 +95,22 @@ def make_client_app(mods: Sequence[Mod] = ()) -> ClientApp:
     reply without an adapter. They see one ArrayRecord and one ConfigRecord, and in the reply the same
     weights in the same order.
 
+    In a deployment the mods run in the node's worker, which lives for a whole run. So that it can be
+    found there, the app's ``pyproject.toml`` names the object itself, as Flower wants it.
+
     Args:
         mods: The first one is outermost, as in Flower.
     """
-    cache = ClientCache()  # lives as long as the app, which Flower loads once in a process
-    handlers, made = Handlers(cache), ClientApp()
-    made.query()(_replies(handlers.query))
-    made.train(mods=[PrivacyMod(cache), *mods])(_replies(handlers.train))
-    made.evaluate()(_replies(handlers.evaluate))
-    made.train(ACTION)(_replies(handlers.train_local_only))
-    made.evaluate(ACTION)(_replies(handlers.evaluate_local_only))
+    later, made = _Later(), SplitClientApp()
+    made.query()(lambda message, context: later.answers.query(message, context))
+    made.train(mods=[later.private, *mods])(
+        lambda message, context: later.answers.train(message, context)
+    )
+    made.evaluate()(lambda message, context: later.answers.evaluate(message, context))
+    made.train(ACTION)(lambda message, context: later.answers.train_local_only(message, context))
+    made.evaluate(ACTION)(
+        lambda message, context: later.answers.evaluate_local_only(message, context)
+    )
     return made
 
 

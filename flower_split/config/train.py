@@ -10,6 +10,7 @@ MAX_GRAD_NORM_OVER = ("auto", "model", "part")
 COMPUTE_MODES = ("exact", "fast")
 SYNC = ("rounds", "gradients")
 OPTIMIZER_STATES = ("auto", "reset", "keep")
+CLIENT_WORKERS = ("auto", "off")
 RATE_SCALES = ("auto", "none", "sqrt-clients")
 
 
@@ -93,6 +94,9 @@ class TrainConfig:
     client_dir: str = ""
     """Directory of what a client keeps (private factors, optimizer state); empty: in the run directory
     if simulated, else in Flower's home."""
+    client_worker: str = "auto"
+    """Who answers a node's messages in a deployment: auto (a worker on the node, which keeps model and
+    data for the run), or off (a new process for each)."""
     report_to: str = ""
     """Where the ServerApp tells metrics beside metrics.jsonl, as "name, name": tensorboard, wandb, mlflow
     (extras of the same names), a plug-in's name, or an import path; empty: nowhere."""
@@ -124,6 +128,7 @@ class TrainConfig:
         ):
             at_least(f"train.{kebab(name)}", getattr(self, name), 1)
         one_of("train.max-grad-norm-over", self.max_grad_norm_over, MAX_GRAD_NORM_OVER)
+        one_of("train.client-worker", self.client_worker, CLIENT_WORKERS)
         one_of("train.sync", self.sync, SYNC)
         one_of("train.optimizer-state", self.optimizer_state, OPTIMIZER_STATES)
         one_of("train.rate-scale", self.rate_scale, RATE_SCALES)

@@ -20,7 +20,7 @@ from flower_split.local.grid import LocalGrid
 from flower_split.local.nodes import RUN_ID, ClientAppRef, NodeProcesses, identify
 from flower_split.server.federation.handshake import needs_all_at_once, num_participants
 
-LOADED_BEFORE = ("flower_split.server.app", "flower_split.client.app", "peft.tuners.lora")
+LOADED_BEFORE = ("flower_split.server.app", "flower_split.client.handlers", "peft.tuners.lora")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,6 +25,7 @@ MAY_CHANGE: Mapping[str, str] = {
     "early-stopping.min-delta": "in the metric's unit",
     "report": "what is written when the run is finished",
     "train.report-to": "where metrics are told",
+    "train.client-worker": "who answers a node's messages",
     "train.client-dir": "where the clients' own files are now",
     "trunk.address": "where the trunk serves now",
     "trunk.token-file": "its token",

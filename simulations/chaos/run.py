@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from tiny import make_config
 
 # Imported here, before anything is forked: every process has them at once.
-import flower_split.client.app
+import flower_split.client.handlers
 import flower_split.server.app
 import flower_split.trunk.build
 import flower_split.trunk.service.server  # noqa: F401
