@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from flower_split.client.worker.asking import WorkerState, ask_worker
-from flower_split.client.worker.meeting import MeetingPlace
+from flower_split.client.worker.directory import WorkerDirectory
+from flower_split.client.worker.state import WorkerState, ask_worker
 from flower_split.runtime.exit_codes import COMPLETED, FAILED
 
 
@@ -18,15 +18,15 @@ def show_workers(node: int | None = None, *, end: bool = False, folder: Path | N
     Raises:
         WorkerError: The folder is not this user's alone, or a worker does not answer.
     """
-    with MeetingPlace.open(folder) as place:
-        nodes = place.nodes() if node is None else [node]
-        asked = (ask_worker(place, one, end=end) for one in nodes)
+    with WorkerDirectory.open(folder) as directory:
+        nodes = directory.nodes() if node is None else [node]
+        asked = (ask_worker(directory, one, end=end) for one in nodes)
         found = [state for state in asked if state is not None]
         for state in found:
             print(_line(state, end))
         if not found:
             where = "" if node is None else f" of node {node}"
-            print(f"there is no worker{where} at {place.path}")
+            print(f"there is no worker{where} at {directory.path}")
     return COMPLETED if found or node is None else FAILED
 
 

@@ -42,15 +42,15 @@ class SplitClientApp(ClientApp):
 
     def _by_worker(self, message: Message, context: Context) -> Message | None:
         """Return the worker's reply; None: this process has to answer, and the log says why."""
-        from flower_split.client.worker.asking import HiredWorker
-        from flower_split.client.worker.meeting import MeetingPlace
-        from flower_split.client.worker.serves import Serves
+        from flower_split.client.worker.asking import ReadyWorker
+        from flower_split.client.worker.directory import WorkerDirectory
+        from flower_split.client.worker.identity import WorkerIdentity
 
         log_to_stderr(logging.WARNING)
         try:
-            serves = Serves.here(self, context)
-            with MeetingPlace.open() as place:
-                with HiredWorker.hire(place, context.node_id, serves) as worker:
+            identity = WorkerIdentity.here(self, context)
+            with WorkerDirectory.open() as directory:
+                with ReadyWorker.get(directory, context.node_id, identity) as worker:
                     return worker.answer(message, context)
         except WorkerError as error:
             logger.warning(

@@ -2,7 +2,8 @@
 
 A simulation's actor serves several nodes and many rounds, so models and data stay in the process: base
 weights are the same for everybody, adapters are overwritten in every round, and the trunk's connection
-is swapped. In deployment every message is a new process and nothing is kept.
+is swapped. In deployment the node's worker keeps them for a run; without it every message is a new
+process, and nothing is kept.
 
 One message is answered at a time in a process, so nothing here takes a lock.
 """

@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 
-from flower_split.client.worker.asking import HiredWorker, Patience, Start, start_worker
-from flower_split.client.worker.meeting import MeetingPlace
-from flower_split.client.worker.serves import Serves, process_mark
+from flower_split.client.worker.asking import Patience, ReadyWorker, Start, start_worker
+from flower_split.client.worker.directory import WorkerDirectory
+from flower_split.client.worker.identity import WorkerIdentity, process_mark
 
 COUNTING = '''
 """Counts what its process has answered; holds on where it is told to; raises on evaluation."""
@@ -52,20 +51,18 @@ PROJECT = '[tool.flwr.app.components]\nclientapp = "counting_client:app"\n'
 
 
 class WorkerRig:
-    """An app's folder, a meeting place, and the workers started from here."""
+    """An app's folder, the workers' directory, and the workers started from here."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "app"
         self.folder.mkdir()
         (self.folder / "counting_client.py").write_text(COUNTING)
         (self.folder / "pyproject.toml").write_text(PROJECT)
-        self.place = MeetingPlace.open(root / "workers")
+        self.directory = WorkerDirectory.open(root / "workers")
         self.pids: list[int] = []
         self.idle = 600.0
-        self.node = subprocess.Popen(
-            [sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE
-        )
-        self.serves = Serves(
+        self.node = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # ends with its input
+        self.identity = WorkerIdentity(
             code="1",
             app="counting_client:app",
             folder=str(self.folder),
@@ -75,16 +72,15 @@ class WorkerRig:
             interpreter=sys.executable,
             import_path=tuple(path for path in sys.path if path),
         )
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, 5, 7
 
-    def hire(self, node: int = 7, patience: Patience | None = None, **other: object) -> HiredWorker:
-        """The node's worker for what the rig serves, with ``other`` fields."""
-        serves = replace(self.serves, **other)  # type: ignore[arg-type]
-        return HiredWorker.hire(self.place, node, serves, start=self._start, patience=patience)
+    def get(self, node: int = 7, patience: Patience | None = None, **other: object) -> ReadyWorker:
+        """The node's worker for the rig's identity, with ``other`` fields."""
+        identity = replace(self.identity, **other)  # type: ignore[arg-type]
+        return ReadyWorker.get(self.directory, node, identity, start=self._start, patience=patience)
 
     def train(self, node: int = 7, **other: object) -> Mapping[str, object]:
         """What the worker says of itself in answer to one training message."""
-        with self.hire(node, **other) as worker:
+        with self.get(node, **other) as worker:
             return facts_of(worker.answer(message("train"), context(node)))
 
     def _start(self, start: Start) -> None:
@@ -114,7 +110,7 @@ class WorkerRig:
             self.exit_code(pid)
         if self.node.returncode is None:
             self.end_node()
-        self.place.close()
+        self.directory.close()
 
 
 def message(kind: str, word: str = "hello") -> Message:

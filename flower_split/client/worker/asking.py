@@ -30,15 +30,13 @@ from flwr.supercore.task_identity import TaskIdentity
 from google.protobuf.message import EncodeError
 
 from flower_split.client.worker import frames
+from flower_split.client.worker.directory import WorkerDirectory
 from flower_split.client.worker.frames import Closed, Frame
-from flower_split.client.worker.meeting import MeetingPlace
-from flower_split.client.worker.serves import Serves
+from flower_split.client.worker.identity import WorkerIdentity
 from flower_split.errors import WorkerError, WorkerStuck
 from flower_split.runtime.closing import Closing
 
 logger = logging.getLogger(__name__)
-
-_ASKING_SECONDS = 10.0  # for a worker's state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,9 +53,9 @@ class Patience:
 class Start:
     """What a new worker is given."""
 
-    place: MeetingPlace
+    directory: WorkerDirectory
     node: int
-    serves: Serves
+    identity: WorkerIdentity
     listener: socket.socket
     lock: int  # an open file
 
@@ -77,15 +75,21 @@ def start_worker(start: Start, idle: float = 600.0) -> int:
     Raises:
         OSError: It cannot be started.
     """
-    given = (start.listener.fileno(), start.lock, start.place.descriptor)
-    arguments = (str(start.node), str(idle), *map(str, given), start.serves.write())
+    given = (start.listener.fileno(), start.lock, start.directory.descriptor)
+    arguments = (str(start.node), str(idle), *map(str, given), start.identity.write())
     for descriptor in given:
         os.set_inheritable(descriptor, True)
     try:
         return os.posix_spawn(
-            start.serves.interpreter,
-            [start.serves.interpreter, "-P", "-m", "flower_split.client.worker.serve", *arguments],
-            {**os.environ, "PYTHONPATH": os.pathsep.join(start.serves.import_path)},
+            start.identity.interpreter,
+            [
+                start.identity.interpreter,
+                "-P",
+                "-m",
+                "flower_split.client.worker.serve",
+                *arguments,
+            ],
+            {**os.environ, "PYTHONPATH": os.pathsep.join(start.identity.import_path)},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, 2, 1),
@@ -97,8 +101,8 @@ def start_worker(start: Start, idle: float = 600.0) -> int:
             os.set_inheritable(descriptor, False)
 
 
-class HiredWorker(Closing):
-    """A worker that is ready for this process's message. Made by :meth:`hire`."""
+class ReadyWorker(Closing):
+    """A worker that is ready for this process's message. Made by :meth:`get`."""
 
     def __init__(self, connection: socket.socket, pid: int, patience: Patience) -> None:
         self._connection = connection
@@ -111,21 +115,21 @@ class HiredWorker(Closing):
             raise WorkerError(f"the worker, process {pid}, has ended: {error.strerror}.") from error
 
     @classmethod
-    def hire(
+    def get(
         cls,
-        place: MeetingPlace,
+        directory: WorkerDirectory,
         node: int,
-        serves: Serves,
+        identity: WorkerIdentity,
         *,
         start: Starter = start_worker,
         patience: Patience | None = None,
     ) -> Self:
-        """Return the node's worker, ready; start one where there is none that serves this.
+        """Return the node's worker, ready; start one where there is none for this.
 
         Args:
-            place: Where workers are met.
+            directory: Where workers are met.
             node: Flower's id of the node.
-            serves: What it must serve.
+            identity: What it must be good for.
             start: Starts one.
             patience: None: the usual.
 
@@ -136,17 +140,17 @@ class HiredWorker(Closing):
         deadline = time.monotonic() + patience.start
         started = False
         while time.monotonic() < deadline:
-            lock = place.lock(node)
+            lock = directory.lock(node)
             if lock is not None:
                 if started:
                     os.close(lock)
                     raise WorkerError("the worker ended as it started; its log says why.")
-                _start(place, node, serves, lock, start)
+                _start(directory, node, identity, lock, start)
                 started = True
-            connection = place.connect(node, patience.start)
+            connection = directory.connect(node, patience.start)
             if connection is not None:
                 left = max(0.1, deadline - time.monotonic())
-                pid = _greet(connection, serves, left)
+                pid = _greet(connection, identity, left)
                 if pid:
                     return cls(connection, pid, patience)
                 connection.close()
@@ -214,51 +218,17 @@ class HiredWorker(Closing):
             )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerState:
-    """What a worker says of itself."""
-
-    pid: int
-    node: int
-    run: int
-    answered: int  # messages
-    busy: bool
-    seconds: float  # since its message came, or since it answered the last one
-
-
-def ask_worker(place: MeetingPlace, node: int, *, end: bool = False) -> WorkerState | None:
-    """Return the state of a node's worker; None where there is none.
-
-    Args:
-        place: Where workers are met.
-        node: Flower's id of the node.
-        end: Tell it to end, once it has answered the message that it computes.
-
-    Raises:
-        WorkerError: It does not answer.
-    """
-    connection = place.connect(node, _ASKING_SECONDS)
-    if connection is None:
-        return None
-    with connection:
-        what = f"the state of node {node}'s worker"
-        frames.send(connection, Frame("end" if end else "state"), _ASKING_SECONDS, what)
-        said = frames.receive(connection, _ASKING_SECONDS, what)
-    return WorkerState(
-        pid=int(said.text("pid")),
-        node=int(said.text("node")),
-        run=int(said.text("run")),
-        answered=int(said.text("answered")),
-        busy=said.fields.get("busy") is True,
-        seconds=float(said.text("seconds")),
-    )
-
-
-def _start(place: MeetingPlace, node: int, serves: Serves, lock: int, start: Starter) -> None:
+def _start(
+    directory: WorkerDirectory, node: int, identity: WorkerIdentity, lock: int, start: Starter
+) -> None:
     """Start a worker, and leave socket and lock to it."""
     try:
-        with place.listen(node) as listener:
-            start(Start(place=place, node=node, serves=serves, listener=listener, lock=lock))
+        with directory.listen(node) as listener:
+            start(
+                Start(
+                    directory=directory, node=node, identity=identity, listener=listener, lock=lock
+                )
+            )
     except OSError as error:
         raise WorkerError(f"no worker can be started: {error}.") from error
     finally:
@@ -266,7 +236,7 @@ def _start(place: MeetingPlace, node: int, serves: Serves, lock: int, start: Sta
     logger.info("node=%d a worker was started for this node's messages", node)
 
 
-def _greet(connection: socket.socket, serves: Serves, seconds: float) -> int:
+def _greet(connection: socket.socket, identity: WorkerIdentity, seconds: float) -> int:
     """Return the worker's process id if it is ready; 0 if it ends.
 
     Raises:
@@ -274,7 +244,7 @@ def _greet(connection: socket.socket, serves: Serves, seconds: float) -> int:
     """
     what = "the worker's answer to whether it is ready"
     try:
-        frames.send(connection, Frame("answer", {"serves": serves.write()}), seconds, what)
+        frames.send(connection, Frame("answer", {"identity": identity.write()}), seconds, what)
         said = frames.receive(connection, seconds, what)
     except Closed:
         return 0

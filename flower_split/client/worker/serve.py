@@ -1,7 +1,7 @@
 """The worker's process: ``python -m flower_split.client.worker.serve``, started by a ClientApp.
 
 The main thread loads the app with the first message and computes, as a ClientApp's process does; a second
-one (:mod:`flower_split.client.worker.doorman`) has all sockets, and sees to it that the process ends:
+one (:mod:`flower_split.client.worker.sockets`) has all sockets, and sees to it that the process ends:
 with its node, with the caller of the message that it computes, or after a time without messages.
 """
 
@@ -29,9 +29,9 @@ from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.supercore.object_ref import load_app
 from flwr.supercore.task_identity import TaskIdentity
 
-from flower_split.client.worker.doorman import Doorman, Job, NodeProcess
-from flower_split.client.worker.meeting import MeetingPlace
-from flower_split.client.worker.serves import Serves
+from flower_split.client.worker.directory import WorkerDirectory
+from flower_split.client.worker.identity import WorkerIdentity
+from flower_split.client.worker.sockets import Job, NodeProcess, WorkerSockets
 from flower_split.errors import ConfigError, WorkerError
 from flower_split.runtime import failpoints
 from flower_split.runtime.logs import log_to_stderr
@@ -39,15 +39,15 @@ from flower_split.runtime.logs import log_to_stderr
 logger = logging.getLogger(__name__)
 
 
-class Desk:
-    """Where messages are answered, one after the other, by the app of one run.
+class LoadedApp:
+    """The ClientApp of one run, loaded with the first message; answers one after the other.
 
     Args:
-        serves: Which app.
+        identity: Names it.
     """
 
-    def __init__(self, serves: Serves) -> None:
-        self._serves = serves
+    def __init__(self, identity: WorkerIdentity) -> None:
+        self._identity = identity
         self._app: ClientApp | None = None
 
     def answer(self, job: Job) -> tuple[bytes, bytes]:
@@ -76,18 +76,18 @@ class Desk:
 
     def _loaded(self) -> ClientApp:
         if self._app is None:
-            found = load_app(self._serves.app, ConfigError, Path(self._serves.folder))
+            found = load_app(self._identity.app, ConfigError, Path(self._identity.folder))
             if not isinstance(found, ClientApp):
-                raise ConfigError(f"{self._serves.app} must be a ClientApp; it is {type(found)}.")
+                raise ConfigError(f"{self._identity.app} must be a ClientApp; it is {type(found)}.")
             self._app = found
         return self._app
 
 
-def release_unused() -> None:
-    """Give back what a message needed and the next one need not find: garbage, cached device memory."""
-    gc.collect()
+def release_device_memory() -> None:
+    """Give back the device memory that a message needed, and that others may need until the next one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -95,37 +95,38 @@ def main(arguments: list[str]) -> int:
     """Serve until there is a reason to end; the exit code is 0 then.
 
     Args:
-        arguments: Node, seconds without messages, open files (socket, lock, directory), what is served.
+        arguments: Node, seconds without messages, open files (socket, lock, directory), identity.
     """
-    node, idle, listener, lock, directory = arguments[:5]
+    node, idle = int(arguments[0]), float(arguments[1])
+    listener, lock, folder = map(int, arguments[2:5])
+    identity = WorkerIdentity.read(arguments[5])
     log_to_stderr(logging.WARNING)  # as a ClientApp
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its node decides what Ctrl-C means
     failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
-    for descriptor in (int(listener), int(lock), int(directory)):
+    for descriptor in (listener, lock, folder):
         os.set_inheritable(descriptor, False)  # the lock is this process's, not its children's
-    place = MeetingPlace(int(directory), Path(os.readlink(f"/proc/self/fd/{directory}")))
-    serves = Serves.read(arguments[5])
+    directory = WorkerDirectory(folder, Path(os.readlink(f"/proc/self/fd/{folder}")))
     try:
-        node_process = NodeProcess.open(serves.node_process)
+        node_process = NodeProcess.open(identity.node_process)
     except WorkerError as error:
-        logger.info("node=%s the worker ends as it starts: %s", node, error)
-        place.remove(int(node))
+        logger.info("node=%d the worker ends as it starts: %s", node, error)
+        directory.remove(node)
         return 0
-    doorman = Doorman(
-        listener=socket.socket(fileno=int(listener)),
-        node=int(node),
+    sockets = WorkerSockets(
+        listener=socket.socket(fileno=listener),
+        node=node,
         node_process=node_process,
-        serves=serves,
-        idle=float(idle),
-        leave=lambda: place.remove(int(node)),
+        identity=identity,
+        idle=idle,
+        leave=lambda: directory.remove(node),
     )
-    thread = threading.Thread(target=doorman.run, name="doorman", daemon=True)
+    thread = threading.Thread(target=sockets.run, name="sockets", daemon=True)
     thread.start()
-    desk = Desk(serves)
-    while (job := doorman.jobs.get()) is not None:
-        doorman.reply(*desk.answer(job))
+    loaded = LoadedApp(identity)
+    while (job := sockets.jobs.get()) is not None:
+        sockets.reply(*loaded.answer(job))
         del job
-        release_unused()
+        release_device_memory()
     thread.join()
     return 0
 

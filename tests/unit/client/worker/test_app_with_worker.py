@@ -13,8 +13,8 @@ from flwr.supercore.object_ref import load_app
 
 from flower_split.cli.worker import show_workers
 from flower_split.client.app import wants_worker
-from flower_split.client.worker.asking import ask_worker
-from flower_split.client.worker.meeting import MeetingPlace
+from flower_split.client.worker.directory import WorkerDirectory
+from flower_split.client.worker.state import ask_worker
 from tests.support.worker_rig import COUNTING, PROJECT, context, facts_of, message
 
 THIN = """
@@ -110,8 +110,8 @@ def test_process_that_keeps_what_it_loads_asks_no_worker(
 
 
 def test_nobody_listens_where_there_was_no_worker(home: Path) -> None:
-    with MeetingPlace.open() as place:
-        assert ask_worker(place, 7) is None
+    with WorkerDirectory.open() as directory:
+        assert ask_worker(directory, 7) is None
     assert show_workers() == 0
 
 

@@ -11,7 +11,7 @@ from flwr.app import Message
 from flwr.common.serde import context_to_proto, message_to_proto
 
 from flower_split.client.worker import frames
-from flower_split.client.worker.asking import HiredWorker, Patience
+from flower_split.client.worker.asking import Patience, ReadyWorker
 from flower_split.client.worker.frames import Frame
 from flower_split.errors import WorkerError
 from tests.support.worker_rig import WorkerRig, context, facts_of, message
@@ -29,7 +29,7 @@ def rig(tmp_path: Path) -> Iterator[WorkerRig]:
 class Held:
     """A message that a worker computes until :meth:`let_go`."""
 
-    def __init__(self, worker: HiredWorker, gate: Path) -> None:
+    def __init__(self, worker: ReadyWorker, gate: Path) -> None:
         os.mkfifo(gate)
         self.reply: Message | None = None
         self.error: Exception | None = None
@@ -62,9 +62,9 @@ def test_messages_of_a_run_are_answered_by_one_process_that_is_not_this_one(rig:
 
 def test_reply_and_state_are_those_of_the_app_in_this_process(rig: WorkerRig) -> None:
     asked, node = message("train", "more"), context()
-    with rig.hire() as worker:
+    with rig.get() as worker:
         reply = worker.answer(asked, node)
-    with rig.hire() as worker:
+    with rig.get() as worker:
         worker.answer(message("train"), node)
     assert node.state.metric_records["seen"]["rounds"] == 2  # went there and back, twice
     assert facts_of(reply)["echo"] == "more"
@@ -76,7 +76,7 @@ def test_reply_and_state_are_those_of_the_app_in_this_process(rig: WorkerRig) ->
 def test_what_the_app_raises_comes_back_in_flowers_words_and_the_worker_stays(
     rig: WorkerRig,
 ) -> None:
-    with rig.hire() as worker:
+    with rig.get() as worker:
         reply = worker.answer(message("evaluate"), context())
     assert reply.has_error()
     assert reply.error.reason == "<class 'ValueError'>:<'labels are missing'>"
@@ -84,7 +84,7 @@ def test_what_the_app_raises_comes_back_in_flowers_words_and_the_worker_stays(
 
 
 def test_app_that_cannot_be_loaded_is_an_error_of_the_reply(rig: WorkerRig) -> None:
-    with rig.hire(app="nowhere:app") as worker:
+    with rig.get(app="nowhere:app") as worker:
         reply = worker.answer(message("train"), context())
     assert "No module named 'nowhere'" in str(reply.error.reason)
 
@@ -92,7 +92,7 @@ def test_app_that_cannot_be_loaded_is_an_error_of_the_reply(rig: WorkerRig) -> N
 def test_two_nodes_of_a_machine_have_a_worker_each(rig: WorkerRig) -> None:
     assert rig.train(7)["pid"] != rig.train(8)["pid"]
     assert (rig.train(7)["count"], rig.train(8)["count"]) == (2, 2)
-    assert rig.place.nodes() == [7, 8]
+    assert rig.directory.nodes() == [7, 8]
 
 
 def test_worker_of_another_run_ends_and_a_new_one_answers(rig: WorkerRig) -> None:
@@ -111,7 +111,7 @@ def test_worker_killed_between_messages_is_replaced(rig: WorkerRig) -> None:
 def test_worker_killed_at_work_is_an_error_in_words_and_the_next_one_answers(
     rig: WorkerRig, tmp_path: Path
 ) -> None:
-    with rig.hire() as worker:
+    with rig.get() as worker:
         held = Held(worker, tmp_path / "gate")
         os.kill(rig.pids[0], signal.SIGKILL)
         error = held.wait().error
@@ -125,7 +125,7 @@ def test_worker_killed_at_work_is_an_error_in_words_and_the_next_one_answers(
 def test_silent_worker_is_ended_before_anybody_else_may_compute(
     rig: WorkerRig, tmp_path: Path
 ) -> None:
-    with rig.hire(patience=Patience(silence=1.0)) as worker:
+    with rig.get(patience=Patience(silence=1.0)) as worker:
         held = Held(worker, tmp_path / "gate")
         os.kill(rig.pids[0], signal.SIGSTOP)
         error = held.wait().error
@@ -137,10 +137,10 @@ def test_silent_worker_is_ended_before_anybody_else_may_compute(
 def test_worker_at_work_for_another_caller_says_so_and_goes_on(
     rig: WorkerRig, tmp_path: Path
 ) -> None:
-    with rig.hire() as worker:
+    with rig.get() as worker:
         held = Held(worker, tmp_path / "gate")
         with pytest.raises(WorkerError, match="at work on another message .of run 5"):
-            rig.hire(run=6)
+            rig.get(run=6)
         held.let_go()
         reply = held.wait().reply
     assert reply is not None and facts_of(reply)["count"] == 1
@@ -151,10 +151,10 @@ def test_worker_ends_when_nobody_waits_for_its_reply(rig: WorkerRig, tmp_path: P
     rig.train()
     gate = tmp_path / "gate"
     os.mkfifo(gate)
-    caller = rig.place.connect(7, 10)
+    caller = rig.directory.connect(7, 10)
     assert caller is not None
     with caller:
-        frames.send(caller, Frame("answer", {"serves": rig.serves.write()}), 10, "a test")
+        frames.send(caller, Frame("answer", {"identity": rig.identity.write()}), 10, "a test")
         assert frames.receive(caller, 10, "a test").kind == "ready"
         asked = message_to_proto(message("query", str(gate))).SerializeToString()
         node = context_to_proto(context()).SerializeToString()
@@ -168,11 +168,11 @@ def test_worker_ends_with_its_node(rig: WorkerRig) -> None:
     rig.train()
     rig.end_node()
     assert rig.exit_code(rig.pids[0]) == 0
-    assert rig.place.nodes() == []
+    assert rig.directory.nodes() == []
 
 
 def test_worker_at_work_ends_with_its_node(rig: WorkerRig, tmp_path: Path) -> None:
-    with rig.hire() as worker:
+    with rig.get() as worker:
         held = Held(worker, tmp_path / "gate")
         rig.end_node()
         assert rig.exit_code(rig.pids[0]) == 0
@@ -184,15 +184,15 @@ def test_worker_ends_after_a_time_without_messages(rig: WorkerRig) -> None:
     rig.idle = 0.2
     rig.train()
     assert rig.exit_code(rig.pids[0]) == 0
-    assert rig.place.nodes() == []
+    assert rig.directory.nodes() == []
 
 
 def test_worker_of_a_node_that_has_ended_does_not_start(rig: WorkerRig) -> None:
     rig.end_node()
     with pytest.raises(WorkerError, match="ended as it started"):
-        rig.hire()
+        rig.get()
 
 
 def test_interpreter_that_is_gone_is_an_error_in_words(rig: WorkerRig) -> None:
     with pytest.raises(WorkerError, match="no worker can be started: .*No such file"):
-        rig.hire(interpreter="/nowhere/python")
+        rig.get(interpreter="/nowhere/python")

@@ -25,7 +25,7 @@ _START = 19  # of the fields after the command in /proc/PID/stat: the start time
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Serves:
+class WorkerIdentity:
     """What a worker was started for."""
 
     code: str  # version and files of this package, and when distributions were installed
@@ -39,7 +39,7 @@ class Serves:
 
     @classmethod
     def here(cls, app: ClientApp, context: Context) -> Self:
-        """Return what a worker must serve to answer for this process.
+        """Return the identity that a worker must have to answer for this process.
 
         Args:
             app: That Flower has loaded into this process.
@@ -70,14 +70,14 @@ class Serves:
         values = json.loads(text)
         names = {item.name for item in fields(cls)}
         if not isinstance(values, dict) or values.keys() != names:
-            raise ValueError(f"what a worker serves has the fields {sorted(names)}")
+            raise ValueError(f"a worker's identity has the fields {sorted(names)}")
         return cls(**{**values, "import_path": tuple(values["import_path"])})
 
     def write(self) -> str:
         """Return it as JSON."""
         return json.dumps(asdict(self))
 
-    def differs(self, other: "Serves") -> tuple[str, ...]:
+    def differs(self, other: "WorkerIdentity") -> tuple[str, ...]:
         """Return the names of the fields in which another one differs."""
         theirs = asdict(other)
         return tuple(name for name, value in asdict(self).items() if theirs[name] != value)
@@ -106,7 +106,10 @@ def find_app(app: ClientApp, path: Sequence[str]) -> tuple[str, Path]:
             found = getattr(found, attribute, None)
         if found is app:
             return name, Path(folder)
-    raise WorkerError("no pyproject.toml on the import path names this ClientApp.")
+    raise WorkerError(
+        "no pyproject.toml on the import path names this object as its clientapp. Have it name what "
+        'make_client_app returned, or set train.client-worker = "off".'
+    )
 
 
 def process_mark(pid: int) -> str:

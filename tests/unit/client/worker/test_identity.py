@@ -9,12 +9,12 @@ import pytest
 from flwr.clientapp import ClientApp
 from flwr.supercore.object_ref import load_app
 
-from flower_split.client.worker.doorman import NodeProcess
-from flower_split.client.worker.serves import Serves, find_app, process_mark
+from flower_split.client.worker.identity import WorkerIdentity, find_app, process_mark
+from flower_split.client.worker.sockets import NodeProcess
 from flower_split.errors import WorkerError
 from tests.support.worker_rig import COUNTING, PROJECT, context
 
-SERVES = Serves(
+IDENTITY = WorkerIdentity(
     code="0.1.0 a",
     app="mine:app",
     folder="/app",
@@ -49,31 +49,31 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ClientApp:
 
 
 def test_same_is_the_same_also_when_it_was_written() -> None:
-    assert Serves.read(SERVES.write()) == SERVES
-    assert SERVES.differs(Serves.read(SERVES.write())) == ()
+    assert WorkerIdentity.read(IDENTITY.write()) == IDENTITY
+    assert IDENTITY.differs(WorkerIdentity.read(IDENTITY.write())) == ()
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(Serves)])
+@pytest.mark.parametrize("name", [item.name for item in fields(WorkerIdentity)])
 def test_every_field_counts(name: str) -> None:
-    assert SERVES.differs(replace(SERVES, **{name: OTHER[name]})) == (name,)  # type: ignore[arg-type]
+    assert IDENTITY.differs(replace(IDENTITY, **{name: OTHER[name]})) == (name,)  # type: ignore[arg-type]
 
 
 def test_another_versions_fields_are_not_read() -> None:
     with pytest.raises(ValueError, match="has the fields"):
-        Serves.read('{"code": "0.0.9"}')
+        WorkerIdentity.read('{"code": "0.0.9"}')
 
 
 def test_here_tells_the_app_by_the_object_that_flower_has_loaded(
     app: ClientApp, tmp_path: Path
 ) -> None:
-    found = Serves.here(app, context())
+    found = WorkerIdentity.here(app, context())
     assert (found.app, found.folder, found.run) == ("counting_client:app", str(tmp_path), 5)
     assert found.node_process == process_mark(os.getppid())
     assert found.import_path[0] == str(tmp_path)
 
 
 def test_app_that_no_project_names_has_no_worker() -> None:
-    with pytest.raises(WorkerError, match="names this ClientApp"):
+    with pytest.raises(WorkerError, match="names this object as its clientapp"):
         find_app(ClientApp(), sys.path)
 
 
@@ -81,12 +81,12 @@ def test_app_that_no_project_names_has_no_worker() -> None:
 def test_changed_file_of_the_app_is_seen_and_a_bytecode_file_is_not(
     app: ClientApp, tmp_path: Path, file: str
 ) -> None:
-    before = Serves.here(app, context())
+    before = WorkerIdentity.here(app, context())
     (tmp_path / "__pycache__").mkdir(exist_ok=True)
     (tmp_path / "__pycache__" / "more.pyc").write_bytes(b"x")
-    assert Serves.here(app, context()) == before
+    assert WorkerIdentity.here(app, context()) == before
     (tmp_path / file).write_text("changed = True")
-    assert before.differs(Serves.here(app, context())) == ("app_files",)
+    assert before.differs(WorkerIdentity.here(app, context())) == ("app_files",)
 
 
 def test_installed_distribution_is_seen(
@@ -95,9 +95,9 @@ def test_installed_distribution_is_seen(
     installed = tmp_path.parent / f"{tmp_path.name}-env" / "site-packages"
     installed.mkdir(parents=True)
     monkeypatch.setattr(sys, "path", [*sys.path, str(installed)])
-    before = Serves.here(app, context())
+    before = WorkerIdentity.here(app, context())
     (installed / "plugin-1.1.dist-info").mkdir()
-    assert before.differs(Serves.here(app, context())) == ("code",)
+    assert before.differs(WorkerIdentity.here(app, context())) == ("code",)
 
 
 def test_later_process_with_the_same_id_is_not_taken_for_the_node() -> None:

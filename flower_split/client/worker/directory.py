@@ -23,7 +23,7 @@ _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 _BACKLOG = 16
 
 
-class MeetingPlace(Closing):
+class WorkerDirectory(Closing):
     """The directory of this user's workers, held open. Made by :meth:`open`.
 
     Attributes:
@@ -93,7 +93,7 @@ class MeetingPlace(Closing):
         return lock
 
     def listen(self, node: int) -> socket.socket:
-        """Return a listening socket, in place of one that was left. Call it with the lock.
+        """Return a listening socket, in directory of one that was left. Call it with the lock.
 
         Raises:
             WorkerError: This file system has no sockets.

@@ -12,23 +12,23 @@ from pathlib import Path
 import pytest
 
 from flower_split.client.worker import frames
+from flower_split.client.worker.directory import WorkerDirectory, check_peer
 from flower_split.client.worker.frames import Closed, Frame
-from flower_split.client.worker.meeting import MeetingPlace, check_peer
 from flower_split.errors import WorkerError
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[MeetingPlace]:
-    with MeetingPlace.open(tmp_path / "a" / ("long" * 40) / "workers") as place:
-        yield place
+def directory(tmp_path: Path) -> Iterator[WorkerDirectory]:
+    with WorkerDirectory.open(tmp_path / "a" / ("long" * 40) / "workers") as directory:
+        yield directory
 
 
 def test_directory_is_made_for_its_user_alone_and_socket_paths_may_be_long(
-    place: MeetingPlace,
+    directory: WorkerDirectory,
 ) -> None:
-    assert place.path.stat().st_mode & 0o777 == 0o700
-    with place.listen(7) as listener:
-        connection = place.connect(7, 1.0)
+    assert directory.path.stat().st_mode & 0o777 == 0o700
+    with directory.listen(7) as listener:
+        connection = directory.connect(7, 1.0)
         assert connection is not None
         with connection, listener.accept()[0] as other:
             frames.send(
@@ -47,33 +47,33 @@ def test_directory_that_others_may_enter_is_refused(tmp_path: Path, mode: int) -
     with pytest.raises(
         WorkerError, match=f"must be this user's alone; .* mode {mode:04o}.*chmod 700"
     ):
-        MeetingPlace.open(path)
+        WorkerDirectory.open(path)
 
 
 def test_link_in_the_directorys_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir(mode=0o700)
     (tmp_path / "workers").symlink_to("real")
     with pytest.raises(WorkerError, match="cannot be used"):
-        MeetingPlace.open(tmp_path / "workers")
+        WorkerDirectory.open(tmp_path / "workers")
 
 
-def test_lock_is_one_processs_until_its_file_is_closed(place: MeetingPlace) -> None:
-    lock = place.lock(7)
+def test_lock_is_one_processs_until_its_file_is_closed(directory: WorkerDirectory) -> None:
+    lock = directory.lock(7)
     assert lock is not None
-    assert place.lock(7) is None
-    other = place.lock(8)
+    assert directory.lock(7) is None
+    other = directory.lock(8)
     assert other is not None
     os.close(other)
     os.close(lock)
-    again = place.lock(7)
+    again = directory.lock(7)
     assert again is not None
     os.close(again)
 
 
-def test_nobody_listens(place: MeetingPlace) -> None:
-    assert place.connect(7, 1.0) is None
-    place.listen(7).close()  # leaves its file
-    assert place.connect(7, 1.0) is None
+def test_nobody_listens(directory: WorkerDirectory) -> None:
+    assert directory.connect(7, 1.0) is None
+    directory.listen(7).close()  # leaves its file
+    assert directory.connect(7, 1.0) is None
 
 
 def test_peer_of_another_user_is_refused() -> None:

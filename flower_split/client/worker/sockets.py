@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from flower_split.client.worker import frames
+from flower_split.client.worker.directory import check_peer
 from flower_split.client.worker.frames import Frame
-from flower_split.client.worker.meeting import check_peer
-from flower_split.client.worker.serves import Serves, process_mark
+from flower_split.client.worker.identity import WorkerIdentity, process_mark
 from flower_split.errors import WorkerError
 
 logger = logging.getLogger(__name__)
@@ -75,14 +75,14 @@ class _Caller:
     since: float = field(default_factory=time.monotonic)
 
 
-class Doorman:
+class WorkerSockets:
     """Everything of a worker but the answers.
 
     Args:
         listener: Where callers connect.
         node: Flower's id of the node.
         node_process: Ends the worker with itself.
-        serves: What the worker can answer.
+        identity: What the worker can answer for.
         idle: Seconds without a message after which it ends.
         leave: Called before the end: nobody shall come any more.
 
@@ -96,7 +96,7 @@ class Doorman:
         listener: socket.socket,
         node: int,
         node_process: NodeProcess,
-        serves: Serves,
+        identity: WorkerIdentity,
         idle: float,
         leave: Callable[[], None],
     ) -> None:
@@ -104,7 +104,7 @@ class Doorman:
         self._listener = listener
         self._node = node
         self._node_process = node_process
-        self._serves = serves
+        self._identity = identity
         self._idle = idle
         self._leave = leave
         self._caller: _Caller | None = None
@@ -179,10 +179,10 @@ class Doorman:
 
     def _take(self, connection: socket.socket, said: Frame) -> bool:
         if self._caller is not None or self._told_to_end:
-            _say(connection, Frame("busy", {"on": f"of run {self._serves.run}"}))
+            _say(connection, Frame("busy", {"on": f"of run {self._identity.run}"}))
             return False
         try:
-            differs = self._serves.differs(Serves.read(said.text("serves")))
+            differs = self._identity.differs(WorkerIdentity.read(said.text("identity")))
         except ValueError:  # another version's
             differs = ("code",)
         if differs:
@@ -204,7 +204,7 @@ class Doorman:
             {
                 "pid": os.getpid(),
                 "node": str(self._node),
-                "run": str(self._serves.run),
+                "run": str(self._identity.run),
                 "answered": self._answered,
                 "seconds": now - (caller.since if caller is not None else self._asked),
                 "busy": caller is not None,
