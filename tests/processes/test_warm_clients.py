@@ -118,8 +118,8 @@ def lines_of(metrics: Path, kind: str, server_round: int = 0) -> list[dict[str, 
 
 
 def rounds_of(metrics: Path) -> list[float]:
-    """Seconds of each round that has ended."""
-    return [line["seconds"] for line in lines_of(metrics, "round")]
+    """Seconds of each round that has ended, from round 1."""
+    return [line["seconds"] for line in lines_of(metrics, "round") if line["server_round"]]
 
 
 def make_large_model(path: Path) -> Path:
