@@ -17,7 +17,6 @@ from typing import Self
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 
-import flower_split
 from flower_split.errors import WorkerError
 from flower_split.runtime.version import __version__
 
@@ -129,7 +128,7 @@ def process_mark(pid: int) -> str:
 
 def _code() -> str:
     """Return a mark of the code that a process started now would load."""
-    package = Path(flower_split.__file__).parent
+    package = Path(__file__).parents[2]
     installed = (Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages"))
     return f"{__version__} {_digest([*package.rglob('*.py'), *installed])}"
 
