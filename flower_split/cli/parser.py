@@ -6,6 +6,7 @@ from pathlib import Path
 from flower_split.cli.bench import add_bench
 from flower_split.cli.experiment_commands import add_experiment_commands
 from flower_split.cli.operator_commands import add_operator_commands, add_tls_options
+from flower_split.cli.scale_commands import add_simulate
 from flower_split.runs.resuming import resume_table
 from flower_split.runtime.exit_codes import exit_code_table
 from flower_split.runtime.logs import FORMATS, LEVELS
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_experiment_commands(commands)
     add_operator_commands(commands)
     add_bench(commands)
+    add_simulate(commands)
     return parser
 
 

@@ -1,6 +1,7 @@
 """``flower-split plan``: memory, bytes and seconds of a job, from the model's configuration alone."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -116,9 +117,9 @@ def client_memory(config: RunConfig, run: DryRun) -> Memory:
     )
 
 
-def trunk_memory(config: RunConfig, run: DryRun) -> Memory:
-    """Return the memory of a trunk that all clients of a round use at once."""
-    part, hidden, clients = run.parts[TRUNK], _hidden_bytes(run), _at_once(config)
+def trunk_memory(config: RunConfig, run: DryRun, at_once: int | None = None) -> Memory:
+    """Return the memory of a trunk that so many clients use at once; None: all of a round."""
+    part, hidden, clients = run.parts[TRUNK], _hidden_bytes(run), at_once or _at_once(config)
     in_flight = min(config.train.micro_batches_in_flight, config.train.gradient_accumulation_steps)
     moments = _moments(part, config.trunk.optimizer)
     # The weights that every experiment and the open round began with, and each client's gradient.
@@ -133,9 +134,13 @@ def trunk_memory(config: RunConfig, run: DryRun) -> Memory:
     )
 
 
-def step_seconds(config: RunConfig, run: DryRun, command: PlanCommand) -> Seconds:
-    """Return the seconds of one optimizer step; where no rate is given, by a probe of this machine."""
-    client, trunk = (run.parts[name].flops for name in (CLIENT, TRUNK))
+def micro_batch_seconds(
+    config: RunConfig, run: DryRun, command: PlanCommand
+) -> tuple[float, float]:
+    """Return the seconds that client and trunk compute for one micro-batch.
+
+    Where no rate is given, it is that of this machine, by a probe.
+    """
     rates = [command.client_gflops * _GIGA, command.trunk_gflops * _GIGA]
     threads = [config.train.num_threads, config.trunk.num_threads]
     probed: dict[int, float] = {}
@@ -145,13 +150,19 @@ def step_seconds(config: RunConfig, run: DryRun, command: PlanCommand) -> Second
             if count not in probed:
                 probed[count] = _probe(run, count)
             rates[index] = probed[count]
+    return run.parts[CLIENT].flops / rates[0], run.parts[TRUNK].flops / rates[1]
+
+
+def step_seconds(config: RunConfig, run: DryRun, command: PlanCommand) -> Seconds:
+    """Return the seconds of one optimizer step; where no rate is given, by a probe of this machine."""
+    client, trunk = micro_batch_seconds(config, run, command)
     micro_batches = config.train.gradient_accumulation_steps
     moved = step_bytes(config, run, Path(config.run_dir).name or _NAME)
     calls = micro_batches * (1 if config.mode == "forward-only" else 2)
     bits = 8 * (moved.sent + moved.received)
     return Seconds(
-        client=micro_batches * client / rates[0],
-        trunk=_at_once(config) * micro_batches * trunk / rates[1],
+        client=micro_batches * client,
+        trunk=_at_once(config) * micro_batches * trunk,
         wire=bits / (command.link * _MEGA) + calls * command.latency / 1000,
     )
 
@@ -170,8 +181,7 @@ def _moments(part: PartRun, optimizer: OptimizerConfig) -> int:
 
 
 def _hidden_bytes(run: DryRun) -> int:
-    rows, positions, width = run.hidden_shape
-    return rows * positions * width * run.hidden_dtype.itemsize
+    return math.prod(run.hidden_shape) * run.hidden_dtype.itemsize if run.hidden_shape else 0
 
 
 def _lines(config: RunConfig, run: DryRun, command: PlanCommand, found: Plan) -> list[str]:
