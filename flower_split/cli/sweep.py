@@ -13,7 +13,7 @@ from flower_split.cli.paths import absolute_paths
 from flower_split.config import Scalar
 from flower_split.errors import ConfigError
 from flower_split.experiments.grid import Axes, checked_axis, parse_grid
-from flower_split.experiments.results import read_result
+from flower_split.experiments.results import Demand, RunResult, read_result
 from flower_split.experiments.sweep import Sweep, check_sweep, outcomes, run_sweep
 from flower_split.experiments.table import check_libraries, write_results
 from flower_split.local.job import LocalJob, load_modules
@@ -59,13 +59,28 @@ def sweep(command: SweepCommand) -> int:
         stopped = interrupts.count > 0
     found = outcomes(wanted)
     if found:
-        results = [read_result(cell, directory) for cell, directory in found.items()]
+        results = _with_demand(wanted, [read_result(*item) for item in found.items()])
         print(f"\n{write_results(wanted.out, results, wanted.axes)}\n")
         print(f"{len(found)} of {len(wanted.cells)} runs; tables and figure in {wanted.out}")
     if stopped or failed:
         why = "the sweep was stopped" if stopped else f"{len(failed)} runs failed"
         print(f"flower-split: {why}. The same command runs what is missing.", file=sys.stderr)
     return STOPPED if stopped else FAILED if failed else COMPLETED
+
+
+def _with_demand(wanted: Sweep, results: Sequence[RunResult]) -> list[RunResult]:
+    """Return the results with what training asks of the machines, worked out once for all seeds."""
+    from flower_split.cli.plan.demand import demand_of
+
+    known: dict[tuple[str, object], Demand | None] = {}
+    made = []
+    for result in results:
+        cell = result.cell
+        variant = cell.baseline, cell.variant
+        if variant not in known:
+            known[variant] = demand_of(wanted.config(cell), cell.baseline)
+        made.append(replace(result, demand=known[variant]))
+    return made
 
 
 def prepare(command: SweepCommand, here: Path) -> Sweep:

@@ -147,11 +147,22 @@ class Baseline:
     Attributes:
         about: What it is, in a sentence.
         run: Trains, evaluates and records it.
+        whole_model: Whether a client has all of the model, and there is no trunk.
+        all_in_a_step: Whether an optimizer step takes the micro-batches of all clients.
     """
 
-    def __init__(self, about: str, run: Callable[[Sequence[Client], Recorder], None]) -> None:
+    def __init__(
+        self,
+        about: str,
+        run: Callable[[Sequence[Client], Recorder], None],
+        *,
+        whole_model: bool = False,
+        all_in_a_step: bool = False,
+    ) -> None:
         self.about = about
         self.run = run
+        self.whole_model = whole_model
+        self.all_in_a_step = all_in_a_step
 
 
 BASELINES: Mapping[str, Baseline] = {
@@ -159,17 +170,21 @@ BASELINES: Mapping[str, Baseline] = {
         "the unsplit model, trained on the union of the clients' data with as many optimizer steps "
         "as each client takes, every step on the micro-batches of all clients.",
         _central,
+        whole_model=True,
+        all_in_a_step=True,
     ),
     "alone": Baseline(
         "each client trains the unsplit model on its own data alone, and is evaluated on its own "
         "held-out data.",
         _alone,
+        whole_model=True,
     ),
     "federated": Baseline(
         "federated LoRA with the whole model on each client: in every round each trains it from the "
         "global adapter, and A and B of all parts are averaged by tokens. SplitFed V1, which has a copy "
         "of the trunk for each client and averages them, computes the same (Thapa et al., AAAI 2022).",
         lambda clients, recorder: run_rounds(clients, recorder, federated_round),
+        whole_model=True,
     ),
     "sequential": Baseline(
         "split learning in turns: the clients train one after the other, each from where the one before "

@@ -8,7 +8,7 @@ differences are as good as symmetric where those of perplexities are not.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,16 @@ _ADAPTERS = ("adapters_up", "adapters_down")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Demand:
+    """What training asks of the machines, by the model's configuration: of one client, and of the trunk."""
+
+    client_bytes: int  # at its peak, beside what Python and its libraries take
+    client_flops: int  # floating-point operations of an optimizer step
+    trunk_bytes: int  # 0: there is no trunk
+    trunk_flops: int  # for one client's optimizer step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RunResult:
     """What one finished run came to."""
 
@@ -36,6 +46,7 @@ class RunResult:
     trunk_bytes: int  # of training, both ways, all clients
     adapter_bytes: int  # to and from the ServerApp, all clients
     seconds: float  # of the whole run
+    demand: Demand | None = None  # None: nobody has worked it out
 
     @property
     def loss(self) -> float:
@@ -104,6 +115,7 @@ def by_run(results: Sequence[RunResult]) -> "pandas.DataFrame":
                 "trunk_bytes": result.trunk_bytes,
                 "adapter_bytes": result.adapter_bytes,
                 "seconds": result.seconds,
+                **({} if result.demand is None else asdict(result.demand)),
             }
         )
     return pandas.DataFrame(rows)
@@ -123,6 +135,7 @@ class VariantResult:
     trunk_bytes: float  # mean
     adapter_bytes: float  # mean
     seconds: float  # mean
+    demand: Demand | None  # the same for every seed
 
 
 def by_variant(results: Sequence[RunResult], axes: Axes) -> list[VariantResult]:
@@ -151,6 +164,7 @@ def _variant(group: Sequence[RunResult], first: Sequence[RunResult], axes: Axes)
         trunk_bytes=_mean([result.trunk_bytes for result in group]),
         adapter_bytes=_mean([result.adapter_bytes for result in group]),
         seconds=_mean([result.seconds for result in group]),
+        demand=group[0].demand,
     )
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from flower_split.errors import ConfigError
 from flower_split.experiments.grid import Axes
-from flower_split.experiments.results import RunResult, VariantResult, by_run, by_variant
+from flower_split.experiments.results import Demand, RunResult, VariantResult, by_run, by_variant
 from flower_split.runs.summary import markdown_table
 from flower_split.runtime.atomic_files import write_atomically
 
 LIBRARIES = ("pandas", "scipy", "matplotlib")
 HEADER = (
-    "variant", "runs", "perplexity", "change", "p", "MB to and from the trunk", "MB of adapters", "s",
+    "variant", "runs", "perplexity", "change", "p", "MB to and from the trunk", "MB of adapters",
+    "client MiB", "client GFLOP", "trunk MiB", "trunk GFLOP", "s",
 )  # fmt: skip
 
 
@@ -47,6 +48,7 @@ def table_cells(variants: Sequence[VariantResult]) -> list[list[str]]:
                 _p(item.p),
                 _megabytes(item.trunk_bytes),
                 _megabytes(item.adapter_bytes),
+                *_demand(item.demand),
                 f"{item.seconds:.0f}",
             ]
         )
@@ -122,6 +124,20 @@ def _p(value: float) -> str:
 
 def _megabytes(value: float) -> str:
     return "–" if not value or math.isnan(value) else f"{value / 1e6:,.1f}"
+
+
+def _demand(demand: Demand | None) -> list[str]:
+    """Return memory and arithmetic of client and trunk as cells."""
+    if demand is None:
+        return ["–"] * 4
+    cells = []
+    for num_bytes, flops in (
+        (demand.client_bytes, demand.client_flops),
+        (demand.trunk_bytes, demand.trunk_flops),
+    ):
+        cells += [f"{num_bytes / 2**20:,.0f}" if num_bytes else "–"]
+        cells += [f"{flops / 1e9:,.2f}" if flops else "–"]
+    return cells
 
 
 def _latex(text: str) -> str:

@@ -48,14 +48,18 @@ class DryRun:
     """One micro-batch of one client."""
 
     parts: Mapping[str, PartRun]  # of CLIENT and TRUNK
-    hidden_shape: tuple[int, ...]  # [batch, seq, hidden]
+    hidden_shape: tuple[int, ...]  # [batch, seq, hidden]; empty: nothing crosses a cut
     hidden_dtype: torch.dtype
     intermediate_size: int  # of a layer's MLP; as the model's configuration says
     trained: Mapping[str, tuple[int, ...]]  # the client's trained weights: name -> shape
 
 
-def dry_run(config: RunConfig) -> DryRun:
+def dry_run(config: RunConfig, *, whole: bool = False) -> DryRun:
     """Run one micro-batch of ``train.batch-size`` rows of ``train.sequence-length`` tokens.
+
+    Args:
+        config: The run's.
+        whole: Whether the client has all of the model, and there is no trunk.
 
     Raises:
         SplitError: The model's configuration cannot be read, or the cut layers do not fit.
@@ -76,23 +80,24 @@ def dry_run(config: RunConfig) -> DryRun:
     model = empty_model(ModelSource.of(config.model))
     attach_lora(model, model_cuts(config), trained_parts(config), seed=config.seed)
     owners = _owners(config, model)
+    if whole:
+        owners = {CLIENT: {**owners[CLIENT], **owners[TRUNK]}, TRUNK: {}}
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
         model.train()
         watch = _Watch(forward_only=config.mode == "forward-only")
-        hidden = watch.follow(config, model)
+        hidden = [] if whole else watch.follow(config, model)
         batch = _batch(config)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with watch:
             loss = causal_lm_loss(model, batch, batch["labels"].numel(), torch.device("cpu"))
             torch.autograd.grad(loss, trained, allow_unused=True)
-    [state] = hidden
     text = model.config.get_text_config(decoder=True)
     return DryRun(
         parts={name: watch.part(owners, name) for name in (CLIENT, TRUNK)},
-        hidden_shape=tuple(state.shape),
-        hidden_dtype=state.dtype,
-        intermediate_size=int(getattr(text, "intermediate_size", 0) or 4 * state.shape[-1]),
+        hidden_shape=tuple(hidden[0].shape) if hidden else (),
+        hidden_dtype=hidden[0].dtype if hidden else loss.dtype,
+        intermediate_size=int(getattr(text, "intermediate_size", 0) or 4 * text.hidden_size),
         trained={
             name: tuple(parameter.shape)
             for name, parameter in owners[CLIENT].items()

@@ -1,12 +1,13 @@
 """A sweep's table: means, deviations and p-values, by hand."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flower_split.experiments.grid import Cell, parse_grid
-from flower_split.experiments.results import RunResult, by_run, by_variant, read_result
+from flower_split.experiments.results import Demand, RunResult, by_run, by_variant, read_result
 from flower_split.experiments.table import latex_table, table_cells, write_results
 from flower_split.runs.files import write_json
 
@@ -44,7 +45,7 @@ def test_table_has_deviations_and_a_paired_test_over_seeds() -> None:
     assert second.change == pytest.approx(sum(changes) / 3)
     header, *rows = table_cells([first, second])
     assert header[:5] == ["variant", "runs", "perplexity", "change", "p"]
-    assert rows[0] == ["joint", "3", "12.00 ± 2.65", "–", "–", "2.5", "–", "11"]
+    assert rows[0] == ["joint", "3", "12.00 ± 2.65", "–", "–", "2.5", "–", *["–"] * 4, "11"]
     assert rows[1][3:5] == ["+22.5 ± 12.2 %", "0.074"]
 
 
@@ -70,6 +71,15 @@ def test_results_are_written_for_programs_and_papers(tmp_path: Path) -> None:
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "figure.pdf").read_bytes().startswith(b"%PDF")
     assert list(by_run(results)["perplexity"]) == [10.0, 9.0]
+
+
+def test_memory_and_arithmetic_have_columns_where_they_are_known(tmp_path: Path) -> None:
+    demand = Demand(client_bytes=3 << 20, client_flops=2_500_000_000, trunk_bytes=0, trunk_flops=0)
+    results = [replace(result("joint", seed, 10.0), demand=demand) for seed in (0, 1)]
+    header, row = table_cells(by_variant(results, AXES))
+    cells = dict(zip(header, row, strict=True))
+    assert (cells["client MiB"], cells["client GFLOP"], cells["trunk MiB"]) == ("3", "2.50", "–")
+    assert list(by_run(results)["client_flops"]) == [2_500_000_000] * 2
 
 
 def test_latex_escapes_what_latex_reads() -> None:
