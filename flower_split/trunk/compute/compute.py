@@ -9,7 +9,7 @@ Next: ``flower_split/server/trunk_strategy.py``.
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,7 @@ from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation
 from flower_split.trunk.compute.checks import check_all_finite, check_bounded, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
+from flower_split.trunk.compute.fair_device import DeviceShare
 from flower_split.trunk.compute.passes import Pass
 from flower_split.trunk.compute.screening import MAX_ENTRY
 from flower_split.trunk.compute.spans import Spans
@@ -47,12 +48,19 @@ class TrunkCompute:
         optimizer: Optimizer, schedule and clipping.
         seed: Of the dropout masks.
         fused: Whether the optimizer steps in one kernel, with other last bits.
+        share: Of a device that other experiments' trunks compute on; None: this one is alone.
     """
 
     def __init__(
-        self, trunk: nn.Module, optimizer: OptimizerConfig, *, seed: int, fused: bool = False
+        self,
+        trunk: nn.Module,
+        optimizer: OptimizerConfig,
+        *,
+        seed: int,
+        fused: bool = False,
+        share: DeviceShare | None = None,
     ) -> None:
-        self.trunk = trunk
+        self.trunk, self.share = trunk, share
         self.seed = seed
         self.version = 0
         self.named = sorted(
@@ -74,6 +82,10 @@ class TrunkCompute:
         )
         self._rate = LearningRate(optimizer, 1)
         self._storages = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Return the block inside a turn in which other trunks may compute."""
+        return nullcontext() if self.share is None else self.share.aside()
 
     def plan(self, total_steps: int) -> None:
         """Place the learning-rate schedule over ``total_steps`` optimizer steps of the whole run."""

@@ -4,9 +4,10 @@ The clients' calls take turns (:class:`flower_split.trunk.engine.ledger.Turns`);
 """
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
-from typing import TypeVar
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
@@ -14,8 +15,10 @@ from flower_split.errors import TrunkUnavailable
 from flower_split.protocol.values import CallResult
 from flower_split.runtime.threads import pinned_pool
 from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.fair_device import DeviceShare
 from flower_split.trunk.engine.ledger import Turns
 
+Given = ParamSpec("Given")
 Value = TypeVar("Value")
 
 
@@ -25,7 +28,8 @@ class ComputeThread:
     Never wait for it while holding the engine's lock: what it runs takes that lock.
 
     Args:
-        compute: The trunk module, whose version a call's result names.
+        compute: The trunk module, whose version a call's result names. Where it has a share of a device
+            that other engines compute on too, whatever runs has a turn there.
         clock: Monotonic seconds.
 
     Attributes:
@@ -36,7 +40,8 @@ class ComputeThread:
     def __init__(self, compute: TrunkCompute, clock: Callable[[], float]) -> None:
         self._compute = compute
         self._clock = clock
-        self._pool = pinned_pool(1, "trunk-compute")
+        pool = pinned_pool(1, "trunk-compute")
+        self._pool: Executor = pool if compute.share is None else _InTurns(pool, compute.share)
         self.submit = self._pool.submit
         self.turns = Turns()
 
@@ -89,3 +94,36 @@ class ComputeThread:
         """Finish what runs, and drop what has not begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.turns.give_up()
+
+
+class _InTurns(Executor):
+    """One thread, whose every run has a turn on a device that other engines compute on, too.
+
+    Args:
+        pool: Of the thread.
+        share: Of the device.
+    """
+
+    def __init__(self, pool: Executor, share: DeviceShare) -> None:
+        self._pool = pool
+        self._share = share
+
+    def submit(
+        self, fn: Callable[Given, Value], /, *args: Given.args, **kwargs: Given.kwargs
+    ) -> Future[Value]:
+        """Ask for ``fn``; see :meth:`concurrent.futures.Executor.submit`."""
+        self._share.expect()  # before it can run
+        try:
+            return self._pool.submit(self._run, partial(fn, *args, **kwargs))
+        except RuntimeError:  # the thread has ended
+            self._share.leave()
+            raise
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """End the thread; see :meth:`concurrent.futures.Executor.shutdown`."""
+        self._pool.shutdown(wait, cancel_futures=cancel_futures)
+        self._share.leave()
+
+    def _run(self, run: Callable[[], Value]) -> Value:
+        with self._share.turn():
+            return run()

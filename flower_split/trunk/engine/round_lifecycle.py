@@ -103,9 +103,10 @@ class RoundLifecycle:
             self._compute.plan(_total_steps(plan))
             current = self._begun(plan)
             self._index.replace(current)
-            PROCESS_FIELDS.bind(
-                experiment=plan.experiment, round=plan.server_round, attempt=plan.attempt
-            )
+            if self._compute.share is None:  # else the process is at work on others, too
+                PROCESS_FIELDS.bind(
+                    experiment=plan.experiment, round=plan.server_round, attempt=plan.attempt
+                )
             logger.info(
                 "begin %s: slots %s, version %d",
                 current,
@@ -272,7 +273,8 @@ class RoundLifecycle:
         """Write the round's checkpoint, or give the round up. The lock is free: disks are slow."""
         started = self._index.clock()
         try:
-            self._weights.save(current, digest)
+            with self._compute.aside():
+                self._weights.save(current, digest)
             self._index.totals.checkpoint_seconds += self._index.clock() - started
         except OSError as error:
             logger.error("%s: the checkpoint cannot be written: %s", current, error)
