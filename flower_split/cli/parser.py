@@ -5,8 +5,9 @@ from pathlib import Path
 
 from flower_split.cli.bench import add_bench
 from flower_split.cli.experiment_commands import add_experiment_commands
-from flower_split.cli.operator_commands import add_operator_commands, add_tls_options
+from flower_split.cli.operator_commands import add_operator_commands
 from flower_split.cli.scale_commands import add_simulate
+from flower_split.cli.trunk_commands import add_tls_options, add_trunk_commands
 from flower_split.runs.resuming import resume_table
 from flower_split.runtime.exit_codes import exit_code_table
 from flower_split.runtime.logs import FORMATS, LEVELS
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     add_experiment_commands(commands)
     add_operator_commands(commands)
+    add_trunk_commands(commands)
     add_bench(commands)
     add_simulate(commands)
     return parser
@@ -117,6 +119,14 @@ def _add_trunk(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     trunk.add_argument("--listen", required=True, metavar="HOST:PORT", help="port 0: any free one")
     trunk.add_argument(
         "--token-file", required=True, type=Path, help="the coordinator's token; made if missing"
+    )
+    trunk.add_argument(
+        "--coordinator",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="a further coordinator and its token's file, with experiments that no other coordinator sees, "
+        "where trunk.max-experiments is above 1; again for each",
     )
     _add_certificates(trunk)
     trunk.add_argument(

@@ -83,6 +83,8 @@ def as_json(seen: Seen) -> str:
 def picture(address: str, seen: Seen) -> Group:
     """Return a look for the terminal."""
     status, process, kept = seen.status, seen.status.process, seen.status.activations
+    if status.max_experiments > 1 and not status.experiment:
+        return _of_several(address, status)
     head = Text(f"trunk {address}  {status.phase}", style="bold")
     if status.experiment:
         head.append(
@@ -108,6 +110,31 @@ def picture(address: str, seen: Seen) -> Group:
     if status.problem:
         lines.append(f"problem: {status.problem}")
     return Group(head, *map(Text, lines), _slots(status.slots))
+
+
+def _of_several(address: str, status: TrunkStatus) -> Group:
+    """Return a look at a trunk of several experiments: those of the coordinator that asks."""
+    process = status.process
+    head = Text(f"trunk {address}  {len(status.experiments)} experiments of yours", style="bold")
+    head.append(f"  {status.max_experiments} places in all", style="not bold")
+    line = (
+        f"memory {_size(process.resident_bytes)}"
+        + (f", GPU {_size(process.accelerator_bytes)}" if process.accelerator_bytes else "")
+        + f"  queue {process.queue_seconds:.2f} s  up {process.uptime_seconds:.0f} s  flower-split "
+        f"{process.package_version}"
+    )
+    table = Table("experiment", "phase", "round", "clients", "tokens", "computed", "coordinator")
+    for one in status.experiments:
+        table.add_row(
+            one.name,
+            one.phase,
+            f"{one.server_round}.{one.attempt}",
+            str(one.participants),
+            f"{one.num_tokens:,.0f}",
+            f"{one.compute_seconds:.1f} s",
+            f"{one.silent_seconds:.0f} s ago",
+        )
+    return Group(head, Text(line), table)
 
 
 def _slots(slots: tuple[SlotReport, ...]) -> Table:

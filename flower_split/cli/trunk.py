@@ -29,6 +29,7 @@ class TrunkCommand:
     app: Path  # the app's directory
     listen: str  # host:port; port 0: any free one
     token_file: Path  # made if it is missing
+    coordinators: Sequence[str] = ()  # further ones, as NAME=FILE
     tls_certificate: str = ""  # PEM file; required off loopback
     tls_key: str = ""  # PEM file
     client_ca: str = ""  # PEM file; empty: no client certificate is asked for
@@ -48,6 +49,7 @@ def trunk_command(arguments: argparse.Namespace) -> TrunkCommand:
         app=arguments.app,
         listen=arguments.listen,
         token_file=arguments.token_file,
+        coordinators=arguments.coordinator,
         tls_certificate=arguments.tls_certificate,
         tls_key=arguments.tls_key,
         client_ca=arguments.client_ca,
@@ -79,6 +81,7 @@ def serve_trunk(command: TrunkCommand) -> int:
         listen=command.listen,
         token=token_from(command.token_file, command.checkpoints),
         token_file=str(command.token_file),
+        coordinators=tuple(_named_file(text) for text in command.coordinators),
         tls_certificate=command.tls_certificate,
         tls_key=command.tls_key,
         client_ca=command.client_ca,
@@ -110,6 +113,18 @@ def serve_trunk(command: TrunkCommand) -> int:
         notify("STOPPING=1")
         logger.info("ending")
     return 0
+
+
+def _named_file(text: str) -> tuple[str, str]:
+    """Return name and file of ``--coordinator``.
+
+    Raises:
+        ConfigError: It has no file.
+    """
+    name, equals, file = text.partition("=")
+    if not equals or not file:
+        raise ConfigError(f"--coordinator must be NAME=FILE; it is {text!r}.")
+    return name, file
 
 
 def token_from(path: Path, checkpoints: str = "") -> str:

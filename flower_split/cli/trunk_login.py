@@ -21,6 +21,7 @@ class TrunkLogin:
     root_certificates: str = ""  # PEM file of the CA for TLS
     certificate: ClientCertificate = NO_CERTIFICATE
     proxy: str = ENVIRONMENT  # as trunk.proxy
+    experiment: str = ""  # of several that the trunk serves; empty: the only one
 
     def coordinator(self) -> "closing[TrunkCoordinator]":
         """Return round control of the trunk, which ends with its block; it connects with the first call.
@@ -36,5 +37,6 @@ class TrunkLogin:
                 timeout=_SECONDS,
                 certificate=self.certificate,
                 proxy=self.proxy,
+                experiment=self.experiment,
             )
         )

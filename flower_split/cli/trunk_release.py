@@ -6,6 +6,7 @@ from flower_split.cli.trunk_login import TrunkLogin
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import TrunkStatus
 from flower_split.runtime.exit_codes import COMPLETED
+from flower_split.server.coordinator import TrunkCoordinator
 
 _OVER = ("idle", "aborted")
 _ALIVE = 60.0  # seconds since a client's call within which a round counts as at work
@@ -30,6 +31,8 @@ def release(command: ReleaseCommand) -> int:
     """
     with command.trunk.coordinator() as coordinator:
         status = coordinator.status()
+        if status.max_experiments > 1:
+            return _release_place(coordinator, status, command)
         if status.phase in _OVER:
             print(f"the trunk {command.trunk.address} is free: no round is open")
             return COMPLETED
@@ -43,6 +46,28 @@ def release(command: ReleaseCommand) -> int:
     print(
         f"the trunk {command.trunk.address} is free: round {status.server_round} of experiment "
         f"{status.experiment} was given up; its committed rounds stay, and its run can be resumed"
+    )
+    return COMPLETED
+
+
+def _release_place(
+    coordinator: TrunkCoordinator, status: TrunkStatus, command: ReleaseCommand
+) -> int:
+    """Let one of several experiments go, with its open round."""
+    name, known = command.trunk.experiment, {item.name for item in status.experiments}
+    if name not in known:
+        what = f"experiment {name} is not there" if name else "name one of its experiments"
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST,
+            f"the trunk {command.trunk.address} serves several experiments, and {what}: --experiment "
+            f"NAME, of {', '.join(sorted(known)) or 'none that are there now'}.",
+        )
+    if status.phase not in _OVER:
+        _check_left(status, command)
+    coordinator.end_experiment()
+    print(
+        f"the trunk {command.trunk.address} has let experiment {name} go; its committed rounds stay, and "
+        f"its run can be resumed ({len(known) - 1} of {status.max_experiments} places are taken)"
     )
     return COMPLETED
 

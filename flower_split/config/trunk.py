@@ -87,6 +87,15 @@ class TrunkConfig:
     """GiB of key-value caches of generation, over all clients."""
     snapshot_memory: float = 1.0
     """GiB of former weights that clients still work on (fedbuff)."""
+    max_experiments: int = 1
+    """Experiments that a running trunk serves at once, over one base in memory; the memory budgets are
+    each one's."""
+    experiment_lease: float = 600.0
+    """Seconds without a word of its coordinator after which one of several is let go; its committed
+    rounds stay on disk."""
+    experiment_memory: float = 2.0
+    """GiB of what one of several trains: weights, optimizer, and the copies that a round goes back
+    to."""
     max_client_grad_norm: float = 0.0
     """L2 norm that one client's trunk gradient is clipped to; 0: no clipping."""
     outlier_factor: float = 20.0
@@ -135,13 +144,7 @@ class TrunkConfig:
         plug_in_name("trunk.window-rule", self.window_rule)
         one_of("trunk.window-batches", self.window_batches, WINDOW_BATCHES)
         one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
-        if self.device_map:
-            one_of("trunk.device-map", self.device_map, DEVICE_MAPS)
-            if self.device != "auto":
-                raise ConfigError(
-                    "trunk.device-map places the trunk's layers on this host's GPUs, so trunk.device "
-                    f'must stay "auto"; it is {self.device!r}.'
-                )
+        self._check_device_map()
         share("trunk.quorum", self.quorum)
         for name in (
             "quorum_count",
@@ -162,6 +165,8 @@ class TrunkConfig:
             "held_memory_per_client",
             "cache_memory",
             "snapshot_memory",
+            "experiment_lease",
+            "experiment_memory",
         ):
             above(f"trunk.{kebab(name)}", getattr(self, name), 0)
         for name in (
@@ -170,6 +175,7 @@ class TrunkConfig:
             "max_connections",
             "max_call_positions",
             "window_batch_positions",
+            "max_experiments",
         ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         if not MIN_STREAM_WINDOW <= self.stream_window <= MAX_STREAM_WINDOW:
@@ -185,3 +191,19 @@ class TrunkConfig:
         if self.address:
             check_address("trunk.address", self.address)
         check_proxy("trunk.proxy", self.proxy)
+
+    def _check_device_map(self) -> None:
+        """Check what a device map goes together with."""
+        if not self.device_map:
+            return
+        one_of("trunk.device-map", self.device_map, DEVICE_MAPS)
+        if self.max_experiments > 1:
+            raise ConfigError(
+                "trunk.max-experiments serves several experiments on one device, and trunk.device-map "
+                f"= {self.device_map!r} places layers on several. Leave one of them out."
+            )
+        if self.device != "auto":
+            raise ConfigError(
+                "trunk.device-map places the trunk's layers on this host's GPUs, so trunk.device "
+                f'must stay "auto"; it is {self.device!r}.'
+            )

@@ -343,7 +343,7 @@ class Participant(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token: _Optional[str] = ...) -> None: ...
 
 class BeginRoundRequest(_message.Message):
-    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "finish", "coordinator_seconds", "dispatches")
+    __slots__ = ("experiment", "server_round", "attempt", "participants", "step_every", "steps_per_round", "num_server_rounds", "quorum", "join_seconds", "window_seconds", "evaluate", "base", "finish", "coordinator_seconds", "dispatches", "settings")
     EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -359,6 +359,7 @@ class BeginRoundRequest(_message.Message):
     FINISH_FIELD_NUMBER: _ClassVar[int]
     COORDINATOR_SECONDS_FIELD_NUMBER: _ClassVar[int]
     DISPATCHES_FIELD_NUMBER: _ClassVar[int]
+    SETTINGS_FIELD_NUMBER: _ClassVar[int]
     experiment: str
     server_round: int
     attempt: int
@@ -374,7 +375,33 @@ class BeginRoundRequest(_message.Message):
     finish: FinishRule
     coordinator_seconds: float
     dispatches: _containers.RepeatedCompositeFieldContainer[Dispatch]
-    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ..., coordinator_seconds: _Optional[float] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ...) -> None: ...
+    settings: ExperimentSettings
+    def __init__(self, experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., participants: _Optional[_Iterable[_Union[Participant, _Mapping]]] = ..., step_every: _Optional[_Union[StepEvery, str]] = ..., steps_per_round: _Optional[int] = ..., num_server_rounds: _Optional[int] = ..., quorum: _Optional[float] = ..., join_seconds: _Optional[float] = ..., window_seconds: _Optional[float] = ..., evaluate: _Optional[bool] = ..., base: _Optional[_Union[RoundBase, _Mapping]] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ..., coordinator_seconds: _Optional[float] = ..., dispatches: _Optional[_Iterable[_Union[Dispatch, _Mapping]]] = ..., settings: _Optional[_Union[ExperimentSettings, _Mapping]] = ...) -> None: ...
+
+class ExperimentSettings(_message.Message):
+    __slots__ = ("values",)
+    class ValuesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: SettingValue
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[SettingValue, _Mapping]] = ...) -> None: ...
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.MessageMap[str, SettingValue]
+    def __init__(self, values: _Optional[_Mapping[str, SettingValue]] = ...) -> None: ...
+
+class SettingValue(_message.Message):
+    __slots__ = ("text", "flag", "whole", "number")
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    FLAG_FIELD_NUMBER: _ClassVar[int]
+    WHOLE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    flag: bool
+    whole: int
+    number: float
+    def __init__(self, text: _Optional[str] = ..., flag: _Optional[bool] = ..., whole: _Optional[int] = ..., number: _Optional[float] = ...) -> None: ...
 
 class Dispatch(_message.Message):
     __slots__ = ("number", "slot", "token")
@@ -507,12 +534,14 @@ class CommitRoundReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class RevokeClientRequest(_message.Message):
-    __slots__ = ("slots", "subject")
+    __slots__ = ("slots", "subject", "experiment")
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     SUBJECT_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     slots: _containers.RepeatedScalarFieldContainer[int]
     subject: str
-    def __init__(self, slots: _Optional[_Iterable[int]] = ..., subject: _Optional[str] = ...) -> None: ...
+    experiment: str
+    def __init__(self, slots: _Optional[_Iterable[int]] = ..., subject: _Optional[str] = ..., experiment: _Optional[str] = ...) -> None: ...
 
 class RevokeClientReply(_message.Message):
     __slots__ = ("slots",)
@@ -539,13 +568,15 @@ class AbortRoundReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
-    __slots__ = ("keep_alive",)
+    __slots__ = ("keep_alive", "experiment")
     KEEP_ALIVE_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
     keep_alive: bool
-    def __init__(self, keep_alive: _Optional[bool] = ...) -> None: ...
+    experiment: str
+    def __init__(self, keep_alive: _Optional[bool] = ..., experiment: _Optional[str] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process", "batches", "revoked")
+    __slots__ = ("trunk_epoch", "version", "experiment", "server_round", "attempt", "phase", "window", "num_tokens", "bytes_received", "bytes_sent", "slots", "problem", "fingerprint", "activations", "process", "batches", "revoked", "max_experiments", "experiments")
     class FingerprintEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -570,6 +601,8 @@ class StatusReply(_message.Message):
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     BATCHES_FIELD_NUMBER: _ClassVar[int]
     REVOKED_FIELD_NUMBER: _ClassVar[int]
+    MAX_EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
+    EXPERIMENTS_FIELD_NUMBER: _ClassVar[int]
     trunk_epoch: int
     version: int
     experiment: str
@@ -587,7 +620,31 @@ class StatusReply(_message.Message):
     process: ProcessReport
     batches: BatchReport
     revoked: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ..., batches: _Optional[_Union[BatchReport, _Mapping]] = ..., revoked: _Optional[_Iterable[int]] = ...) -> None: ...
+    max_experiments: int
+    experiments: _containers.RepeatedCompositeFieldContainer[ExperimentReport]
+    def __init__(self, trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., phase: _Optional[str] = ..., window: _Optional[int] = ..., num_tokens: _Optional[float] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., slots: _Optional[_Iterable[_Union[SlotReport, _Mapping]]] = ..., problem: _Optional[str] = ..., fingerprint: _Optional[_Mapping[str, str]] = ..., activations: _Optional[_Union[ActivationReport, _Mapping]] = ..., process: _Optional[_Union[ProcessReport, _Mapping]] = ..., batches: _Optional[_Union[BatchReport, _Mapping]] = ..., revoked: _Optional[_Iterable[int]] = ..., max_experiments: _Optional[int] = ..., experiments: _Optional[_Iterable[_Union[ExperimentReport, _Mapping]]] = ...) -> None: ...
+
+class ExperimentReport(_message.Message):
+    __slots__ = ("name", "phase", "server_round", "attempt", "version", "num_tokens", "participants", "compute_seconds", "silent_seconds")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    SERVER_ROUND_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PARTICIPANTS_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    phase: str
+    server_round: int
+    attempt: int
+    version: int
+    num_tokens: float
+    participants: int
+    compute_seconds: float
+    silent_seconds: float
+    def __init__(self, name: _Optional[str] = ..., phase: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[int] = ..., num_tokens: _Optional[float] = ..., participants: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., silent_seconds: _Optional[float] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
     __slots__ = ("package_version", "uptime_seconds", "round_seconds", "queue_seconds", "resident_bytes", "accelerator_bytes", "bytes_received", "bytes_sent", "rounds_committed", "rounds_aborted", "checkpoint_seconds", "compute_seconds")
@@ -618,6 +675,18 @@ class ProcessReport(_message.Message):
     def __init__(self, package_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., rounds_aborted: _Optional[int] = ..., checkpoint_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
+    __slots__ = ("experiment",)
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    def __init__(self, experiment: _Optional[str] = ...) -> None: ...
+
+class EndExperimentRequest(_message.Message):
+    __slots__ = ("experiment",)
+    EXPERIMENT_FIELD_NUMBER: _ClassVar[int]
+    experiment: str
+    def __init__(self, experiment: _Optional[str] = ...) -> None: ...
+
+class EndExperimentReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 

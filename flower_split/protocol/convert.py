@@ -4,10 +4,11 @@ The shell uses one direction of each pair, the coordinator the other.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from flower_split.config.validation import Scalar
 from flower_split.errors import RefusalReason, SplitError, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.step_every import StepEvery
@@ -21,6 +22,8 @@ from flower_split.protocol.values import (
 )
 from flower_split.split import CutLayers
 from flower_split.split.structure.kv_cache import CacheStep
+
+_MAX_SETTINGS_BYTES = 1 << 16
 
 _STEP_EVERY = {
     StepEvery.LOCAL_STEP: pb.LOCAL_STEP,
@@ -175,6 +178,42 @@ def plan_from_proto(request: pb.BeginRoundRequest) -> RoundPlan:
         ),
         dispatches=dispatches,
         finish=_finish_from_proto(request),
+    )
+
+
+def settings_to_proto(values: Mapping[str, Scalar]) -> pb.ExperimentSettings:
+    """Return the message of what a run brings to a trunk of several experiments."""
+    return pb.ExperimentSettings(values={key: _setting(value) for key, value in values.items()})
+
+
+def settings_from_proto(request: pb.BeginRoundRequest) -> dict[str, Scalar] | None:
+    """Return what a run brings; None: nothing.
+
+    Raises:
+        TrunkRefused: It is too much, or a value is missing (INVALID_REQUEST).
+    """
+    if not request.HasField("settings"):
+        return None
+    if request.settings.ByteSize() > _MAX_SETTINGS_BYTES:
+        raise _invalid(
+            f"settings may have {_MAX_SETTINGS_BYTES} bytes; they have {request.settings.ByteSize()}"
+        )
+    found: dict[str, Scalar] = {}
+    for key, message in request.settings.values.items():
+        kind = message.WhichOneof("value")
+        if kind is None:
+            raise _invalid("a setting has no value")
+        found[key] = getattr(message, kind)
+    return found
+
+
+def _setting(value: Scalar) -> pb.SettingValue:
+    if isinstance(value, bool):  # which is an int, too
+        return pb.SettingValue(flag=value)
+    if isinstance(value, int):
+        return pb.SettingValue(whole=value)
+    return (
+        pb.SettingValue(number=value) if isinstance(value, float) else pb.SettingValue(text=value)
     )
 
 

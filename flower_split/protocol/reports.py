@@ -9,13 +9,16 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.values import (
     ActivationReport,
     BatchReport,
+    ExperimentReport,
     ProcessReport,
     RoundReport,
     SlotReport,
     TrunkStatus,
 )
 
-_Report = TypeVar("_Report", ActivationReport, BatchReport, ProcessReport, SlotReport)
+_Report = TypeVar(
+    "_Report", ActivationReport, BatchReport, ExperimentReport, ProcessReport, SlotReport
+)
 
 
 def report_to_proto(report: RoundReport) -> pb.PrepareRoundReply:
@@ -64,6 +67,8 @@ def status_to_proto(status: TrunkStatus) -> pb.StatusReply:
         process=pb.ProcessReport(**asdict(status.process)),
         batches=pb.BatchReport(**asdict(status.batches)),
         revoked=status.revoked,
+        max_experiments=status.max_experiments,
+        experiments=[pb.ExperimentReport(**asdict(one)) for one in status.experiments],
     )
 
 
@@ -87,6 +92,8 @@ def status_from_proto(reply: pb.StatusReply) -> TrunkStatus:
         process=_of_same_fields(ProcessReport, reply.process),
         batches=_of_same_fields(BatchReport, reply.batches),
         revoked=tuple(reply.revoked),
+        max_experiments=max(1, reply.max_experiments),  # one: a trunk that does not say
+        experiments=tuple(_of_same_fields(ExperimentReport, one) for one in reply.experiments),
     )
 
 

@@ -253,6 +253,21 @@ class ProcessReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExperimentReport:
+    """One of several experiments that a trunk serves, as its coordinator sees it."""
+
+    name: str
+    phase: str = "idle"
+    server_round: int = 0
+    attempt: int = 0
+    version: int = 0  # of its weights: optimizer steps taken
+    num_tokens: float = 0.0  # of its round
+    participants: int = 0
+    compute_seconds: float = 0.0  # since it began here
+    silent_seconds: float = 0.0  # since its coordinator spoke
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrunkStatus:
     """A snapshot for progress displays and health checks."""
 
@@ -273,3 +288,7 @@ class TrunkStatus:
     process: ProcessReport = field(default_factory=ProcessReport)
     batches: BatchReport = field(default_factory=BatchReport)
     revoked: tuple[int, ...] = ()  # slots that an operator took out of the experiment
+    max_experiments: int = 1  # that the trunk serves at once
+    experiments: tuple[
+        ExperimentReport, ...
+    ] = ()  # of the coordinator that asks, where several are

@@ -3,15 +3,16 @@
 Every call may be repeated: the trunk recognises a round by its experiment, number and attempt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from flower_split.config.validation import ENVIRONMENT
+from flower_split.config.validation import ENVIRONMENT, Scalar
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     arrivals_to_proto,
     plan_to_proto,
+    settings_to_proto,
 )
 from flower_split.protocol.reports import report_from_proto, status_from_proto
 from flower_split.protocol.values import Arrival, RoundPlan, RoundReport, TrunkStatus
@@ -38,6 +39,8 @@ class TrunkCoordinator:
         timeout: Seconds per call, retries included; at most 10 for status and abort.
         certificate: What this side shows over TLS.
         proxy: As ``trunk.proxy`` says.
+        experiment: Of several that the trunk serves, which status, adapter and revocations are of; empty:
+            the one whose rounds are begun here.
 
     Raises:
         ConfigError: Plain text to another machine, or a PEM file that cannot be read.
@@ -51,8 +54,11 @@ class TrunkCoordinator:
         timeout: float = 150.0,
         certificate: ClientCertificate = NO_CERTIFICATE,
         proxy: str = ENVIRONMENT,
+        experiment: str = "",
     ) -> None:
         self.address = address
+        self._experiment = experiment
+        self._settings: Mapping[str, Scalar] | None = None
         self._timeout = timeout
         self._channel = TrunkChannel(
             address,
@@ -63,9 +69,17 @@ class TrunkCoordinator:
             proxy=proxy,
         )
 
+    def bring(self, settings: Mapping[str, Scalar]) -> None:
+        """Say how this experiment trains, with every round: for a trunk that serves several."""
+        self._settings = dict(settings)
+
     def begin_round(self, plan: RoundPlan) -> tuple[int, int]:
         """Open a round for its participants; return ``(epoch, version)`` of the trunk."""
-        reply = self._channel.unary("BeginRound", plan_to_proto(plan), pb.BeginRoundReply)
+        self._experiment = plan.experiment
+        request = plan_to_proto(plan)
+        if self._settings is not None:
+            request.settings.CopyFrom(settings_to_proto(self._settings))
+        reply = self._channel.unary("BeginRound", request, pb.BeginRoundReply)
         return reply.trunk_epoch, reply.version
 
     def prepare_round(
@@ -108,13 +122,20 @@ class TrunkCoordinator:
             "AbortRound", request, pb.AbortRoundReply, timeout=timeout
         ).version
 
+    def end_experiment(self) -> None:
+        """Let the trunk forget the experiment, where it serves several; what is committed stays."""
+        if self._experiment:
+            request = pb.EndExperimentRequest(experiment=self._experiment)
+            timeout = min(self._timeout, _SHORT_SECONDS)
+            self._channel.unary("EndExperiment", request, pb.EndExperimentReply, timeout=timeout)
+
     def revoke_client(self, slots: Sequence[int], subject: str = "") -> list[int]:
         """Take clients out of the experiment, by slot or by a name in their certificate.
 
         Returns:
             The slots that are out now.
         """
-        request = pb.RevokeClientRequest(slots=slots, subject=subject)
+        request = pb.RevokeClientRequest(slots=slots, subject=subject, experiment=self._experiment)
         timeout = min(self._timeout, _SHORT_SECONDS)
         reply = self._channel.unary("RevokeClient", request, pb.RevokeClientReply, timeout=timeout)
         return list(reply.slots)
@@ -122,21 +143,22 @@ class TrunkCoordinator:
     def status(self) -> TrunkStatus:
         """Return where the trunk stands."""
         timeout = min(self._timeout, _SHORT_SECONDS)
+        request = pb.StatusRequest(experiment=self._experiment)
         return status_from_proto(
-            self._channel.unary("Status", pb.StatusRequest(), pb.StatusReply, timeout=timeout)
+            self._channel.unary("Status", request, pb.StatusReply, timeout=timeout)
         )
 
     def keep_alive(self) -> None:
         """Say that this coordinator lives; see ``RoundPlan.coordinator_seconds``."""
         timeout = min(self._timeout, _SHORT_SECONDS)
-        request = pb.StatusRequest(keep_alive=True)
+        request = pb.StatusRequest(keep_alive=True, experiment=self._experiment)
         self._channel.unary("Status", request, pb.StatusReply, timeout=timeout)
 
     def get_adapter(self) -> dict[str, Tensor]:
         """Return the trunk's trainable parameters, fp32 on the CPU, by the unsplit model's names."""
         return self._channel.download(
             "GetAdapter",
-            pb.GetAdapterRequest(),
+            pb.GetAdapterRequest(experiment=self._experiment),
             lambda frames: Incoming(frames).receive(_MAX_ADAPTER_BYTES).tensors,
         )
 

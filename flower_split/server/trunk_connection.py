@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flower_split.config import RunConfig
-from flower_split.errors import ConfigError, TrunkRefused, TrunkUnavailable
+from flower_split.errors import ConfigError, TrunkError, TrunkRefused, TrunkUnavailable
+from flower_split.parties.experiment_settings import brought, experiment_fingerprint, is_of_base
 from flower_split.parties.fingerprint import differences, differing_fields, settings
 from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.protocol.values import TrunkStatus
@@ -78,17 +79,32 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
         stack.callback(coordinator.close)
         status = coordinator.status()
         logger.info("the trunk serves on %s", address)
-        check_settings(config, status)
+        fields = status.fingerprint
+        if status.max_experiments > 1:
+            check_settings(config, status, of_base=True)
+            coordinator.bring(brought(config))
+            stack.callback(_end_experiment, coordinator)
+            fields = experiment_fingerprint(fields, config)
+        else:
+            check_settings(config, status)
         pem = _read_text(certificates, "trunk.root-certificates") if certificates else ""
         access = TrunkAccess(address=address, root_certificates=pem)
         health = _health_of(process, coordinator, config.join_timeout)
         if process is None:
             stack.enter_context(Heartbeat(coordinator))
         version = status.process.package_version
-        yield ConnectedTrunk(coordinator, access, status.fingerprint, health, version)
+        yield ConnectedTrunk(coordinator, access, fields, health, version)
 
 
-def check_settings(config: RunConfig, status: TrunkStatus) -> None:
+def _end_experiment(coordinator: TrunkCoordinator) -> None:
+    """Give this run's place at a trunk of several experiments up, where the trunk still answers."""
+    try:
+        coordinator.end_experiment()
+    except TrunkError as error:  # its lease ends
+        logger.debug("the trunk was not told that this run is over: %s", error)
+
+
+def check_settings(config: RunConfig, status: TrunkStatus, *, of_base: bool = False) -> None:
     """Check that a trunk trains as this run's configuration says: its record must be what happened.
 
     Cut layers are left out: clients may have their own, within the trunk's; each is checked.
@@ -96,11 +112,12 @@ def check_settings(config: RunConfig, status: TrunkStatus) -> None:
     Args:
         config: The run's.
         status: As the trunk answered.
+        of_base: Look only at what all experiments of a trunk share: the run brings the rest.
 
     Raises:
         ConfigError: They differ, in fields that are named with both values.
     """
-    mine = settings(config)
+    mine = {name: v for name, v in settings(config).items() if is_of_base(name) or not of_base}
     theirs = {name: value for name, value in status.fingerprint.items() if name in mine}
     version = status.process.package_version or "of another version"
     if problem := protocol_problem(

@@ -1,21 +1,32 @@
-"""The trunk that a run config describes: model, LoRA, optimizer, engine."""
+"""The trunk that a run config describes: model, LoRA, optimizer, engine; or several over one base."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from flower_split.aggregation.rules.parse import parse_rules
 from flower_split.config import RunConfig, TrunkConfig
-from flower_split.errors import AggregationError, ConfigError
+from flower_split.config.validation import Scalar
+from flower_split.errors import (
+    AggregationError,
+    ConfigError,
+    RefusalReason,
+    SplitError,
+    TrunkRefused,
+)
 from flower_split.lora import attach_lora
+from flower_split.parties.experiment_settings import adopted, experiment_fingerprint
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, TrunkModel, load_trunk_model
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.structure.compute_mode import compute_fast
 from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.fair_device import DeviceShare, FairDevice
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.schema_probe import schema_of
+from flower_split.trunk.compute.shared_base import SharedBase
 from flower_split.trunk.compute.warm_up import warm_up
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
@@ -41,15 +52,101 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
             have to train.
     """
     make_codec(config.trunk.wire_dtype)  # before minutes of loading
-    window_rule = make_window_rule(config.trunk.window_rule)
+    make_window_rule(config.trunk.window_rule)
+    trunk = _load(config)
+    _attach(config, trunk)
+    return _engine(config, trunk, fingerprint(config), checkpoints)
+
+
+class ExperimentEngines:
+    """Makes the engine of each experiment, over one base in memory.
+
+    Sets this process's intra-op thread count.
+
+    Args:
+        config: The trunk's own configuration.
+        checkpoints: The directory of the experiments' checkpoints; None: none are kept.
+
+    Attributes:
+        fingerprint: Of the trunk's own configuration.
+        device: That all experiments compute on, in turns.
+
+    Raises:
+        SplitError: The model cannot be loaded or cut.
+        ConfigError: The device is not there.
+    """
+
+    def __init__(self, config: RunConfig, checkpoints: Path | None = None) -> None:
+        self.config = config
+        self.base = SharedBase(_load(config))
+        self.fingerprint = fingerprint(config)
+        self.device = FairDevice()
+        self._checkpoints = checkpoints
+
+    def make(self, owner: str, values: Mapping[str, Scalar] | None) -> TrunkEngine:
+        """Return the engine of an experiment.
+
+        Args:
+            owner: Its coordinator, whose checkpoints lie in a directory of their own; empty: the trunk's
+                own coordinator.
+            values: What its run brings; None: it trains as the trunk's own configuration says.
+
+        Raises:
+            TrunkRefused: What it brings cannot be had here (INVALID_REQUEST), or takes more memory than
+                an experiment may have (OVER_BUDGET). Nothing was allocated.
+        """
+        try:
+            config = adopted(self.config, values)
+            make_codec(config.trunk.wire_dtype)
+            make_window_rule(config.trunk.window_rule)
+            self._check_memory(config)
+            share = self.device.share()
+            with share.turn():  # torch's random state is the process's, and attaching draws from it
+                trunk = self.base.twin(config.lora.trunk if config.mode == "joint" else None)
+                _attach(config, trunk)
+                self.base.check_untouched()
+                fields = experiment_fingerprint(self.fingerprint, config)
+                return _engine(config, trunk, fields, self._directory(owner), share)
+        except (ConfigError, SplitError) as error:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST, f"the trunk cannot serve this experiment: {error}"
+            ) from error
+
+    def _directory(self, owner: str) -> Path | None:
+        if self._checkpoints is None or not owner:
+            return self._checkpoints
+        return self._checkpoints / f"of-{owner}"
+
+    def _check_memory(self, config: RunConfig) -> None:
+        if config.mode != "joint":
+            return
+        needed = self.base.state_bytes(config.lora.trunk, config.trunk.optimizer.name)
+        most = int(self.config.trunk.experiment_memory * _GIB)
+        if needed > most:
+            raise TrunkRefused(
+                RefusalReason.OVER_BUDGET,
+                f"this experiment would train {needed} bytes of weights, optimizer and copies; one may "
+                f"have {most} (trunk.experiment-memory). Lower lora.trunk.r, or raise the key there.",
+            )
+
+
+def _load(config: RunConfig) -> TrunkModel:
+    """Load the trunk layers as ``config`` says, and pin this process's threads."""
     torch.set_num_threads(config.trunk.num_threads)
-    cuts = CutLayers(config.model.first_cut, config.model.second_cut)
-    trunk = load_trunk_model(
+    return load_trunk_model(
         ModelSource.of(config.model),
-        cuts,
+        CutLayers(config.model.first_cut, config.model.second_cut),
         device=_device(config.trunk),
         device_map=config.trunk.device_map or None,
     )
+
+
+def _attach(config: RunConfig, trunk: TrunkModel) -> None:
+    """Make trainable what ``config`` trains of the trunk, and nothing else.
+
+    Raises:
+        ConfigError: Quantised weights would have to train, or the adapter does not fit.
+    """
     trains_fully = config.mode == "joint" and config.trunk.train == "full"
     if trains_fully and getattr(trunk.config, "quantization_config", None) is not None:
         raise ConfigError(
@@ -58,15 +155,33 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         )
     trunk.requires_grad_(trains_fully)
     if config.mode == "joint" and not trains_fully:
-        attach_lora(trunk, cuts, {"trunk": config.lora.trunk}, seed=config.seed)
+        attach_lora(trunk, trunk.cuts, {"trunk": config.lora.trunk}, seed=config.seed)
+
+
+def _engine(
+    config: RunConfig,
+    trunk: TrunkModel,
+    fields: Mapping[str, str],
+    checkpoints: Path | None,
+    share: DeviceShare | None = None,
+) -> TrunkEngine:
+    """Return the engine around a trunk, with the budgets and rules of ``config``.
+
+    Args:
+        config: The experiment's.
+        trunk: With what trains.
+        fields: The fingerprint.
+        checkpoints: Their directory; None: none are kept.
+        share: Of a device that other engines compute on.
+    """
     inputs = schema_of(
         trunk, trunk.hidden_size
     )  # before compilation, which every form would repeat
     return TrunkEngine(
-        _compute(config, trunk),
+        _compute(config, trunk, share),
         mode=config.mode,
         hidden_size=trunk.hidden_size,
-        fingerprint=fingerprint(config),
+        fingerprint=fields,
         activation_bytes=int(config.trunk.activation_memory * _GIB),
         activation_bytes_per_client=int(config.trunk.activation_memory_per_client * _GIB),
         cache_bytes=int(config.trunk.cache_memory * _GIB),
@@ -74,7 +189,7 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         reduction=_reduction(config.trunk),
         checkpoints=CheckpointStore(checkpoints) if checkpoints else None,
         inputs=inputs,
-        window_rule=window_rule,
+        window_rule=make_window_rule(config.trunk.window_rule),
         batch_positions=config.trunk.batch_positions,
         shares=Shares(
             evaluations=config.trunk.max_evaluations,
@@ -84,12 +199,12 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
     )
 
 
-def _compute(config: RunConfig, trunk: TrunkModel) -> TrunkCompute:
+def _compute(config: RunConfig, trunk: TrunkModel, share: DeviceShare | None) -> TrunkCompute:
     """Return the trunk's arithmetic in the mode of ``trunk.compute``, compiled where that is fast."""
     fast = config.trunk.compute == "fast"
     if fast:
         compute_fast(trunk, trunk.stack.layers(trunk))
-    compute = TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed, fused=fast)
+    compute = TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed, fused=fast, share=share)
     if fast and compute.device.type == "cuda":
         rows, length = config.train.batch_size, config.train.sequence_length
         if config.trunk.batch_positions:

@@ -9,9 +9,11 @@ parent ended, so no trunk outlives its run. Log lines go to standard error.
 import json
 import logging
 import os
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import ConfigError, FlowerSplitError
@@ -20,8 +22,14 @@ from flower_split.runtime.closing import Closing
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.runtime.secret_files import TokenFile, check_token
 
+if TYPE_CHECKING:
+    from flower_split.trunk.engine.engine import TrunkEngine
+    from flower_split.trunk.engine.several_experiments import SeveralExperiments
+    from flower_split.trunk.service.limits import Limits
+
 _WORKERS = 256  # threads of the RPC shell; a waiting forward must never starve a backward
 _GRACE_SECONDS = 2.0
+_COORDINATOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +39,7 @@ class Serving:
     listen: str = "127.0.0.1:0"  # host:port; port 0: any free one
     token: str  # the coordinator's token
     token_file: str = ""  # from which it is read again when it changes; empty: it stays
+    coordinators: tuple[tuple[str, str], ...] = ()  # further ones: name, and file of the token
     tls_certificate: str = ""  # PEM file; empty: plain text, loopback only
     tls_key: str = ""  # PEM file
     client_ca: str = ""  # PEM file; empty: no client certificate is asked for
@@ -49,6 +58,13 @@ class Serving:
         check_token(self.token)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("TLS needs both files: give --tls-certificate and --tls-key.")
+        names = [name for name, _ in self.coordinators]
+        for name in names:
+            if not _COORDINATOR.fullmatch(name) or names.count(name) > 1:
+                raise ConfigError(
+                    f"--coordinator must be NAME=FILE, with a name of its own of letters, digits, - and _; "
+                    f"it is {name!r}."
+                )
         if (self.allow_clients or self.allow_coordinators) and not self.client_ca:
             raise ConfigError(
                 "--allow-client and --allow-coordinator name subjects of certificates, which the trunk "
@@ -69,10 +85,8 @@ class RunningTrunk(Closing):
 
     def __init__(self, config: RunConfig, serving: Serving) -> None:
         # Loading torch and the model takes seconds: only the process that serves pays for it.
-        from flower_split.trunk.build import make_engine
         from flower_split.trunk.service.audit_log import AuditLog
         from flower_split.trunk.service.client_certificates import MutualTls
-        from flower_split.trunk.service.limits import Limits
         from flower_split.trunk.service.server import TrunkServer
 
         self._audit = AuditLog(Path(serving.audit_log)) if serving.audit_log else None
@@ -86,28 +100,24 @@ class RunningTrunk(Closing):
             if serving.client_ca
             else None
         )
-        self.engine = make_engine(config, directory)
+        self._served = _engines(config, directory, serving)
         self._server = TrunkServer(
-            self.engine,
+            self._served,
             listen=serving.listen,
             coordinator_token=(
                 TokenFile(serving.token_file, "--token-file")
                 if serving.token_file
                 else serving.token
             ),
+            coordinators={
+                name: TokenFile(file, "--coordinator") for name, file in serving.coordinators
+            },
             tls_certificate=serving.tls_certificate or None,
             tls_key=serving.tls_key or None,
             mutual=mutual,
             max_workers=_WORKERS,
             max_call_seconds=config.trunk.call_timeout,
-            limits=Limits(
-                calls=config.trunk.max_calls_in_flight,
-                call_bytes=int(config.trunk.call_memory_per_client * 2**30),
-                call_positions=config.trunk.max_call_positions,
-                first_frame_seconds=config.trunk.first_frame_timeout,
-                connections=config.trunk.max_connections,
-                stream_window=config.trunk.stream_window,
-            ),
+            limits=_limits(config),
             audit=self._audit,
         )
         self._beside: list[Closing] = []  # other ports
@@ -130,6 +140,8 @@ class RunningTrunk(Closing):
         self.health_port = served.port
 
     def _serve_metrics(self, serving: Serving, checkpoints: Path | None) -> None:
+        from flower_split.trunk.engine.several_experiments import SeveralExperiments
+
         try:
             from flower_split.trunk.service.metrics import MetricsServer, Sources
         except ModuleNotFoundError as error:
@@ -138,7 +150,10 @@ class RunningTrunk(Closing):
                 "'flower-split[metrics]'"
             ) from error
         sources = Sources(
-            status=self.engine.status,
+            status=self._served.status,
+            experiments=(
+                self._served.statuses if isinstance(self._served, SeveralExperiments) else None
+            ),
             refusals=lambda: self._server.refusals.counts,
             checkpoints=checkpoints,
             certificate=Path(serving.tls_certificate) if serving.tls_certificate else None,
@@ -152,9 +167,57 @@ class RunningTrunk(Closing):
         for served in self._beside:
             served.close()
         self._server.stop(_GRACE_SECONDS)
-        self.engine.close()
+        self._served.close()
         if self._audit is not None:
             self._audit.close()
+
+
+def _engines(
+    config: RunConfig, checkpoints: Path | None, serving: Serving
+) -> "TrunkEngine | SeveralExperiments":
+    """Return the engine of one experiment after the other, or those of several at once.
+
+    Raises:
+        ConfigError: Several are to be served without a directory for what they have committed, or one
+            with several coordinators.
+    """
+    from flower_split.trunk.build import ExperimentEngines, make_engine
+    from flower_split.trunk.engine.several_experiments import SeveralExperiments
+
+    if config.trunk.max_experiments == 1:
+        if serving.coordinators:
+            raise ConfigError(
+                "--coordinator gives further coordinators experiments of their own, and this trunk serves "
+                "one at a time. Set trunk.max-experiments."
+            )
+        return make_engine(config, checkpoints)
+    if checkpoints is None:
+        raise ConfigError(
+            f"trunk.max-experiments = {config.trunk.max_experiments}: a trunk of several experiments lets "
+            "go of those whose coordinator is silent, and brings them back from their checkpoints. Name a "
+            "directory: --checkpoints DIR."
+        )
+    engines = ExperimentEngines(config, checkpoints)
+    return SeveralExperiments(
+        engines.make,
+        engines.fingerprint,
+        maximum=config.trunk.max_experiments,
+        lease_seconds=config.trunk.experiment_lease,
+    )
+
+
+def _limits(config: RunConfig) -> "Limits":
+    """Return what one client's calls may take at once."""
+    from flower_split.trunk.service.limits import Limits
+
+    return Limits(
+        calls=config.trunk.max_calls_in_flight,
+        call_bytes=int(config.trunk.call_memory_per_client * 2**30),
+        call_positions=config.trunk.max_call_positions,
+        first_frame_seconds=config.trunk.first_frame_timeout,
+        connections=config.trunk.max_connections,
+        stream_window=config.trunk.stream_window,
+    )
 
 
 def main() -> int:
@@ -170,6 +233,7 @@ def main() -> int:
     try:
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
         config = parse_run_config(order["config"])
+        config = replace(config, trunk=replace(config.trunk, max_experiments=1))  # its parent's own
         serving = Serving(
             token=order["token"], listen=order["listen"], checkpoints=order["checkpoints"]
         )

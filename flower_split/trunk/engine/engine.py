@@ -317,14 +317,14 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         """Return the trainable parameters as fp32 copies on the CPU, by the unsplit model's names."""
         return self._thread.do(self.compute.adapter)
 
-    def close(self) -> None:
-        """End the engine's threads; whoever waits is told that the round is over."""
+    def close(self, why: str = "the trunk is shutting down") -> None:
+        """End the engine's threads; whoever waits is told that the round is over, and why."""
         with self._changed:
             current = self._index.round
             if current is not None and not current.committed:
-                current.windows.abort("the trunk is shutting down")
+                current.windows.abort(why)
             for dispatch in self._index.dispatches.all():
-                dispatch.windows.abort("the trunk is shutting down")
+                dispatch.windows.abort(why)
             if current is not None:
                 current.go_on()
             self._changed.notify_all()

@@ -8,7 +8,7 @@ above its share. Refusals have a rate (:mod:`flower_split.trunk.service.pacing`)
 
 import hmac
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TypeVar, cast
 
 import grpc
@@ -38,51 +38,61 @@ Asked = TypeVar("Asked")
 Answer = TypeVar("Answer")
 
 
-class CoordinatorToken:
-    """The coordinator's credential: one token, or those that a file has at the moment. Thread-safe.
+class CoordinatorTokens:
+    """The coordinators' credentials: one token each, or those that a file has at the moment. Thread-safe.
 
     Args:
-        source: The token, or the file that has it and may change.
+        source: The token of the trunk's own coordinator, or the file that has it and may change.
+        others: Those of further coordinators, by name, each with experiments of its own.
 
     Raises:
         ConfigError: The token is empty.
     """
 
-    def __init__(self, source: str | TokenFile) -> None:
+    def __init__(self, source: str | TokenFile, others: Mapping[str, TokenFile]) -> None:
         if not source:
             raise ConfigError("the trunk needs a coordinator token; it is empty.")
-        self._source = source
+        self._sources: dict[str, str | TokenFile] = {"": source, **others}
 
-    def accepts(self, token: str) -> bool:
-        """Return whether a call's token is the coordinator's, in a time that does not tell how nearly."""
-        tokens = (self._source,) if isinstance(self._source, str) else self._source.tokens()
+    def owner_of(self, token: str) -> str | None:
+        """Return whose token a call has, in a time that does not tell how nearly; None: nobody's.
+
+        The trunk's own coordinator is the empty name.
+        """
         given = token.encode()  # compared with all of them, every time
-        return any([hmac.compare_digest(given, known.encode()) for known in tokens])
+        found = None
+        for name, source in self._sources.items():
+            tokens = (source,) if isinstance(source, str) else source.tokens()
+            if any([hmac.compare_digest(given, known.encode()) for known in tokens]):
+                found = name if found is None else found
+        return found
 
 
 class Admission(grpc.ServerInterceptor):
     """Lets calls pass that carry a credential which is known now, and health checks a few at once.
 
     Args:
-        coordinator_token: The coordinator's.
+        coordinator_token: The coordinators'.
         knows_token: Whether a token is a participant's. Called on the thread that accepts calls, so
             it must not wait.
         refusals: Notes who was refused.
         first_frames: Reads the request of a health check.
-        quotas: Of the calls in progress.
+        full: Tokens that have been refused for their calls in progress; others change it.
+        quotas_of: Returns the quotas of a participant's calls in progress; waits for nothing.
         gate: Checks the certificates of calls; None: there are none.
     """
 
     def __init__(
         self,
-        coordinator_token: CoordinatorToken,
+        coordinator_token: CoordinatorTokens,
         knows_token: Callable[[str], bool],
         refusals: RefusalLog,
         first_frames: FirstFrames,
-        quotas: Quotas,
+        full: Collection[str],
+        quotas_of: Callable[[str], Quotas | None],
         gate: CertificateGate | None = None,
     ) -> None:
-        self._quotas = quotas
+        self._full, self._quotas_of = full, quotas_of
         self._gate = gate
         self._coordinator_token = coordinator_token
         self._knows_token = knows_token
@@ -108,10 +118,10 @@ class Admission(grpc.ServerInterceptor):
         token = bearer_in(details.invocation_metadata)
         if token is not None:
             coordinator = not self._knows_token(token)
-            if not coordinator or self._coordinator_token.accepts(token):
+            if not coordinator or self._coordinator_token.owner_of(token) is not None:
                 handler = continuation(details)
                 refusal = None
-                if token in self._refusals.pace.spent or token in self._quotas.full:
+                if token in self._refusals.pace.spent or token in self._full:
                     refusal = None if coordinator else self._above_share(token, method)
                 if refusal is not None:
                     refusing = self._refusing(method, refusal, token)
@@ -136,7 +146,10 @@ class Admission(grpc.ServerInterceptor):
         """Return why a participant's call is refused before anything is done for it; None: it is not."""
         if self._refusals.pace.is_over(token):
             return over_refusals()
-        return self._quotas.above_share(token, control=method in CONTROL_CALLS)
+        quotas = self._quotas_of(token)
+        if quotas is None:
+            return None
+        return quotas.above_share(token, control=method in CONTROL_CALLS)
 
     def _refusing(
         self, method: str, refusal: TrunkRefused, token: str = ""

@@ -70,16 +70,25 @@ class Told:
     certificate: str = ""  # its common name
 
 
-def event_of(call: Told, error: BaseException | None) -> Event:
-    """Return how a call ended; its token is told by its hash alone, which tells clients apart."""
+def event_of(call: Told, error: BaseException | None, experiment: str = "") -> Event:
+    """Return how a call ended; its token is told by its hash alone, which tells clients apart.
+
+    Args:
+        call: The call.
+        error: What it ended with; None: its answer.
+        experiment: Of several, whose client called; empty: there is one.
+    """
     reason = reason_of(error)
+    key = "" if call.header is None else _key_text(call.header)
+    if experiment and "experiment=" not in key:
+        key = f"experiment={printable(experiment)[: _NAMES['experiment']]} {key}".strip()
     return Event(
         peer=call.peer,
         # Tokens are random, so that nobody finds one by its hash.
         subject="" if call.token is None else hashlib.sha256(call.token.encode()).hexdigest()[:12],
         rpc=call.method,
         certificate=printable(call.certificate)[:64],
-        key="" if call.header is None else _key_text(call.header),
+        key=key,
         digest=call.digest.hex(),
         outcome="OK" if error is None else "REFUSED" if reason else "FAILED",
         reason=reason or ("" if error is None else type(error).__name__),

@@ -1,4 +1,4 @@
-"""Looks once a second for calls that take longer than the trunk allows: slow senders, unread replies."""
+"""Looks once a second for what takes longer than the trunk allows: calls, and silent coordinators."""
 
 import threading
 from collections.abc import Callable
@@ -12,16 +12,18 @@ class CallWatch(Closing):
     """Calls ``look`` from :meth:`start` to :meth:`close`, on a thread of its own.
 
     Args:
-        look: Cuts off what takes too long.
+        look: Ends what takes too long.
+        name: Of the thread.
     """
 
-    def __init__(self, look: Callable[[], None]) -> None:
+    def __init__(self, look: Callable[[], None], name: str = "trunk-call-watch") -> None:
         self._look = look
+        self._name = name
         self._closed = threading.Event()
 
     def start(self) -> None:
         """Begin to look."""
-        threading.Thread(target=self._run, name="trunk-call-watch", daemon=True).start()
+        threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
     def close(self) -> None:
         """Look no more."""

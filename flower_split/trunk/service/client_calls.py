@@ -60,6 +60,9 @@ class ClientCalls:
         refusals: Notes refused calls.
         first_frames: Reads the first frame of every call.
 
+    Attributes:
+        quotas: Of the calls in progress.
+
     Raises:
         ConfigError: The codec that the engine's fingerprint names is not installed here.
     """
@@ -77,7 +80,7 @@ class ClientCalls:
         self._refusals = refusals
         self._first_frames = first_frames
         self._engine = engine
-        self._quotas = quotas
+        self.quotas = quotas
         self._max_tensor_bytes = max_tensor_bytes
         self._tokens = SessionTokens()
         self._shared = SharedPayloads(engine.knows_token, engine.device)
@@ -96,16 +99,20 @@ class ClientCalls:
         """Return every method by its name; tensors pass as the bytes they are."""
         control = ControlCalls(self._refusals, self._first_frames)
         return {
-            **self._sessions.handlers(control, self._quotas),
+            **self._sessions.handlers(control, self.quotas),
             "Forward": grpc.stream_stream_rpc_method_handler(self._forward),
             "Backward": grpc.stream_stream_rpc_method_handler(self._backward),
             "FinishStep": grpc.stream_stream_rpc_method_handler(self._finish_step),
         }
 
+    def close(self) -> None:
+        """Give the memory up that is shared with clients: their experiment has gone."""
+        self._shared.close()
+
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
             Answering(context, "Forward", self._refusals) as call,
-            Holding(self._quotas, context, waits=True) as held,
+            Holding(self.quotas, context, waits=True) as held,
             self._aside(),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
@@ -130,7 +137,7 @@ class ClientCalls:
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
             Answering(context, "Backward", self._refusals) as call,
-            Holding(self._quotas, context, waits=self._engine.window_batches) as held,
+            Holding(self.quotas, context, waits=self._engine.window_batches) as held,
             self._aside(),
         ):
             deadline = deadline_of(context, self._max_call_seconds)
@@ -152,7 +159,7 @@ class ClientCalls:
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
             Answering(context, "FinishStep", self._refusals) as call,
-            Holding(self._quotas, context, waits=True) as held,
+            Holding(self.quotas, context, waits=True) as held,
         ):
             deadline = deadline_of(context, self._max_call_seconds)
             frames = self._first_frames.of(requests)

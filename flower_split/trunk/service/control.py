@@ -61,13 +61,13 @@ class ControlCalls:
                 data = next(self.first_frames.of(requests), None)
                 if data is None:
                     raise CodecError("the call ended before its request.")
-                call.header = request = _parsed(request_type, data)
+                call.header = request = parsed(request_type, data)
                 return iter((behaviour(request, context).SerializeToString(),))
 
         return grpc.stream_stream_rpc_method_handler(handle)
 
 
-def _parsed(request_type: type[Request], data: bytes) -> Request:
+def parsed(request_type: type[Request], data: bytes) -> Request:
     """Return the request of a control call.
 
     Raises:

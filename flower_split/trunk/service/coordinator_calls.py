@@ -11,13 +11,16 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     arrivals_from_proto,
     plan_from_proto,
+    settings_from_proto,
 )
 from flower_split.protocol.reports import report_to_proto, status_to_proto
+from flower_split.protocol.values import RoundPlan
 from flower_split.trunk.compute.checks import printable
 from flower_split.trunk.engine.engine import TrunkEngine
-from flower_split.trunk.service.admission import CoordinatorToken
+from flower_split.trunk.engine.experiments import Experiments
+from flower_split.trunk.service.admission import CoordinatorTokens
 from flower_split.trunk.service.client_certificates import CertificateGate
-from flower_split.trunk.service.control import ControlCalls, Request
+from flower_split.trunk.service.control import ControlCalls, Request, parsed
 from flower_split.trunk.service.handlers import (
     Answering,
     Context,
@@ -30,11 +33,11 @@ from flower_split.wire.sending import Outgoing
 
 
 class CoordinatorCalls:
-    """What the ServerApp asks of one engine.
+    """What ServerApps ask of the engines of their experiments.
 
     Args:
-        engine: What keeps the rounds.
-        token: By which the coordinator is known.
+        experiments: Whose engines keep the rounds.
+        tokens: By which coordinators are known.
         refusals: Notes refused calls.
         first_frames: Reads every request.
         gate: Knows clients by their certificates; None: they show none.
@@ -42,16 +45,16 @@ class CoordinatorCalls:
 
     def __init__(
         self,
-        engine: TrunkEngine,
-        token: CoordinatorToken,
+        experiments: Experiments,
+        tokens: CoordinatorTokens,
         refusals: RefusalLog,
         first_frames: FirstFrames,
         gate: CertificateGate | None = None,
     ) -> None:
         self._gate = gate
-        self._refusals = refusals
-        self._engine = engine
-        self._token = token
+        self._refusals, self._first_frames = refusals, first_frames
+        self._experiments = experiments
+        self._tokens = tokens
         self._control = ControlCalls(refusals, first_frames)
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
@@ -63,6 +66,7 @@ class CoordinatorCalls:
             "AbortRound": self._own(pb.AbortRoundRequest, self._abort_round),
             "RevokeClient": self._own(pb.RevokeClientRequest, self._revoke_client),
             "Status": self._own(pb.StatusRequest, self._status),
+            "EndExperiment": self._own(pb.EndExperimentRequest, self._end_experiment),
             "GetAdapter": grpc.stream_stream_rpc_method_handler(self._get_adapter),
         }
 
@@ -73,11 +77,23 @@ class CoordinatorCalls:
         return self._control.handler(request_type, behaviour, self._require_coordinator)
 
     def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
-        epoch, version = self._engine.begin_round(plan_from_proto(request))
+        plan, values = plan_from_proto(request), settings_from_proto(request)
+        self._check_tokens(plan)
+        engine = self._experiments.begin(self._owner(context), plan.experiment, values)
+        epoch, version = engine.begin_round(plan)
         return pb.BeginRoundReply(trunk_epoch=epoch, version=version)
 
+    def _check_tokens(self, plan: RoundPlan) -> None:
+        """Check that no token is a coordinator's: a call with it would be two parties'."""
+        tokens = [*plan.participants.values(), *(item.token for item in plan.dispatches)]
+        if any(self._tokens.owner_of(token) is not None for token in tokens):
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                "BeginRound: a participant has a coordinator's token. Draw one for it alone.",
+            )
+
     def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
-        report = self._engine.prepare_round(
+        report = self._of(request.experiment, context).prepare_round(
             request.experiment,
             request.server_round,
             request.attempt,
@@ -87,27 +103,32 @@ class CoordinatorCalls:
         return report_to_proto(report)
 
     def _commit_round(self, request: pb.CommitRoundRequest, context: Context) -> Message:
-        version = self._engine.commit_round(
+        version = self._of(request.experiment, context).commit_round(
             request.experiment, request.server_round, request.attempt
         )
         return pb.CommitRoundReply(version=version)
 
     def _abort_round(self, request: pb.AbortRoundRequest, context: Context) -> Message:
-        version = self._engine.abort_round(
+        version = self._of(request.experiment, context).abort_round(
             request.experiment, request.server_round, request.attempt, request.why
         )
         return pb.AbortRoundReply(version=version)
 
+    def _end_experiment(self, request: pb.EndExperimentRequest, context: Context) -> Message:
+        self._experiments.end(self._owner(context), request.experiment)
+        return pb.EndExperimentReply()
+
     def _revoke_client(self, request: pb.RevokeClientRequest, context: Context) -> Message:
-        tokens = self._tokens_of(request.subject) if request.subject else []
+        engine = self._experiments.named(self._owner(context), request.experiment)
+        tokens = self._tokens_of(request.subject, engine) if request.subject else []
         if not tokens and not request.slots:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, "a client is revoked by its slot or its subject."
             )
-        return pb.RevokeClientReply(slots=self._engine.revoke(list(request.slots), tokens))
+        return pb.RevokeClientReply(slots=engine.revoke(list(request.slots), tokens))
 
-    def _tokens_of(self, subject: str) -> list[str]:
-        """Return the tokens of the clients whose certificates have a name.
+    def _tokens_of(self, subject: str, engine: TrunkEngine) -> list[str]:
+        """Return the tokens of an experiment's clients whose certificates have a name.
 
         Raises:
             TrunkRefused: There are none, or the trunk asks for no certificates.
@@ -118,7 +139,7 @@ class CoordinatorCalls:
                 "the trunk asks for no client certificates (--client-ca), so it knows nobody by a "
                 "subject. Name the client's slot: flower-split trunk-revoke … --slot N.",
             )
-        tokens = self._gate.tokens_of(subject)
+        tokens = [t for t in self._gate.tokens_of(subject) if engine.knows_token(t)]
         if not tokens:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST,
@@ -129,22 +150,47 @@ class CoordinatorCalls:
         return tokens
 
     def _status(self, request: pb.StatusRequest, context: Context) -> Message:
+        owner = self._owner(context)
         if request.keep_alive:
-            self._engine.keep_alive()
-        return status_to_proto(self._engine.status())
+            self._experiments.keep_alive(owner, request.experiment)
+        return status_to_proto(self._experiments.status(owner, request.experiment))
 
     def _get_adapter(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
-            Answering(context, "GetAdapter", self._refusals),
+            Answering(context, "GetAdapter", self._refusals) as call,
             self._require_coordinator(context),
         ):
-            return Outgoing(pb.Header(reply=pb.ReplyHeader()), self._engine.adapter()).frames()
+            data = next(self._first_frames.of(requests), b"")
+            call.header = request = parsed(pb.GetAdapterRequest, data)
+            engine = self._of(request.experiment, context)
+            return Outgoing(pb.Header(reply=pb.ReplyHeader()), engine.adapter()).frames()
+
+    def _of(self, experiment: str, context: Context) -> TrunkEngine:
+        """Return the engine of an experiment whose coordinator calls, and note its word."""
+        owner = self._owner(context)
+        engine = self._experiments.named(owner, experiment)
+        self._experiments.heard(owner, experiment)
+        return engine
+
+    def _owner(self, context: Context) -> str:
+        """Return which coordinator calls; :meth:`_require_coordinator` has let it in.
+
+        Raises:
+            TrunkRefused: Its token has been taken off since.
+        """
+        owner = self._tokens.owner_of(token_of(context))
+        if owner is None:
+            raise _no_coordinator()
+        return owner
 
     def _require_coordinator(self, context: Context) -> AbstractContextManager[object]:
-        if not self._token.accepts(token_of(context)):
-            raise TrunkRefused(
-                RefusalReason.UNAUTHENTICATED,
-                "this call needs the coordinator's token. Give the ServerApp the trunk's token file "
-                "(trunk.token-file).",
-            )
+        self._owner(context)
         return nullcontext()
+
+
+def _no_coordinator() -> TrunkRefused:
+    return TrunkRefused(
+        RefusalReason.UNAUTHENTICATED,
+        "this call needs the coordinator's token. Give the ServerApp the trunk's token file "
+        "(trunk.token-file).",
+    )

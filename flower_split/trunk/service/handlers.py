@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from flower_split.errors import CodecError, RefusalReason, TrunkRefused, TrunkUnavailable
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
-from flower_split.trunk.service.audit_log import Told, event_of
+from flower_split.trunk.service.audit_log import Told
 from flower_split.trunk.service.client_certificates import common_name
 from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.refusals import RefusalLog
@@ -79,7 +79,7 @@ class Answering(AbstractContextManager["Answering"]):
         if self._refusals.audit is not None:
             name = common_name(self._context)
             told = Told(self._context.peer(), token, self._method, self.header, self.digest, name)
-            self._refusals.audit.note(event_of(told, error))
+            self._refusals.tell(told, error)
         if error is not None:
             given = token if token and self._counts else ""
             self._refusals.end_call(self._context, self._method, error, given)

@@ -1,12 +1,13 @@
 """The trunk's figures for Prometheus: read from a status when they are asked for, never counted twice.
 
 Needs ``prometheus_client`` (``pip install 'flower-split[metrics]'``). Names end in their unit; those of
-a round begin again with each round. Plain HTTP, without a credential: listen on a network that is the
+a round begin again with each round. Where the trunk serves several experiments, those of one have the label
+``experiment``. Plain HTTP, without a credential: listen on a network that is the
 monitoring's own, or on loopback.
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +49,8 @@ _GAUGES: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
     "activation_refusals": ("forwards refused, in this round", lambda s: s.activations.refusals),
     "batches": ("joint, in this round", lambda s: s.batches.batches),
     "partial_batches": ("without somebody, in this round", lambda s: s.batches.partial),
+}
+_PROCESS_GAUGES: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
     "accelerator_bytes": ("allocated by torch", lambda s: s.process.accelerator_bytes),
 }
 _COUNTERS: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
@@ -64,7 +67,9 @@ _COUNTERS: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
 class Sources:
     """Where the figures come from."""
 
-    status: Callable[[], TrunkStatus]
+    status: Callable[[], TrunkStatus]  # of the trunk
+    # Of each experiment, where the trunk serves several; None: it serves one, and that is its status.
+    experiments: Callable[[], Mapping[str, TrunkStatus]] | None = None
     refusals: Callable[[], Mapping[tuple[str, str], int]]  # by method and reason
     checkpoints: Path | None = None  # whose disk may fill; None: none are kept
     certificate: Path | None = None  # PEM file of the trunk's TLS; None: plain text
@@ -86,25 +91,28 @@ class TrunkCollector(Collector):
         yield _labelled(
             "info", "1, with the package's version", {"version": status.process.package_version}
         )
-        yield from self._of_trunk(status)
-        yield from _of_slots(status.slots)
+        for name, (meaning, value) in _PROCESS_GAUGES.items():
+            yield GaugeMetricFamily(PREFIX + name, meaning, value=value(status))
+        if self._sources.experiments is None:
+            yield from _of_experiments([], [((), status)])
+        else:
+            yield GaugeMetricFamily(
+                PREFIX + "max_experiments", "at once", value=status.max_experiments
+            )
+            found = self._sources.experiments()
+            yield from _of_experiments(
+                ["experiment"], [((name,), each) for name, each in sorted(found.items())]
+            )
+        yield self._refused()
         yield from self._of_files()
 
-    def _of_trunk(self, status: TrunkStatus) -> Iterator[Metric]:
-        for name, (meaning, value) in _GAUGES.items():
-            yield GaugeMetricFamily(PREFIX + name, meaning, value=value(status))
-        for name, (meaning, value) in _COUNTERS.items():
-            yield CounterMetricFamily(PREFIX + name, meaning, value=value(status))
-        phases = GaugeMetricFamily(PREFIX + "phase", "1: the round is in it", labels=["phase"])
-        for phase in _PHASES:
-            phases.add_metric([phase], float(phase == status.phase))
-        yield phases
+    def _refused(self) -> Metric:
         refused = CounterMetricFamily(
             PREFIX + "refused_calls", "by method and reason", labels=["method", "reason"]
         )
         for (method, reason), count in sorted(self._sources.refusals().items()):
             refused.add_metric([method, reason], count)
-        yield refused
+        return refused
 
     def _of_files(self) -> Iterator[Metric]:
         if (directory := self._sources.checkpoints) is not None:
@@ -123,11 +131,35 @@ class TrunkCollector(Collector):
             )
 
 
-def _of_slots(slots: tuple[SlotReport, ...]) -> Iterator[Metric]:
-    for name, (meaning, value) in _SLOT_GAUGES.items():
-        family = GaugeMetricFamily(PREFIX + name, meaning, labels=["slot"])
-        for report in slots:
-            family.add_metric([str(report.slot)], float(value(report)))
+def _of_experiments(
+    labels: Sequence[str], each: Sequence[tuple[tuple[str, ...], TrunkStatus]]
+) -> Iterator[Metric]:
+    """Yield the figures of experiments.
+
+    Args:
+        labels: Names of what tells them apart.
+        each: The values of the labels, and the status.
+    """
+    for name, (meaning, value) in _GAUGES.items():
+        gauge = GaugeMetricFamily(PREFIX + name, meaning, labels=labels)
+        for of, status in each:
+            gauge.add_metric(of, value(status))
+        yield gauge
+    for name, (meaning, value) in _COUNTERS.items():
+        counter = CounterMetricFamily(PREFIX + name, meaning, labels=labels)
+        for of, status in each:
+            counter.add_metric(of, value(status))
+        yield counter
+    phases = GaugeMetricFamily(PREFIX + "phase", "1: the round is in it", labels=[*labels, "phase"])
+    for of, status in each:
+        for phase in _PHASES:
+            phases.add_metric([*of, phase], float(phase == status.phase))
+    yield phases
+    for name, (meaning, report) in _SLOT_GAUGES.items():
+        family = GaugeMetricFamily(PREFIX + name, meaning, labels=[*labels, "slot"])
+        for of, status in each:
+            for slot in status.slots:
+                family.add_metric([*of, str(slot.slot)], float(report(slot)))
         yield family
 
 

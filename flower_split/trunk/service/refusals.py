@@ -10,13 +10,17 @@ from collections.abc import Callable
 import grpc
 
 from flower_split.errors import FlowerSplitError, RefusalReason
-from flower_split.trunk.service.audit_log import AuditLog, reason_of
+from flower_split.trunk.service.audit_log import AuditLog, Told, event_of, reason_of
 from flower_split.trunk.service.pacing import PARTICIPANT, Pace, Rate
 from flower_split.wire.grpc_status import REFUSAL_KEY, status_of
 
 logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 1.0  # between two lines, so that a flood of calls is no flood of lines
+
+
+def _nobodys(token: str) -> str:
+    return ""
 
 
 class RefusalLog:
@@ -30,6 +34,7 @@ class RefusalLog:
         participant: How fast each participant's calls are refused.
 
     Attributes:
+        experiment_of: Returns whose token it is, where there are several experiments; for the audit log.
         pace: How fast calls are refused; the log's owner closes it.
     """
 
@@ -41,6 +46,7 @@ class RefusalLog:
     ) -> None:
         self._clock = clock
         self.audit = audit
+        self.experiment_of: Callable[[str], str] = _nobodys
         self.pace = Pace(clock, participant)
         self._lock = threading.Lock()
         self._counts: Counter[tuple[str, str]] = Counter()  # by method and reason
@@ -52,6 +58,12 @@ class RefusalLog:
         """Return how many calls were refused, by method and reason."""
         with self._lock:
             return dict(self._counts)
+
+    def tell(self, call: Told, error: BaseException | None) -> None:
+        """Note in the audit log how a call ended, where there is one."""
+        if self.audit is not None:
+            experiment = "" if call.token is None else self.experiment_of(call.token)
+            self.audit.note(event_of(call, error, experiment))
 
     def end_call(
         self, context: grpc.ServicerContext, method: str, error: BaseException, token: str

@@ -12,7 +12,7 @@ Next: ``flower_split/trunk/service/client_calls.py``, then ``flower_split/trunk/
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -22,9 +22,12 @@ from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.secret_files import TokenFile
 from flower_split.trunk.engine.engine import TrunkEngine
-from flower_split.trunk.service.admission import Admission, CoordinatorToken
+from flower_split.trunk.engine.experiments import Experiments, OneExperiment
+from flower_split.trunk.engine.several_experiments import SeveralExperiments
+from flower_split.trunk.service.admission import Admission, CoordinatorTokens
 from flower_split.trunk.service.audit_log import AuditLog
 from flower_split.trunk.service.call_watch import CallWatch
+from flower_split.trunk.service.calls_by_experiment import CallsByExperiment
 from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.client_certificates import CertificateGate, MutualTls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
@@ -39,14 +42,16 @@ logger = logging.getLogger(__name__)
 
 MAX_TENSOR_BYTES = 1 << 30
 _MIN_WORKERS = 8
+_MAX_WORKERS = 1024  # for the clients of several experiments; threads are made when they are needed
 
 
 class TrunkServer(Closing):
-    """Serves an engine until it is stopped; the engine stays the caller's to close.
+    """Serves engines until it is stopped; they stay the caller's to close.
 
     Args:
-        engine: What computes.
+        engine: What computes; or the experiments, each with an engine of its own.
         coordinator_token: Who knows it may begin, commit and abort rounds; of a file, as it is now.
+        coordinators: Tokens of further coordinators by name, each with experiments of its own.
         listen: ``host:port``; port 0 takes any free one.
         tls_certificate: PEM file, read again when it is renewed; ``None``: plain text, on loopback.
         tls_key: PEM file.
@@ -70,9 +75,10 @@ class TrunkServer(Closing):
 
     def __init__(
         self,
-        engine: TrunkEngine,
+        engine: TrunkEngine | SeveralExperiments,
         *,
         coordinator_token: str | TokenFile,
+        coordinators: Mapping[str, TokenFile] | None = None,
         listen: str = "127.0.0.1:0",
         tls_certificate: str | None = None,
         tls_key: str | None = None,
@@ -84,38 +90,47 @@ class TrunkServer(Closing):
         audit: AuditLog | None = None,
         interceptors: Sequence[grpc.ServerInterceptor] = (),
     ) -> None:
-        credential = CoordinatorToken(coordinator_token)
+        credential = CoordinatorTokens(coordinator_token, coordinators or {})
         if max_workers < _MIN_WORKERS:
             raise ConfigError(f"the trunk needs {_MIN_WORKERS} workers; it has {max_workers}.")
+        experiments: Experiments = (
+            engine if isinstance(engine, SeveralExperiments) else OneExperiment(engine)
+        )
+        workers = min(max_workers * experiments.maximum, max(max_workers, _MAX_WORKERS))
         self._listen = listen
         self._tls = _certificate_of(listen, tls_certificate, tls_key, mutual)
-        self._gate = CertificateGate(mutual, engine.knows_token) if mutual else None
-        self.health = FollowingHealth(lambda: engine.queue_seconds, max_call_seconds)
+        self.health = FollowingHealth(lambda: experiments.queue_seconds, max_call_seconds)
         limits = limits or Limits()
         refusals = self.refusals = RefusalLog(audit=audit, participant=limits.refusals)
-        quotas = Quotas(max_workers * 3 // 4, limits, max_call_seconds)
-        self._watch = CallWatch(quotas.end_overdue)
         # Twice as many as workers: one that was given up reads until its peer has been told.
-        first_frames = self._first_frames = FirstFrames(limits.first_frame_seconds, 2 * max_workers)
+        first_frames = self._first_frames = FirstFrames(limits.first_frame_seconds, 2 * workers)
 
+        full: set[str] = set()  # tokens are of one experiment each
+
+        def calls_of(engine: TrunkEngine) -> ClientCalls:
+            waiting = workers * 3 // 4 // experiments.maximum  # an equal share each
+            quotas = Quotas(waiting, limits, max_call_seconds)
+            quotas.full = full
+            limited = max_tensor_bytes, max_call_seconds
+            return ClientCalls(engine, quotas, *limited, refusals, first_frames)
+
+        clients = CallsByExperiment(experiments, calls_of, refusals)
+        refusals.experiment_of = clients.experiment_of
+        knows, quotas_of = experiments.knows_token, clients.quotas_of
+        gate = self._gate = CertificateGate(mutual, knows) if mutual else None
+        self._watches = [CallWatch(clients.look)]
+        if isinstance(experiments, SeveralExperiments):
+            self._watches.append(CallWatch(experiments.expire, "trunk-leases"))
+        admission = Admission(credential, knows, refusals, first_frames, full, quotas_of, gate)
         self._server = grpc.server(
-            ThreadPoolExecutor(max_workers, thread_name_prefix="trunk-rpc"),
+            ThreadPoolExecutor(workers, thread_name_prefix="trunk-rpc"),
             options=server_options(limits.connections, limits.stream_window),
-            interceptors=[
-                Admission(
-                    credential, engine.knows_token, refusals, first_frames, quotas, self._gate
-                ),
-                *interceptors,
-            ],
+            interceptors=[admission, *interceptors],
         )
-        clients = ClientCalls(
-            engine, quotas, max_tensor_bytes, max_call_seconds, refusals, first_frames
-        )
-        coordinators = CoordinatorCalls(engine, credential, refusals, first_frames, self._gate)
-        handlers = clients.handlers() | coordinators.handlers()
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(SERVICE, handlers),)
-        )
+        coordinating = CoordinatorCalls(experiments, credential, refusals, first_frames, gate)
+        handlers = clients.handlers() | coordinating.handlers()
+        methods = grpc.method_handlers_generic_handler(SERVICE, handlers)
+        self._server.add_generic_rpc_handlers((methods,))
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
 
     def start(self) -> int:
@@ -134,7 +149,8 @@ class TrunkServer(Closing):
                 f"the trunk cannot listen on {self._listen!r}: {error}. Is the port taken?"
             ) from error
         self._server.start()
-        self._watch.start()
+        for watch in self._watches:
+            watch.start()
         for service in ("", SERVICE):
             self.health.set(service, health_pb2.HealthCheckResponse.SERVING)
         how = "plain text" if self._tls is None else "TLS" if self._gate is None else "mutual TLS"
@@ -148,7 +164,8 @@ class TrunkServer(Closing):
         """
         self.health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
-        self._watch.close()
+        for watch in self._watches:
+            watch.close()
         self._first_frames.close()
         self.refusals.pace.close()
 

@@ -93,6 +93,14 @@ class SharedPayloads:
         if piece is not None:
             piece.close_file()
 
+    def close(self) -> None:
+        """Give all memory up; tensors over it keep theirs as long as they live."""
+        with self._lock:
+            pieces = list(self._pieces.values())
+            self._pieces.clear()
+        for piece in pieces:
+            piece.close_file()
+
     def count(self) -> int:
         """Return how many pieces there are."""
         with self._lock:

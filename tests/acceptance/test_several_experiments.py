@@ -1,0 +1,98 @@
+"""Several experiments at once on one trunk: each ends on the weights that it has alone."""
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from flower_split.config import RunConfig, Scalar, parse_run_config
+from flower_split.errors import ConfigError
+from flower_split.runs.directory import RunDirectory
+from flower_split.server.app import run
+from flower_split.server.coordinator import TrunkCoordinator
+from flower_split.server.trunk_connection import check_settings
+from flower_split.trunk.build import make_engine
+from flower_split.trunk.serve import RunningTrunk, Serving
+from flower_split.trunk.service.server import TrunkServer
+from tests.acceptance.federation import make_config, write_checkpoint
+from tests.support.experiments_rig import TOKEN, Job, run_all, several, varied
+from tests.support.local_grid import LocalGrid, TrunkHere
+from tests.support.tiny_app import make_data, make_model, tiny_config
+
+
+def alone(name: str, config: RunConfig) -> str:
+    """The digest of a job on a trunk that serves it alone."""
+    threads = torch.get_num_threads()
+    engine = make_engine(config)
+    try:
+        with TrunkServer(engine, coordinator_token=TOKEN) as server:
+            return Job(name, config, server.start(), brings=False).run()
+    finally:
+        engine.close()
+        torch.set_num_threads(threads)
+
+
+def test_experiments_at_once_end_on_the_weights_that_each_has_alone(tmp_path: Path) -> None:
+    config = make_config(write_checkpoint(tmp_path / "model"))
+    config = replace(config, train=replace(config.train, local_steps=2))
+    configs = {f"e{number}": varied(config, number) for number in range(4)}
+    expected = {name: alone(name, one) for name, one in configs.items()}
+    assert len(set(expected.values())) == 4
+    with several(config, tmp_path / "checkpoints") as trunk:
+        jobs = [Job(name, one, trunk.port) for name, one in configs.items()]
+        assert run_all(jobs) == expected
+        assert sorted(trunk.experiments.engines()) == sorted(configs)
+        trunk.engines.base.check_untouched()
+
+
+def test_runs_at_once_bring_their_settings_to_one_trunk_and_leave_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data", 2)
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    token.chmod(0o600)
+
+    def train(name: str, **changes: Scalar) -> dict[str, torch.Tensor]:
+        config = tiny_config(model, data, **changes) | {"run-dir": str(tmp_path / name)}
+        run(LocalGrid(2, config), parse_run_config(config))
+        done = RunDirectory.open(tmp_path / name)
+        return {**done.read_adapter("trunk"), **done.read_adapter("client")}
+
+    own: dict[str, Scalar] = {"trunk__step_every": "server-round", "num_server_rounds": 2}
+    changes: tuple[dict[str, Scalar], ...] = (
+        {**own, "lora__trunk__r": 2, "seed": 1},
+        {**own, "lora__trunk__target_modules": "up_proj", "trunk__optimizer__name": "adamw"},
+    )
+    with monkeypatch.context() as patched:
+        patched.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
+        alone = [train(f"alone-{i}", **one) for i, one in enumerate(changes)]
+    base = parse_run_config(tiny_config(model, data, trunk__max_experiments=2))
+    serving = Serving(token="0123456789abcdef", checkpoints=str(tmp_path / "checkpoints"))
+    with RunningTrunk(base, serving) as trunk, ThreadPoolExecutor(2) as pool:
+        there: dict[str, Scalar] = {
+            "trunk__address": f"127.0.0.1:{trunk.port}",
+            "trunk__token_file": str(token),
+        }
+        futures = [
+            pool.submit(train, f"shared-{i}", **one, **there) for i, one in enumerate(changes)
+        ]
+        shared = [future.result(120) for future in futures]
+        with closing(TrunkCoordinator(f"127.0.0.1:{trunk.port}", "0123456789abcdef")) as operator:
+            status = operator.status()
+    assert status.max_experiments == 2 and status.experiments == ()  # both have left
+    for expected, found in zip(alone, shared, strict=True):
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_run_over_another_base_is_refused_before_any_client_is_asked(tmp_path: Path) -> None:
+    model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data", 2)
+    base = parse_run_config(tiny_config(model, data, trunk__max_experiments=2))
+    other = parse_run_config(tiny_config(model, data, model__dtype="bfloat16"))
+    with several(base, tmp_path / "checkpoints") as trunk, closing(trunk.coordinator()) as link:
+        with pytest.raises(ConfigError, match=r"they differ in dtype \(run: bfloat16"):
+            check_settings(other, link.status(), of_base=True)
