@@ -15,13 +15,14 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add the command with its benchmarks."""
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: transport, training step, memory",
+        help="measure this machine: transport, training step, memory, experiments",
         description="Prints medians, spreads and ratios to a reference that ran in the same run.",
     )
     kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_transport(kinds)
     _add_step(kinds)
     _add_memory(kinds)
+    _add_experiments(kinds)
 
 
 def _add_transport(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -78,6 +79,24 @@ def _add_memory(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     memory.add_argument("--compute", choices=_MODES, default="exact")
     _add_out(memory)
     memory.set_defaults(handler=_memory)
+
+
+def _add_experiments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    experiments = kinds.add_parser(
+        "experiments",
+        help="several experiments on one trunk, beside one on the same trunk",
+        description="A trunk process that serves several experiments over one base: its memory, and the "
+        "tokens a second of all of them together, in turns with one experiment of as many clients.",
+    )
+    experiments.add_argument("--preset", choices=_PRESETS, default="tiny")
+    experiments.add_argument("--experiments", type=int, default=8, metavar="N")
+    experiments.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds of each")
+    experiments.add_argument("--threads", type=int, default=1, metavar="N", help="of each process")
+    experiments.add_argument(
+        "--device", default="auto", help="cpu, cuda; default: cuda if it is there"
+    )
+    _add_out(experiments)
+    experiments.set_defaults(handler=_experiments)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -149,4 +168,21 @@ def _memory(arguments: argparse.Namespace) -> int:
         compute=arguments.compute,
     )
     measure_memory(bench).tell(_console(), arguments.out)
+    return 0
+
+
+def _experiments(arguments: argparse.Namespace) -> int:
+    from flower_split.bench.experiments import ExperimentsBench, measure_experiments
+    from flower_split.runtime.devices import resolve_device
+    from flower_split.runtime.logs import quiet_libraries
+
+    quiet_libraries()
+    bench = ExperimentsBench(
+        preset=arguments.preset,
+        device=str(resolve_device(arguments.device, "--device")),
+        experiments=arguments.experiments,
+        repeats=arguments.repeats,
+        num_threads=arguments.threads,
+    )
+    measure_experiments(bench).tell(_console(), arguments.out)
     return 0
