@@ -261,7 +261,8 @@ class Client:
     @property
     def _pad_token_id(self) -> int:
         """Any id does where there is none: the mask and the labels leave it out."""
-        pad = self.kept.tokenizer.pad_token_id
+        tokenizer = self.kept.tokenizer
+        pad = None if tokenizer is None else tokenizer.pad_token_id
         return pad if isinstance(pad, int) else 0
 
     def _load(self, adapter: Mapping[str, Tensor], base_change: Mapping[str, Tensor]) -> None:

@@ -83,9 +83,9 @@ class RunCache:
         return resolve_device(self.config.train.device, "train.device")
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer."""
-        if self._tokenizer is None:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The model's tokenizer; None: its task reads no text."""
+        if self._tokenizer is None and self.config.model.reads_text:
             self._tokenizer = load_tokenizer(self.config.model)
         return self._tokenizer
 

@@ -15,6 +15,7 @@ TOKEN_CLASSIFICATION = "token-classification"
 QUESTION_ANSWERING = "question-answering"
 MASKED_LM = "masked-lm"
 SEQ2SEQ = "seq2seq"
+IMAGE_CLASSIFICATION = "image-classification"
 TASKS = (
     CAUSAL_LM,
     SEQ2SEQ,
@@ -22,8 +23,10 @@ TASKS = (
     TOKEN_CLASSIFICATION,
     QUESTION_ANSWERING,
     MASKED_LM,
+    IMAGE_CLASSIFICATION,
 )
-WITH_LABELS = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION)
+WITH_LABELS = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, IMAGE_CLASSIFICATION)
+OF_RECORDS = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, IMAGE_CLASSIFICATION)  # one label each
 WITH_OWN_HEAD = (*WITH_LABELS, QUESTION_ANSWERING)  # which a base model lacks
 _OWN_CUTS = re.compile(r"(\d+)\s*=\s*(\d+)\s*:\s*(\d+)")
 
@@ -38,7 +41,7 @@ class ModelConfig:
     """Hub revision; empty: the default branch."""
     task: str = CAUSAL_LM
     """What the model does: causal-lm, seq2seq (cut in the encoder), sequence-classification,
-    token-classification, question-answering or masked-lm."""
+    token-classification, question-answering, masked-lm or image-classification."""
     labels: str = ""
     """Of a classification: the classes, as "name, name"; a record's label is a name, or an index from 0."""
     first_cut: int = 2
@@ -81,6 +84,11 @@ class ModelConfig:
             one_of("model.quantization", self.quantization, (*QUANTIZATIONS, "a JSON object"))
         for partition, (first, second) in self.own_cuts.items():
             self.check_cuts(first, second, f"model.cuts-by-partition: partition {partition}")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the task's records are text, for which the model has a tokenizer."""
+        return self.task != IMAGE_CLASSIFICATION
 
     @property
     def label_names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""Batches of examples as a model takes them: right-padded, int64.
+"""Batches of examples as a model takes them: right-padded, int64; pictures as their processor makes them.
 
-Shapes: inputs ``[batch, seq]``; labels the same, ``[batch, target]`` of another sequence, ``[batch]`` of
-classes, or ``[batch, 2]`` of answers.
+Shapes: inputs ``[batch, seq]``, or pixels ``[batch, channels, height, width]``; labels ``[batch, seq]``,
+``[batch, target]`` of another sequence, ``[batch]`` of classes, or ``[batch, 2]`` of answers.
 """
 
 import random
@@ -23,7 +23,7 @@ def batches(
     order depends on ``seed`` and the epoch's number alone.
 
     Returns:
-        An iterator over dicts of ``input_ids``, ``attention_mask`` and ``labels``.
+        An iterator over dicts of ``input_ids`` and ``attention_mask``, or ``pixel_values``, and ``labels``.
 
     Raises:
         DataError: There are no examples (at once, not at the first batch).
@@ -60,6 +60,12 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     Where labels are another sequence, the input is padded to its length too: a trunk takes no more
     labels than it sees positions.
     """
+    images = [example.image for example in examples if example.image is not None]
+    if images:
+        return {
+            "pixel_values": torch.stack([image.pixels() for image in images]),
+            "labels": torch.tensor([example.labels[0] for example in examples]),
+        }
     form = examples[0].form
     length = max(len(example.input_ids) for example in examples)
     target = max(len(example.labels) for example in examples)

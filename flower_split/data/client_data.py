@@ -86,13 +86,14 @@ def check_data(config: RunConfig) -> None:
     check_source(config.data)
     tokenizer: PreTrainedTokenizerBase | None = None
     with contextlib.suppress(ConfigError):  # the clients have it: they say if it is not there
-        tokenizer = load_tokenizer(config.model)
+        if config.model.reads_text:
+            tokenizer = load_tokenizer(config.model)
     check_model_limits(config, tokenizer)
 
 
 def load_client_data(
     config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     partition_id: int,
     num_partitions: int,
 ) -> ClientData:
@@ -103,7 +104,7 @@ def load_client_data(
 
     Args:
         config: ``data``, ``train.sequence_length`` and ``seed`` are used.
-        tokenizer: From :func:`load_tokenizer`.
+        tokenizer: From :func:`load_tokenizer`; None: the task reads no text.
         partition_id: The client's partition, from 0.
         num_partitions: Over how many clients a shared data set is divided.
 

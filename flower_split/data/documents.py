@@ -2,12 +2,14 @@
 
 A document is text (packed with its neighbours), a prompt with its completion (loss on the
 completion), or a conversation (loss on the assistant's turns, or on what follows its prompt); of other
-tasks than language modelling, a text with its class, words with theirs, or a question with its answer.
+tasks than language modelling, a text with its class, words with theirs, a question with its answer, or a
+picture with its class.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeAlias
 
 
@@ -17,6 +19,7 @@ class Record:
 
     place: str  # where it stands, for error messages: "train.jsonl, line 3"
     content: Mapping[str, object]
+    folder: str = ""  # where relative paths in it begin
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,19 @@ class Question:
     end: int  # behind its last
 
 
-Document: TypeAlias = Text | Completion | Chat | ChatCompletion | Labelled | Tagged | Question
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An image and its class."""
+
+    place: str
+    stored: Path | bytes  # an image file, or what it holds
+    digest: str  # of what it holds
+    label: int  # index of the class
+
+
+Document: TypeAlias = (
+    Text | Completion | Chat | ChatCompletion | Labelled | Tagged | Question | Picture
+)
 
 
 def content_of(document: Document) -> str:
@@ -113,6 +128,8 @@ def content_of(document: Document) -> str:
             return json.dumps(words)
         case Question(question=question, context=context):
             return json.dumps([question, context])
+        case Picture(digest=digest):
+            return digest
 
 
 def text_of_document(document: Document) -> str:
@@ -132,3 +149,5 @@ def text_of_document(document: Document) -> str:
             return " ".join(words)
         case Question(question=question, context=context):
             return f"{question}\n{context}"
+        case Picture(digest=digest):
+            return digest  # equal pictures say the same; what others show is not compared

@@ -7,8 +7,9 @@ token of an example is never predicted.
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, Protocol, cast
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flower_split.data.documents import Chat, ChatCompletion, Completion, Document, Text
@@ -22,9 +23,16 @@ NO_LOSS = -100
 """The label that the loss of transformers' models passes over."""
 
 
+class Image(Protocol):
+    """A picture that can be made into what a model sees, again and again."""
+
+    def pixels(self) -> Tensor:
+        """Return ``[channels, height, width]``, the same numbers every time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence, and what is learned of it.
+    """One sequence or one picture, and what is learned of it.
 
     ``labels`` is as long as ``input_ids`` (form "tokens"), another sequence (form "target"), or of the
     sequence as a whole: its class, or an answer's first and last token (form "record").
@@ -34,6 +42,7 @@ class Example:
     labels: list[int]
     form: Literal["tokens", "target", "record"] = "tokens"
     types: list[int] = field(default_factory=list)  # of the tokens, where there are two texts
+    image: Image | None = None  # instead of the sequence
 
     @property
     def num_tokens(self) -> int:

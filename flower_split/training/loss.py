@@ -91,7 +91,7 @@ def count_labels(batch: Batch, task: str) -> int:
     """
     if task == tasks.CAUSAL_LM:
         return count_label_tokens(batch)
-    if task in (tasks.SEQUENCE_CLASSIFICATION, tasks.QUESTION_ANSWERING):
+    if task in tasks.OF_RECORDS:
         return len(batch["labels"])
     return _some_labels(int((batch["labels"] != -100).sum()))
 
@@ -144,7 +144,7 @@ def evaluate(
             loss_sum += float(loss_of(logits, labels, 1, config.task))
             add(sums, sums_of(logits, labels, config))
         num_tokens += count_labels(batch, config.task)
-        num_examples += len(batch["input_ids"])
+        num_examples += len(batch["labels"])
     if num_tokens == 0:
         raise DataError("there is no held-out batch to evaluate on. Raise data.eval-fraction.")
     return EvalResult(loss_sum, num_tokens, num_examples, sums=sums)

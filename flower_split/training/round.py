@@ -77,7 +77,7 @@ def train_round(
             count = position.micro_batches_in(step, accumulate)
             micro_batches = [next(batches) for _ in range(count)]
             steps.append(trainer.step(step, micro_batches, optimizers))
-            num_examples += sum(len(batch["input_ids"]) for batch in micro_batches)
+            num_examples += sum(len(batch["labels"]) for batch in micro_batches)
             logger.debug(
                 "partition=%d round=%d step=%d loss=%.4f",
                 position.partition_id,

@@ -1,14 +1,15 @@
 """Every task from its records to its scores: a run's held-out numbers are the unsplit model's own."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from flower_split.config import Scalar, parse_run_config
 from flower_split.data import load_client_data, load_tokenizer
@@ -20,6 +21,7 @@ from flower_split.runs.directory import RunDirectory
 from flower_split.server.app import run
 from flower_split.split import CutLayers, load_client_model, load_whole_model
 from flower_split.split.loading.model_source import ModelSource
+from flower_split.wire.sending import Outgoing
 from tests.support.local_grid import LocalGrid, TrunkHere
 from tests.support.task_runs import RUNS, SPECIAL, TaskRun, make_base, records, write_records
 from tests.support.tiny_app import tiny_config
@@ -32,6 +34,7 @@ AUTO = {
     "token-classification": "AutoModelForTokenClassification",
     "question-answering": "AutoModelForQuestionAnswering",
     "masked-lm": "AutoModelForMaskedLM",
+    "image-classification": "AutoModelForImageClassification",
 }
 CLIENTS = 2
 
@@ -82,9 +85,12 @@ def own_numbers(
     model: PreTrainedModel, case: TaskRun, rows: Sequence[dict[str, object]], tmp_path: Path
 ) -> dict[str, float]:
     """Loss and scores of records one by one, by the model's own loss, worked out here."""
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    auto = AutoImageProcessor if case.task == "image-classification" else AutoTokenizer
+    tokenizer = auto.from_pretrained(tmp_path / "base")
     losses, weights, pairs, exact, overlap = [], [], [], [], []
     for row in rows:
+        if "image" in row:
+            row = {**row, "image": Image.open(tmp_path / str(row["image"]))}
         batch, labels = encoded(tokenizer, case, row)
         with torch.no_grad():
             output = model(**batch, **labels)
@@ -122,7 +128,10 @@ def own_numbers(
 def encoded(
     tokenizer: transformers.PreTrainedTokenizerBase, case: TaskRun, row: dict[str, object]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """One record as transformers' own tokenizer and models take it."""
+    """One record as transformers' own tokenizer, or image processor, and models take it."""
+    if case.task == "image-classification":
+        label = torch.tensor([case.labels.index(str(row["label"]))])
+        return dict(tokenizer(row["image"], return_tensors="pt")), {"labels": label}
     if case.task == "sequence-classification":
         label = row["label"]
         index = label if isinstance(label, int) else case.labels.index(str(label))
@@ -249,3 +258,23 @@ def test_new_head_is_the_same_on_every_client_and_trains_whole(tmp_path: Path) -
     attach_lora(client, cuts, client_parts(config), seed=0, incomplete=("trunk",))
     trained = {name for name, p in client.named_parameters() if p.requires_grad}
     assert {n for n in trained if "lora" not in n} == heads[0].keys()
+
+
+def test_pixels_of_a_run_stay_on_the_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [case] = [r for r in RUNS if r.task == "image-classification"]
+    sent: list[tuple[str, tuple[int, ...]]] = []
+
+    class Watched(Outgoing):
+        def __init__(self, header: object, tensors: Mapping[str, torch.Tensor], *more: object):
+            sent.extend((name, tuple(tensor.shape)) for name, tensor in tensors.items())
+            super().__init__(header, tensors, *more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("flower_split.client.calls.Outgoing", Watched)
+    finished(job(tmp_path, case, **{"train.local-steps": 2}))
+    # Sixteen patches and the class token, each of 32 numbers; nothing else leaves.
+    assert {(name, shape[1:]) for name, shape in sent} == {
+        ("hidden_states", (17, 32)),
+        ("trunk_output_grad", (17, 32)),
+    }

@@ -17,10 +17,11 @@ SCORES = {
     "seq2seq": {"accuracy", "exact_match"},
     "masked-lm": {"accuracy"},
     "causal-lm": set(),
+    "image-classification": {"accuracy", "f1"},
 }
 
 
-@pytest.mark.slow  # seven runs
+@pytest.mark.slow  # eight runs
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_run_of_a_task_ends_with_its_scores(flower: Flower, tmp_path: Path, case: TaskRun) -> None:
     app = make_app(

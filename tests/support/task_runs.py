@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -15,7 +16,10 @@ from transformers import (
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
 )
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 WORDS = [
     "sun",
@@ -53,11 +57,14 @@ RUNS = (
     TaskRun("seq2seq", "t5"),
     TaskRun("question-answering", "bert"),
     TaskRun("causal-lm", "llama"),
+    TaskRun("image-classification", "vit", ("dark", "bright")),
 )
 
 
 def make_base(path: Path, family: str) -> Path:
-    """A base model without any head for a task, seeded, with a tokenizer of words."""
+    """A base model without any head for a task, seeded, with a tokenizer of words or an image processor."""
+    if family == "vit":
+        return _make_vit(path)
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
@@ -96,6 +103,23 @@ def make_base(path: Path, family: str) -> Path:
     return path
 
 
+def _make_vit(path: Path) -> Path:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=48, image_size=16,
+        patch_size=4, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    ViTModel(config, add_pooling_layer=False).save_pretrained(path)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
+    return path
+
+
+def picture(chance: torch.Generator, bright: bool) -> Image.Image:
+    """A dark or a bright picture of noise, which is no square."""
+    noise = torch.randint(96, (12, 20, 3), generator=chance, dtype=torch.uint8)
+    return Image.fromarray((noise + 128 * bright).to(torch.uint8).numpy())
+
+
 def records(task: str, seed: int, count: int) -> list[dict[str, object]]:
     """Records that can be learned: sky words and earth words, copies, a coloured word."""
     chance = torch.Generator().manual_seed(seed)
@@ -107,7 +131,9 @@ def records(task: str, seed: int, count: int) -> list[dict[str, object]]:
     for index in range(count):
         kind = index % 2
         text = pick(WORDS[:3] if kind == 0 else WORDS[3:6], 3 + index % 3)
-        if task == "sequence-classification":
+        if task == "image-classification":
+            found.append({"image": picture(chance, kind == 1), "label": ["dark", "bright"][kind]})
+        elif task == "sequence-classification":
             label: object = ["sky", "earth"][kind] if index % 3 else kind  # by name, or index
             found.append({"text": " ".join(text), "label": label})
         elif task == "token-classification":
@@ -131,6 +157,14 @@ def records(task: str, seed: int, count: int) -> list[dict[str, object]]:
 
 
 def write_records(path: Path, rows: Sequence[Mapping[str, object]]) -> Path:
-    """JSON lines."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    """JSON lines; pictures in files beside, by names that begin at its folder."""
+    lines = []
+    for number, row in enumerate(rows):
+        image = row.get("image")
+        if isinstance(image, Image.Image):
+            name = f"{path.stem}-{number}.png"
+            image.save(path.parent / name)
+            row = {**row, "image": name}
+        lines.append(json.dumps(row) + "\n")
+    path.write_text("".join(lines))
     return path

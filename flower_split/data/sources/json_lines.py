@@ -37,7 +37,7 @@ def _lines(file: Path, text: str, tally: Tally) -> Iterator[Record]:
             continue
         place = f"{file}, line {number}"
         try:
-            yield Record(place, _object(parse_json(line), place))
+            yield Record(place, _object(parse_json(line), place), str(file.parent))
         except (ValueError, RecursionError) as error:
             tally.bad(
                 DataError(
@@ -58,7 +58,7 @@ def _array(file: Path, text: str, tally: Tally) -> Iterator[Record]:
     for number, item in enumerate(items, start=1):
         place = f"{file}, record {number}"
         try:
-            yield Record(place, _object(item, place))
+            yield Record(place, _object(item, place), str(file.parent))
         except DataError as error:
             tally.bad(error)
 

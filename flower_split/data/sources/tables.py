@@ -34,8 +34,10 @@ class TableRecords(Sequence[Record]):
     """The rows of a ``datasets.Dataset``, read when asked for."""
 
     def __init__(self, dataset: "Dataset", name: str) -> None:
-        self._dataset = dataset
+        self._dataset = _undecoded(dataset)
         self._name = name
+        path = Path(name)
+        self._folder = str(path if path.is_dir() else path.parent)
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -54,7 +56,7 @@ class TableRecords(Sequence[Record]):
             return [self[i] for i in range(*index.indices(len(self)))]
         place = f"{self._name}, row {index}"
         try:
-            return Record(place, self._dataset[index])
+            return Record(place, self._dataset[index], self._folder)
         except (ValueError, OSError, OverflowError) as error:  # Arrow's errors are among these
             raise DataError(
                 f"{place} cannot be decoded: {error} Correct or remove the record."
@@ -123,7 +125,8 @@ class CsvSource(FileSource):
                     place, first = f"{file}, line {first}", rows.line_num + 1
                     if len(row) == len(header):
                         cells = dict(zip(header, row, strict=True))
-                        records.append(Record(place, {k: v or None for k, v in cells.items()}))
+                        content = {k: v or None for k, v in cells.items()}
+                        records.append(Record(place, content, str(file.parent)))
                     elif row:
                         request.tally.bad(
                             DataError(
@@ -210,6 +213,16 @@ def _loaded(load: Callable[[], "Dataset"], what: str) -> "Dataset":
             f"{what} cannot be loaded: {error} Check the keys and the connection, or give a local "
             "path."
         ) from error
+
+
+def _undecoded(dataset: "Dataset") -> "Dataset":
+    """Return the data set with its images as they are stored, which a task decodes itself."""
+    import datasets
+
+    for name, feature in dataset.features.items():
+        if isinstance(feature, datasets.Image):
+            dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset
 
 
 def _saved(path: Path, split: str) -> "Dataset":

@@ -19,7 +19,13 @@ class DataTask(ABC):
     """A ``model.task``, for one client."""
 
     config: RunConfig
-    tokenizer: PreTrainedTokenizerBase
+    given: PreTrainedTokenizerBase | None  # None: the task reads no text
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, of a task that reads text."""
+        assert self.given is not None, "only tasks without text are made without a tokenizer"
+        return self.given
 
     @property
     def length(self) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -23,6 +24,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from flower_split.config.model import (
     CAUSAL_LM,
+    IMAGE_CLASSIFICATION,
     MASKED_LM,
     QUESTION_ANSWERING,
     SEQ2SEQ,
@@ -37,6 +39,7 @@ AUTO_CLASSES: Mapping[str, type[_BaseAutoModelClass]] = {
     TOKEN_CLASSIFICATION: AutoModelForTokenClassification,
     QUESTION_ANSWERING: AutoModelForQuestionAnswering,
     MASKED_LM: AutoModelForMaskedLM,
+    IMAGE_CLASSIFICATION: AutoModelForImageClassification,
 }
 """``model.task`` -> the auto class of transformers."""
 
