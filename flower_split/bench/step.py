@@ -53,6 +53,7 @@ class StepBench:
     num_threads: int = 1
     kv_heads: int = 0  # 0: as many as heads
     wire_dtype: str = "native"
+    gradient_wire_dtype: str = ""
     window_batches: str = "off"
     batch_positions: int = 8192  # of one joint pass of a window's batch
     activation_memory: float = 60.0  # GiB
@@ -118,6 +119,7 @@ def make_config(bench: StepBench, path: Path, mode: str, transport: str, clients
             num_threads=bench.num_threads,
             device=bench.device,
             wire_dtype=bench.wire_dtype,
+            gradient_wire_dtype=bench.gradient_wire_dtype,
             window_batches=bench.window_batches,
             window_batch_positions=bench.batch_positions,
         ),

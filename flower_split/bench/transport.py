@@ -1,5 +1,7 @@
 """Round-trip time of a tensor through the trunk's server, against raw TCP and against memcpy.
 
+Beside them stand the codecs: a tensor of the same bytes, cast and encoded, and decoded again.
+
 The trunk is an echo in another process, so what is timed is the wire: framing or shared memory, gRPC,
 checks, the digest of a training call. ``memcpy`` copies the same bytes there and back within this
 process, into memory that has been used before. All run in turns, because loopback varies by a third
@@ -8,7 +10,6 @@ between runs.
 
 import multiprocessing
 import socket
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,8 +20,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from flower_split.bench.codec_rows import codec_rows
 from flower_split.bench.figures import Figures, Row
 from flower_split.bench.machine import describe_machine
+from flower_split.bench.turns import in_turns
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.protocol.values import CallResult, ForwardCall, SessionGrant
 from flower_split.split import CutLayers
@@ -30,7 +33,6 @@ from flower_split.trunk.service.server import TrunkServer
 SIZES = (0.39, 8.4, 67.0)  # MB: one short sequence, a small batch, 8 x 512 tokens of width 4096
 
 _HIDDEN = 1024
-_WARM_UP = 2  # round trips of each kind that do not count
 
 
 class _EchoEngine:
@@ -130,13 +132,6 @@ def _start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
     return int(ours.recv())
 
 
-def _timed(call: Callable[[], object]) -> float:
-    """Return the seconds of one call."""
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
-
-
 def measure_transport(sizes: Sequence[float], repeats: int) -> Figures:
     """Time round trips of every size, all kinds in turns.
 
@@ -159,6 +154,7 @@ def measure_transport(sizes: Sequence[float], repeats: int) -> Figures:
         for size in sizes:
             smashed = torch.randn(1, max(1, round(size * 1e6 / 4 / _HIDDEN)), _HIDDEN)
             rows += _rows(size, smashed, connection, trunks, repeats)
+            rows += codec_rows(f"{size:g} MB: ", smashed, repeats)
     return Figures(
         name="transport",
         title="Round trips to a trunk's server on loopback",
@@ -215,17 +211,11 @@ def _rows(
     for name, trunk in trunks.items():
         ways[f"{name}, evaluation"] = partial(evaluate, trunk)
         ways[f"{name}, training call"] = partial(train, trunk)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + _WARM_UP):
-        for name, way in ways.items():
-            taken = _timed(way)
-            if repeat >= _WARM_UP:
-                seconds[name].append(taken)
     return [
         Row(
             what=f"{size:g} MB: {name}",
-            seconds=tuple(kept),
+            seconds=kept,
             base=f"{size:g} MB: {'memcpy' if 'memory' in name else 'raw TCP'}",
         )
-        for name, kept in seconds.items()
+        for name, kept in in_turns(ways, repeats).items()
     ]

@@ -28,9 +28,10 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 def _add_transport(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     transport = kinds.add_parser(
         "transport",
-        help="round trips to a trunk on loopback, beside raw TCP and memcpy",
+        help="round trips to a trunk on loopback, beside raw TCP and memcpy; codecs",
         description="Calls of gRPC and of shared memory with a trunk that echoes, in turns with raw TCP "
-        "and memcpy of the same bytes. A training call also digests its content.",
+        "and memcpy of the same bytes. A training call also digests its content. Then what the codecs "
+        "take at one end of the wire, in turns with a copy.",
     )
     transport.add_argument(
         "--sizes", type=float, nargs="+", default=[0.39, 8.4, 67.0], metavar="MB"
@@ -59,7 +60,8 @@ def _add_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     step.add_argument("--in-flight", type=int, default=2, metavar="N")
     step.add_argument("--threads", type=int, default=1, metavar="N", help="of each process")
     step.add_argument("--kv-heads", type=int, default=0, metavar="N", help="default: all heads")
-    step.add_argument("--wire-dtype", default="native", metavar="NAME")
+    step.add_argument("--wire-dtype", default="native", metavar="NAME", help="of activations")
+    step.add_argument("--gradient-wire-dtype", default="", metavar="NAME")
     step.add_argument("--window-batches", default="off", choices=("off", "on"))
     step.add_argument("--batch-positions", type=int, default=8192, metavar="N")
     step.add_argument("--activation-memory", type=float, default=60.0, metavar="GiB")
@@ -146,6 +148,7 @@ def _step(arguments: argparse.Namespace) -> int:
         num_threads=arguments.threads,
         kv_heads=arguments.kv_heads,
         wire_dtype=arguments.wire_dtype,
+        gradient_wire_dtype=arguments.gradient_wire_dtype,
         window_batches=arguments.window_batches,
         batch_positions=arguments.batch_positions,
         activation_memory=arguments.activation_memory,

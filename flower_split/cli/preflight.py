@@ -120,18 +120,19 @@ def check_trunk(config: RunConfig) -> None:
     """Check that a trunk with an address answers to the token; one without is started later.
 
     Raises:
-        ConfigError: The codec of ``trunk.wire-dtype``, the transport of ``trunk.transport``, or the
-            ``trunk.window-rule`` of a trunk that is started here, is not installed here.
+        ConfigError: A codec of ``trunk.wire-dtype`` or ``trunk.gradient-wire-dtype``, the transport of
+            ``trunk.transport``, or the ``trunk.window-rule`` of a trunk that is started here, is not
+            installed here.
         TrunkUnavailable: It does not answer.
         TrunkRefused: The token is not its own.
         ConfigError: It would train otherwise than the configuration says.
     """
     from flower_split.trunk.engine.window_rules import make_window_rule
     from flower_split.wire.client_certificate import ClientCertificate
-    from flower_split.wire.codecs import make_codec
+    from flower_split.wire.codecs import WireCodecs
     from flower_split.wire.transports import TRANSPORTS
 
-    make_codec(config.trunk.wire_dtype)
+    WireCodecs.make(config.trunk.wire_dtype, config.trunk.gradient_wire_dtype)
     TRANSPORTS.get(config.trunk.transport)
     if not config.trunk.address:
         make_window_rule(config.trunk.window_rule)

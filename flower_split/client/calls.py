@@ -25,7 +25,7 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cache_to_proto
 from flower_split.protocol.values import ForwardMode, SessionGrant
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.wire.codecs import Codec, Coded, TensorForm, stays_on_device
+from flower_split.wire.codecs import Codec, Coded, TensorForm, WireCodecs
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import Allocate, ToDevice, ToHost, pooled
@@ -67,20 +67,17 @@ class WireStats:
 class SessionCalls:
     """Makes the calls of a session, and counts them. Thread-safe.
 
-    Args:
-        channel: The connections.
-        codec: How activations and gradients travel.
-
     Attributes:
-        channel, codec: As given.
+        channel: The connections.
+        codecs: How activations and gradients travel.
         grant: Of the open session; None: it is not open.
         max_tensor_bytes: That one call may carry.
         waiting: Entered around every call.
     """
 
-    def __init__(self, channel: Transport, codec: Codec) -> None:
+    def __init__(self, channel: Transport, codecs: WireCodecs) -> None:
         self.channel = channel
-        self.codec = codec
+        self.codecs = codecs
         self.grant: SessionGrant | None = None
         self.max_tensor_bytes = 0
         self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -104,7 +101,7 @@ class SessionCalls:
         header: pb.Header,
         tensors: Mapping[str, Tensor],
         *,
-        sent: tuple[str, Tensor] | None = None,
+        sent: tuple[str, Tensor, Codec] | None = None,
         result: str = "",
         reply_bytes: int | None = None,
         allocate: Allocate = pooled,
@@ -115,7 +112,7 @@ class SessionCalls:
             method: Which.
             header: Of the call.
             tensors: To send, as they are.
-            sent: The tensor that goes through the codec, by its name; None: there is none.
+            sent: The tensor that goes through a codec, with its name and that; None: there is none.
             result: The name of the one that comes back through it, in the form of ``sent``.
             reply_bytes: Limit on what comes back; None: that of a call.
             allocate: Where it is received.
@@ -126,9 +123,9 @@ class SessionCalls:
         """
         reply, staying = None, frozenset[str]()
         if sent is not None:
-            name, tensor = sent
-            reply = Coded(self.codec, result, TensorForm.of(tensor))
-            parts = Coded(self.codec, name).encode(tensor)
+            name, tensor, codec = sent
+            reply = Coded(codec, result, TensorForm.of(tensor))
+            parts = Coded(codec, name).encode(tensor)
             staying = frozenset(parts if tensor.device.type != "cpu" else ())
             tensors = {**parts, **tensors}
         message = Outgoing(header, tensors, staying)
@@ -257,7 +254,7 @@ class Exchange:
             "Forward",
             pb.Header(forward=header),
             self._extras,
-            sent=("hidden_states", smashed),
+            sent=("hidden_states", smashed, self._calls.codecs.activations),
             result="trunk_output",
             allocate=self._allocate,
         )
@@ -267,12 +264,12 @@ class Exchange:
     def may_stay(self, smashed: Tensor) -> bool:
         """Return whether the trunk takes tensors of this GPU where they lie."""
         channel = self._calls.channel
-        if not stays_on_device(self._calls.codec) or not isinstance(channel, DeviceTransport):
+        if not (self._calls.codecs.stay_on_device and isinstance(channel, DeviceTransport)):
             return False
         return channel.takes(smashed)
 
     def backward(self, trunk_output_grad: Tensor) -> Tensor:
-        """Send the output's gradient; return ``smashed_grad``. Once.
+        """Send the output's gradient; return ``smashed_grad``, of the same dtype. Once.
 
         Raises:
             TrunkError: It has been called before.
@@ -294,16 +291,17 @@ class Exchange:
             loss_denominator=micro_batch.loss_denominator,
             last=micro_batch.last,
         )
+        codec, dtype = self._calls.codecs.gradients, trunk_output_grad.dtype
         received, _ = self._calls.exchange(
             "Backward",
             pb.Header(backward=header),
             {},
-            sent=("trunk_output_grad", trunk_output_grad),
+            sent=("trunk_output_grad", trunk_output_grad.to(codec.dtype or dtype), codec),
             result="smashed_grad",
             allocate=self._allocate,
         )
         self._calls.note_answered(micro_batch.window, micro_batch.index)
-        return received.tensors["smashed_grad"]
+        return received.tensors["smashed_grad"].to(dtype)
 
     def _key(self, micro_batch: MicroBatch) -> pb.ContributionKey:
         return pb.ContributionKey(

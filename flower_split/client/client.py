@@ -40,7 +40,7 @@ from flower_split.training.measures import EvalResult, RoundPosition, TrainResul
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
 from flower_split.wire.client_certificate import NO_CERTIFICATE
-from flower_split.wire.codecs import make_codec
+from flower_split.wire.codecs import WireCodecs
 from flower_split.wire.transports import TRANSPORTS
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,9 @@ class Client:
             concurrency: How many clients its simulation runs at once; 0: not a simulation.
 
         Raises:
-            ConfigError: The codec of the run's activations is not installed here.
+            ConfigError: A codec of the run is not installed here.
         """
-        make_codec(self.config.trunk.wire_dtype)
+        WireCodecs.make(self.config.trunk.wire_dtype, self.config.trunk.gradient_wire_dtype)
         TRANSPORTS.get(self.config.trunk.transport)
         return ClientFacts(
             partition_id=self.partition_id,

@@ -48,8 +48,9 @@ class RemoteTrunk(nn.Module, Closing):
     Args:
         address: ``host:port``.
         token: This client's, for this round.
-        fingerprint: Of the model and configuration; the trunk must hold the same. Its field
-            ``codec`` says how activations and gradients travel; without it, as they are.
+        fingerprint: Of the model and configuration; the trunk must hold the same. Its fields
+            ``codec`` and ``gradient-codec`` say how activations and gradients travel; without them,
+            as they are.
         mode: ``joint``, ``frozen`` or ``forward-only``.
         call_timeout: Seconds per call, retries and the wait for other clients included.
         root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text, loopback.
@@ -259,7 +260,7 @@ class RemoteTrunk(nn.Module, Closing):
         exchange = Exchange(self._calls, mode, micro_batch, extras, allocate, caching)
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):
             # Ordinary casts: autograd converts the gradients back.
-            smashed = hidden_states.to(self._calls.codec.dtype or hidden_states.dtype)
+            smashed = hidden_states.to(self._calls.codecs.activations.dtype or hidden_states.dtype)
             return call_trunk(smashed, self.always, exchange).to(hidden_states.dtype)
 
     def release_cache(self, cache_id: int) -> None:

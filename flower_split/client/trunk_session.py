@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 from flower_split.client.calls import SessionCalls
 from flower_split.errors import TrunkError
-from flower_split.parties.fingerprint import CODEC
+from flower_split.parties.fingerprint import CODEC, GRADIENT_CODEC
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cuts_to_proto, grant_from_proto
 from flower_split.protocol.values import SessionGrant
 from flower_split.split import CutLayers
-from flower_split.wire.codecs import NATIVE, make_codec
+from flower_split.wire.codecs import NATIVE, WireCodecs
 from flower_split.wire.transport import Transport
 
 logger = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class TrunkSession:
 
     Args:
         channel: The connections, with this client's token of the round.
-        fingerprint: Of the model and configuration; names the codec.
+        fingerprint: Of the model and configuration; names the codecs.
         cuts: Where the client's model is cut; None: where the fingerprint says.
         call_timeout: Seconds per call, retries and the wait for other clients included.
 
@@ -45,7 +45,8 @@ class TrunkSession:
         cuts: CutLayers | None,
         call_timeout: float,
     ) -> None:
-        self.calls = SessionCalls(channel, make_codec(fingerprint.get(CODEC, NATIVE)))
+        names = fingerprint.get(CODEC, NATIVE), fingerprint.get(GRADIENT_CODEC, "")
+        self.calls = SessionCalls(channel, WireCodecs.make(*names))
         self.evaluate = False
         self._fingerprint = dict(fingerprint)
         self._cuts = cuts

@@ -74,7 +74,7 @@ class TrunkConfig:
     stream_window: int = 131072
     """Bytes that a call may send before the trunk reads them; more is faster over distant links."""
     call_memory_per_client: float = 1.0
-    """GiB of tensors of one client's calls in progress, as they are announced."""
+    """GiB of tensors of one client's calls in progress, as announced and as decoded."""
     max_call_positions: int = 262144
     """Rows times positions of one call."""
     max_evaluations: int = 0
@@ -106,8 +106,10 @@ class TrunkConfig:
     reduction: str = "mean"
     """How clients' gradients are reduced: mean (by tokens), or rules such as trimmed-mean=0.2."""
     wire_dtype: str = "native"
-    """Codec of the activations on the wire: native (as they are), float32, bfloat16, or a plug-in's
-    name."""
+    """Codec of the activations on the wire: native (as they are), float32, bfloat16, int8 (groups of 64
+    with outlier channels in bfloat16), or a plug-in's name."""
+    gradient_wire_dtype: str = ""
+    """Codec of their gradients, as trunk.wire-dtype; empty: the same codec."""
     transport: str = "auto"
     """What carries the clients' calls: auto (shared memory where client and trunk share host and user,
     else gRPC), grpc, shared-memory, or a plug-in's name."""
@@ -140,6 +142,7 @@ class TrunkConfig:
         one_of("trunk.train", self.train, ("lora", "full"))
         one_of("trunk.step-every", self.step_every, STEP_EVERY)
         plug_in_name("trunk.wire-dtype", self.wire_dtype)
+        plug_in_name("trunk.gradient-wire-dtype", self.gradient_wire_dtype or self.wire_dtype)
         plug_in_name("trunk.transport", self.transport)
         plug_in_name("trunk.window-rule", self.window_rule)
         one_of("trunk.window-batches", self.window_batches, WINDOW_BATCHES)

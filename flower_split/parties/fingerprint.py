@@ -27,7 +27,9 @@ from flower_split.split.loading.model_source import ModelSource
 CUT_LAYERS = "cut-layers"
 """The field that parties with cut layers of their own need not share; see ``TrunkModel.span``."""
 CODEC = "codec"
-"""The field that names the codec of activations and gradients between a client and the trunk."""
+"""The field that names the codec of activations, and of their gradients where nothing else does."""
+GRADIENT_CODEC = "gradient-codec"
+"""The field that names the codec of gradients, where it is not that of activations."""
 _TRAINING = frozenset(
     {
         "seed",
@@ -98,6 +100,11 @@ def settings(config: RunConfig) -> dict[str, str]:
         **(
             {"trunk.window-batches": f"on, passes of {trunk.batch_positions}"}
             if trunk.batch_positions
+            else {}
+        ),
+        **(
+            {GRADIENT_CODEC: trunk.gradient_wire_dtype}
+            if trunk.gradient_wire_dtype not in ("", trunk.wire_dtype)
             else {}
         ),
         **_optimizer_fields(trunk.optimizer),

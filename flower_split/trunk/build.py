@@ -32,7 +32,7 @@ from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.window_rules import make_window_rule
-from flower_split.wire.codecs import make_codec
+from flower_split.wire.codecs import WireCodecs
 
 _GIB = 2**30
 
@@ -48,10 +48,10 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
 
     Raises:
         SplitError: The model cannot be loaded or cut.
-        ConfigError: The device, the codec or the window rule is not there, or quantised weights would
+        ConfigError: The device, a codec or the window rule is not there, or quantised weights would
             have to train.
     """
-    make_codec(config.trunk.wire_dtype)  # before minutes of loading
+    WireCodecs.make(config.trunk.wire_dtype, config.trunk.gradient_wire_dtype)  # before minutes of loading
     make_window_rule(config.trunk.window_rule)
     trunk = _load(config)
     _attach(config, trunk)
@@ -97,7 +97,7 @@ class ExperimentEngines:
         """
         try:
             config = adopted(self.config, values)
-            make_codec(config.trunk.wire_dtype)
+            WireCodecs.make(config.trunk.wire_dtype, config.trunk.gradient_wire_dtype)
             make_window_rule(config.trunk.window_rule)
             self._check_memory(config)
             share = self.device.share()

@@ -29,6 +29,7 @@ from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.pacing import Rate
+from flower_split.wire.codecs import Coded, make_codec
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.receiving import Incoming
 from tests.hostile.fuzz_calls import Call, Chance, Known, any_call, mutated_messages
@@ -214,12 +215,14 @@ def fuzz_calls(family: str, count: int, findings: Findings, seed: int = 0) -> No
 def fuzz_codec(count: int, seed: int = 0) -> Counter[str]:
     """Feed mutated messages to the codec; return outcomes by name. Anything but CodecError raises."""
     outcomes: Counter[str] = Counter()
+    int8 = Coded(make_codec("int8"), "hidden_states")
     for frames in mutated_messages(seed, count):
-        try:
-            Incoming(iter(frames)).receive(1 << 22, digest=True)
-            outcomes["accepted"] += 1
-        except CodecError:
-            outcomes["CodecError"] += 1
+        for name, coded in (("", None), ("int8 ", int8)):
+            try:
+                Incoming(iter(frames)).receive(1 << 22, coded=coded, digest=True)
+                outcomes[name + "accepted"] += 1
+            except CodecError:
+                outcomes[name + "CodecError"] += 1
     return outcomes
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flower_split.proto import trunk_pb2 as pb
+from flower_split.wire.codecs import Coded, make_codec
 from flower_split.wire.sending import Outgoing
 
 DTYPES = (
@@ -281,6 +282,13 @@ def any_call(chance: Chance, known: Known) -> Call:
     return chance.choices(kinds, (12, 5, 1, 2))[0](chance, known)
 
 
+def spiky(shape: tuple[int, int, int]) -> Tensor:
+    """Activations [batch, seq, hidden] of about unit size with two channels that stand out."""
+    tensor = torch.linspace(-1, 1, math.prod(shape)).view(shape)
+    tensor[..., [2, 70]] *= 100
+    return tensor
+
+
 def mutated_messages(seed: int, count: int) -> Iterator[list[bytes]]:
     """Frame streams for the codec: valid ones with bytes changed, cut, doubled, swapped."""
     chance = random.Random(seed)
@@ -296,7 +304,9 @@ def mutated_messages(seed: int, count: int) -> Iterator[list[bytes]]:
     }
     seeds = [list(Outgoing(header, found).frames()) for header in headers]
     seeds.append([frame for frame in Outgoing(headers[0], {"x": torch.ones(300_000)}).frames()])
-    weights = (30, 30, 30, 1)
+    coded = Coded(make_codec("int8"), "hidden_states").encode(spiky((2, 3, 130)))
+    seeds.append(list(Outgoing(headers[0], coded).frames()))
+    weights = (30, 30, 30, 1, 60)
     for _ in range(count):
         frames = list(chance.choices(seeds, weights)[0])
         for _ in range(chance.choice((1, 1, 2, 4))):

@@ -24,7 +24,19 @@ def test_bench_transport_has_grpc_beside_tcp_and_shared_memory_beside_memcpy(
         "0.1 MB: gRPC, training call": "0.1 MB: raw TCP",
         "0.1 MB: shared memory, evaluation": "0.1 MB: memcpy",
         "0.1 MB: shared memory, training call": "0.1 MB: memcpy",
+        **{
+            f"0.1 MB: {what}": "0.1 MB: copy of a tensor"
+            for what in (
+                "copy of a tensor",
+                "bfloat16, encode",
+                "bfloat16, decode",
+                "int8, encode",
+                "int8, decode",
+            )
+        },
     }
+    assert rows["0.1 MB: bfloat16, encode"]["of its bytes"] == 0.5
+    assert 0.25 < rows["0.1 MB: int8, encode"]["of its bytes"] < 0.27
     assert all(len(row["seconds"]) == 2 and row["ratio"] > 0 for row in rows.values())
 
 

@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from flower_split.errors import CodecError
-from flower_split.parties.fingerprint import CODEC
+from flower_split.parties.fingerprint import CODEC, GRADIENT_CODEC
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import (
     cache_from_proto,
@@ -43,8 +43,8 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_frames
-from flower_split.wire.codecs import NATIVE, Coded, make_codec, stays_on_device
-from flower_split.wire.receiving import Incoming, Received
+from flower_split.wire.codecs import NATIVE, Coded, TensorForm, WireCodecs, stays_on_device
+from flower_split.wire.receiving import Incoming, Received, check_specs
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import allocator, arrived, aside, to_host
 
@@ -64,7 +64,7 @@ class ClientCalls:
         quotas: Of the calls in progress.
 
     Raises:
-        ConfigError: The codec that the engine's fingerprint names is not installed here.
+        ConfigError: A codec that the engine's fingerprint names is not installed here.
     """
 
     def __init__(
@@ -87,7 +87,8 @@ class ClientCalls:
         self._sessions = ClientSessions(
             engine, self._tokens, self._shared, max_tensor_bytes, max_call_seconds
         )
-        self._codec = make_codec(engine.fingerprint.get(CODEC, NATIVE))
+        names = engine.fingerprint.get(CODEC, NATIVE), engine.fingerprint.get(GRADIENT_CODEC, "")
+        self._codecs = WireCodecs.make(*names)
         self._device = engine.device
         self._on_gpu = self._device.type == "cuda"
         self._aside: Callable[[], AbstractContextManager[object]] = (
@@ -120,19 +121,21 @@ class ClientCalls:
             incoming = Incoming(frames, "forward", partial(self._shared.of, held.token))
             header = incoming.header.forward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
-            held.announce(incoming.header.tensors)
+            coded = Coded(self._codecs.activations, "hidden_states")
+            self._announce(held, incoming, coded)
             call.header = header
             recorded = header.HasField("key") or header.HasField("cache")
             received = incoming.receive(
                 self._max_tensor_bytes,
-                coded=Coded(self._codec, "hidden_states"),
+                coded=coded,
                 allocate=self._allocate,
                 digest=recorded,
             )
             call.digest = received.digest
             self._bring(received, "hidden_states")
             result = self._engine.forward(_forward_call(header, received, deadline))
-            return self._reply("trunk_output", result, header.session, incoming, received)
+            output = Coded(self._codecs.activations, "trunk_output")
+            return self._reply(output, result, header.session, incoming, received)
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
@@ -145,16 +148,17 @@ class ClientCalls:
             incoming = Incoming(frames, "backward", partial(self._shared.of, held.token))
             header = incoming.header.backward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
-            held.announce(incoming.header.tensors)
+            coded = Coded(self._codecs.gradients, "trunk_output_grad")
+            self._announce(held, incoming, coded)
             call.header = header
-            coded = Coded(self._codec, "trunk_output_grad")
             received = incoming.receive(
                 self._max_tensor_bytes, coded=coded, allocate=self._allocate, digest=True
             )
             call.digest = received.digest
             self._bring(received, "trunk_output_grad")
             result = self._engine.backward(_backward_call(header, received, deadline))
-            return self._reply("smashed_grad", result, header.session, incoming, received)
+            smashed_grad = Coded(self._codecs.gradients, "smashed_grad")
+            return self._reply(smashed_grad, result, header.session, incoming, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
         with (
@@ -183,6 +187,21 @@ class ClientCalls:
             memory = incoming.shared  # a reply goes the way that its request came
             return reply.frames() if memory is None else placed_frames(memory, reply)
 
+    def _announce(self, held: Holding, incoming: Incoming, coded: Coded) -> None:
+        """Count a call's tensors in, as they travel and as they are decoded.
+
+        Raises:
+            TrunkRefused: They are more than a call, or its session, may have (OVER_BUDGET).
+            CodecError: They are not what the codec gives.
+        """
+        specs, decoded = incoming.header.tensors, 0
+        if not stays_on_device(coded.codec):  # else what travels is the tensor itself
+            layouts = check_specs(specs, self._max_tensor_bytes)
+            announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
+            form = coded.form(announced, self._max_tensor_bytes)
+            decoded = 0 if form is None else form.num_bytes
+        held.announce(specs, decoded)
+
     def _bring(self, received: Received, name: str) -> None:
         """Put the one large tensor of a call where it is checked and computed with, if it came."""
         tensor = received.tensors.get(name)
@@ -191,7 +210,7 @@ class ClientCalls:
 
     def _reply(
         self,
-        name: str,
+        coded: Coded,
         result: CallResult,
         session: str,
         incoming: Incoming,
@@ -203,9 +222,9 @@ class ClientCalls:
             queue_seconds=result.queue_seconds,
         )
         # A reply goes the way that its request came.
-        stays = incoming.header.HasField("device") and stays_on_device(self._codec)
+        stays = incoming.header.HasField("device") and stays_on_device(coded.codec)
         tensor = to_host(result.tensor) if self._on_gpu and not stays else result.tensor
-        tensors = Coded(self._codec, name).encode(tensor)
+        tensors = coded.encode(tensor)
         reply = Outgoing(pb.Header(reply=header), tensors, tensors if stays else ())
         self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
         memory = incoming.shared

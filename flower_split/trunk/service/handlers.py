@@ -322,7 +322,7 @@ class Holding(AbstractContextManager["Holding"]):
         self.token = token_of(context)
         self.waits = waits
         self.control = control
-        self.num_bytes = 0  # of its tensors, as announced
+        self.num_bytes = 0  # of its tensors, as announced and decoded
         self.context = context
         self._quotas = quotas
 
@@ -335,13 +335,13 @@ class Holding(AbstractContextManager["Holding"]):
         """Count it out."""
         self._quotas.leave(self)
 
-    def announce(self, tensors: Iterable[pb.TensorSpec]) -> None:
-        """Look at what the call's header announces.
+    def announce(self, tensors: Iterable[pb.TensorSpec], decoded: int = 0) -> None:
+        """Look at what the call's header announces; decoding takes ``decoded`` bytes beside it.
 
         Raises:
             TrunkRefused: It is more than a call, or its session, may have (OVER_BUDGET).
         """
-        total, limits = 0, self._quotas.limits
+        total, limits = decoded, self._quotas.limits
         for spec in tensors:
             shape = spec.shape
             if len(shape) == 3 and shape[0] * shape[1] > limits.call_positions:

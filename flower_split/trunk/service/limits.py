@@ -13,7 +13,9 @@ class Limits:
     """Past one of them, a call is refused by its key, and no other client loses anything."""
 
     calls: int = 32  # trunk.max-calls-in-flight
-    call_bytes: int = 1 << 30  # trunk.call-memory-per-client: of their tensors, as announced
+    call_bytes: int = (
+        1 << 30
+    )  # trunk.call-memory-per-client: of their tensors, as announced and decoded
     call_positions: int = 1 << 18  # trunk.max-call-positions: rows x positions of each
     first_frame_seconds: float = 20.0  # trunk.first-frame-timeout: until a call says what it is
     connections: int = 512  # trunk.max-connections: of everybody

@@ -40,6 +40,7 @@ def job(checkpoint: Path, changes: Mapping[str, Scalar]) -> RunConfig:
 SETTINGS: Mapping[str, Mapping[str, Scalar]] = {
     "plain": {},
     "bfloat16": {"trunk.wire-dtype": "bfloat16"},
+    "bfloat16 gradients": {"trunk.gradient-wire-dtype": "bfloat16"},
     "accumulated": {"train.gradient-accumulation-steps": 3, "train.micro-batches-in-flight": 1},
     "a step a round": {
         "trunk.step-every": "server-round",
@@ -54,7 +55,9 @@ SETTINGS: Mapping[str, Mapping[str, Scalar]] = {
 }
 
 
-@pytest.mark.parametrize("name", sampled(SETTINGS, "accumulated", "clipped together"))
+@pytest.mark.parametrize(
+    "name", sampled(SETTINGS, "bfloat16 gradients", "accumulated", "clipped together")
+)
 def test_bytes_are_those_that_a_real_round_counts(checkpoint: Path, name: str) -> None:
     config = job(checkpoint, SETTINGS[name])
     run = dry_run(config)

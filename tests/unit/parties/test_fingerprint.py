@@ -94,6 +94,7 @@ def test_fingerprint_has_everything_by_which_the_trunk_trains() -> None:
     others = {
         "seed": replace(config, seed=3),
         "codec": replace(config, trunk=replace(trunk, wire_dtype="bfloat16")),
+        "gradient-codec": replace(config, trunk=replace(trunk, gradient_wire_dtype="int8")),
         "trunk.train": replace(config, trunk=replace(trunk, train="full")),
         "trunk.compute": replace(config, trunk=replace(trunk, compute="fast")),
         "trunk.num-threads": replace(config, trunk=replace(trunk, num_threads=2)),
@@ -118,6 +119,12 @@ def test_fingerprint_has_everything_by_which_the_trunk_trains() -> None:
         assert is_of_training(f"trunk.optimizer.{name}")
     assert "trunk.optimizer.warmup-ratio" in settings(config)
     assert is_of_training("seed") and not is_of_training("weights") and not is_of_training("codec")
+
+
+def test_a_gradient_codec_that_is_the_activations_own_is_no_field() -> None:
+    trunk = replace(RunConfig().trunk, wire_dtype="int8", gradient_wire_dtype="int8")
+    assert "gradient-codec" not in settings(RunConfig())  # which parties before it do not know
+    assert "gradient-codec" not in settings(replace(RunConfig(), trunk=trunk))
 
 
 def test_differences_name_both_values() -> None:

@@ -11,7 +11,7 @@ from flower_split.results.report.report import REPORTS
 from flower_split.runs.loggers.registry import LOGGERS
 from flower_split.runtime.registry import Registry
 from flower_split.trunk.engine.window_rules import WINDOW_RULES
-from flower_split.wire.codecs import CODECS
+from flower_split.wire.codecs import CODECS, GRADIENT_CODECS
 from flower_split.wire.transports import TRANSPORTS
 
 REGISTRIES: dict[str, Registry[Any]] = {
@@ -22,6 +22,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "train.report-to": LOGGERS,
     "trunk.window-rule": WINDOW_RULES,
     "trunk.wire-dtype": CODECS,
+    "trunk.gradient-wire-dtype": GRADIENT_CODECS,
     "trunk.transport": TRANSPORTS,
 }
 

@@ -36,7 +36,12 @@ from tests.support.distributions import install, installed
 from tests.support.loopback import COORDINATOR_TOKEN, TinyTrunk, make_engine, served
 
 PROJECT = Path(__file__).parents[2] / "support" / "plugin_distribution"
-TOLERANCES = {"native": 0.0, "float32": 0.0, "bfloat16": 2**-8}  # half a unit in the last place
+TOLERANCES = {
+    "native": 0.0,
+    "float32": 0.0,
+    "bfloat16": 2**-8,  # half a unit in the last place
+    "int8": (1 + 2**-7) / 254 + 2**-8,  # half a level, rounded to the tensor's dtype
+}
 
 
 @pytest.mark.parametrize("name", sorted(CODECS.built_in))

@@ -10,7 +10,7 @@ from torch import Tensor
 from flower_split.config import parse_run_config
 from flower_split.errors import CodecError, ConfigError, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.codecs import CODECS, Codec, Coded, TensorForm, make_codec
+from flower_split.wire.codecs import CODECS, Codec, Coded, TensorForm, WireCodecs, make_codec
 from flower_split.wire.receiving import Incoming
 from flower_split.wire.sending import Outgoing
 from tests.support.loopback import FINGERPRINT, HIDDEN, FakeEngine, remote, served
@@ -155,11 +155,17 @@ def test_a_name_is_checked_by_form_in_the_config_and_by_the_registry_when_it_is_
     for wrong in ("", "two words", "module:", "a,b"):
         with pytest.raises(ConfigError, match="trunk.wire-dtype must be a name"):
             parse_run_config({"trunk.wire-dtype": wrong})
+    config = parse_run_config({"trunk.gradient-wire-dtype": "int8"}).trunk
+    assert (config.wire_dtype, config.gradient_wire_dtype) == ("native", "int8")
+    with pytest.raises(ConfigError, match="trunk.gradient-wire-dtype must be a name"):
+        parse_run_config({"trunk.gradient-wire-dtype": "two words"})
+    with pytest.raises(ConfigError, match="trunk.gradient-wire-dtype 'int9' is unknown.*'int8'"):
+        WireCodecs.make("native", "int9")
     with pytest.raises(ConfigError, match="Did you mean 'bfloat16'"):
         make_codec("bfloat61")
     with pytest.raises(ConfigError, match="cannot be made without arguments.*abstract"):
         make_codec("flower_split.wire.codecs:Codec")
-    assert CODECS.names()[:3] == ["native", "float32", "bfloat16"]
+    assert CODECS.names()[:4] == ["native", "float32", "bfloat16", "int8"]
 
 
 def test_both_ends_use_the_codec_that_the_fingerprint_names_in_both_directions() -> None:
