@@ -25,7 +25,7 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cache_to_proto
 from flower_split.protocol.values import ForwardMode, SessionGrant
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.wire.codecs import Codec, Coded, TensorForm, WireCodecs
+from flower_split.wire.codecs import Coded, TensorForm, WireCodecs
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import Allocate, ToDevice, ToHost, pooled
@@ -72,6 +72,7 @@ class SessionCalls:
         codecs: How activations and gradients travel.
         grant: Of the open session; None: it is not open.
         max_tensor_bytes: That one call may carry.
+        without_zeros: Whether gradients may travel without their rows of zeros.
         waiting: Entered around every call.
     """
 
@@ -80,6 +81,7 @@ class SessionCalls:
         self.codecs = codecs
         self.grant: SessionGrant | None = None
         self.max_tensor_bytes = 0
+        self.without_zeros = False
         self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
         self._stats = WireStats()
         self._lock = threading.Lock()
@@ -101,7 +103,7 @@ class SessionCalls:
         header: pb.Header,
         tensors: Mapping[str, Tensor],
         *,
-        sent: tuple[str, Tensor, Codec] | None = None,
+        sent: tuple[Coded, Tensor] | None = None,
         result: str = "",
         reply_bytes: int | None = None,
         allocate: Allocate = pooled,
@@ -112,7 +114,7 @@ class SessionCalls:
             method: Which.
             header: Of the call.
             tensors: To send, as they are.
-            sent: The tensor that goes through a codec, with its name and that; None: there is none.
+            sent: The tensor that goes through a codec; None: there is none.
             result: The name of the one that comes back through it, in the form of ``sent``.
             reply_bytes: Limit on what comes back; None: that of a call.
             allocate: Where it is received.
@@ -123,9 +125,9 @@ class SessionCalls:
         """
         reply, staying = None, frozenset[str]()
         if sent is not None:
-            name, tensor, codec = sent
-            reply = Coded(codec, result, TensorForm.of(tensor))
-            parts = Coded(codec, name).encode(tensor)
+            coded, tensor = sent
+            reply = replace(coded, name=result, like=TensorForm.of(tensor))
+            parts = coded.encode(tensor)
             staying = frozenset(parts if tensor.device.type != "cpu" else ())
             tensors = {**parts, **tensors}
         message = Outgoing(header, tensors, staying)
@@ -254,7 +256,7 @@ class Exchange:
             "Forward",
             pb.Header(forward=header),
             self._extras,
-            sent=("hidden_states", smashed, self._calls.codecs.activations),
+            sent=(Coded(self._calls.codecs.activations, "hidden_states"), smashed),
             result="trunk_output",
             allocate=self._allocate,
         )
@@ -290,13 +292,15 @@ class Exchange:
             num_tokens=micro_batch.num_tokens,
             loss_denominator=micro_batch.loss_denominator,
             last=micro_batch.last,
+            without_zeros=self._calls.without_zeros,
         )
         codec, dtype = self._calls.codecs.gradients, trunk_output_grad.dtype
+        coded = Coded(codec, "trunk_output_grad", without_zeros=header.without_zeros)
         received, _ = self._calls.exchange(
             "Backward",
             pb.Header(backward=header),
             {},
-            sent=("trunk_output_grad", trunk_output_grad.to(codec.dtype or dtype), codec),
+            sent=(coded, trunk_output_grad.to(codec.dtype or dtype)),
             result="smashed_grad",
             allocate=self._allocate,
         )

@@ -67,6 +67,7 @@ class TrunkSession:
             reply = calls.channel.unary("OpenSession", request, pb.OpenSessionReply)
         self.evaluate = evaluate
         calls.max_tensor_bytes = reply.max_tensor_bytes
+        calls.without_zeros = reply.without_zeros
         calls.grant = grant_from_proto(reply)
         logger.debug(
             "session open: slot=%d round=%d version=%d",

@@ -24,6 +24,7 @@ _TRUNK_KEYS = frozenset(
         "quorum",
         "quorum-count",
         "wire-dtype",
+        "gradient-wire-dtype",
         "window-rule",
         "window-batches",
         "window-batch-positions",
@@ -57,7 +58,12 @@ _NOT_BROUGHT = frozenset(
     }
 )
 # Those that name code which the trunk loads.
-_PLUG_INS = ("trunk.wire-dtype", "trunk.window-rule", "trunk.reduction")
+_PLUG_INS = (
+    "trunk.wire-dtype",
+    "trunk.gradient-wire-dtype",
+    "trunk.window-rule",
+    "trunk.reduction",
+)
 
 _BASE_FIELDS = frozenset(
     {

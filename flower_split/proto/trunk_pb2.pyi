@@ -162,7 +162,7 @@ class CacheUse(_message.Message):
     def __init__(self, id: _Optional[int] = ..., step: _Optional[int] = ..., past_length: _Optional[int] = ...) -> None: ...
 
 class BackwardHeader(_message.Message):
-    __slots__ = ("session", "trunk_epoch", "key", "version", "num_tokens", "loss_denominator", "last")
+    __slots__ = ("session", "trunk_epoch", "key", "version", "num_tokens", "loss_denominator", "last", "without_zeros")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     KEY_FIELD_NUMBER: _ClassVar[int]
@@ -170,6 +170,7 @@ class BackwardHeader(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LOSS_DENOMINATOR_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_ZEROS_FIELD_NUMBER: _ClassVar[int]
     session: str
     trunk_epoch: int
     key: ContributionKey
@@ -177,7 +178,8 @@ class BackwardHeader(_message.Message):
     num_tokens: float
     loss_denominator: float
     last: bool
-    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., num_tokens: _Optional[float] = ..., loss_denominator: _Optional[float] = ..., last: _Optional[bool] = ...) -> None: ...
+    without_zeros: bool
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., key: _Optional[_Union[ContributionKey, _Mapping]] = ..., version: _Optional[int] = ..., num_tokens: _Optional[float] = ..., loss_denominator: _Optional[float] = ..., last: _Optional[bool] = ..., without_zeros: _Optional[bool] = ...) -> None: ...
 
 class FinishStepHeader(_message.Message):
     __slots__ = ("session", "trunk_epoch", "key", "grad_norm_squared")
@@ -285,7 +287,7 @@ class FinishRule(_message.Message):
     def __init__(self, max_grad_norm: _Optional[float] = ..., share_gradients: _Optional[bool] = ...) -> None: ...
 
 class OpenSessionReply(_message.Message):
-    __slots__ = ("session", "trunk_epoch", "version", "experiment", "server_round", "attempt", "max_tensor_bytes", "lease_seconds", "slot", "finish")
+    __slots__ = ("session", "trunk_epoch", "version", "experiment", "server_round", "attempt", "max_tensor_bytes", "lease_seconds", "slot", "finish", "without_zeros")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     TRUNK_EPOCH_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +298,7 @@ class OpenSessionReply(_message.Message):
     LEASE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     SLOT_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    WITHOUT_ZEROS_FIELD_NUMBER: _ClassVar[int]
     session: str
     trunk_epoch: int
     version: int
@@ -306,7 +309,8 @@ class OpenSessionReply(_message.Message):
     lease_seconds: float
     slot: int
     finish: FinishRule
-    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., max_tensor_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., slot: _Optional[int] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ...) -> None: ...
+    without_zeros: bool
+    def __init__(self, session: _Optional[str] = ..., trunk_epoch: _Optional[int] = ..., version: _Optional[int] = ..., experiment: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., max_tensor_bytes: _Optional[int] = ..., lease_seconds: _Optional[float] = ..., slot: _Optional[int] = ..., finish: _Optional[_Union[FinishRule, _Mapping]] = ..., without_zeros: _Optional[bool] = ...) -> None: ...
 
 class ShortenPlanRequest(_message.Message):
     __slots__ = ("session", "trunk_epoch", "planned_steps")

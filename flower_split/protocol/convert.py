@@ -75,6 +75,7 @@ def grant_to_proto(grant: SessionGrant, max_tensor_bytes: int) -> pb.OpenSession
         lease_seconds=grant.lease_seconds,
         slot=grant.slot,
         finish=_finish_to_proto(grant.finish),
+        without_zeros=True,
     )
 
 

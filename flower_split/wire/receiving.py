@@ -19,7 +19,8 @@ from torch import Tensor
 
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.codecs.codec import Coded, TensorForm
+from flower_split.wire.codecs.codec import TensorForm
+from flower_split.wire.codecs.coded import Coded
 from flower_split.wire.device_memory import device_digest
 from flower_split.wire.format import (
     DTYPES,

@@ -215,9 +215,13 @@ def fuzz_calls(family: str, count: int, findings: Findings, seed: int = 0) -> No
 def fuzz_codec(count: int, seed: int = 0) -> Counter[str]:
     """Feed mutated messages to the codec; return outcomes by name. Anything but CodecError raises."""
     outcomes: Counter[str] = Counter()
-    int8 = Coded(make_codec("int8"), "hidden_states")
+    kinds = {
+        "": None,
+        "int8 ": Coded(make_codec("int8"), "hidden_states"),
+        "rows ": Coded(make_codec("native"), "hidden_states", without_zeros=True),
+    }
     for frames in mutated_messages(seed, count):
-        for name, coded in (("", None), ("int8 ", int8)):
+        for name, coded in kinds.items():
             try:
                 Incoming(iter(frames)).receive(1 << 22, coded=coded, digest=True)
                 outcomes[name + "accepted"] += 1

@@ -49,6 +49,8 @@ NAMES = (
     "cache_rows",
     "labels",
     "hidden_states/scale",
+    "hidden_states.rows",
+    "trunk_output_grad.rows",
 )
 NUMBERS = (0, 1, 2, 3, 7, 63, 64, 65, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1)
 REALS = (0.0, 1.0, 2.0, 3.5, 1e-300, 1e300, -1.0, math.inf, -math.inf, math.nan)
@@ -306,7 +308,9 @@ def mutated_messages(seed: int, count: int) -> Iterator[list[bytes]]:
     seeds.append([frame for frame in Outgoing(headers[0], {"x": torch.ones(300_000)}).frames()])
     coded = Coded(make_codec("int8"), "hidden_states").encode(spiky((2, 3, 130)))
     seeds.append(list(Outgoing(headers[0], coded).frames()))
-    weights = (30, 30, 30, 1, 60)
+    rows = {"hidden_states": torch.ones(1, 2, 4), "hidden_states.rows": torch.eye(2)[..., None] > 0}
+    seeds.append(list(Outgoing(headers[1], rows).frames()))
+    weights = (30, 30, 30, 1, 60, 30)
     for _ in range(count):
         frames = list(chance.choices(seeds, weights)[0])
         for _ in range(chance.choice((1, 1, 2, 4))):

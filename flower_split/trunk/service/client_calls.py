@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import grpc
@@ -148,7 +149,7 @@ class ClientCalls:
             incoming = Incoming(frames, "backward", partial(self._shared.of, held.token))
             header = incoming.header.backward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
-            coded = Coded(self._codecs.gradients, "trunk_output_grad")
+            coded = Coded(self._codecs.gradients, "trunk_output_grad", without_zeros=True)
             self._announce(held, incoming, coded)
             call.header = header
             received = incoming.receive(
@@ -157,7 +158,7 @@ class ClientCalls:
             call.digest = received.digest
             self._bring(received, "trunk_output_grad")
             result = self._engine.backward(_backward_call(header, received, deadline))
-            smashed_grad = Coded(self._codecs.gradients, "smashed_grad")
+            smashed_grad = replace(coded, name="smashed_grad", without_zeros=header.without_zeros)
             return self._reply(smashed_grad, result, header.session, incoming, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
@@ -195,7 +196,7 @@ class ClientCalls:
             CodecError: They are not what the codec gives.
         """
         specs, decoded = incoming.header.tensors, 0
-        if not stays_on_device(coded.codec):  # else what travels is the tensor itself
+        if not coded.travels_whole(spec.name for spec in specs):
             layouts = check_specs(specs, self._max_tensor_bytes)
             announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
             form = coded.form(announced, self._max_tensor_bytes)
