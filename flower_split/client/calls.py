@@ -1,10 +1,9 @@
 """The calls of one session, and of one micro-batch: their headers, what they cost, autograd's part.
 
-Shapes: smashed data, ``trunk_output`` and their gradients ``[batch, seq, hidden]``.
-
-The autograd function lives on the CPU, with the copies to and from a GPU around it: then autograd
-runs it on the thread that called ``backward``, not on the device's one backward thread, and
-micro-batches in flight do not wait for each other's calls.
+Smashed data, ``trunk_output`` and their gradients are ``[batch, seq, hidden]``. The autograd function
+lives on the CPU, with the copies to and from a GPU around it: then autograd runs it on the thread that
+called ``backward``, not on the device's one backward thread, and micro-batches in flight do not wait
+for each other's calls.
 """
 
 import itertools
@@ -265,10 +264,8 @@ class Exchange:
 
     def may_stay(self, smashed: Tensor) -> bool:
         """Return whether the trunk takes tensors of this GPU where they lie."""
-        channel = self._calls.channel
-        if not (self._calls.codecs.stay_on_device and isinstance(channel, DeviceTransport)):
-            return False
-        return channel.takes(smashed)
+        channel, staying = self._calls.channel, self._calls.codecs.stay_on_device
+        return staying and isinstance(channel, DeviceTransport) and channel.takes(smashed)
 
     def backward(self, trunk_output_grad: Tensor) -> Tensor:
         """Send the output's gradient; return ``smashed_grad``, of the same dtype. Once.
@@ -321,7 +318,7 @@ def call_trunk(smashed: Tensor, always: Tensor, exchange: Exchange) -> Tensor:
     """Return ``trunk_output`` of ``smashed``, whose backward calls the trunk again.
 
     Args:
-        smashed: [batch, seq, hidden], on any device, in the dtype that travels.
+        smashed: In the dtype that travels, on any device.
         always: Requires grad, so that the backward is called even where ``smashed`` does not.
         exchange: The micro-batch's two calls.
     """
