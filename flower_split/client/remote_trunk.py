@@ -34,7 +34,7 @@ from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
-from flower_split.wire.staging import allocator, tensors_to_host
+from flower_split.wire.staging import allocator, pooled, tensors_to_host
 from flower_split.wire.transports import TRANSPORTS
 
 
@@ -252,10 +252,12 @@ class RemoteTrunk(nn.Module, Closing):
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
             micro_batch = self._current.take()
         given = TrunkInputs(mask, positions, layer_arguments or {}, host_arguments or {})
-        extras = tensors_to_host(given.named())
+        on_host, extras = hidden_states.device.type == "cpu", given.named()
+        if not on_host:
+            extras = tensors_to_host(extras)
         if cache is not None and cache.rows is not None:
             extras["cache_rows"] = cache.rows
-        allocate = allocator(hidden_states.device)
+        allocate = pooled if on_host else allocator(hidden_states.device)
         caching = Caching(use_cache, cache, self._take_released() if cache else [])
         exchange = Exchange(self._calls, mode, micro_batch, extras, allocate, caching)
         with torch.set_grad_enabled(mode is ForwardMode.TRAIN):

@@ -8,8 +8,7 @@ from torch import Tensor
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.testing.failures import ConformanceError, require, require_refusal
-from flower_split.wire.codecs.codec import Codec, TensorForm
-from flower_split.wire.codecs.coded import Coded
+from flower_split.wire.codecs.codec import Codec, Coded, TensorForm
 from flower_split.wire.receiving import Incoming
 from flower_split.wire.sending import Outgoing
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from flower_split.errors import CodecError
 from flower_split.proto import trunk_pb2 as pb
-from flower_split.wire.codecs.codec import TensorForm
-from flower_split.wire.codecs.coded import Coded
+from flower_split.wire.codecs.codec import Coded, TensorForm
 from flower_split.wire.device_memory import device_digest
 from flower_split.wire.format import (
     DTYPES,
@@ -170,6 +169,7 @@ class Incoming:
         coded: Coded | None = None,
         allocate: Allocate = pooled,
         digest: bool = False,
+        admit: Callable[[int], None] | None = None,
     ) -> Received:
         """Check the descriptions, allocate, and fill as the frames arrive.
 
@@ -181,16 +181,16 @@ class Incoming:
             coded: The tensor that its sender has passed through a codec; None: there is none.
             allocate: Where the payloads go.
             digest: Whether to hash what arrives.
+            admit: Told the bytes that decoding takes beside what travels, if any; may refuse them.
 
         Raises:
-            CodecError: A description is wrong or too large, the coded tensor is not what it must
-                be, or the payload is shorter or longer than announced.
+            CodecError: A description, the coded tensor or the payload's length is not as it must be.
         """
         layouts = check_specs(self.header.tensors, max_bytes)
         form = None
         if coded is not None:
             announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
-            form = coded.form(announced, max_bytes)
+            form = coded.form(announced, max_bytes, admit)
         placed = self._open(self._placed, layouts) if self._placed else [None] * len(layouts)
         payloads, framed = [], []
         for layout, found in zip(layouts, placed, strict=True):

@@ -44,8 +44,8 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_frames
-from flower_split.wire.codecs import NATIVE, Coded, TensorForm, WireCodecs, stays_on_device
-from flower_split.wire.receiving import Incoming, Received, check_specs
+from flower_split.wire.codecs import NATIVE, Coded, WireCodecs, stays_on_device
+from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import allocator, arrived, aside, to_host
 
@@ -123,7 +123,7 @@ class ClientCalls:
             header = incoming.header.forward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             coded = Coded(self._codecs.activations, "hidden_states")
-            self._announce(held, incoming, coded)
+            held.announce(incoming.header.tensors)
             call.header = header
             recorded = header.HasField("key") or header.HasField("cache")
             received = incoming.receive(
@@ -131,6 +131,7 @@ class ClientCalls:
                 coded=coded,
                 allocate=self._allocate,
                 digest=recorded,
+                admit=partial(self._quotas.announce, held),
             )
             call.digest = received.digest
             self._bring(received, "hidden_states")
@@ -150,10 +151,14 @@ class ClientCalls:
             header = incoming.header.backward
             self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
             coded = Coded(self._codecs.gradients, "trunk_output_grad", without_zeros=True)
-            self._announce(held, incoming, coded)
+            held.announce(incoming.header.tensors)
             call.header = header
             received = incoming.receive(
-                self._max_tensor_bytes, coded=coded, allocate=self._allocate, digest=True
+                self._max_tensor_bytes,
+                coded=coded,
+                allocate=self._allocate,
+                digest=True,
+                admit=partial(self._quotas.announce, held),
             )
             call.digest = received.digest
             self._bring(received, "trunk_output_grad")
@@ -187,21 +192,6 @@ class ClientCalls:
             self._engine.count_bytes(header.session, received.num_bytes, reply.num_bytes)
             memory = incoming.shared  # a reply goes the way that its request came
             return reply.frames() if memory is None else placed_frames(memory, reply)
-
-    def _announce(self, held: Holding, incoming: Incoming, coded: Coded) -> None:
-        """Count a call's tensors in, as they travel and as they are decoded.
-
-        Raises:
-            TrunkRefused: They are more than a call, or its session, may have (OVER_BUDGET).
-            CodecError: They are not what the codec gives.
-        """
-        specs, decoded = incoming.header.tensors, 0
-        if not coded.travels_whole(spec.name for spec in specs):
-            layouts = check_specs(specs, self._max_tensor_bytes)
-            announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
-            form = coded.form(announced, self._max_tensor_bytes)
-            decoded = 0 if form is None else form.num_bytes
-        held.announce(specs, decoded)
 
     def _bring(self, received: Received, name: str) -> None:
         """Put the one large tensor of a call where it is checked and computed with, if it came."""

@@ -266,7 +266,7 @@ class Quotas:
             if held + num_bytes > self.limits.call_bytes:
                 raise self.limits.over_bytes(held, num_bytes)
             self._bytes[place.token] = held + num_bytes
-            place.num_bytes = num_bytes
+            place.num_bytes += num_bytes
 
     def leave(self, place: "Holding") -> None:
         """Count a call out, with what it announced; its reply is yet to leave."""
@@ -335,13 +335,13 @@ class Holding(AbstractContextManager["Holding"]):
         """Count it out."""
         self._quotas.leave(self)
 
-    def announce(self, tensors: Iterable[pb.TensorSpec], decoded: int = 0) -> None:
-        """Look at what the call's header announces; decoding takes ``decoded`` bytes beside it.
+    def announce(self, tensors: Iterable[pb.TensorSpec]) -> None:
+        """Look at what the call's header announces.
 
         Raises:
             TrunkRefused: It is more than a call, or its session, may have (OVER_BUDGET).
         """
-        total, limits = decoded, self._quotas.limits
+        total, limits = 0, self._quotas.limits
         for spec in tensors:
             shape = spec.shape
             if len(shape) == 3 and shape[0] * shape[1] > limits.call_positions:

@@ -4,8 +4,7 @@ Runs on: The client and the trunk.
 Read first: ``codec.py``, which has the simple built-in ones too; ``int8.py`` is the other.
 """
 
-from flower_split.wire.codecs.codec import Codec, TensorForm, stays_on_device
-from flower_split.wire.codecs.coded import Coded
+from flower_split.wire.codecs.codec import Codec, Coded, TensorForm, stays_on_device
 from flower_split.wire.codecs.registry import (
     CODECS,
     GRADIENT_CODECS,
