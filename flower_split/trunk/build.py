@@ -51,7 +51,9 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
         ConfigError: The device, a codec or the window rule is not there, or quantised weights would
             have to train.
     """
-    WireCodecs.make(config.trunk.wire_dtype, config.trunk.gradient_wire_dtype)  # before minutes of loading
+    WireCodecs.make(
+        config.trunk.wire_dtype, config.trunk.gradient_wire_dtype
+    )  # before minutes of loading
     make_window_rule(config.trunk.window_rule)
     trunk = _load(config)
     _attach(config, trunk)

@@ -131,7 +131,7 @@ class ClientCalls:
                 coded=coded,
                 allocate=self._allocate,
                 digest=recorded,
-                admit=partial(self._quotas.announce, held),
+                admit=partial(self.quotas.announce, held),
             )
             call.digest = received.digest
             self._bring(received, "hidden_states")
@@ -158,7 +158,7 @@ class ClientCalls:
                 coded=coded,
                 allocate=self._allocate,
                 digest=True,
-                admit=partial(self._quotas.announce, held),
+                admit=partial(self.quotas.announce, held),
             )
             call.digest = received.digest
             self._bring(received, "trunk_output_grad")

@@ -128,6 +128,7 @@ def test_run_brings_what_is_its_own_and_takes_the_rest_from_the_trunk(config: Ru
         ("trunk.no-such-key", 1, "not an experiment's to say"),
         ("lora.trunk.no-such-key", 1, "unknown run-config key"),
         ("lora.trunk.r", "many", "must be of type int"),
+        ("trunk.gradient-wire-dtype", "os:system", "import path"),
         ("trunk.window-rule", "os:system", "import path"),
         ("trunk.reduction", "os:system=3", "import path"),
         ("trunk.train", "full", "trains the base itself"),
