@@ -1,6 +1,6 @@
 """Several experiments on one trunk: memory and tokens a second, beside one experiment on the same trunk.
 
-The trunk is a process of its own, and so are the clients, who send hidden states and gradients of random
+The trunk is a process of its own. The clients, in this process, send hidden states and gradients of random
 numbers over gRPC and compute nothing. One experiment has as many clients as all experiments together have
 otherwise, so that the same number of calls waits for the trunk, and both take turns on one trunk process.
 """
@@ -8,9 +8,9 @@ otherwise, so that the same number of calls waits for the trunk, and both take t
 import secrets
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -173,8 +173,8 @@ def _round(
             )
         )
         order += [_Client(token, config) for token in tokens.values()]
-    with closing(Worker(drive, (address, order, bench), bench.num_threads)) as worker:
-        seconds = worker.answer().seconds[0]
+    with _joined(address, order) as trunks:
+        seconds = _drive(trunks, bench)
         for number, link in enumerate(links):
             link.prepare_round(f"benchmark-{number}", server_round, 0)
             link.commit_round(f"benchmark-{number}", server_round, 0)
@@ -191,10 +191,24 @@ def serve(pipe: Connection, config: RunConfig, token: str, folder: str) -> None:
             return
 
 
-def drive(
-    pipe: Connection, address: str, clients: Sequence[_Client], bench: ExperimentsBench
-) -> None:
-    """Send all clients' micro-batches at once, and the seconds until the last is answered."""
+@contextmanager
+def _joined(address: str, clients: Sequence[_Client]) -> Iterator[list[RemoteTrunk]]:
+    """Let clients join their rounds, until the block ends."""
+    with ExitStack() as stack:
+        trunks = []
+        for client in clients:
+            fields = fingerprint(client.config)
+            trunk = RemoteTrunk(
+                address, token=client.token, fingerprint=fields, mode="joint", call_timeout=_SECONDS
+            )
+            stack.callback(trunk.close)
+            trunk.open(1)
+            trunks.append(trunk)
+        yield trunks
+
+
+def _drive(trunks: Sequence[RemoteTrunk], bench: ExperimentsBench) -> float:
+    """Send all clients' micro-batches at once; return the seconds until the last is answered."""
     preset = PRESETS[bench.preset]
     shape = (preset.batch, preset.sequence, preset.hidden)
     generator = torch.Generator().manual_seed(0)
@@ -213,17 +227,8 @@ def drive(
                 output = trunk(leaf, attention_mask=mask)
             output.backward(grad)
 
-    with ExitStack() as stack, ThreadPoolExecutor(len(clients)) as pool:
-        trunks = []
-        for client in clients:
-            fields = fingerprint(client.config)
-            trunk = RemoteTrunk(
-                address, token=client.token, fingerprint=fields, mode="joint", call_timeout=_SECONDS
-            )
-            stack.callback(trunk.close)
-            trunk.open(1)
-            trunks.append(trunk)
+    with ThreadPoolExecutor(len(trunks)) as pool:
         began = time.perf_counter()
         for done in [pool.submit(calls, trunk) for trunk in trunks]:
             done.result(_SECONDS)
-        pipe.send(Answer((time.perf_counter() - began,)))
+        return time.perf_counter() - began

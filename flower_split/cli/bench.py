@@ -92,6 +92,9 @@ def _add_experiments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]
     )
     experiments.add_argument("--preset", choices=_PRESETS, default="tiny")
     experiments.add_argument("--experiments", type=int, default=8, metavar="N")
+    experiments.add_argument(
+        "--micro-batches", type=int, default=8, metavar="N", help="of each client in a round"
+    )
     experiments.add_argument("--repeats", type=int, default=5, metavar="N", help="rounds of each")
     experiments.add_argument("--threads", type=int, default=1, metavar="N", help="of each process")
     experiments.add_argument(
@@ -184,6 +187,7 @@ def _experiments(arguments: argparse.Namespace) -> int:
         preset=arguments.preset,
         device=str(resolve_device(arguments.device, "--device")),
         experiments=arguments.experiments,
+        micro_batches=arguments.micro_batches,
         repeats=arguments.repeats,
         num_threads=arguments.threads,
     )

@@ -52,3 +52,13 @@ def test_bench_step_has_the_split_step_beside_plain_peft(tmp_path: Path) -> None
         ("split, exact, auto, 2 clients x 4", reference),
     ]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_bench_experiments_takes_no_more_memory_than_base_and_states(tmp_path: Path) -> None:
+    order = ["bench", "experiments", "--repeats", "1", "--micro-batches", "1", "--device", "cpu"]
+    assert main([*order, "--out", str(tmp_path)]) == 0
+    one, eight = json.loads((tmp_path / "experiments.json").read_text())["rows"]
+    assert (one["what"], eight["what"]) == ("one experiment", "8 experiments")
+    assert eight["base"] == one["base"] == "one experiment" and eight["tokens/s"] > 0
+    assert eight["trunk MiB"] <= 1.1 * eight["base + states MiB"]
