@@ -35,12 +35,15 @@ def alone(name: str, config: RunConfig) -> str:
         torch.set_num_threads(threads)
 
 
-def test_experiments_at_once_end_on_the_weights_that_each_has_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [3, pytest.param(8, marks=pytest.mark.slow)])
+def test_experiments_at_once_end_on_the_weights_that_each_has_alone(
+    tmp_path: Path, count: int
+) -> None:
     config = make_config(write_checkpoint(tmp_path / "model"))
     config = replace(config, train=replace(config.train, local_steps=2))
-    configs = {f"e{number}": varied(config, number) for number in range(4)}
+    configs = {f"e{number}": varied(config, number) for number in range(count)}
     expected = {name: alone(name, one) for name, one in configs.items()}
-    assert len(set(expected.values())) == 4
+    assert len(set(expected.values())) == count
     with several(config, tmp_path / "checkpoints") as trunk:
         jobs = [Job(name, one, trunk.port) for name, one in configs.items()]
         assert run_all(jobs) == expected
@@ -62,7 +65,7 @@ def test_runs_at_once_bring_their_settings_to_one_trunk_and_leave_it(
         done = RunDirectory.open(tmp_path / name)
         return {**done.read_adapter("trunk"), **done.read_adapter("client")}
 
-    own: dict[str, Scalar] = {"trunk__step_every": "server-round", "num_server_rounds": 2}
+    own: dict[str, Scalar] = {"trunk__step_every": "server-round"}
     changes: tuple[dict[str, Scalar], ...] = (
         {**own, "lora__trunk__r": 2, "seed": 1},
         {**own, "lora__trunk__target_modules": "up_proj", "trunk__optimizer__name": "adamw"},

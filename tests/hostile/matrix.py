@@ -71,7 +71,7 @@ OLD, NEW = "the coordinator's former token", "the coordinator's token of now"
 EXPERIMENT = "e"
 
 # Of calls that name no session and no round of their own: nothing to be wrong about.
-_NAMES_NO_ROUND = ("Status", "GetAdapter")
+_NAMES_NO_ROUND = ("Status", "GetAdapter", "EndExperiment")
 _NAMES_NO_SLOT = (
     "OpenSession",
     "ShareMemory",
@@ -163,6 +163,7 @@ def frames_of(method: str, names: Names, begun: RoundPlan) -> list[bytes]:
         "RevokeClient": lambda: pb.RevokeClientRequest(slots=[names.slot]),
         "Status": pb.StatusRequest,
         "GetAdapter": pb.GetAdapterRequest,
+        "EndExperiment": pb.EndExperimentRequest,
     }
     return [messages[method]().SerializeToString()]
 

@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[bool, Rig]]:
 
 
 def test_matrix_has_every_method_of_the_protocol() -> None:
-    assert len(METHODS) == 15 and set(OF_CLIENTS) < set(METHODS)
+    assert len(METHODS) == 16 and set(OF_CLIENTS) < set(METHODS)
     for method in METHODS:  # and none is without a row of codes
         assert sum(bool(expected(method, credential)) for credential in CREDENTIALS) >= 9
 

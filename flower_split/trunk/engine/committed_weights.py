@@ -115,4 +115,9 @@ class CommittedWeights:
                 f"the checkpoint of round {base.server_round} does not restore the weights it "
                 "says; it was written by another version. Begin a new run.",
             )
-        logger.info("restored round %d, version %d", base.server_round, record.version)
+        logger.info(
+            "restored round %d of experiment %s, version %d",
+            base.server_round,
+            self.experiment,
+            record.version,
+        )

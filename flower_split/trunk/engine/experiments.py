@@ -6,7 +6,7 @@ sessions, weights, optimizer, budgets and checkpoints. A call finds its engine b
 experiment, or by the experiment that its coordinator names.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -23,6 +23,13 @@ class Experiments(Protocol):
 
     maximum: int
     """Experiments at once."""
+
+    def check_tokens(self, owner: str, name: str, tokens: Collection[str]) -> None:
+        """Check, before a round begins, that its participants' tokens are of no other experiment.
+
+        Raises:
+            TrunkRefused: One is (INVALID_REQUEST).
+        """
 
     def begin(self, owner: str, name: str, values: Values | None) -> TrunkEngine:
         """Return an experiment's engine for a round that its coordinator begins; make it if need be.
@@ -83,6 +90,9 @@ class OneExperiment:
         self._engine = engine
         self._engines = MappingProxyType({"": engine})
         self.knows_token = engine.knows_token
+
+    def check_tokens(self, owner: str, name: str, tokens: Collection[str]) -> None:
+        """Do nothing: there is no other experiment."""
 
     def begin(self, owner: str, name: str, values: Values | None) -> TrunkEngine:
         """Return the engine, which refuses a round itself while it is at work on another experiment."""

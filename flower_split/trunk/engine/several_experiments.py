@@ -8,7 +8,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -88,6 +88,16 @@ class SeveralExperiments(Closing):
         # changed, so that it is read without the lock.
         self._changing = threading.Lock()
         self._held: Mapping[tuple[str, str], _Held] = MappingProxyType({})
+
+    def check_tokens(self, owner: str, name: str, tokens: Collection[str]) -> None:
+        """See :meth:`Experiments.check_tokens`."""
+        mine = self._held.get((owner, name))
+        others = [held.engine for held in self._held.values() if held is not mine]
+        if any(engine.knows_token(token) for token in tokens for engine in others):
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                "BeginRound: a participant has a token in use. Draw one for every client and round.",
+            )
 
     def begin(self, owner: str, name: str, values: Values | None) -> TrunkEngine:
         """See :meth:`Experiments.begin`."""

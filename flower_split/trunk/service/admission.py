@@ -46,13 +46,22 @@ class CoordinatorTokens:
         others: Those of further coordinators, by name, each with experiments of its own.
 
     Raises:
-        ConfigError: The token is empty.
+        ConfigError: The token is empty, or two coordinators have the same.
     """
 
     def __init__(self, source: str | TokenFile, others: Mapping[str, TokenFile]) -> None:
         if not source:
             raise ConfigError("the trunk needs a coordinator token; it is empty.")
         self._sources: dict[str, str | TokenFile] = {"": source, **others}
+        for name, file in others.items():
+            found = next(
+                (owner for t in file.tokens() if (owner := self.owner_of(t)) != name), name
+            )
+            if found != name:
+                raise ConfigError(
+                    f"--coordinator {name} has a token that is {found or 'the trunk'}'s own, too, so that "
+                    "their experiments would not be apart. Make one for each."
+                )
 
     def owner_of(self, token: str) -> str | None:
         """Return whose token a call has, in a time that does not tell how nearly; None: nobody's.

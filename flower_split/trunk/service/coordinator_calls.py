@@ -78,19 +78,21 @@ class CoordinatorCalls:
 
     def _begin_round(self, request: pb.BeginRoundRequest, context: Context) -> Message:
         plan, values = plan_from_proto(request), settings_from_proto(request)
-        self._check_tokens(plan)
-        engine = self._experiments.begin(self._owner(context), plan.experiment, values)
+        owner = self._owner(context)
+        self._check_tokens(plan, owner)
+        engine = self._experiments.begin(owner, plan.experiment, values)
         epoch, version = engine.begin_round(plan)
         return pb.BeginRoundReply(trunk_epoch=epoch, version=version)
 
-    def _check_tokens(self, plan: RoundPlan) -> None:
-        """Check that no token is a coordinator's: a call with it would be two parties'."""
+    def _check_tokens(self, plan: RoundPlan, owner: str) -> None:
+        """Check that no token is a coordinator's or another experiment's: a call has one sender."""
         tokens = [*plan.participants.values(), *(item.token for item in plan.dispatches)]
         if any(self._tokens.owner_of(token) is not None for token in tokens):
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST,
                 "BeginRound: a participant has a coordinator's token. Draw one for it alone.",
             )
+        self._experiments.check_tokens(owner, plan.experiment, tokens)
 
     def _prepare_round(self, request: pb.PrepareRoundRequest, context: Context) -> Message:
         report = self._of(request.experiment, context).prepare_round(

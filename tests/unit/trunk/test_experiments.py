@@ -10,7 +10,7 @@ import torch
 
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import OptimizerConfig
-from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.errors import ConfigError, RefusalReason, RoundAborted, TrunkRefused
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.values import RoundBase, RoundPlan
 from flower_split.runtime.secret_files import TokenFile
@@ -233,6 +233,31 @@ def test_participant_with_a_coordinators_token_is_refused(tmp_path: Path) -> Non
     with served(rig) as port, coordinator(port) as link:
         stolen = plan("a", participants={0: COORDINATOR_TOKEN})
         assert refused(lambda: link.begin_round(stolen))[0] is RefusalReason.INVALID_REQUEST
+    assert rig.made == []
+
+
+def test_participant_with_a_token_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, maximum=2)
+    with served(rig) as port, coordinator(port) as link, coordinator(port) as other:
+        link.begin_round(plan("a"))
+        taken = plan("b", participants={0: "token of a 1"})
+        reason, text = refused(lambda: other.begin_round(taken))
+        assert reason is RefusalReason.INVALID_REQUEST and "in use" in text
+        link.begin_round(plan("a", attempt=1))  # its own may come again
+        assert sorted(rig.experiments.engines()) == ["a"]
+
+
+def test_two_coordinators_with_one_token_are_refused(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, maximum=2)
+    file = tmp_path / "token"
+    file.write_text(COORDINATOR_TOKEN + "\n")
+    file.chmod(0o600)
+    with closing(rig.experiments), pytest.raises(ConfigError, match="--coordinator lab"):
+        TrunkServer(
+            rig.experiments,
+            coordinator_token=COORDINATOR_TOKEN,
+            coordinators={"lab": TokenFile(file, "--coordinator")},
+        )
 
 
 def test_experiment_of_a_silent_coordinator_is_let_go_and_comes_back(tmp_path: Path) -> None:
