@@ -11,6 +11,7 @@
     ├── TrunkError           anything that goes wrong between a client and the trunk
     │   ├── TrunkUnavailable the trunk does not answer within the deadline
     │   ├── TrunkRefused     the trunk answered no; carries a RefusalReason
+    │   ├── KeyLost          a client's token is for a key that it no longer has
     │   └── RoundAborted     the trunk gave the round up; nothing of it was kept
     ├── WorkerError          a node's worker cannot be had, or was lost; its ClientApp can do the work
     ├── WorkerStuck          a node's worker can be neither asked nor ended
@@ -134,6 +135,10 @@ class TrunkRefused(TrunkError):
     def __reduce__(self) -> tuple[type["TrunkRefused"], tuple[RefusalReason, str]]:
         """Pickle with both arguments, so that the error survives a process boundary."""
         return type(self), (self.reason, str(self))
+
+
+class KeyLost(TrunkError):
+    """A client's token is for a key that it no longer has."""
 
 
 class RoundAborted(TrunkError):

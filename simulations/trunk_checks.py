@@ -4,8 +4,8 @@ Three clients train a trunk of Llama layers with LoRA over loopback gRPC, in one
 client's forward and backward, and the optimizer step that they complete. The variants take turns, so
 that what else the machine does falls on all; printed are medians over the steps, and of each step over
 the one without checks beside it, in seconds of the clock and of the processor. "Without" leaves out
-admission and quotas, the comparison of every call with the model's schema, the looks for NaN, Inf and
-size, and the bounds on numbers and norms::
+admission (with the proof that a token is its client's) and quotas, the comparison of every call with the
+model's schema, the looks for NaN, Inf and size, and the bounds on numbers and norms::
 
     python simulations/trunk_checks.py --steps 20
 """
@@ -42,6 +42,7 @@ from flower_split.trunk.engine import contributions, settling
 from flower_split.trunk.service import admission, handlers
 from flower_split.trunk.service.audit_log import AuditLog
 from flower_split.trunk.service.server import TrunkServer
+from flower_split.wire.possession import ClientKey, new_token
 
 CLIENTS, HEADS = 3, 8
 TOKEN = "of this process alone"
@@ -116,7 +117,8 @@ def measure(
     }
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     windows = (steps + 2) * len(variants)
-    tokens = {slot: f"token {slot}" for slot in range(CLIENTS)}
+    keys = {slot: ClientKey() for slot in range(CLIENTS)}
+    tokens = {slot: new_token(key.public) for slot, key in keys.items()}
     plan = RoundPlan(experiment="checks", server_round=1, attempt=0, participants=tokens)
     with contextlib.ExitStack() as stack:
         stack.callback(engine.close)
@@ -128,13 +130,14 @@ def measure(
                 RemoteTrunk(
                     address,
                     token=token,
+                    key=keys[slot],
                     fingerprint=fingerprint(config),
                     mode="joint",
                     call_timeout=120.0,
                     transport="grpc",
                 )
             )
-            for token in tokens.values()
+            for slot, token in tokens.items()
         ]
         for client in clients:
             client.open(windows)

@@ -279,6 +279,7 @@ class Client:
             trunk = RemoteTrunk(
                 self.route.address_of(order),
                 token=order.token,
+                key=self.route.key_of(order),
                 fingerprint=self.kept.fingerprint,
                 mode=self.config.mode,
                 call_timeout=self.config.trunk.call_timeout,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flower_split.client.alone import evaluate_alone, train_alone
 from flower_split.client.client import Client
+from flower_split.client.kept_key import kept_key, made_key
 from flower_split.client.kept_state import NOTHING_KEPT, KeptState
 from flower_split.client.model_cache import ClientCache
 from flower_split.client.node_route import NodeRoute
@@ -28,6 +29,7 @@ from flower_split.config.validation import one_of
 from flower_split.errors import (
     FederationError,
     FlowerSplitError,
+    KeyLost,
     RefusalReason,
     RoundAborted,
     TrunkRefused,
@@ -35,7 +37,7 @@ from flower_split.errors import (
 )
 from flower_split.lora import adapter_state, weight_norms
 from flower_split.messages.arrays import from_arrays, to_arrays
-from flower_split.messages.error_codes import TRUNK_LOST
+from flower_split.messages.error_codes import KEY_LOST, TRUNK_LOST
 from flower_split.messages.local_only import (
     LocalOnlyEvaluateOrder,
     LocalOnlyEvaluateReply,
@@ -91,13 +93,16 @@ class Handlers:
         order, client = read_query(message.content), self._client(context)
         if isinstance(order, BaseValuesOrder):
             return BaseValuesReply(to_arrays(client.base_values(order.names))).write()
-        facts = client.facts(simulated_clients_at_once())
-        return replace(facts, ignored_keys=self._cache.ignored_keys).write()
+        return replace(
+            client.facts(simulated_clients_at_once()),
+            ignored_keys=self._cache.ignored_keys,
+            public_key=made_key(context).public,
+        ).write()
 
     def train(self, message: Message, context: Context) -> RecordDict:
         """Train one round with the trunk, from the adapter in the message."""
         client, order = self._client(context), TrainOrder.read(message.content)
-        _say_where(order, client)
+        _begin(order, client)
         kept = self._kept(client, order, context)
         failpoints.reach("client.train.begin")
         adapter = from_arrays(sent_adapter(message.content)) | kept.values
@@ -122,7 +127,7 @@ class Handlers:
     def evaluate(self, message: Message, context: Context) -> RecordDict:
         """Evaluate the adapter in the message on held-out data, with the trunk."""
         client, order = self._client(context), EvaluateOrder.read(message.content)
-        _say_where(order, client)
+        _begin(order, client)
         own = self._kept(client, order, context).values
         adapter = from_arrays(sent_adapter(message.content)) | own
         result = client.evaluate(adapter, order, _base_change(order))
@@ -176,7 +181,7 @@ class Handlers:
             num_partitions=numbers[1],
             own=own_lora(config, numbers[0], context.node_config),
             cuts=client_cuts(config, numbers[0], context.node_config),
-            route=NodeRoute.of(config.trunk, context.node_config),
+            route=NodeRoute.of(config.trunk, context.node_config, kept_key(context)),
         )
 
     def _kept(self, client: Client, order: PhaseOrder, context: Context) -> KeptState:
@@ -202,8 +207,12 @@ def _say_who(message: Message, context: Context) -> None:
     PROCESS_FIELDS.bind(run=message.metadata.run_id, node=context.node_id)
 
 
-def _say_where(order: PhaseOrder, client: Client) -> None:
-    """Have this process's log lines name the round."""
+def _begin(order: PhaseOrder, client: Client) -> None:
+    """Have this process's log lines name the round, and check that its token can be used.
+
+    Raises:
+        KeyLost: It was made for another key.
+    """
     trunk = order.trunk
     PROCESS_FIELDS.bind(
         experiment=trunk.experiment,
@@ -211,6 +220,7 @@ def _say_where(order: PhaseOrder, client: Client) -> None:
         attempt=trunk.attempt,
         slot=client.partition_id,
     )
+    client.route.key_of(trunk)
 
 
 def _base_change(order: PhaseOrder) -> dict[str, Tensor]:
@@ -232,6 +242,8 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
         except FlowerSplitError as error:
             if _is_loss(error):
                 code = TRUNK_LOST
+            if isinstance(error, KeyLost):
+                code = KEY_LOST
             logger.error("node=%d %s", context.node_id, error)
             reason = str(error)
         except Exception as error:

@@ -34,6 +34,7 @@ from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.possession import ClientKey
 from flower_split.wire.staging import allocator, pooled, tensors_to_host
 from flower_split.wire.transports import TRANSPORTS
 
@@ -48,6 +49,7 @@ class RemoteTrunk(nn.Module, Closing):
     Args:
         address: ``host:port``.
         token: This client's, for this round.
+        key: With which every call proves that the token is its own; None: the token needs no proof.
         fingerprint: Of the model and configuration; the trunk must hold the same. Its fields
             ``codec`` and ``gradient-codec`` say how activations and gradients travel; without them,
             as they are.
@@ -83,6 +85,7 @@ class RemoteTrunk(nn.Module, Closing):
         mode: str,
         call_timeout: float,
         root_certificates: str = "",
+        key: ClientKey | None = None,
         cuts: CutLayers | None = None,
         transport: str = "grpc",
         certificate: ClientCertificate = NO_CERTIFICATE,
@@ -95,6 +98,7 @@ class RemoteTrunk(nn.Module, Closing):
                 address,
                 token=token,
                 timeout=call_timeout,
+                key=key,
                 root_certificates=root_certificates,
                 certificate=certificate,
                 proxy=proxy,
@@ -116,8 +120,6 @@ class RemoteTrunk(nn.Module, Closing):
     @waiting.setter
     def waiting(self, enter: Callable[[], AbstractContextManager[object]]) -> None:
         self._calls.waiting = enter
-
-    # ------------------------------------------------------------------ the session
 
     def open(self, planned_steps: int, *, evaluate: bool = False) -> SessionGrant:
         """Join the round that the token is for.

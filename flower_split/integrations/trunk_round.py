@@ -36,7 +36,6 @@ what it has done is committed when the block ends, and taken back when the block
 """
 
 import logging
-import secrets
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -50,6 +49,7 @@ from flower_split.protocol.values import RoundPlan, TrunkStatus
 from flower_split.runtime.secret_files import read_secret
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.step_ends import finish_rule
+from flower_split.wire.possession import ClientKey, new_token
 
 logger = logging.getLogger(__name__)
 
@@ -100,8 +100,9 @@ def trunk_round(
     )
     with closing(coordinator):
         attempt = _attempt(coordinator.status(), experiment, server_round)
-        plan = _plan(config, steps, experiment, server_round, attempt)
-        with _remote(address, plan, config) as trunk:
+        key = ClientKey()
+        plan = _plan(config, steps, experiment, server_round, attempt, new_token(key.public))
+        with _remote(address, plan, config, key) as trunk:
             coordinator.begin_round(plan)
             try:
                 trunk.open(steps)
@@ -116,13 +117,13 @@ def trunk_round(
 
 
 def _plan(
-    config: RunConfig, steps: int, experiment: str, server_round: int, attempt: int
+    config: RunConfig, steps: int, experiment: str, server_round: int, attempt: int, token: str
 ) -> RoundPlan:
     return RoundPlan(
         experiment=experiment,
         server_round=server_round,
         attempt=attempt,
-        participants={_SLOT: secrets.token_urlsafe(32)},
+        participants={_SLOT: token},
         step_every=StepEvery(config.trunk.step_every),
         steps_per_round=steps,
         num_server_rounds=max(config.num_server_rounds, server_round),
@@ -132,10 +133,11 @@ def _plan(
     )
 
 
-def _remote(address: str, plan: RoundPlan, config: RunConfig) -> RemoteTrunk:
+def _remote(address: str, plan: RoundPlan, config: RunConfig, key: ClientKey) -> RemoteTrunk:
     return RemoteTrunk(
         address,
         token=plan.participants[_SLOT],
+        key=key,
         fingerprint=fingerprint(config),
         mode=config.mode,
         call_timeout=config.trunk.call_timeout,

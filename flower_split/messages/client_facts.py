@@ -14,6 +14,7 @@ from flower_split.runtime.version import __version__
 from flower_split.split import CutLayers
 
 _IGNORED = "ignored-keys"
+_PUBLIC_KEY = "public-key"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +37,7 @@ class ClientFacts:
     package_version: str = __version__  # of flower-split there; travels in every message
     too_little: str = ""  # why its data is too little to take part; empty: it is enough
     ignored_keys: tuple[str, ...] = ()  # of the run config that its version does not know, sorted
+    public_key: bytes = b""  # that its tokens shall name; empty: its version makes none
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -54,6 +56,7 @@ class ClientFacts:
             "base-digests": json.dumps(dict(self.base_digests), sort_keys=True),
             "data-counts": json.dumps(dict(self.data_counts), sort_keys=True),
             "too-little-data": self.too_little,
+            _PUBLIC_KEY: self.public_key.hex(),
         }
         values: dict[str, Value] = {keys.PREFIX + name: value for name, value in facts.items()}
         values[keys.PREFIX + _IGNORED] = list(self.ignored_keys)
@@ -93,6 +96,7 @@ class ClientFacts:
                 package_version=fields.text(keys.VERSION),
                 too_little=text("too-little-data"),
                 ignored_keys=fields.names(keys.PREFIX + _IGNORED),
+                public_key=bytes.fromhex(fields.text(keys.PREFIX + _PUBLIC_KEY, "")),
             )
         except (ValueError, AttributeError, SplitError) as error:
             raise FederationError(

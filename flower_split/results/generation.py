@@ -7,7 +7,6 @@ values.
 
 import contextlib
 import copy
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +43,7 @@ from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.split import CutLayers, load_client_model, load_trunk_model, set_trunk
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
+from flower_split.wire.possession import ClientKey, new_token
 
 Message = dict[str, str]  # "role" and "content"
 
@@ -249,7 +249,8 @@ def _remote(
     config: RunConfig, trained: Mapping[str, Tensor], server: TrunkServer, cuts: CutLayers
 ) -> Iterator[nn.Module]:
     """Reach the run's trunk on a server, within an evaluation round of its own."""
-    token = secrets.token_urlsafe(24)
+    key = ClientKey()
+    token = new_token(key.public)
     with contextlib.closing(
         TrunkCoordinator(
             server.address,
@@ -281,6 +282,7 @@ def _remote(
             with RemoteTrunk(
                 server.address,
                 token=token,
+                key=key,
                 fingerprint=fingerprint(config),
                 mode=config.mode,
                 call_timeout=config.trunk.call_timeout,

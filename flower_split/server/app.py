@@ -29,6 +29,7 @@ from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_fl
 from flower_split.server.additions import Additions, EvaluateFn, RunCallback
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
+from flower_split.server.federation.client_keys import ClientKeys
 from flower_split.server.federation.data_notes import data_notes
 from flower_split.server.federation.handshake import (
     describe_clients,
@@ -110,7 +111,8 @@ def _run(
         logger.info("%s", describe_clients(facts, federation))
         recorder.clients(facts)
         _note(recorder, data_notes(federation, facts) + version_notes(facts, trunk.package_version))
-        trunk = _awaiting_clients(trunk, grid, config)
+        client_keys = ClientKeys({slot: item.public_key for slot, item in facts.items()})
+        trunk = _awaiting_clients(trunk, grid, config, client_keys)
         grid = MeteredGrid(grid, recorder.traffic, federation.nodes)
         parts = RunParts(
             grid=grid,
@@ -118,6 +120,7 @@ def _run(
             trunk=trunk,
             federation=federation,
             facts=facts,
+            client_keys=client_keys,
             recorder=recorder,
             checkpoints=checkpoints,
             resumed=resumed,
@@ -133,11 +136,13 @@ def _run(
     return hooks.result
 
 
-def _awaiting_clients(trunk: ConnectedTrunk, grid: Grid, config: RunConfig) -> ConnectedTrunk:
+def _awaiting_clients(
+    trunk: ConnectedTrunk, grid: Grid, config: RunConfig, client_keys: ClientKeys
+) -> ConnectedTrunk:
     """Have lost clients waited for, but in a simulation, whose lost processes do not come back."""
     if is_simulation(grid):
         return trunk
-    wait = partial(wait_for_clients, grid, seconds=config.join_timeout)
+    wait = partial(wait_for_clients, grid, seconds=config.join_timeout, answered=client_keys.learn)
     return replace(trunk, health=replace(trunk.health, await_clients=wait))
 
 

@@ -22,6 +22,7 @@ from flower_split.protocol.values import RoundReport
 from flower_split.runs.manifest import Resumed, RunCheckpoints
 from flower_split.runs.private_factors import FOLDER as PRIVATE_FOLDER
 from flower_split.server.federation.base_values import gather_base_values
+from flower_split.server.federation.client_keys import ClientKeys
 from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.flower_strategies import InnerContext, InnerFactory, inner_notes
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
@@ -49,6 +50,7 @@ class RunParts:
     trunk: ConnectedTrunk
     federation: Federation
     facts: Mapping[int, ClientFacts]  # by partition
+    client_keys: ClientKeys  # that tokens are bound to
     recorder: Recorder
     checkpoints: RunCheckpoints
     resumed: Resumed | None  # None: a new run
@@ -102,6 +104,7 @@ def make_strategy(
         config,
         largest_weights=largest_weights(config, parts.facts),
         sinks=metric_sinks(recorder),
+        client_keys=parts.client_keys,
     )
     strategy.summary()
     if resumed is None:

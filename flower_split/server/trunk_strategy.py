@@ -16,7 +16,6 @@ This is the last of the seven files that a training step passes through.
 
 import logging
 import random
-import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -30,6 +29,7 @@ from flower_split.errors import FederationError, RoundLost
 from flower_split.messages.replies import WEIGHT_METRICS, scalars, take_steps, with_uniform_weight
 from flower_split.protocol.values import RoundReport
 from flower_split.runtime import failpoints
+from flower_split.server.federation.client_keys import ClientKeys
 from flower_split.server.federation.handshake import num_participants
 from flower_split.server.federation.nodes import Federation, describe
 from flower_split.server.federation.replies import (
@@ -64,8 +64,10 @@ class TrunkStrategy(Strategy):
         largest_weights: Partition to the largest weight that this client can report truthfully, where
             Flower's strategies weigh clients by what they say; one above is refused.
         sinks: Where the clients' metrics go.
+        client_keys: That the clients' tokens are bound to; None: tokens are their bearer's.
 
     Attributes:
+        client_keys: That the clients' tokens are bound to.
         last_round: Of the run; a loop that stops before the planned one says so here.
 
     Raises:
@@ -81,8 +83,10 @@ class TrunkStrategy(Strategy):
         *,
         largest_weights: Mapping[int, float] = MappingProxyType({}),
         sinks: MetricSinks = MetricSinks(),
+        client_keys: ClientKeys | None = None,
     ) -> None:
         check_wrapped(inner)
+        self.client_keys = client_keys or ClientKeys()
         self.inner = inner
         self.trunk_rounds = trunk_rounds
         self.federation = federation
@@ -216,7 +220,10 @@ class TrunkStrategy(Strategy):
                 "config's instead."
             )
         chosen = {self.federation.partition_of(m.metadata.dst_node_id): m for m in inner}
-        tokens = {partition_id: secrets.token_urlsafe(32) for partition_id in sorted(chosen)}
+        tokens = {
+            partition_id: self.client_keys.new_token(partition_id)
+            for partition_id in sorted(chosen)
+        }
         self.trunk_rounds.begin(server_round, tokens, evaluate=evaluate)
         # Only now: the order carries the attempt that the trunk has just opened.
         messages = {

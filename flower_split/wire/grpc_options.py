@@ -12,7 +12,8 @@ from flower_split.wire.proxies import proxy_to
 
 SERVICE = "flower_split.Trunk"
 MAX_MESSAGE_BYTES = 8 << 20
-Metadata = tuple[tuple[str, str], ...]
+PROOF = "flower-split-proof-bin"  # of a call: its metadata that shows a token's key
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 def channel_options(proxy: str = "") -> list[tuple[str, int | str]]:

@@ -20,8 +20,16 @@ from flower_split.runtime.closing import Closing
 from flower_split.runtime.secret_files import TokenFile
 from flower_split.wire.certificate_errors import certificate_fault
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
-from flower_split.wire.grpc_options import SERVICE, Metadata, bearer, is_loopback, open_channel
+from flower_split.wire.grpc_options import (
+    PROOF,
+    SERVICE,
+    Metadata,
+    bearer,
+    is_loopback,
+    open_channel,
+)
 from flower_split.wire.grpc_status import error_of, failed_call
+from flower_split.wire.possession import ClientKey
 from flower_split.wire.proxies import proxy_to, without_credentials
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.tls_errors import tls_fault
@@ -49,6 +57,7 @@ class TrunkChannel(Closing):
     Args:
         address: ``host:port``.
         token: Sent with every call; of a file, as it is at that moment.
+        key: With which every call proves that the token is its own; None: the token needs no proof.
         root_certificates: See :func:`open_channel`.
         certificate: What this side shows over TLS; read now.
         proxy: As ``trunk.proxy`` says.
@@ -65,13 +74,14 @@ class TrunkChannel(Closing):
         *,
         token: str | TokenFile,
         timeout: float,
+        key: ClientKey | None = None,
         root_certificates: str = "",
         certificate: ClientCertificate = NO_CERTIFICATE,
         proxy: str = ENVIRONMENT,
     ) -> None:
         self.address = address
         self._timeout = timeout
-        self._token = bearer(token) if isinstance(token, str) else token
+        self._token, self._key = token, key
         self._tls, self._certificate = bool(root_certificates), certificate
         self._jitter = random.Random()  # its own: a retry must not shift a seeded run's numbers
         self._control = open_channel(address, root_certificates, certificate, proxy)
@@ -99,7 +109,7 @@ class TrunkChannel(Closing):
             method,
             timeout,
             retry,
-            lambda left: call(request, timeout=left, metadata=self._metadata()),
+            lambda left: call(request, timeout=left, metadata=self._metadata(method)),
         )
 
     def stream(
@@ -114,7 +124,7 @@ class TrunkChannel(Closing):
             None,
             True,
             lambda left: _consume(
-                start(message.frames(), timeout=left, metadata=self._metadata()), read
+                start(message.frames(), timeout=left, metadata=self._metadata(method)), read
             ),
         )
 
@@ -130,7 +140,9 @@ class TrunkChannel(Closing):
             method,
             None,
             True,
-            lambda left: _consume(start(payload, timeout=left, metadata=self._metadata()), read),
+            lambda left: _consume(
+                start(payload, timeout=left, metadata=self._metadata(method)), read
+            ),
         )
 
     def close(self) -> None:
@@ -149,10 +161,12 @@ class TrunkChannel(Closing):
     def _way(self) -> str:
         return f" through the proxy {without_credentials(self._proxy)}" if self._proxy else ""
 
-    def _metadata(self) -> Metadata:
-        if isinstance(self._token, TokenFile):
-            return bearer(self._token.tokens()[0])
-        return self._token
+    def _metadata(self, method: str) -> Metadata:
+        """Return the credentials of one attempt of a call."""
+        token = self._token if isinstance(self._token, str) else self._token.tokens()[0]
+        if self._key is None:
+            return bearer(token)
+        return (*bearer(token), (PROOF, self._key.proof(token, f"/{SERVICE}/{method}")))
 
     def _until_answered(
         self,

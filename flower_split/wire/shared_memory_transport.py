@@ -19,6 +19,7 @@ from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertifica
 from flower_split.wire.device_memory import DeviceBuffer, device_name
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.placed_payloads import in_memory
+from flower_split.wire.possession import ClientKey
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.shared_memory import SharedFrames, SharedMemory, host_identity
 from flower_split.wire.shared_slots import aligned
@@ -39,6 +40,7 @@ class AutomaticChannel(Closing):
         address: ``host:port``.
         token: Sent with every call.
         timeout: Seconds that one call may take, retries included.
+        key: With which every call proves that the token is its own; None: the token needs no proof.
         root_certificates: CA for TLS; empty: plain text, on loopback only.
         certificate: What this side shows over TLS.
         proxy: As ``trunk.proxy`` says.
@@ -53,6 +55,7 @@ class AutomaticChannel(Closing):
         *,
         token: str,
         timeout: float,
+        key: ClientKey | None = None,
         root_certificates: str = "",
         certificate: ClientCertificate = NO_CERTIFICATE,
         proxy: str = ENVIRONMENT,
@@ -62,6 +65,7 @@ class AutomaticChannel(Closing):
             address,
             token=token,
             timeout=timeout,
+            key=key,
             root_certificates=root_certificates,
             certificate=certificate,
             proxy=proxy,

@@ -8,6 +8,7 @@ from flower_split.errors import ConfigError
 from flower_split.runtime.registry import Registry
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.grpc_transport import TrunkChannel
+from flower_split.wire.possession import ClientKey
 from flower_split.wire.shared_memory_transport import AutomaticChannel, SharedMemoryChannel
 from flower_split.wire.transport import Transport
 
@@ -21,6 +22,7 @@ class MakesTransport(Protocol):
         *,
         token: str,
         timeout: float,
+        key: ClientKey | None = None,
         root_certificates: str = "",
         certificate: ClientCertificate = NO_CERTIFICATE,
         proxy: str = ENVIRONMENT,
@@ -31,6 +33,8 @@ class MakesTransport(Protocol):
             address: ``host:port``.
             token: The client's, sent with every call.
             timeout: Seconds that one call may take, retries included.
+            key: With which every call proves that the token is its own; None: the token needs no
+                proof.
             root_certificates: CA for TLS, as PEM text or a PEM file's path; empty: plain text.
             certificate: What this side shows over TLS.
             proxy: As ``trunk.proxy`` says.

@@ -8,7 +8,6 @@ its message goes out, so that the trunk keeps that version for it
 import logging
 import math
 import random
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from flower_split.errors import FederationError, RoundLost, TrunkError, TrunkRefused
+from flower_split.messages.error_codes import KEY_LOST
 from flower_split.protocol.values import Dispatch
 from flower_split.server.asynchronous.arrivals import Arrivals
 from flower_split.server.federation.exchange import failure_text
@@ -65,6 +65,8 @@ class Dispatcher:
     ) -> None:
         self._trunk_rounds = strategy.trunk_rounds
         self._federation = strategy.federation
+        self._client_keys = strategy.client_keys
+        self._keyless: set[int] = set()
         self._config = strategy.config
         self._inner = inner
         self._grid = grid
@@ -143,7 +145,9 @@ class Dispatcher:
     def _prepare(self, partition_id: int, server_round: int, arrays: ArrayRecord) -> _OpenDispatch:
         """Write the message of a dispatch under the next number."""
         self._inner.dispatched += 1
-        dispatch = Dispatch(self._inner.dispatched, partition_id, secrets.token_urlsafe(32))
+        dispatch = Dispatch(
+            self._inner.dispatched, partition_id, self._client_keys.new_token(partition_id)
+        )
         message, sent = self._inner.order(
             dispatch,
             self._federation.nodes[partition_id],
@@ -199,6 +203,8 @@ class Dispatcher:
                 continue
             text = failure_text(reply) or self._objection(server_round, partition_id, reply)
             if text:
+                if reply.has_error() and reply.error.code == KEY_LOST:
+                    self._keyless.add(partition_id)
                 self._fail(item, text)
                 failed = True
                 continue
@@ -209,6 +215,12 @@ class Dispatcher:
         if failed:
             self._leave_out_revoked()
         return bool(came)
+
+    def take_keyless(self) -> dict[int, int]:
+        """Return the nodes, by partition, of clients that have lost their key since the last call."""
+        found = {slot: self._federation.nodes[slot] for slot in sorted(self._keyless)}
+        self._keyless.clear()
+        return found
 
     def _leave_out_revoked(self) -> None:
         """Ask nobody again whom an operator took out at the trunk, which tells its client nothing."""

@@ -162,6 +162,8 @@ class AsynchronousRounds:
         while not arrivals.full:
             came = dispatcher.collect(server_round)
             dispatcher.expire()
+            if keyless := dispatcher.take_keyless():
+                health.await_clients(keyless)  # each answers at once, with its new key
             arrivals.take(server_round)
             if not arrivals.full and dispatcher.choose(server_round):
                 dispatcher.send(server_round, arrays)

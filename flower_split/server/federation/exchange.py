@@ -12,7 +12,7 @@ from flwr.app import Message
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from flower_split.messages.error_codes import TRUNK_LOST
+from flower_split.messages.error_codes import KEY_LOST, TRUNK_LOST
 from flower_split.server.federation.nodes import Federation
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,8 @@ _GONE = (  # the node, or the client's process on it
     ErrorCode.NODE_UNAVAILABLE,
     ErrorCode.CLIENT_APP_CRASHED,
 )
-_LOSSES = (TRUNK_LOST, *_GONE)
+_LOSSES = (TRUNK_LOST, KEY_LOST, *_GONE)
+_ASKED_AGAIN = (KEY_LOST, *_GONE)  # before the next attempt
 
 # A reply is noticed after at most this share of the time that it took.
 _POLL_SHARE = 0.03
@@ -109,7 +110,7 @@ def lost_partitions(
 def left_partitions(
     federation: Federation, sent: Sequence[Message], replies: Iterable[Message]
 ) -> set[int]:
-    """Return the partitions whose node or process is gone, by Flower's word.
+    """Return the partitions whose node or process is gone, by Flower's word, or was gone, by its own.
 
     A client that is silent, or that lost its connection to the trunk, may be well.
     """
@@ -120,7 +121,7 @@ def left_partitions(
         partition_ids[reply.metadata.reply_to_message_id]
         for reply in replies
         if reply.has_error()
-        and reply.error.code in _GONE
+        and reply.error.code in _ASKED_AGAIN
         and reply.metadata.reply_to_message_id in partition_ids
     }
 

@@ -22,11 +22,16 @@ logger = logging.getLogger(__name__)
 _PAUSE_SECONDS = 5.0  # between two questions, where Flower says at once that a node is not there
 
 
+def _nothing(partition_id: int, reply: Message) -> None:
+    pass
+
+
 def wait_for_clients(
     grid: Grid,
     missing: Mapping[int, int],
     seconds: float,
     *,
+    answered: Callable[[int, Message], None] = _nothing,
     pause: Callable[[float], None] = time.sleep,
 ) -> None:
     """Ask clients until each has answered.
@@ -35,6 +40,7 @@ def wait_for_clients(
         grid: Flower's grid.
         missing: Partition to node of those that a lost round has not heard of.
         seconds: How long to wait in all.
+        answered: Called with each partition and its answer to a handshake.
         pause: Waits between two questions.
 
     Raises:
@@ -53,6 +59,8 @@ def wait_for_clients(
         ]
         replies = exchange(grid, messages, timeout=max(deadline - time.monotonic(), 1.0))
         good, problems = by_partition(federation, messages, replies)
+        for partition_id, reply in good.items():
+            answered(partition_id, reply)
         if good:
             logger.info(
                 "%s: there again",

@@ -8,7 +8,7 @@ above its share. Refusals have a rate (:mod:`flower_split.trunk.service.pacing`)
 
 import hmac
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar, cast
 
 import grpc
@@ -26,7 +26,8 @@ from flower_split.trunk.service.handlers import (
 )
 from flower_split.trunk.service.limits import over_checks, over_refusals
 from flower_split.trunk.service.refusals import RefusalLog
-from flower_split.wire.grpc_options import SERVICE
+from flower_split.wire.grpc_options import PROOF, SERVICE
+from flower_split.wire.possession import PossessionCheck
 
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 _POOL = "experimental_thread_pool"  # gRPC's name for the pool that a behaviour runs in
@@ -108,6 +109,7 @@ class Admission(grpc.ServerInterceptor):
         self._refusals = refusals
         self._first_frames = first_frames
         self._health = threading.BoundedSemaphore(_HEALTH_WORKERS)
+        self._proofs = PossessionCheck()
 
     def intercept_service(
         self,
@@ -127,7 +129,7 @@ class Admission(grpc.ServerInterceptor):
         token = bearer_in(details.invocation_metadata)
         if token is not None:
             coordinator = not self._knows_token(token)
-            if not coordinator or self._coordinator_token.owner_of(token) is not None:
+            if self._may_use(token, details, coordinator=coordinator):
                 handler = continuation(details)
                 refusal = None
                 if token in self._refusals.pace.spent or token in self._full:
@@ -150,6 +152,12 @@ class Admission(grpc.ServerInterceptor):
         stranger = TrunkRefused(RefusalReason.UNAUTHENTICATED, UNKNOWN_TOKEN)
         # Nothing is read or written by it, so the types of requests and replies are no matter.
         return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method, stranger))
+
+    def _may_use(self, token: str, details: grpc.HandlerCallDetails, *, coordinator: bool) -> bool:
+        """Return whether the call's token is known, and its caller the one that it was given to."""
+        if coordinator:
+            return self._coordinator_token.owner_of(token) is not None
+        return self._proofs.passes(token, details.method, _proof_in(details.invocation_metadata))
 
     def _above_share(self, token: str, method: str) -> TrunkRefused | None:
         """Return why a participant's call is refused before anything is done for it; None: it is not."""
@@ -200,6 +208,14 @@ class Admission(grpc.ServerInterceptor):
             request_deserializer=handler.request_deserializer,
             response_serializer=handler.response_serializer,
         )
+
+
+def _proof_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> bytes:
+    """Return what a call proves itself with, among its metadata; empty: nothing."""
+    for key, value in metadata or ():
+        if key == PROOF and isinstance(value, bytes):
+            return value
+    return b""
 
 
 def _checked(

@@ -10,10 +10,13 @@ import flower_split.client.client
 from flower_split.client.app import app, make_client_app
 from flower_split.client.client import planned_steps
 from flower_split.config import Scalar, parse_run_config
+from flower_split.messages.arrays import to_arrays
 from flower_split.messages.client_facts import ClientFacts
-from flower_split.messages.orders import HandshakeOrder
+from flower_split.messages.error_codes import KEY_LOST
+from flower_split.messages.orders import HandshakeOrder, PhaseOrder, TrunkOrder
 from flower_split.runtime.simulation import pool_cap, simulated_clients_at_once
 from flower_split.server.federation.exchange import failure_text
+from flower_split.wire.possession import ClientKey, new_token
 from tests.support.tiny_app import make_data, make_model, tiny_config
 
 
@@ -24,14 +27,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scalar]:
 
 
 def ask(
-    kind: str, config: dict[str, Scalar], content: RecordDict | None = None, **node: object
+    kind: str,
+    config: dict[str, Scalar],
+    content: RecordDict | None = None,
+    state: RecordDict | None = None,
+    **node: object,
 ) -> Message:
     node_config = {key.replace("_", "-"): value for key, value in node.items()}
     context = Context(
         run_id=1,
         node_id=7,
         node_config=node_config,  # type: ignore[arg-type]
-        state=RecordDict(),
+        state=RecordDict() if state is None else state,
         run_config=dict(config),
     )
     message = Message(content or HandshakeOrder().write(), 7, kind)
@@ -55,6 +62,31 @@ def test_query_without_a_partition_gives_the_option_to_use(
 ) -> None:
     text = failure_text(ask("query", config, **node))
     assert "--node-config 'partition-id=0 num-partitions=2'" in text
+
+
+def test_query_tells_the_key_that_the_nodes_state_keeps(config: dict[str, Scalar]) -> None:
+    here, there = RecordDict(), RecordDict()
+    keys = [
+        ClientFacts.read(
+            ask("query", config, state=state, partition_id=1, num_partitions=2)
+        ).public_key
+        for state in (here, here, there)
+    ]
+    assert [len(key) for key in keys] == [32] * 3
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("kind", ["train", "evaluate"])
+def test_token_for_a_key_that_is_lost_is_told_as_such(config: dict[str, Scalar], kind: str) -> None:
+    state = RecordDict()
+    ask("query", config, state=state, partition_id=0, num_partitions=2)
+    token = new_token(ClientKey().public)  # as it was before the SuperNode started again
+    order = TrunkOrder(address="127.0.0.1:1", token=token, server_round=3)
+    for kept in (state, RecordDict()):
+        content = PhaseOrder(trunk=order).write(RecordDict({"arrays": to_arrays({})}))
+        reply = ask(kind, config, content, kept, partition_id=0, num_partitions=2)
+        assert reply.error.code == KEY_LOST
+        assert "round 3" in failure_text(reply) and token not in failure_text(reply)
 
 
 def test_query_with_a_wrong_config_replies_in_words(config: dict[str, Scalar]) -> None:

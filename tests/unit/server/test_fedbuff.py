@@ -30,6 +30,7 @@ from flower_split.messages.arrays import from_arrays, to_arrays
 from flower_split.messages.replies import take_steps
 from flower_split.protocol.values import Arrival, Dispatch, RoundReport
 from flower_split.server.asynchronous.loop import AsynchronousRounds
+from flower_split.server.federation.client_keys import ClientKeys
 from flower_split.server.federation.nodes import Federation
 from flower_split.server.inner.fedbuff import ClientArrival, FedBuff
 from flower_split.server.metric_sinks import MetricSinks
@@ -332,7 +333,9 @@ def good(message: Message) -> RecordDict:
 class Loop:
     """The asynchronous loop around fake clients and a fake trunk."""
 
-    def __init__(self, grid: FakeGrid, **changes: Scalar) -> None:
+    def __init__(
+        self, grid: FakeGrid, client_keys: ClientKeys | None = None, **changes: Scalar
+    ) -> None:
         self.config = run_config(**changes)
         self.coordinator = Coordinator()
         self.inner = fedbuff(self.config, adapter(0))
@@ -347,7 +350,9 @@ class Loop:
             steps_per_round=1,
             on_commit=self.commit,
         )
-        self.strategy = TrunkStrategy(self.inner, trunk_rounds, FEDERATION, self.config)
+        self.strategy = TrunkStrategy(
+            self.inner, trunk_rounds, FEDERATION, self.config, client_keys=client_keys
+        )
         self.grid = grid
         self.rounds = AsynchronousRounds(
             self.strategy,
