@@ -1,6 +1,6 @@
 """Print the table of faults as Markdown.
 
-Usage: ``python -m tests.deployment``.
+Usage: ``python -m tests.deployment [trunk] [federation]``.
 """
 
 import sys
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.deployment.faults import Seen, trunk_faults
+from tests.deployment.federation_faults import federation_faults
 
 
 def table(rows: Sequence[Seen]) -> str:
@@ -29,5 +30,7 @@ def _tell(text: str) -> None:
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        print(table(trunk_faults(Path(folder), _tell)))
+    parts = {"trunk": trunk_faults, "federation": federation_faults}
+    for name in sys.argv[1:] or parts:
+        with tempfile.TemporaryDirectory() as folder:
+            print(table(parts[name](Path(folder), _tell)), flush=True)

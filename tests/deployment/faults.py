@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from safetensors.torch import load_file, save_file
+
 from tests.deployment.machines import Machines, Process, wait
 from tests.support.flower_home import Flower
 from tests.support.tiny_app import make_app, make_data, make_model, tiny_config
 
-_MINUTES = 900.0  # for anything, on a busy machine
+MINUTES = 900.0  # for anything, on a busy machine
 _SLOW_SECONDS = 15.0  # that a client runs a tenth of the time
 _CUT_SECONDS = 12.0
 
@@ -70,15 +72,16 @@ class Hashes:
 def trunk_faults(folder: Path, say: Say = print) -> list[Seen]:
     """Return what is seen of a trunk that is busy, other, slowly called, cut off, killed, or full."""
     faults = [_beside_another_run, _slow_client, _cut_link, _trunk_killed, _disk_full]
-    app = _app(folder, len(faults), steps=12)
-    expected = _undisturbed(folder, app)
+    app = app_of(folder, len(faults), steps=12)
+    expected = undisturbed(folder, app)
     hashes, rows = Hashes(folder / "run"), []
     with Machines(folder / "home", app) as machines, hashes.watched():
+        rows = [(0, _other_weights(machines, folder))]
         job = machines.submit(folder / "run")
-        rows = _each_round(machines, job, faults, say)
-        assert job.wait(_MINUTES) != 0, job.text[-4000:]  # the disk was full
+        rows += _each_round(machines, job, faults, say)
+        assert job.wait(MINUTES) != 0, job.text[-4000:]  # the disk was full
         resumed = machines.job("--resume", str(folder / "run"))
-        assert resumed.wait(_MINUTES) == 0, resumed.text[-4000:]
+        assert resumed.wait(MINUTES) == 0, resumed.text[-4000:]
     return _compared(rows, hashes.rounds, expected)
 
 
@@ -90,7 +93,7 @@ def _each_round(
     for number, fault in enumerate(faults, start=1):
         say(f"round {number}: {fault.__name__.strip('_')}")
         try:
-            wait(partial(machines.in_round, number), _MINUTES, f"round {number}")
+            wait(partial(machines.in_round, number), MINUTES, f"round {number}")
             rows += [(number, row) for row in fault(machines, job)]
         except (TimeoutError, AssertionError):
             say(job.text[-6000:])
@@ -103,10 +106,13 @@ def _compared(
     found: dict[int, tuple[str, str]],
     expected: dict[int, tuple[str, str]],
 ) -> list[Seen]:
-    return [replace(row, same=found.get(number) == expected[number]) for number, row in rows]
+    return [
+        replace(row, same=found.get(number) == expected[number] if number else None)
+        for number, row in rows
+    ]
 
 
-def _app(folder: Path, rounds: int, steps: int) -> Path:
+def app_of(folder: Path, rounds: int, steps: int) -> Path:
     config = tiny_config(
         make_model(folder / "model"),
         make_data(folder / "data", 2),
@@ -115,10 +121,10 @@ def _app(folder: Path, rounds: int, steps: int) -> Path:
         train__local_steps=steps,
         train__optimizer__name="adamw",
         train__optimizer__learning_rate=0.01,
-        join_timeout=_MINUTES,
-        trunk__join_timeout=_MINUTES,
-        trunk__window_timeout=_MINUTES,
-        trunk__call_timeout=_MINUTES,
+        join_timeout=MINUTES,
+        trunk__join_timeout=MINUTES,
+        trunk__window_timeout=MINUTES,
+        trunk__call_timeout=MINUTES,
         trunk__transport="grpc",
         round_retries=3,
         report="",
@@ -126,7 +132,7 @@ def _app(folder: Path, rounds: int, steps: int) -> Path:
     return make_app(folder / "app", config)
 
 
-def _undisturbed(folder: Path, app: Path) -> dict[int, tuple[str, str]]:
+def undisturbed(folder: Path, app: Path) -> dict[int, tuple[str, str]]:
     """Run the app without faults, and return its hashes."""
     home = folder / "alone"
     home.mkdir()
@@ -135,18 +141,38 @@ def _undisturbed(folder: Path, app: Path) -> dict[int, tuple[str, str]]:
         done = Flower(home, {**os.environ, "FLWR_HOME": str(home)}).command(
             *("flower-split", "run", str(app), "--local", "--run-config"),
             f"run-dir={json.dumps(str(folder / 'expected'))}",
-            timeout=_MINUTES,
+            timeout=MINUTES,
         )
     assert done.returncode == 0, done.stdout
     return hashes.rounds
 
 
+def _other_weights(machines: Machines, folder: Path) -> Seen:
+    """A run whose clients hold another model of the same shape than the trunk."""
+    other = make_model(folder / "other") / "model.safetensors"
+    weights = load_file(other)
+    save_file({name: 1.01 * value for name, value in weights.items()}, other, {"format": "pt"})
+    started = time.monotonic()
+    job = machines.submit(
+        machines.home / "refused-model", config=f"model.name={json.dumps(str(other.parent))}"
+    )
+    assert job.wait(MINUTES) != 0, job.text
+    found = job.said("do not hold parts of the same model")
+    assert found is not None, job.text
+    return Seen(
+        fault="a run with other weights than the trunk's",
+        seen=f"`flower-split run` fails: *{words(found)}*",
+        after=found[0] - started,
+        then="has not begun",
+    )
+
+
 def _beside_another_run(machines: Machines, job: Process) -> list[Seen]:
-    wait(lambda: machines.in_round(1, joined=2), _MINUTES, "both clients in round 1")
+    wait(lambda: machines.in_round(1, joined=2), MINUTES, "both clients in round 1")
     held = job.clients()[-1]  # so that the round does not end before the others are refused
     os.kill(held, signal.SIGSTOP)
     rows = [
-        Seen(fault="nothing", seen=f"*{_words(job.wait_said('round 1/', 60))}*", after=0, then="")
+        Seen(fault="nothing", seen=f"*{words(job.wait_said('round 1/', 60))}*", after=0, then="")
     ]
     try:
         started = time.monotonic()
@@ -158,10 +184,10 @@ def _beside_another_run(machines: Machines, job: Process) -> list[Seen]:
             )
         ]
         for other, name, pattern in others:
-            assert other.wait(_MINUTES) != 0, other.text
+            assert other.wait(MINUTES) != 0, other.text
             found = other.said(pattern)
             assert found is not None, other.text
-            seen = f"`flower-split run` fails: *{_words(found)}*"
+            seen = f"`flower-split run` fails: *{words(found)}*"
             rows.append(
                 Seen(fault=name, seen=seen, after=found[0] - started, then="the first goes on")
             )
@@ -171,19 +197,19 @@ def _beside_another_run(machines: Machines, job: Process) -> list[Seen]:
 
 
 def _slow_client(machines: Machines, job: Process) -> list[Seen]:
-    wait(lambda: machines.in_round(2, joined=2), _MINUTES, "both clients in round 2")
+    wait(lambda: machines.in_round(2, joined=2), MINUTES, "both clients in round 2")
     slow, started = job.clients()[-1], time.monotonic()
     while time.monotonic() - started < _SLOW_SECONDS:
         for kind, seconds in ((signal.SIGSTOP, 1.8), (signal.SIGCONT, 0.2)):
             os.kill(slow, kind)
             time.sleep(seconds)
     os.kill(slow, signal.SIGSTOP)
-    found = job.wait_said("round 2/.*waiting for client", _MINUTES, started)
+    found = job.wait_said("round 2/.*waiting for client", MINUTES, started)
     os.kill(slow, signal.SIGCONT)
     return [
         Seen(
             fault="a client ten times slower, and then not answering",
-            seen=f"*{_words(found)}*",
+            seen=f"*{words(found)}*",
             after=found[0] - started,
             then="waits for it",
         )
@@ -191,16 +217,16 @@ def _slow_client(machines: Machines, job: Process) -> list[Seen]:
 
 
 def _cut_link(machines: Machines, job: Process) -> list[Seen]:
-    wait(lambda: machines.in_round(3, joined=2), _MINUTES, "both clients in round 3")
+    wait(lambda: machines.in_round(3, joined=2), MINUTES, "both clients in round 3")
     started = time.monotonic()
     machines.gate.cut()
     time.sleep(_CUT_SECONDS)
     machines.gate.mend()
-    found = job.wait_said("does not report its status", _MINUTES, started)
+    found = job.wait_said("does not report its status", MINUTES, started)
     return [
         Seen(
             fault=f"the link to the trunk cut for {_CUT_SECONDS:.0f} s",
-            seen=f"*{_words(found)}*",
+            seen=f"*{words(found)}*",
             after=found[0] - started,
             then="calls are repeated; the round goes on",
         )
@@ -208,17 +234,17 @@ def _cut_link(machines: Machines, job: Process) -> list[Seen]:
 
 
 def _trunk_killed(machines: Machines, job: Process) -> list[Seen]:
-    wait(lambda: machines.in_round(4, joined=2), _MINUTES, "both clients in round 4")
+    wait(lambda: machines.in_round(4, joined=2), MINUTES, "both clients in round 4")
     assert machines.trunk is not None
     started = time.monotonic()
     machines.trunk.kill_machine()
     # The disk will be full when this one writes its second round: 4 again, then 5.
     machines.start_trunk("trunk.prepare.tensors-written=enospc@2")
-    found = job.wait_said("does not report its status|the trunk restarted", _MINUTES, started)
+    found = job.wait_said("does not report its status|the trunk restarted", MINUTES, started)
     return [
         Seen(
             fault="the trunk killed, and started again by its service manager",
-            seen=f"*{_words(found)}*",
+            seen=f"*{words(found)}*",
             after=found[0] - started,
             then="the round begins again",
         )
@@ -226,22 +252,22 @@ def _trunk_killed(machines: Machines, job: Process) -> list[Seen]:
 
 
 def _disk_full(machines: Machines, job: Process) -> list[Seen]:
-    found = job.wait_said("checkpoint cannot be written", _MINUTES)
+    found = job.wait_said("checkpoint cannot be written", MINUTES)
     return [
         Seen(
             fault="the disk full as the trunk writes a checkpoint",
-            seen=f"*{_words(found)}*",
+            seen=f"*{words(found)}*",
             after=0.0,
             then="has ended; with space, `--resume` goes on from the committed round",
         )
     ]
 
 
-def _words(found: tuple[float, str]) -> str:
+def words(found: tuple[float, str]) -> str:
     """Return a log line without its beginning, shortened."""
     line = found[1]
     for level in ("INFO", "WARNING", "ERROR"):
         line = line.split(f"{level} ", 1)[-1]
     text = line.split(": ", 1)[-1] if line.startswith("[") else line
-    text = text.strip(" :").replace("|", "\\|")
+    text = text.removeprefix("flower-split").strip(" :").replace("|", "\\|")
     return text if len(text) <= 160 else text[:157] + "…"

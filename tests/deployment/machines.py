@@ -75,6 +75,11 @@ class Process:
                 continue
         self.wait(30)
 
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended."""
+        return self._child.poll() is None
+
     def clients(self) -> list[int]:
         """Return the processes of a local run's clients, in their order."""
         found = descendants(self._child.pid)
@@ -103,6 +108,7 @@ class Machines:
         self.token = home / "trunk.token"
         self.gate = Gate(self._trunk_port)
         self.trunk: Process | None = None
+        self.ca = ""  # that signed the trunk's certificate; empty: it speaks plain text
 
     def __enter__(self) -> Self:
         """Start everything."""
@@ -114,13 +120,13 @@ class Machines:
         self.gate.close()
         end(processes_of(self.home))
 
-    def start_trunk(self, failpoints: str = "") -> None:
+    def start_trunk(self, failpoints: str = "", *options: str) -> None:
         """Start the trunk, with what it wrote before."""
         env = {**self.env, "FLOWER_SPLIT_FAILPOINTS": failpoints}
         self.trunk = Process(
             self.home, env, "flower-split", "trunk", str(self.app), "--listen",
             f"127.0.0.1:{self._trunk_port}", "--token-file", str(self.token),
-            "--checkpoints", str(self.home / "checkpoints"),
+            "--checkpoints", str(self.home / "checkpoints"), *options,
         )  # fmt: skip
         self.trunk.wait_said("trunk serves on", 240)
 
@@ -132,7 +138,8 @@ class Machines:
         """Start ``flower-split run`` with this trunk, which it reaches over the link that can be cut."""
         values = (
             f"trunk.address={json.dumps(f'127.0.0.1:{self.gate.port}')} "
-            f"trunk.token-file={json.dumps(str(self.token))} run-dir={json.dumps(str(run))} {config}"
+            f"trunk.token-file={json.dumps(str(self.token))} run-dir={json.dumps(str(run))} "
+            f"trunk.root-certificates={json.dumps(self.ca)} {config}"
         )
         return self.job(*options, "--run-config", values)
 
@@ -143,7 +150,10 @@ class Machines:
     def status(self) -> TrunkStatus | None:
         """Return where the trunk stands; None: it does not answer."""
         coordinator = TrunkCoordinator(
-            f"127.0.0.1:{self._trunk_port}", self.token.read_text().strip(), timeout=2.0
+            f"127.0.0.1:{self._trunk_port}",
+            self.token.read_text().strip(),
+            timeout=2.0,
+            root_certificates=self.ca,
         )
         try:
             return coordinator.status()

@@ -8,6 +8,8 @@ import pytest
 
 from tests.deployment.__main__ import table
 from tests.deployment.faults import Seen, trunk_faults
+from tests.deployment.federation import shifted_clock
+from tests.deployment.federation_faults import federation_faults
 from tests.deployment.gate import Gate
 
 
@@ -18,8 +20,22 @@ def test_every_fault_is_seen_and_each_round_ends_on_the_hashes_of_an_undisturbed
 ) -> None:
     rows = trunk_faults(tmp_path)
     print(table(rows))
-    assert len(rows) == 7
-    assert [row.fault for row in rows if not row.same] == []
+    assert len(rows) == 8
+    assert [row.fault for row in rows if not row.same] == [
+        "a run with other weights than the trunk's"
+    ]
+    assert all(row.seen for row in rows)
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.slow  # a process for every message, and Flower's minute until a SuperNode may come back
+def test_flowers_own_machines_fail_and_each_round_ends_on_the_hashes_of_an_undisturbed_run(
+    tmp_path: Path,
+) -> None:
+    rows = federation_faults(tmp_path)
+    print(table(rows))
+    assert [row.same for row in rows if row.same is not None] == [True] * 3
+    assert len(rows) == (4 if shifted_clock() else 3)
     assert all(row.seen for row in rows)
 
 
