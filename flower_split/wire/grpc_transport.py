@@ -82,6 +82,7 @@ class TrunkChannel(Closing):
         self.address = address
         self._timeout = timeout
         self._token, self._key = token, key
+        self._bearer = () if isinstance(token, TokenFile) else bearer(token)
         self._tls, self._certificate = bool(root_certificates), certificate
         self._jitter = random.Random()  # its own: a retry must not shift a seeded run's numbers
         self._control = open_channel(address, root_certificates, certificate, proxy)
@@ -163,10 +164,11 @@ class TrunkChannel(Closing):
 
     def _metadata(self, method: str) -> Metadata:
         """Return the credentials of one attempt of a call."""
-        token = self._token if isinstance(self._token, str) else self._token.tokens()[0]
+        if isinstance(self._token, TokenFile):
+            return bearer(self._token.tokens()[0])
         if self._key is None:
-            return bearer(token)
-        return (*bearer(token), (PROOF, self._key.proof(token, f"/{SERVICE}/{method}")))
+            return self._bearer
+        return (*self._bearer, (PROOF, self._key.proof(self._token, f"/{SERVICE}/{method}")))
 
     def _until_answered(
         self,

@@ -10,20 +10,16 @@ TLS is for. (Proof of possession as in RFC 9449, with a number instead of the ti
 
 import base64
 import binascii
-import heapq
 import secrets
 import threading
 import time
-from collections import OrderedDict
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-KEY_BYTES = 32  # of either half of an Ed25519 key
+KEY_MARK = "."  # in a token, before the key that it names; no other token has one
 _NUMBER_BYTES, _SIGNATURE_BYTES = 8, 64
 _PURPOSE = b"flower-split call 1"
-_SEEN = 1024  # numbers of one token that are remembered; all below them count as used
-_MAX_TOKENS = 4096  # whose numbers are remembered; those of the latest rounds
 
 
 class ClientKey:
@@ -79,66 +75,31 @@ def new_token(public_key: bytes = b"") -> str:
         public_key: The only key with which it can be used; empty: whoever has the token can use it.
     """
     token = secrets.token_urlsafe(32)
-    return f"{token}.{_text(public_key)}" if public_key else token
+    return f"{token}{KEY_MARK}{_text(public_key)}" if public_key else token
 
 
 def key_of(token: str) -> str:
     """Return the public key that a token names, as text; empty: it names none."""
-    return token.rpartition(".")[2] if "." in token else ""
+    return token.rpartition(KEY_MARK)[2] if KEY_MARK in token else ""
 
 
-class PossessionCheck:
-    """Checks the proofs of calls, and that none is used twice. Thread-safe; it never waits."""
+def proven_number(token: str, method: str, proof: bytes) -> int | None:
+    """Return the number of a call's proof; None: it proves nothing.
 
-    def __init__(self) -> None:
-        self._numbers: OrderedDict[str, _Numbers] = OrderedDict()  # by token, least used first
-        self._lock = threading.Lock()
-
-    def passes(self, token: str, method: str, proof: bytes) -> bool:
-        """Return whether a call may use its token: it names no key, or the proof is good and new.
-
-        Args:
-            token: One that the trunk knows.
-            method: The call's full name.
-            proof: What the call carries; empty: nothing.
-        """
-        named = key_of(token)
-        if not named:
-            return True
-        if len(proof) != _NUMBER_BYTES + _SIGNATURE_BYTES:
-            return False
-        number, signature = proof[:_NUMBER_BYTES], proof[_NUMBER_BYTES:]
-        try:
-            key = Ed25519PublicKey.from_public_bytes(_bytes(named))
-            key.verify(signature, _signed(token, method, number))
-        except (InvalidSignature, ValueError):
-            return False
-        with self._lock:
-            numbers = self._numbers.setdefault(token, _Numbers())
-            self._numbers.move_to_end(token)
-            while len(self._numbers) > _MAX_TOKENS:
-                self._numbers.popitem(last=False)
-            return numbers.use(int.from_bytes(number))
-
-
-class _Numbers:
-    """The latest numbers that calls with one token have used."""
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self._lowest: list[int] = []  # a heap of the same numbers
-        self._floor = 0  # it and what is below count as used
-
-    def use(self, number: int) -> bool:
-        """Note a number; return whether it had not been used."""
-        if number <= self._floor or number in self._seen:
-            return False
-        self._seen.add(number)
-        heapq.heappush(self._lowest, number)
-        if len(self._lowest) > _SEEN:
-            self._floor = heapq.heappop(self._lowest)
-            self._seen.remove(self._floor)
-        return True
+    Args:
+        token: The token that came with it, which names a key.
+        method: The call's full name.
+        proof: What the call carries; empty: nothing.
+    """
+    if len(proof) != _NUMBER_BYTES + _SIGNATURE_BYTES:
+        return None
+    number, signature = proof[:_NUMBER_BYTES], proof[_NUMBER_BYTES:]
+    try:
+        key = Ed25519PublicKey.from_public_bytes(_bytes(key_of(token)))
+        key.verify(signature, _signed(token, method, number))
+    except (InvalidSignature, ValueError):
+        return None
+    return int.from_bytes(number)
 
 
 def _signed(token: str, method: str, number: bytes) -> bytes:

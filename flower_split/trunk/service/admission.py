@@ -6,8 +6,10 @@ nothing and answers in the same words whatever is wrong with its credential. So 
 above its share. Refusals have a rate (:mod:`flower_split.trunk.service.pacing`); no worker waits for it.
 """
 
+import heapq
 import hmac
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar, cast
 
@@ -27,10 +29,12 @@ from flower_split.trunk.service.handlers import (
 from flower_split.trunk.service.limits import over_checks, over_refusals
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import PROOF, SERVICE
-from flower_split.wire.possession import PossessionCheck
+from flower_split.wire.possession import KEY_MARK, proven_number
 
 _HEALTH_CHECK = "/grpc.health.v1.Health/Check"
 _POOL = "experimental_thread_pool"  # gRPC's name for the pool that a behaviour runs in
+_SEEN = 1024  # numbers of one token's proofs that are remembered; all below them count as used
+_MAX_TOKENS = 4096  # whose numbers are remembered; those of the latest rounds
 _HEALTH_WORKERS = 4  # that health checks, which need no credential, may hold at once
 
 Request = TypeVar("Request")
@@ -76,6 +80,54 @@ class CoordinatorTokens:
             if any([hmac.compare_digest(given, known.encode()) for known in tokens]):
                 found = name if found is None else found
         return found
+
+
+class PossessionCheck:
+    """Checks the proofs of calls, and that none is used twice. Thread-safe; it never waits."""
+
+    def __init__(self) -> None:
+        self._numbers: OrderedDict[str, _Numbers] = OrderedDict()  # by token, least used first
+        self._lock = threading.Lock()
+
+    def passes(self, token: str, method: str, proof: bytes) -> bool:
+        """Return whether a call may use its token: it names no key, or the proof is good and new.
+
+        Args:
+            token: One that the trunk knows.
+            method: The call's full name.
+            proof: What the call carries; empty: nothing.
+        """
+        if KEY_MARK not in token:
+            return True
+        number = proven_number(token, method, proof)
+        if number is None:
+            return False
+        with self._lock:
+            numbers = self._numbers.setdefault(token, _Numbers())
+            self._numbers.move_to_end(token)
+            while len(self._numbers) > _MAX_TOKENS:
+                self._numbers.popitem(last=False)
+            return numbers.use(number)
+
+
+class _Numbers:
+    """The latest numbers that calls with one token have used."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._lowest: list[int] = []  # a heap of the same numbers
+        self._floor = 0  # it and what is below count as used
+
+    def use(self, number: int) -> bool:
+        """Note a number; return whether it had not been used."""
+        if number <= self._floor or number in self._seen:
+            return False
+        self._seen.add(number)
+        heapq.heappush(self._lowest, number)
+        if len(self._lowest) > _SEEN:
+            self._floor = heapq.heappop(self._lowest)
+            self._seen.remove(self._floor)
+        return True
 
 
 class Admission(grpc.ServerInterceptor):
@@ -129,7 +181,13 @@ class Admission(grpc.ServerInterceptor):
         token = bearer_in(details.invocation_metadata)
         if token is not None:
             coordinator = not self._knows_token(token)
-            if self._may_use(token, details, coordinator=coordinator):
+            if coordinator:
+                admitted = self._coordinator_token.owner_of(token) is not None
+            else:
+                admitted = KEY_MARK not in token or self._proofs.passes(
+                    token, details.method, _proof_in(details.invocation_metadata)
+                )
+            if admitted:
                 handler = continuation(details)
                 refusal = None
                 if token in self._refusals.pace.spent or token in self._full:
@@ -152,12 +210,6 @@ class Admission(grpc.ServerInterceptor):
         stranger = TrunkRefused(RefusalReason.UNAUTHENTICATED, UNKNOWN_TOKEN)
         # Nothing is read or written by it, so the types of requests and replies are no matter.
         return cast("grpc.RpcMethodHandler[Request, Reply]", self._refusing(method, stranger))
-
-    def _may_use(self, token: str, details: grpc.HandlerCallDetails, *, coordinator: bool) -> bool:
-        """Return whether the call's token is known, and its caller the one that it was given to."""
-        if coordinator:
-            return self._coordinator_token.owner_of(token) is not None
-        return self._proofs.passes(token, details.method, _proof_in(details.invocation_metadata))
 
     def _above_share(self, token: str, method: str) -> TrunkRefused | None:
         """Return why a participant's call is refused before anything is done for it; None: it is not."""

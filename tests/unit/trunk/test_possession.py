@@ -7,7 +7,8 @@ import time
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from flower_split.wire.possession import ClientKey, PossessionCheck, key_of, new_token
+from flower_split.trunk.service.admission import PossessionCheck
+from flower_split.wire.possession import ClientKey, key_of, new_token
 
 METHOD = "/flower_split.Trunk/Forward"
 
