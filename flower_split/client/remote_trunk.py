@@ -160,8 +160,6 @@ class RemoteTrunk(nn.Module, Closing):
         """
         return self._session.wait_version(version)
 
-    # ------------------------------------------------------------------ training
-
     def micro_batch(
         self, window: int, index: int, *, num_tokens: int, loss_denominator: float, last: bool
     ) -> AbstractContextManager[None]:
