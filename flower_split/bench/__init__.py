@@ -1,4 +1,4 @@
-"""Benchmarks of this machine: transport, training step, memory, each beside its reference.
+"""Benchmarks of this machine: from the wire to a whole run, each beside its reference.
 
 Runs on: Any machine; every process of a benchmark is this host's.
 Read first: ``figures.py``.

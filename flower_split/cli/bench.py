@@ -15,14 +15,17 @@ def add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     """Add the command with its benchmarks."""
     bench = commands.add_parser(
         "bench",
-        help="measure this machine: transport, training step, memory, experiments",
+        help="measure this machine, from the wire to a whole run",
         description="Prints medians, spreads and ratios to a reference that ran in the same run.",
     )
     kinds = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_transport(kinds)
     _add_step(kinds)
+    _add_clients(kinds)
     _add_memory(kinds)
     _add_experiments(kinds)
+    _add_aggregation(kinds)
+    _add_quickstart(kinds)
 
 
 def _add_transport(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -104,9 +107,69 @@ def _add_experiments(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]
     experiments.set_defaults(handler=_experiments)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_clients(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    clients = kinds.add_parser(
+        "clients",
+        help="a trunk's tokens a second and memory by how many clients train at once",
+        description="A trunk in a process of its own, and sessions without models that keep it busy; "
+        "beside the trunk's arithmetic alone, on the same micro-batch.",
+    )
+    _add_model(clients, steps=5)
+    clients.add_argument(
+        "--clients", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N"
+    )
+    clients.add_argument("--rows", type=int, default=1, metavar="N", help="of each client")
+    clients.add_argument("--transport", default="auto", metavar="NAME")
+    clients.add_argument("--window-batches", default="off", choices=("off", "on"))
+    clients.add_argument("--activation-memory", type=float, default=1.0, metavar="GiB")
+    clients.add_argument("--threads", type=int, default=1, metavar="N", help="of the trunk")
+    _add_out(clients)
+    clients.set_defaults(handler=_clients)
+
+
+def _add_aggregation(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    aggregation = kinds.add_parser(
+        "aggregation",
+        help="aggregating one module's LoRA, beside a dense SVD",
+        description="Methods by name, for every size, rank and number of clients, in turns with the "
+        "dense mean and its SVD; and how far what a client gets is off the dense one.",
+    )
+    aggregation.add_argument(
+        "--methods", nargs="+", default=["product-delta", "flexlora", "fedit"], metavar="NAME"
+    )
+    aggregation.add_argument("--sizes", type=int, nargs="+", default=[512, 1024], metavar="N")
+    aggregation.add_argument("--ranks", type=int, nargs="+", default=[16], metavar="N")
+    aggregation.add_argument("--clients", type=int, nargs="+", default=[4, 16], metavar="N")
+    aggregation.add_argument("--repeats", type=int, default=3)
+    aggregation.add_argument("--threads", type=int, default=1, metavar="N")
+    _add_out(aggregation)
+    aggregation.set_defaults(handler=_aggregation)
+
+
+def _add_quickstart(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    quickstart = kinds.add_parser(
+        "quickstart",
+        help="a whole run by its phases, beside plain PEFT on the same tokens",
+        description="flower-split run of an app, in turns with one process of transformers and PEFT "
+        "that trains and evaluates on the same batches. The whole quick start takes minutes: "
+        "--run-config shortens it.",
+    )
+    quickstart.add_argument(
+        "app", type=Path, nargs="?", default=Path("simulations/quickstart"), help="its directory"
+    )
+    quickstart.add_argument("--run-config", "-c", action="append", metavar="KEY=VALUE …")
+    quickstart.add_argument("--local", action="store_true", help="as flower-split run --local")
+    quickstart.add_argument("--repeats", type=int, default=1)
+    quickstart.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="of plain PEFT; default: every core"
+    )
+    _add_out(quickstart)
+    quickstart.set_defaults(handler=_quickstart)
+
+
+def _add_model(parser: argparse.ArgumentParser, steps: int = 8) -> None:
     parser.add_argument("--preset", choices=_PRESETS, default="tiny")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="that are timed")
+    parser.add_argument("--steps", type=int, default=steps, metavar="N", help="that are timed")
     parser.add_argument("--device", default="auto", help="cpu, cuda; default: cuda if there is one")
 
 
@@ -192,4 +255,56 @@ def _experiments(arguments: argparse.Namespace) -> int:
         num_threads=arguments.threads,
     )
     measure_experiments(bench).tell(_console(), arguments.out)
+    return 0
+
+
+def _clients(arguments: argparse.Namespace) -> int:
+    from flower_split.bench.clients import ClientsBench, measure_clients
+    from flower_split.runtime.devices import resolve_device
+    from flower_split.runtime.logs import quiet_libraries
+
+    quiet_libraries()
+    bench = ClientsBench(
+        preset=arguments.preset,
+        clients=tuple(arguments.clients),
+        rows_each=arguments.rows,
+        steps=arguments.steps,
+        transport=arguments.transport,
+        window_batches=arguments.window_batches,
+        activation_memory=arguments.activation_memory,
+        device=str(resolve_device(arguments.device, "--device")),
+        num_threads=arguments.threads,
+    )
+    measure_clients(bench).tell(_console(), arguments.out)
+    return 0
+
+
+def _aggregation(arguments: argparse.Namespace) -> int:
+    from flower_split.bench.aggregation import AggregationBench, measure_aggregation
+
+    bench = AggregationBench(
+        methods=tuple(arguments.methods),
+        sizes=tuple(arguments.sizes),
+        ranks=tuple(arguments.ranks),
+        clients=tuple(arguments.clients),
+        repeats=arguments.repeats,
+        num_threads=arguments.threads,
+    )
+    measure_aggregation(bench).tell(_console(), arguments.out)
+    return 0
+
+
+def _quickstart(arguments: argparse.Namespace) -> int:
+    from flower_split.bench.quickstart import QuickstartBench, measure_quickstart
+    from flower_split.cli.app_config import load_app_config
+
+    bench = QuickstartBench(
+        app=arguments.app,
+        config=load_app_config(arguments.app, arguments.run_config),
+        run_config=tuple(arguments.run_config or ()),
+        local=arguments.local,
+        repeats=arguments.repeats,
+        num_threads=arguments.threads,
+    )
+    measure_quickstart(bench).tell(_console(), arguments.out)
     return 0

@@ -62,3 +62,40 @@ def test_bench_experiments_takes_no_more_memory_than_base_and_states(tmp_path: P
     assert (one["what"], eight["what"]) == ("one experiment", "8 experiments")
     assert eight["base"] == one["base"] == "one experiment" and eight["tokens/s"] > 0
     assert eight["trunk MiB"] <= 1.1 * eight["base + states MiB"]
+
+
+@pytest.mark.slow
+def test_bench_clients_has_the_trunks_rate_and_memory_beside_its_arithmetic(tmp_path: Path) -> None:
+    order = ["bench", "clients", "--clients", "1", "3", "--steps", "1", "--device", "cpu"]
+    assert main([*order, "--out", str(tmp_path)]) == 0
+    alone, one, three = json.loads((tmp_path / "clients.json").read_text())["rows"]
+    assert alone["what"] == one["base"] == three["base"] == "the arithmetic alone"
+    assert (one["what"], three["what"]) == ("1 clients", "3 clients")
+    for row in (one, three):
+        assert 0 < row["activations MiB"] <= row["budget MiB"] == 1024
+        assert row["recomputed"] == 0 and row["tokens/s"] > 0
+    # Forwards of all may be kept at once, and no more than those.
+    assert three["activations MiB"] <= 3.1 * one["activations MiB"]
+    assert max(one["of the best"], three["of the best"]) == 1
+
+
+@pytest.mark.slow
+def test_bench_quickstart_has_a_runs_phases_beside_plain_peft(tmp_path: Path) -> None:
+    app = Path(__file__).parents[2] / "simulations" / "quickstart"
+    changes = (
+        "num-server-rounds=1 num-clients=2 train.local-steps=1 data.max-eval-batches=1 "
+        "local-only-baseline=false report=''"
+    )
+    order = ["bench", "quickstart", str(app), "--local", "--run-config", changes]
+    assert main([*order, "--threads", "1", "--out", str(tmp_path)]) == 0
+    rows = {
+        row["what"]: row for row in json.loads((tmp_path / "quickstart.json").read_text())["rows"]
+    }
+    plain, ours = "plain PEFT, 1 thread", "flower-split run --local"
+    for phase in ("start", "training", "evaluation"):
+        assert rows[f"{ours}: {phase}"]["base"] == f"{plain}: {phase}"
+        assert rows[f"{plain}: {phase}"]["median_seconds"] > 0
+    parts = [row["median_seconds"] for what, row in rows.items() if what.startswith(f"{ours}: ")]
+    assert sum(parts) == pytest.approx(rows[ours]["median_seconds"], abs=0.5)
+    # After one step from the same weights on the same tokens both are about as good.
+    assert rows[ours]["perplexity"] == pytest.approx(rows[plain]["perplexity"], rel=0.1)
