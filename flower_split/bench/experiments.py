@@ -79,16 +79,16 @@ def measure_experiments(bench: ExperimentsBench) -> Figures:
         ]
         for link, config in zip(links, configs, strict=True):
             link.bring(brought(config))
-        loaded = _resident(links[0])
-        one, several, memory = [], [], [loaded]
-        for number in range(1, bench.repeats + 2):  # the first round warms up
+        memory = [_resident(links[0])]  # of the base, then with one experiment, then with all
+        for count in (1, bench.experiments):  # which warms up, too
+            _round(bench, address, links[:count], configs[:count], count, 1)
+            memory.append(_resident(links[0]))
+        one, several = [], []
+        for number in range(bench.experiments + 1, bench.experiments + 1 + bench.repeats):
             one.append(_round(bench, address, links[:1], configs[:1], 2 * number, len(configs)))
-            if number == 1:
-                memory.append(_resident(links[0]))
             several.append(_round(bench, address, links, configs, 2 * number + 1, 1))
-        memory.append(_resident(links[0]))
     tokens = bench.experiments * bench.micro_batches * preset.batch * preset.sequence
-    own = memory[1] - memory[0]
+    expected = memory[0] + bench.experiments * (memory[1] - memory[0])
     return Figures(
         name="experiments",
         title=f"{bench.preset}: {bench.experiments * bench.micro_batches} micro-batches of "
@@ -97,19 +97,13 @@ def measure_experiments(bench: ExperimentsBench) -> Figures:
         settings={name: getattr(bench, name) for name in ExperimentsBench.__slots__},
         rows=[
             _row("one experiment", one, tokens, memory[1], memory[1]),
-            _row(
-                f"{bench.experiments} experiments",
-                several,
-                tokens,
-                memory[2],
-                loaded + bench.experiments * own,
-            ),
+            _row(f"{bench.experiments} experiments", several, tokens, memory[2], expected),
         ],
     )
 
 
 def _row(what: str, seconds: Sequence[float], tokens: int, memory: float, expected: float) -> Row:
-    row = Row(what=what, seconds=tuple(seconds[1:]), base="one experiment")
+    row = Row(what=what, seconds=tuple(seconds), base="one experiment")
     beside = {
         "tokens/s": tokens / row.median,
         "trunk MiB": memory / _MIB,
