@@ -1,6 +1,5 @@
 """Several experiments at once on one trunk: each ends on the weights that it has alone."""
 
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -51,12 +50,13 @@ def test_experiments_at_once_end_on_the_weights_that_each_has_alone(
         trunk.engines.base.check_untouched()
 
 
-def test_runs_at_once_bring_their_settings_to_one_trunk_and_leave_it(
+def test_runs_bring_their_settings_to_a_trunk_that_is_at_work_and_leave_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whole runs, one after the other: two threads cannot load models of transformers at once."""
     model, data = make_model(tmp_path / "model"), make_data(tmp_path / "data", 2)
     token = tmp_path / "token"
-    token.write_text("0123456789abcdef\n")
+    token.write_text(TOKEN + "\n")
     token.chmod(0o600)
 
     def train(name: str, **changes: Scalar) -> dict[str, torch.Tensor]:
@@ -70,26 +70,28 @@ def test_runs_at_once_bring_their_settings_to_one_trunk_and_leave_it(
         {**own, "lora__trunk__r": 2, "seed": 1},
         {**own, "lora__trunk__target_modules": "up_proj", "trunk__optimizer__name": "adamw"},
     )
+    beside = parse_run_config(tiny_config(model, data, lora__trunk__r=6, seed=9))
     with monkeypatch.context() as patched:
         patched.setattr("flower_split.server.trunk_connection.TrunkProcess", TrunkHere)
-        alone = [train(f"alone-{i}", **one) for i, one in enumerate(changes)]
+        expected = [train(f"alone-{i}", **one) for i, one in enumerate(changes)]
+    expected_beside = alone("beside", beside)
     base = parse_run_config(tiny_config(model, data, trunk__max_experiments=2))
-    serving = Serving(token="0123456789abcdef", checkpoints=str(tmp_path / "checkpoints"))
-    with RunningTrunk(base, serving) as trunk, ThreadPoolExecutor(2) as pool:
+    serving = Serving(token=TOKEN, checkpoints=str(tmp_path / "checkpoints"))
+    with RunningTrunk(base, serving) as trunk:
+        job = Job("beside", beside, trunk.port)
+        job.run((1,))
         there: dict[str, Scalar] = {
             "trunk__address": f"127.0.0.1:{trunk.port}",
             "trunk__token_file": str(token),
         }
-        futures = [
-            pool.submit(train, f"shared-{i}", **one, **there) for i, one in enumerate(changes)
-        ]
-        shared = [future.result(120) for future in futures]
-        with closing(TrunkCoordinator(f"127.0.0.1:{trunk.port}", "0123456789abcdef")) as operator:
+        found = [train(f"shared-{i}", **one, **there) for i, one in enumerate(changes)]
+        assert job.run((2,)) == expected_beside
+        with closing(TrunkCoordinator(f"127.0.0.1:{trunk.port}", TOKEN)) as operator:
             status = operator.status()
-    assert status.max_experiments == 2 and status.experiments == ()  # both have left
-    for expected, found in zip(alone, shared, strict=True):
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert [item.name for item in status.experiments] == ["beside"]  # the runs have left
+    for one, other in zip(expected, found, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_run_over_another_base_is_refused_before_any_client_is_asked(tmp_path: Path) -> None:

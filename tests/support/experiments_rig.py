@@ -110,9 +110,7 @@ class Job:
 
     def __init__(self, name: str, config: RunConfig, port: int, *, brings: bool = True) -> None:
         self.name, self.config, self.port = name, config, port
-        self._coordinator = TrunkCoordinator(f"127.0.0.1:{port}", TOKEN, timeout=30.0)
-        if brings:
-            self._coordinator.bring(brought(config))
+        self._brings = brings
         self._models = {}
         for slot in SLOTS:
             model = load_client_model(
@@ -126,7 +124,10 @@ class Job:
 
     def run(self, rounds: Sequence[int] = (1, 2)) -> str:
         """Train rounds; return the digest of the trunk's and the clients' weights after the last."""
-        with closing(self._coordinator) as coordinator, ThreadPoolExecutor(len(SLOTS)) as pool:
+        link = TrunkCoordinator(f"127.0.0.1:{self.port}", TOKEN, timeout=30.0)
+        if self._brings:
+            link.bring(brought(self.config))
+        with closing(link) as coordinator, ThreadPoolExecutor(len(SLOTS)) as pool:
             for server_round in rounds:
                 base = RoundBase(server_round - 1, self.digests[-1] if self.digests else "")
                 coordinator.begin_round(make_plan(self.name, server_round, base=base))
