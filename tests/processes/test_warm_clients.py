@@ -19,7 +19,7 @@ from tests.processes.test_runs import adapters_of, digest
 from tests.support.flower_home import Flower, end, free_port, processes_of
 from tests.support.tiny_app import make_app, make_data, make_model, tiny_config
 
-ROUNDS = 4
+ROUNDS = 3
 WORKER = "flower_split.client.worker.serve"
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -193,14 +193,13 @@ def test_worker_changes_no_bit_costs_less_and_ends_with_its_node(
     tmp_path: Path,
 ) -> None:
     nodes, config = deploy(deployment), config_of(tmp_path, make_model(tmp_path / "model"))
-    warm, measured = run(deployment, nodes, tmp_path, "warm", config)
-    workers = workers_of(deployment.home)
-    assert len(workers) == 2, deployment.tails()
     off = {**config, "train.client-worker": "off"}
     cold, without = run(deployment, nodes, tmp_path, "cold", off)
+    assert workers_of(deployment.home) == []
+    warm, measured = run(deployment, nodes, tmp_path, "warm", config)
+    assert len(workers_of(deployment.home)) == 2, deployment.tails()
     assert warm == cold
     assert min(measured.per_round()) < min(without.per_round()) / 2
-    assert {p.pid for p in workers_of(deployment.home)} == {p.pid for p in workers}  # idle
 
     end([nodes[0]])
     deadline = time.monotonic() + 20

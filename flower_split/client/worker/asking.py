@@ -2,8 +2,8 @@
 
 Whatever goes wrong with the worker is a :class:`WorkerError`, and the caller then answers by itself. A
 worker that was given the message and was lost is gone for certain before that error is raised, so that
-no message is ever computed twice at a time; that it was computed in part does no harm, since the trunk
-gives a repeated call the reply that it gave first.
+no message is ever computed twice at a time. That it was computed in part does no harm: the trunk gives
+a repeated call the reply that it gave first, or, if it has stepped since, has the round begin again.
 """
 
 import logging
