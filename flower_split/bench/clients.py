@@ -9,8 +9,9 @@ the same micro-batch in the same run.
 
 import statistics
 import tempfile
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flower_split.bench.clients_load import WARM_UP, run_arithmetic, run_load, tokens_of
@@ -42,7 +43,8 @@ class ClientsBench:
     preset: str = "tiny"
     clients: tuple[int, ...] = (2, 4, 8, 16, 32, 64)
     rows_each: int = 1  # sequences of a client's micro-batch
-    steps: int = 5  # windows that count
+    steps: int = 2  # windows of a turn that count
+    repeats: int = 3  # turns, each of every number of clients
     transport: str = "auto"
     window_batches: str = "off"
     activation_memory: float = 1.0  # GiB, over all clients
@@ -51,7 +53,7 @@ class ClientsBench:
 
 
 def measure_clients(bench: ClientsBench) -> Figures:
-    """Time the arithmetic alone, then every number of clients."""
+    """Time the arithmetic alone, then every number of clients in turns."""
     preset = PRESETS[bench.preset]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
@@ -75,12 +77,7 @@ def _with_shares(rows: list[Row]) -> list[Row]:
     """Return the rows, those of clients with their share of the best rate among them."""
     best = max((row.beside["tokens/s"] for row in rows[1:]), default=0.0)
     return rows[:1] + [
-        Row(
-            what=row.what,
-            seconds=row.seconds,
-            base=row.base,
-            beside={**row.beside, "of the best": row.beside["tokens/s"] / best},
-        )
+        replace(row, beside={**row.beside, "of the best": row.beside["tokens/s"] / best})
         for row in rows[1:]
     ]
 
@@ -129,22 +126,36 @@ def _rows(bench: ClientsBench, path: Path) -> list[Row]:
         closing(TrunkCoordinator(trunk.address, trunk.token, timeout=120.0)) as control,
     ):
         load.answer()  # it is there
-        return [_row(bench, load, control, count) for count in bench.clients]
+        turns = [
+            [_row(bench, load, control, turn, count) for count in bench.clients]
+            for turn in range(bench.repeats)
+        ]
+    return [_joined(bench, rows) for rows in zip(*turns, strict=True)]
 
 
-def _row(bench: ClientsBench, load: Worker, control: TrunkCoordinator, count: int) -> Row:
+def _joined(bench: ClientsBench, rows: Sequence[Row]) -> Row:
+    """Return the row of one number of clients over all turns; the memory is the last one's."""
+    seconds = tuple(second for row in rows for second in row.seconds)
+    return replace(
+        rows[-1], seconds=seconds, beside={**rows[-1].beside, **_rate(bench, Answer(seconds))}
+    )
+
+
+def _row(
+    bench: ClientsBench, load: Worker, control: TrunkCoordinator, turn: int, count: int
+) -> Row:
     """Return the row of ``count`` clients: their windows' seconds, divided by how many they are."""
     plan = RoundPlan(
-        experiment=f"benchmark-{count}",
+        experiment=f"benchmark-{turn}-{count}",
         server_round=1,
         attempt=0,
-        participants=tokens_of(count),
+        participants=tokens_of(turn, count),
         steps_per_round=bench.steps + WARM_UP,
         join_seconds=_START_SECONDS,
         window_seconds=_START_SECONDS,
     )
     control.begin_round(plan)
-    load.tell(str(count))
+    load.tell(f"{turn} {count}")
     answer = load.answer()
     status = control.status()
     control.prepare_round(plan.experiment, 1, 0)

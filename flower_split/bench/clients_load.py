@@ -21,22 +21,24 @@ from flower_split.split import load_trunk_model
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.trunk.compute.compute import TrunkCompute
 
-WARM_UP = 2  # windows that do not count
+WARM_UP = 1  # windows of a turn that do not count
 _GRADIENT = 1e-4  # about the size of a real one
 
 
-def tokens_of(count: int) -> dict[int, str]:
-    """Return the session tokens of so many clients, by slot."""
-    return {slot: f"benchmark-{count}-{slot}" for slot in range(count)}
+def tokens_of(turn: int, count: int) -> dict[int, str]:
+    """Return the session tokens of a turn's clients, by slot."""
+    return {slot: f"benchmark-{turn}-{count}-{slot}" for slot in range(count)}
 
 
 def run_load(pipe: Connection, config: RunConfig, address: str) -> None:
-    """Say that it is there; then, for every number that comes, train with so many sessions at once."""
+    """Say that it is there; then, for every turn and number, train with so many sessions at once."""
     known = fingerprint(config)
     pipe.send(Answer(()))
     with suppress(EOFError):  # the benchmark is over
         while True:
-            pipe.send(Answer(_windows(config, address, known, tokens_of(int(pipe.recv())))))
+            turn, count = str(pipe.recv()).split()
+            tokens = tokens_of(int(turn), int(count))
+            pipe.send(Answer(_windows(config, address, known, tokens)))
 
 
 def _windows(

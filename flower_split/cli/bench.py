@@ -114,7 +114,8 @@ def _add_clients(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         description="A trunk in a process of its own, and sessions without models that keep it busy; "
         "beside the trunk's arithmetic alone, on the same micro-batch.",
     )
-    _add_model(clients, steps=5)
+    _add_model(clients, steps=2)
+    clients.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of all")
     clients.add_argument(
         "--clients", type=int, nargs="+", default=[2, 4, 8, 16, 32, 64], metavar="N"
     )
@@ -269,6 +270,7 @@ def _clients(arguments: argparse.Namespace) -> int:
         clients=tuple(arguments.clients),
         rows_each=arguments.rows,
         steps=arguments.steps,
+        repeats=arguments.repeats,
         transport=arguments.transport,
         window_batches=arguments.window_batches,
         activation_memory=arguments.activation_memory,
