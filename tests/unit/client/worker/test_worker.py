@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from flwr.common.serde import context_to_proto, message_to_proto
 from flower_split.client.worker import frames
 from flower_split.client.worker.asking import Patience, ReadyWorker
 from flower_split.client.worker.frames import Frame
+from flower_split.client.worker.identity import process_mark
 from flower_split.errors import WorkerError
 from tests.support.worker_rig import WorkerRig, context, facts_of, message
 
@@ -169,6 +171,15 @@ def test_worker_ends_with_its_node(rig: WorkerRig) -> None:
     rig.end_node()
     assert rig.exit_code(rig.pids[0]) == 0
     assert rig.directory.nodes() == []
+
+
+def test_worker_stays_when_another_node_of_the_machine_ends(rig: WorkerRig) -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as other:
+        rig.train(7)
+        rig.train(8, node_process=process_mark(other.pid))
+        rig.end_node()
+        assert rig.exit_code(rig.pids[0]) == 0
+        assert rig.train(8, node_process=process_mark(other.pid))["count"] == 2
 
 
 def test_worker_at_work_ends_with_its_node(rig: WorkerRig, tmp_path: Path) -> None:
