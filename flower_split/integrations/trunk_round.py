@@ -43,6 +43,7 @@ from pathlib import Path
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.errors import RefusalReason, TrunkError, TrunkRefused
+from flower_split.parties.experiment_settings import brought
 from flower_split.parties.fingerprint import fingerprint
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, TrunkStatus
@@ -97,8 +98,10 @@ def trunk_round(
         root_certificates=config.trunk.root_certificates,
         proxy=config.trunk.proxy,
         timeout=config.trunk.call_timeout,
+        experiment=experiment,
     )
     with closing(coordinator):
+        coordinator.bring(brought(config))  # a trunk of one experiment looks at nothing of it
         attempt = _attempt(coordinator.status(), experiment, server_round)
         key = ClientKey()
         plan = _plan(config, steps, experiment, server_round, attempt, new_token(key.public))

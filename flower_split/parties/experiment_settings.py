@@ -146,6 +146,12 @@ def is_of_base(name: str) -> bool:
     return name in _BASE_FIELDS
 
 
+def experiment_fields(mine: Mapping[str, str], theirs: Mapping[str, str]) -> frozenset[str]:
+    """Return the fields in which a run may differ from a trunk of several experiments: it brings them."""
+    files = {"model", "weights"}
+    return frozenset(n for n in mine.keys() | theirs.keys() if n not in files and not is_of_base(n))
+
+
 def experiment_fingerprint(base: Mapping[str, str], config: RunConfig) -> dict[str, str]:
     """Return the fingerprint of an experiment.
 

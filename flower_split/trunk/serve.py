@@ -79,6 +79,9 @@ class RunningTrunk(Closing):
         config: The run's configuration: model, cuts, LoRA, windows, device.
         serving: Where to listen.
 
+    Attributes:
+        engine: What computes; of a trunk of several experiments, all of them.
+
     Raises:
         FlowerSplitError: The model cannot be loaded or cut, or the port cannot be served.
     """
@@ -100,9 +103,9 @@ class RunningTrunk(Closing):
             if serving.client_ca
             else None
         )
-        self._served = _engines(config, directory, serving)
+        self.engine = _engines(config, directory, serving)
         self._server = TrunkServer(
-            self._served,
+            self.engine,
             listen=serving.listen,
             coordinator_token=(
                 TokenFile(serving.token_file, "--token-file")
@@ -150,9 +153,9 @@ class RunningTrunk(Closing):
                 "'flower-split[metrics]'"
             ) from error
         sources = Sources(
-            status=self._served.status,
+            status=self.engine.status,
             experiments=(
-                self._served.statuses if isinstance(self._served, SeveralExperiments) else None
+                self.engine.statuses if isinstance(self.engine, SeveralExperiments) else None
             ),
             refusals=lambda: self._server.refusals.counts,
             checkpoints=checkpoints,
@@ -167,7 +170,7 @@ class RunningTrunk(Closing):
         for served in self._beside:
             served.close()
         self._server.stop(_GRACE_SECONDS)
-        self._served.close()
+        self.engine.close()
         if self._audit is not None:
             self._audit.close()
 

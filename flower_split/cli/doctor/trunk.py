@@ -50,17 +50,27 @@ def described(subject: str, status: TrunkStatus, mine: dict[str, str]) -> list[F
         status: Its answer.
         mine: The configuration's fingerprint.
     """
+    from flower_split.parties.experiment_settings import experiment_fields
     from flower_split.parties.fingerprint import differing_fields
 
     found = [ok(subject, "answers to the token")]
-    if fields := differing_fields(mine, status.fingerprint):
+    own = experiment_fields(mine, status.fingerprint) if status.max_experiments > 1 else frozenset()
+    if fields := [name for name in differing_fields(mine, status.fingerprint) if name not in own]:
         theirs = ", ".join(
             f"{name} ({mine.get(name, 'nothing')} here, {status.fingerprint.get(name, 'nothing')} there)"
             for name in fields
         )
         remedy = "Start the trunk with the same app and --run-config, or correct this one."
         found.append(problem(subject, f"it differs in {theirs}", remedy))
-    if status.phase in _AT_WORK:
+    if own and len(status.experiments) >= status.max_experiments:
+        found.append(
+            warning(
+                subject,
+                f"all of its {status.max_experiments} places for experiments are taken",
+                "A run that begins now is refused. Wait for one to end; flower-split status lists them.",
+            )
+        )
+    elif status.phase in _AT_WORK:
         found.append(
             warning(
                 subject,

@@ -17,7 +17,7 @@ from flower_split.cli.doctor import credentials, machine, network
 from flower_split.cli.doctor.findings import Finding, Level
 from flower_split.cli.doctor.trunk import described
 from flower_split.cli.main import main
-from flower_split.protocol.values import TrunkStatus
+from flower_split.protocol.values import ExperimentReport, TrunkStatus
 
 OK, WARNING, PROBLEM = Level.OK, Level.WARNING, Level.PROBLEM
 
@@ -176,3 +176,19 @@ def test_json_has_every_finding_and_the_exit_code_follows_it(
     assert printed["healthy"] is False
     [wrong] = [item for item in printed["findings"] if item["level"] == "problem"]
     assert wrong["subject"] == "certificate" and missing in wrong["text"] and wrong["remedy"]
+
+
+def test_trunk_of_several_experiments_must_agree_on_the_base_alone() -> None:
+    theirs = {"mode": "joint", "dtype": "bfloat16", "lora.trunk": "r=8", "weights": "a"}
+    status = TrunkStatus(
+        epoch=1,
+        version=0,
+        fingerprint=theirs,
+        max_experiments=2,
+        experiments=(ExperimentReport(name="a"), ExperimentReport(name="b")),
+    )
+    mine = {"mode": "frozen", "dtype": "bfloat16", "lora.trunk": "r=4", "weights": "a"}
+    answers, full = described("trunk t", status, mine)
+    assert "places for experiments are taken" in full.text
+    other = described("trunk t", status, {**mine, "dtype": "float32", "weights": "b"})[1]
+    assert "dtype" in other.text and "weights" in other.text and "lora.trunk" not in other.text
