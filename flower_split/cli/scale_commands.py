@@ -90,8 +90,8 @@ def _add_machines(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--places",
         type=int,
-        default=192,
-        help="a what-if: so many waiting calls that the trunk holds; a trunk holds 192",
+        default=768,
+        help="a what-if: so many waiting calls that the trunk holds; a trunk holds 768",
     )
 
 

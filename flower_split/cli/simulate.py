@@ -42,7 +42,7 @@ class SimulateCommand:
     hub_megabits: float = 10_000.0
     replicas: int = 1
     cores: int = 0
-    places: int = 192
+    places: int = 768
     rounds: int = 1
     costs: Sequence[str] = ()  # NAME=VALUE
     client_gflops: float = 0.0

@@ -162,7 +162,7 @@ class Setting:
     replicas: int = 1  # of the trunk; a what-if above 1
     cores: int = 0  # that all clients and the trunk share; 0: each party has its own machine
     waiting_calls: int = (
-        192  # forwards (with window batches: all calls) that the trunk holds at once
+        768  # forwards (with window batches: all calls) that the trunk holds at once
     )
     rounds: int = 1  # that are simulated
     seed: int = 0

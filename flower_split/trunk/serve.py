@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from flower_split.trunk.engine.several_experiments import SeveralExperiments
     from flower_split.trunk.service.limits import Limits
 
-_WORKERS = 256  # threads of the RPC shell; a waiting forward must never starve a backward
+_WORKERS = 1024  # threads of the RPC shell; a waiting forward must never starve a backward
 _GRACE_SECONDS = 2.0
 _COORDINATOR = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
