@@ -95,7 +95,7 @@ def test_command_predicts_from_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert eight["round_seconds"] == pytest.approx(many["round_seconds"], rel=0.01)
     assert eight["holds_up"] == "server"  # 8 x 0.3 + 1.5 s, by the record
     assert many["evaluation_seconds"] > 1000 * eight["evaluation_seconds"]
-    assert main(["simulate", run, "--clients", "500"]) == 0
+    assert main(["simulate", run, "--clients", "1000"]) == 0
     said = capsys.readouterr().out
     assert "cannot run" in said and "stand still" in said
 

@@ -122,10 +122,10 @@ def test_calls_without_a_place_come_again_and_a_full_barrier_is_refused() -> Non
     assert found.refused > 0
     assert found.seconds >= 30 * STEPS * TRUNK - TRUNK  # a backward needs no place
     with pytest.raises(ConfigError, match="stand still"):
-        times(WORK, COSTS, setting(200))
-    assert times(WORK, COSTS, setting(192)).refused == 0
+        times(WORK, COSTS, setting(800))
+    assert times(WORK, COSTS, setting(768)).refused == 0
     with pytest.raises(ConfigError, match="stand still"):
-        times(replace(WORK, micro_batches=2, in_flight=2), COSTS, setting(100))
+        times(replace(WORK, micro_batches=2, in_flight=2), COSTS, setting(400))
 
 
 def test_shared_cores_and_a_shared_link_are_waited_for() -> None:
