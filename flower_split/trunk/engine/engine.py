@@ -12,7 +12,6 @@ Next: ``flower_split/trunk/compute/compute.py``.
 """
 
 import logging
-import secrets
 import time
 from collections.abc import Callable, Mapping
 
@@ -48,6 +47,7 @@ from flower_split.trunk.engine.ledger import CallKind
 from flower_split.trunk.engine.operator_side import OperatorSide
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
+from flower_split.trunk.engine.sessions import new_epoch
 from flower_split.trunk.engine.settling import Settling
 from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.step_ends import StepEnds
@@ -113,7 +113,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         batch_positions: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.epoch = secrets.randbits(63)
+        self.epoch = new_epoch()
         self.mode, self.hidden_size = mode, hidden_size
         self.device, self.window_batches = compute.device, batch_positions > 0
         self.fingerprint, self._shares = dict(fingerprint), shares or Shares()

@@ -1,5 +1,6 @@
 """What a round knows of one client: its session, and the end of its step."""
 
+import secrets
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -8,6 +9,11 @@ from torch import Tensor
 
 from flower_split.protocol.values import FinishResult
 from flower_split.split import CutLayers
+
+
+def new_epoch() -> int:
+    """Return the number of a trunk's process: random, and always of as many bytes on the wire."""
+    return 1 << 62 | secrets.randbits(62)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ learn, and *not yours* and *no such* are one answer.
 """
 
 import logging
-import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,6 +20,7 @@ from flower_split.runtime.version import __version__
 from flower_split.trunk.compute.checks import printable
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.experiments import Values
+from flower_split.trunk.engine.sessions import new_epoch
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class SeveralExperiments(Closing):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.maximum = maximum
-        self.epoch = secrets.randbits(63)
+        self.epoch = new_epoch()
         self._make = make
         self._fingerprint = dict(fingerprint)
         self._lease_seconds = lease_seconds
