@@ -115,12 +115,13 @@ def serve_node(address: str, node_id: int, node_config, run_config) -> None:
     from flower_split.client.app import app
 
     _identify(node_id)
+    state = RecordDict()  # kept in memory, as a SuperNode does: it ends with the process
     with Listener(address, family="AF_UNIX", backlog=16) as listener:
         while True:
             try:
                 with listener.accept() as connection:
                     message = message_from_proto(ProtoMessage.FromString(connection.recv_bytes()))
-                    context = Context(0, node_id, node_config, RecordDict(), run_config)
+                    context = Context(0, node_id, node_config, state, run_config)
                     reply = app(message, context)
                     connection.send_bytes(message_to_proto(reply).SerializeToString())
             except (OSError, EOFError):
