@@ -1,4 +1,4 @@
-"""The trunk without exactly-once: what a repeated backward does where nobody remembers it."""
+"""The trunk without exactly-once, and without what turns a repeated call away before that is asked."""
 
 from concurrent.futures import Future
 
@@ -6,6 +6,12 @@ from flower_split.protocol.values import CallResult
 from flower_split.trunk.compute.activations import Activation, ActivationCache, Key
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.engine.ledger import CallName, Ledger
+from flower_split.trunk.service.admission import UsedNumbers
+
+
+def let_numbers_repeat() -> None:
+    """Let a call through whose signed number was used, in this process: as one that is made again."""
+    UsedNumbers.use = lambda self, number: True  # type: ignore[method-assign]
 
 
 def switch_dedupe_off() -> None:

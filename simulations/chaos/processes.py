@@ -142,12 +142,13 @@ class Job:
         return Role(name, run, places, log=self.root / f"{name}.log")
 
     def _run_trunk(self) -> None:
+        from naive import let_numbers_repeat, switch_dedupe_off
+
         from flower_split.config import parse_run_config
         from flower_split.trunk.serve import RunningTrunk, Serving
 
+        let_numbers_repeat()
         if not self._dedupe:
-            from naive import switch_dedupe_off
-
             switch_dedupe_off()
         serving = Serving(
             listen=f"127.0.0.1:{self.trunk_port}",

@@ -5,7 +5,8 @@
 A real job (tiny Llama, four clients, AdamW, dropout, schedules, seeded sampling) runs once without
 faults. Then it runs again and again under SIGKILLs of the trunk, the ServerApp's process and the
 clients, at random times and at every named failpoint, while three in ten connections to the trunk
-deliver every call twice; with ``--network`` connections are cut, refused and delayed too. Whoever dies
+deliver every call twice (the trunk takes a signed number again here, or it would turn the second one away
+unread); with ``--network`` connections are cut, refused and delayed too. Whoever dies
 is started again, as a supervisor would; the ServerApp resumes its run directory. Every run must end on
 the hash of the fault-free one. ``--no-dedupe`` switches the trunk's memory of calls off, and the same
 command must then find differences.

@@ -86,7 +86,7 @@ class PossessionCheck:
     """Checks the proofs of calls, and that none is used twice. Thread-safe; it never waits."""
 
     def __init__(self) -> None:
-        self._numbers: OrderedDict[str, _Numbers] = OrderedDict()  # by token, least used first
+        self._numbers: OrderedDict[str, UsedNumbers] = OrderedDict()  # by token, least used first
         self._lock = threading.Lock()
 
     def passes(self, token: str, method: str, proof: bytes) -> bool:
@@ -103,14 +103,14 @@ class PossessionCheck:
         if number is None:
             return False
         with self._lock:
-            numbers = self._numbers.setdefault(token, _Numbers())
+            numbers = self._numbers.setdefault(token, UsedNumbers())
             self._numbers.move_to_end(token)
             while len(self._numbers) > _MAX_TOKENS:
                 self._numbers.popitem(last=False)
             return numbers.use(number)
 
 
-class _Numbers:
+class UsedNumbers:
     """The latest numbers that calls with one token have used."""
 
     def __init__(self) -> None:
