@@ -4,7 +4,7 @@ from flwr.app import ConfigRecord, Context
 
 from flower_split.wire.possession import ClientKey
 
-_RECORD = "flower-split.client-key"  # of the context's state, which does not leave the node
+_RECORD = "flower_split client key"  # of the context's state, which does not leave the node
 _PRIVATE = "private"
 
 

@@ -13,6 +13,7 @@ compute thread, and from there to the trunk module's forward.
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from flower_split.split import TrunkModel, set_trunk
 from flower_split.training.loss import Batch
 from flower_split.training.measures import RoundPosition
 from flower_split.training.round import train_round
+from flower_split.trunk.engine.engine import TrunkEngine
 from tests.acceptance.federation import federation, make_batch, make_config, write_checkpoint
 
 ROOT = str(Path(flower_split.__file__).parent) + "/"
@@ -94,6 +96,15 @@ def _frames(frame: FrameType | None) -> list[str]:
     return names[::-1]
 
 
+def _wait_for(engine: TrunkEngine, version: int) -> None:
+    """Wait until the trunk has stepped, which it does after its replies, and has nothing to do."""
+    deadline = time.monotonic() + 60
+    while engine.status().version < version:
+        assert time.monotonic() < deadline, "the trunk does not step"
+        time.sleep(0.001)
+    time.sleep(0.05)  # for the few calls after it
+
+
 def profile_step() -> StepProfile:
     """Return the counts of one optimizer step with one micro-batch."""
     profile = StepProfile()
@@ -107,7 +118,10 @@ def profile_step() -> StepProfile:
 
                 def batches() -> Iterator[Batch]:
                     yield batch
-                    profile.active = True  # the first step has warmed everything up
+                    sys.setprofile(None)
+                    _wait_for(fed.engine, 1)  # the first step, which has warmed everything up
+                    sys.setprofile(profile.hook)
+                    profile.active = True
                     yield batch
 
                 model = fed.client_model(0)
@@ -120,6 +134,8 @@ def profile_step() -> StepProfile:
                     )
                     sys.setprofile(profile.hook)
                     train_round(model, batches(), config, position, trunk)
+                    sys.setprofile(None)
+                    _wait_for(fed.engine, 2)
                     profile.active = False
     finally:
         sys.setprofile(None)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
 from flower_split.cli.app_config import App, load_app
 from flower_split.cli.main import main
@@ -50,7 +52,7 @@ def test_components_of_a_new_app_load(made: App) -> None:
     for name, reference in components.items():
         module, _, attribute = reference.partition(":")
         found = getattr(importlib.import_module(module), attribute)
-        assert type(found).__name__.lower() == name
+        assert isinstance(found, {"clientapp": ClientApp, "serverapp": ServerApp}[name])
 
 
 def test_function_in_data_py_gives_every_client_texts_of_its_own(made: App) -> None:
