@@ -29,7 +29,7 @@ from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_fl
 from flower_split.server.additions import Additions, EvaluateFn, RunCallback
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
-from flower_split.server.federation.client_keys import ClientKeys
+from flower_split.server.federation.client_keys import ClientKeys, key_notes
 from flower_split.server.federation.data_notes import data_notes
 from flower_split.server.federation.handshake import (
     describe_clients,
@@ -110,7 +110,8 @@ def _run(
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)
         logger.info("%s", describe_clients(facts, federation))
         recorder.clients(facts)
-        _note(recorder, data_notes(federation, facts) + version_notes(facts, trunk.package_version))
+        versions = version_notes(facts, trunk.package_version)
+        _note(recorder, [*data_notes(federation, facts), *versions, *key_notes(facts)])
         client_keys = ClientKeys({slot: item.public_key for slot, item in facts.items()})
         trunk = _awaiting_clients(trunk, grid, config, client_keys)
         grid = MeteredGrid(grid, recorder.traffic, federation.nodes)

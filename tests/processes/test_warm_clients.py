@@ -236,4 +236,4 @@ def test_second_round_with_a_large_checkpoint_costs_a_client_little_but_its_trai
     assert (model / "model.safetensors").stat().st_size > 500e6
     config = config_of(tmp_path, model, model__second_cut=12)
     _, measured = run(deployment, nodes, tmp_path, "large", config)
-    assert measured.beside_training()[0] <= 4.0  # 3 on idle cores, of which Flower's process 2.7
+    assert measured.beside_training()[0] <= 3.0  # of which Flower's own process takes 2.1 to 2.7

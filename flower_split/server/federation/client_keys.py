@@ -9,6 +9,22 @@ from flower_split.messages.client_facts import ClientFacts
 from flower_split.wire.possession import new_token
 
 
+def key_notes(facts: Mapping[int, ClientFacts]) -> list[str]:
+    """Return a sentence that names the clients which told no key; nothing where each told one.
+
+    Args:
+        facts: Partition to what each client said of itself.
+    """
+    without = [str(slot) for slot, item in sorted(facts.items()) if not item.public_key]
+    if not without:
+        return []
+    return [
+        f"Partitions {', '.join(without)} told no key in the handshake, so whoever sees one of their "
+        "tokens can use it until its round ends. Upgrade flower-split on their machines; if it is "
+        "this version, somebody on the way has taken the key out."
+    ]
+
+
 class ClientKeys:
     """Makes the clients' tokens, each for the key that its client told last.
 

@@ -6,7 +6,7 @@ from flwr.app import Error, Message, RecordDict
 
 from flower_split.messages.error_codes import KEY_LOST
 from flower_split.messages.orders import TrainOrder
-from flower_split.server.federation.client_keys import ClientKeys
+from flower_split.server.federation.client_keys import ClientKeys, key_notes
 from flower_split.server.federation.waiting import wait_for_clients
 from flower_split.server.rounds import run_rounds
 from flower_split.server.trunk_access import TrunkHealth
@@ -40,6 +40,13 @@ def test_tokens_name_their_clients_key_and_none_where_it_told_none() -> None:
     keys = ClientKeys({0: b"", PARTITION: FIRST.public})
     assert FIRST.holds(keys.new_token(PARTITION)) and not SECOND.holds(keys.new_token(PARTITION))
     assert named(keys, 0) == named(keys, 2) == ""  # told none; unknown
+
+
+def test_clients_that_told_no_key_are_named() -> None:
+    told_one = facts(0, public_key=FIRST.public)
+    assert key_notes({0: told_one}) == []
+    [note] = key_notes({2: facts(2), 0: told_one, 1: facts(1)})
+    assert "Partitions 1, 2 told no key" in note
 
 
 def test_client_that_answers_again_is_believed_its_new_key() -> None:
