@@ -38,7 +38,7 @@ from flower_split.runtime.logs import quiet_libraries
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.trunk.build import make_engine
 from flower_split.trunk.compute import checks, compute
-from flower_split.trunk.engine import contributions, settling
+from flower_split.trunk.engine import settling
 from flower_split.trunk.service import admission, handlers
 from flower_split.trunk.service.audit_log import AuditLog
 from flower_split.trunk.service.server import TrunkServer
@@ -52,8 +52,7 @@ OFF: tuple[tuple[object, str, Callable[..., object]], ...] = (
     (compute, "check_bounded", lambda *_: None),
     (checks, "check_finite", lambda *_: None),
     (checks.InputSchema, "checked", lambda self, tensors, *_: dict(tensors)),
-    (checks.InputSchema, "check_gradient", lambda *_: None),
-    (contributions, "check_weights", lambda *_: None),
+    (checks.InputSchema, "check_backward", lambda *_: None),
     (settling, "faults", lambda *_, **__: {}),
     (settling, "outliers", lambda *_: {}),
     (admission.Admission, "intercept_service", lambda self, go_on, details: go_on(details)),

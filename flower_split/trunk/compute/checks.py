@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.parties.fingerprint import differences, differing_fields, is_of_training
-from flower_split.parties.protocol_versions import protocol_problem
-from flower_split.protocol.values import ForwardCall, ForwardMode
+from flower_split.protocol.values import BackwardCall, ForwardCall, ForwardMode
 
 HIDDEN, MASK, POSITIONS = "hidden_states", "attention_mask", "position_ids"
 WHOLE = "host_argument/attention_mask"  # beside a key-value cache: over its positions as well
@@ -145,19 +143,22 @@ class InputSchema:
         _check_features(found)
         return {HIDDEN: hidden, **found}
 
-    def check_gradient(self, grad: Tensor, slot: int) -> None:
-        """Check the gradient that a backward brings; that it fits its forward is checked with that.
+    def check_backward(self, call: BackwardCall, slot: int) -> None:
+        """Check what a backward brings; that it fits its forward is checked with that.
 
         Raises:
-            TrunkRefused: It has another form (INVALID_REQUEST), or holds NaN or Inf (NON_FINITE, which
-                names the slot).
+            TrunkRefused: The gradient has another form, or the weights are none that so many positions
+                can have (INVALID_REQUEST); or the gradient holds NaN or Inf (NON_FINITE). Both name
+                the slot.
         """
+        grad = call.grad
         if grad.ndim != 3 or grad.shape[-1] != self.hidden_size or grad.dtype not in FLOATS:
             dtype = str(grad.dtype).removeprefix("torch.")
             raise _invalid(
                 f"trunk_output_grad must be floating-point [batch, seq, {self.hidden_size}]; it is "
                 f"{dtype} of shape {tuple(grad.shape)}."
             )
+        check_weights(grad.shape, call.num_tokens, call.loss_denominator, slot)
         check_finite(f"slot {slot}: trunk_output_grad", grad)
 
     def _hidden_states(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -244,38 +245,21 @@ def _invalid(message: str) -> TrunkRefused:
     return TrunkRefused(RefusalReason.INVALID_REQUEST, message)
 
 
-def check_fingerprint(
-    mine: Mapping[str, str],
-    theirs: Mapping[str, str],
-    slot: int,
-    *,
-    own_cuts: bool = False,
-    evaluate: bool = False,
+def check_weights(
+    shape: Sequence[int], num_tokens: float, loss_denominator: float, slot: int
 ) -> None:
-    """Refuse a client that does not hold parts of the same model, naming the fields that differ.
-
-    Args:
-        mine: The trunk's.
-        theirs: The client's.
-        slot: The client's.
-        own_cuts: The client names its own cut layers, which are checked elsewhere: the run's need
-            not be the trunk's.
-        evaluate: It only evaluates: how the trunk trains does not count.
-    """
-    if problem := protocol_problem(mine, theirs, ("the trunk", f"the client of slot {slot}")):
-        raise TrunkRefused(RefusalReason.FINGERPRINT_MISMATCH, problem)
-    differing = [
-        name
-        for name in differing_fields(mine, theirs, own_cuts=own_cuts)
-        if not (evaluate and is_of_training(name))
-    ]
-    if differing:
+    """Refuse a weight that the micro-batch cannot have; the numbers are the client's word."""
+    positions = shape[0] * shape[1]
+    if not 0 < num_tokens <= positions:
         raise TrunkRefused(
-            RefusalReason.FINGERPRINT_MISMATCH,
-            f"slot {slot} and the trunk do not hold parts of the same model, trained in the same way: "
-            "they differ in "
-            f"{differences(mine, theirs, differing, labels=('trunk', 'client'))}. Give both the same "
-            "run config and the same checkpoint.",
+            RefusalReason.INVALID_REQUEST,
+            f"num_tokens must be above 0 and at most batch x seq = {positions}; slot {slot} says "
+            f"{num_tokens}.",
+        )
+    if not (loss_denominator > 0 and math.isfinite(loss_denominator)):
+        raise TrunkRefused(
+            RefusalReason.INVALID_REQUEST,
+            f"loss_denominator must be finite and above 0; slot {slot} says {loss_denominator}.",
         )
 
 

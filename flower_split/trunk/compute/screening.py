@@ -1,16 +1,14 @@
 """Which client's gradient may not enter a step, and which state may not be kept.
 
 A client's numbers scale other clients' work in three ways: the denominator of its loss, its label
-tokens, and the gradient itself. Tokens are bounded by the rows x positions that the trunk saw
-(:func:`check_weights`); the other two are looked at before a window is reduced, so that the window
-can be reduced again without the slot.
+tokens, and the gradient itself. Tokens are bounded by the rows x positions that the trunk saw, when a
+backward arrives (:func:`~flower_split.trunk.compute.checks.check_weights`); the other two are looked at
+before a window is reduced, so that the window can be reduced again without the slot.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from flower_split.aggregation.core.outliers import above_median, median
-from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.trunk.compute.checks import largest_magnitude
 from flower_split.trunk.compute.gradients import SlotGradient
 
@@ -90,21 +88,3 @@ def pulls_of(gradients: Mapping[int, SlotGradient]) -> dict[int, float]:
         slot: gradients[slot].mean_norm() * min(1.0, gradients[slot].num_tokens / typical)
         for slot in sorted(gradients)
     }
-
-
-def check_weights(
-    shape: Sequence[int], num_tokens: float, loss_denominator: float, slot: int
-) -> None:
-    """Refuse a weight that the micro-batch cannot have; the numbers are the client's word."""
-    positions = shape[0] * shape[1]
-    if not 0 < num_tokens <= positions:
-        raise TrunkRefused(
-            RefusalReason.INVALID_REQUEST,
-            f"num_tokens must be above 0 and at most batch x seq = {positions}; slot {slot} says "
-            f"{num_tokens}.",
-        )
-    if not (loss_denominator > 0 and math.isfinite(loss_denominator)):
-        raise TrunkRefused(
-            RefusalReason.INVALID_REQUEST,
-            f"loss_denominator must be finite and above 0; slot {slot} says {loss_denominator}.",
-        )

@@ -20,7 +20,6 @@ from flower_split.trunk.compute.checks import MASK, InputSchema
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import MAX_PADDED, Part
 from flower_split.trunk.compute.joint_pass import Given, JointCompute, JointPass
-from flower_split.trunk.compute.screening import check_weights
 from flower_split.trunk.compute.window_sum import Counted, WindowSum
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.contributions import Contribution, naming
@@ -77,9 +76,9 @@ class BatchCalls:
         """
         current, batches, call = item.round, item.round.batches, item.call
         assert batches is not None, "only rounds with batches admit calls to them"
+        current.require_open()
         if isinstance(call, ForwardCall):
             batches.check_forward(item.name, call.last)
-            current.step_ends.acknowledge(item.name.slot, item.name.window)
             current.activations.reserve(item.place, self._kept_bytes(call.tensors["hidden_states"]))
         else:
             self._check_backward(item, call, batches)
@@ -105,7 +104,6 @@ class BatchCalls:
                 f"trunk_output_grad has shape {tuple(call.grad.shape)}; the forward's output has "
                 f"{tuple(shape)}.",
             )
-        check_weights(shape, call.num_tokens, call.loss_denominator, name.slot)
 
     def _kept_bytes(self, hidden: Tensor) -> int:
         return int(_KEPT * hidden.numel() * self._compute.dtype.itemsize)

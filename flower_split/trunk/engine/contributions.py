@@ -18,7 +18,6 @@ from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
 from flower_split.runtime import failpoints
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
-from flower_split.trunk.compute.screening import check_weights
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallName, reply_of
 from flower_split.trunk.engine.round_index import RoundIndex
@@ -107,9 +106,6 @@ class Contributions:
         current, name, call = item.round, item.name, item.call
         with self._changed:
             future, mine = self._claim(item)
-            if isinstance(call, ForwardCall):
-                acknowledged = min(call.acknowledged, name.micro_batch)
-                current.ledger.acknowledge(name.slot, name.window, acknowledged)
             if mine:
                 try:
                     self._admit(item, future)
@@ -126,13 +122,18 @@ class Contributions:
             ) from None
 
     def _claim(self, item: Contribution) -> tuple[Future[CallResult], bool]:
-        """Return the call's reply, and whether it must be run; the lock is free while it waits."""
+        """Return the call's reply, and whether it must be run; the lock is free while it waits.
+
+        A forward says which replies its client has: they make room for its own.
+        """
         current, name, call = item.round, item.name, item.call
-        current.require_open()
         if isinstance(call, ForwardCall):
             while not current.may_forward(name, call.version, self._clock()):
                 self._index.pause(call.deadline, lambda: current.awaited(call.version))
                 current.require_open()
+            acknowledged = min(call.acknowledged, name.micro_batch)
+            current.ledger.acknowledge(name.slot, name.window, acknowledged)
+            current.step_ends.acknowledge(name.slot, name.window)
             num_bytes = call.tensors["hidden_states"].nbytes
         else:
             num_bytes = call.grad.nbytes
@@ -140,9 +141,6 @@ class Contributions:
         given = current.gradients.get(name.slot)
         if given is not None and name.micro_batch != given.following:
             room -= given.waiting_bytes  # but for the micro-batch that the others wait for
-        if isinstance(call, ForwardCall) and current.ledger.held[name.slot] + num_bytes > room:
-            acknowledged = min(call.acknowledged, name.micro_batch)
-            current.ledger.acknowledge(name.slot, name.window, acknowledged)
         future, mine = current.ledger.claim(name, call.digest, num_bytes, room)
         if mine and self._shares.compute_seconds:
             try:
@@ -191,9 +189,6 @@ class Contributions:
             current.require_open()
             version = current.version
             seed_of, weights = current.seed_name(name), current.weights
-            acknowledged = min(call.acknowledged, name.micro_batch)
-            current.ledger.acknowledge(name.slot, name.window, acknowledged)
-            current.step_ends.acknowledge(name.slot, name.window)
             current.activations.require_room(
                 name.slot, hidden.numel() * self._compute.dtype.itemsize
             )
@@ -232,7 +227,6 @@ class Contributions:
                 f"the forward of slot {name.slot} ran at version {activation.version} (the client "
                 f"says {call.version}); the weights are at {version}. Run it again.",
             )
-        check_weights(activation.hidden.shape, call.num_tokens, call.loss_denominator, name.slot)
         smashed_grad, gradients = self._compute.backward(activation, call.grad)
         with self._changed:
             # The window decides first: what it refuses must not have been added.

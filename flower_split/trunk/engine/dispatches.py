@@ -81,7 +81,7 @@ class DispatchRound(Round):
         Raises:
             TrunkRefused: It expects another version, or the client has given everything it planned.
         """
-        if self.ledger.knows(name):
+        if name in self.ledger.calls:
             return True
         self.windows.check_planned(name.slot, name.window)
         if not self.trains:

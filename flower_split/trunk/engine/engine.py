@@ -29,7 +29,7 @@ from flower_split.protocol.values import (
 )
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import ActivationCache
-from flower_split.trunk.compute.checks import InputSchema, check_fingerprint
+from flower_split.trunk.compute.checks import InputSchema
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
 from flower_split.trunk.compute.kv_caches import CacheStore
@@ -47,7 +47,7 @@ from flower_split.trunk.engine.ledger import CallKind
 from flower_split.trunk.engine.operator_side import OperatorSide
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_lifecycle import RoundLifecycle
-from flower_split.trunk.engine.sessions import new_epoch
+from flower_split.trunk.engine.sessions import check_fingerprint, new_epoch
 from flower_split.trunk.engine.settling import Settling
 from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.step_ends import StepEnds
@@ -261,7 +261,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
             name = current.name_of(member, call.key, CallKind.BACKWARD)
-        self._inputs.check_gradient(call.grad, member.slot)
+        self._inputs.check_backward(call, member.slot)
         return self._contributions.once(Contribution(current, member, name, call, arrived))
 
     def finish_step(self, call: FinishCall) -> FinishResult:

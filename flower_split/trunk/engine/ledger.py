@@ -8,7 +8,7 @@ bit for bit. The same name with other content is refused. :class:`Turns` says wh
 import math
 import threading
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
@@ -59,11 +59,13 @@ class Ledger(Generic[Reply]):
     """The calls of one round and their replies. The engine holds its lock around every method.
 
     Attributes:
+        calls: Those that have arrived and are kept, by name; read only.
         held: Bytes of the replies that are kept, by slot; of a call that runs, those it will have.
     """
 
     def __init__(self) -> None:
         self._entries: dict[CallName, tuple[bytes, Future[Reply], int]] = {}
+        self.calls: Collection[CallName] = self._entries
         # Slot -> (window, micro-batch): everything before has been answered.
         self._acknowledged: dict[int, tuple[int, int]] = {}
         self.held: Counter[int] = Counter()
@@ -120,10 +122,6 @@ class Ledger(Generic[Reply]):
             name.slot == slot and not future.done()
             for name, (_, future, _) in self._entries.items()
         )
-
-    def knows(self, name: CallName) -> bool:
-        """Return whether this call has arrived before."""
-        return name in self._entries
 
     def forget(self, name: CallName) -> None:
         """Let a retry run a call again that failed without effect."""

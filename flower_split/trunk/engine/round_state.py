@@ -117,7 +117,7 @@ class Round(RoundReports):
         Raises:
             TrunkRefused: The weights have moved on (STALE_VERSION), or the slot is not in the window.
         """
-        if self.ledger.knows(name):
+        if name in self.ledger.calls:
             return True  # a retry: it gets the reply of the first arrival
         self.windows.check_planned(name.slot, name.window)
         if not self.trains:

@@ -1,4 +1,4 @@
-"""What a round knows of one client: its session, and the end of its step."""
+"""What a round knows of one client: whether it belongs, its session, and the end of its step."""
 
 import secrets
 from collections.abc import Mapping
@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.parties.fingerprint import differences, differing_fields, is_of_training
+from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.protocol.values import FinishResult
 from flower_split.split import CutLayers
 
@@ -34,3 +37,38 @@ class StepEnd:
     gradients: Mapping[str, Tensor]  # its own, where the round shares them
     future: "Future[FinishResult]"  # of the reply, when the window has stepped
     arrived: float  # on the engine's clock
+
+
+def check_fingerprint(
+    mine: Mapping[str, str],
+    theirs: Mapping[str, str],
+    slot: int,
+    *,
+    own_cuts: bool = False,
+    evaluate: bool = False,
+) -> None:
+    """Refuse a client that does not hold parts of the same model, naming the fields that differ.
+
+    Args:
+        mine: The trunk's.
+        theirs: The client's.
+        slot: The client's.
+        own_cuts: The client names its own cut layers, which are checked elsewhere: the run's need
+            not be the trunk's.
+        evaluate: It only evaluates: how the trunk trains does not count.
+    """
+    if problem := protocol_problem(mine, theirs, ("the trunk", f"the client of slot {slot}")):
+        raise TrunkRefused(RefusalReason.FINGERPRINT_MISMATCH, problem)
+    differing = [
+        name
+        for name in differing_fields(mine, theirs, own_cuts=own_cuts)
+        if not (evaluate and is_of_training(name))
+    ]
+    if differing:
+        raise TrunkRefused(
+            RefusalReason.FINGERPRINT_MISMATCH,
+            f"slot {slot} and the trunk do not hold parts of the same model, trained in the same way: "
+            "they differ in "
+            f"{differences(mine, theirs, differing, labels=('trunk', 'client'))}. Give both the same "
+            "run config and the same checkpoint.",
+        )

@@ -39,7 +39,7 @@ class Settling:
             if current is not self._index.round:
                 return
             try:
-                while slots := self._complete(current):
+                while slots := current.windows.due(current.gradients):
                     self._step(current, slots)
             except Exception as error:
                 logger.exception("the optimizer step failed in %s", current)
@@ -123,12 +123,6 @@ class Settling:
             self._index.changed.notify_all()
             return current
 
-    def _complete(self, current: Round) -> list[int]:
-        """Return the slots that make a step now, in their order; none: it must wait for more."""
-        if current.windows.step_every is StepEvery.CONTRIBUTION:
-            return [] if current.over else sorted(current.gradients)
-        return current.windows.contributors() or []
-
     def _step(self, current: Round, slots: Sequence[int]) -> None:
         """Step with what ``slots`` gave; or take out who is at fault, and look again."""
         windows = current.windows
@@ -154,8 +148,8 @@ class Settling:
         if current.batches is not None:
             current.batches.next_window()
         if not alone:
+            current.activations.release_before(windows.window + 1)
             windows.seal(self._index.clock())
-            current.activations.release_before(windows.window)
         logger.debug("%s: step %d with slots %s", current, self._compute.version - 1, slots)
 
     def _blame(self, current: Round, bad: Mapping[int, str]) -> None:

@@ -234,14 +234,18 @@ class WindowMachine(WindowWaits):
         state.received, state.last = set(), None
         self._check_quorum()
 
-    def contributors(self) -> list[int] | None:
-        """Return the open window's slots in their order, once it is complete; ``None`` before."""
-        if self.phase is not Phase.OPEN or self.step_every is StepEvery.CONTRIBUTION:
-            return None
-        members = [slot for slot, state in self.members() if not state.dropped]
-        if not members or not all(self.slots[slot].complete for slot in members):
-            return None
-        return members
+    def due(self, given: Collection[int]) -> list[int]:
+        """Return the slots that make a step now, in their order; none: it must wait for more.
+
+        Args:
+            given: Slots whose gradients are there; where every contribution is a step, they are due.
+        """
+        if self.step_every is StepEvery.CONTRIBUTION:
+            return [] if self.phase is Phase.ABORTED else sorted(given)
+        if self.phase is not Phase.OPEN:
+            return []
+        members = [(slot, state) for slot, state in self.members() if not state.dropped]
+        return [slot for slot, _ in members] if all(s.complete for _, s in members) else []
 
     def seal(self, now: float) -> None:
         """Open the next window, or be done: the engine has stepped with the open one."""

@@ -14,7 +14,7 @@ from flower_split.protocol.values import ProcessReport, TrunkStatus
 from flower_split.runtime.version import __version__
 from flower_split.server.federation.version_notes import version_notes
 from flower_split.server.trunk_connection import check_settings, connect_trunk
-from flower_split.trunk.compute.checks import check_fingerprint
+from flower_split.trunk.engine.sessions import check_fingerprint
 from tests.support.loopback import COORDINATOR_TOKEN, TinyTrunk, make_engine, served
 
 RUN = parse_run_config({"trunk.address": "trunk.example:9500"})

@@ -6,6 +6,7 @@ import transformers
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
+from flower_split.protocol.values import BackwardCall, ContributionKey
 from flower_split.split import CutLayers, split_model
 from flower_split.trunk.compute.checks import InputSchema
 from flower_split.trunk.compute.schema_probe import schema_of
@@ -42,6 +43,23 @@ def refused(found: InputSchema, tensors: dict[str, Tensor], past: int | None = N
         found.checked(tensors, past)
     assert caught.value.reason is RefusalReason.INVALID_REQUEST
     return str(caught.value)
+
+
+def backward(grad: Tensor, num_tokens: float = 1.0, denominator: float = 1.0) -> BackwardCall:
+    return BackwardCall(
+        session="session",
+        epoch=1,
+        key=ContributionKey(
+            experiment="experiment", server_round=1, attempt=0, window=0, micro_batch=0
+        ),
+        version=0,
+        grad=grad,
+        num_tokens=num_tokens,
+        loss_denominator=denominator,
+        last=True,
+        digest=b"",
+        deadline=0.0,
+    )
 
 
 def ones(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -178,6 +196,17 @@ def test_features_of_images_have_one_row_per_position_of_the_mask() -> None:
     "grad", [ones(1, 2), ones(1, 2, HIDDEN + 1), ones(1, 2, HIDDEN, dtype=torch.int64)]
 )
 def test_gradient_of_another_form_is_refused(llama: InputSchema, grad: Tensor) -> None:
-    llama.check_gradient(ones(1, 2, HIDDEN), 3)
+    llama.check_backward(backward(ones(1, 2, HIDDEN)), 3)
     with pytest.raises(TrunkRefused, match="trunk_output_grad must be"):
-        llama.check_gradient(grad, 3)
+        llama.check_backward(backward(grad), 3)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "denominator", "rule"),
+    [(3.0, 1.0, "at most batch x seq = 2; slot 3"), (1.0, 0.0, "finite and above 0; slot 3")],
+)
+def test_weights_that_the_micro_batch_cannot_have_are_refused(
+    llama: InputSchema, num_tokens: float, denominator: float, rule: str
+) -> None:
+    with pytest.raises(TrunkRefused, match=rule):
+        llama.check_backward(backward(ones(1, 2, HIDDEN), num_tokens, denominator), 3)
