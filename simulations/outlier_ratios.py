@@ -36,8 +36,7 @@ from flower_split.protocol.values import RoundBase, RoundPlan
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.trunk.build import make_engine
-from flower_split.trunk.compute.gradients import SlotGradient
-from flower_split.trunk.compute.screening import outliers, pulls_of
+from flower_split.trunk.compute.gradients import SlotGradient, outliers, pulls_of
 from flower_split.trunk.engine import settling
 from flower_split.trunk.service.server import TrunkServer
 

@@ -20,26 +20,24 @@ from flower_split.errors import SplitError
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import (
     Mask,
+    Smashed,
+    TrunkInput,
+    TrunkOutput,
     embedding_width,
+    enter_trunk,
     forbid_cache,
+    give_arguments,
     host_inputs,
+    leave_trunk,
+    probing,
+    random_state_of,
+    running,
 )
 from flower_split.split.structure.kv_cache import CacheStep, TrunkCache
 from flower_split.split.structure.layer_arguments import from_places
 from flower_split.split.structure.quantization import float_dtype
 from flower_split.split.structure.stack import LayerStack
 from flower_split.split.structure.stand_in import LayerOutput, StandIn
-from flower_split.split.trunk_side.crossing import (
-    Smashed,
-    TrunkInput,
-    TrunkOutput,
-    enter_trunk,
-    give_arguments,
-    leave_trunk,
-    probing,
-    random_state_of,
-    running,
-)
 
 _PROBE_SHAPE = (5, 3)  # batch, sequence; no layer returns five things, which a batch could pass for
 

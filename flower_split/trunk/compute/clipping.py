@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from flower_split.training.grad_norm import clip_factor, grad_norm_squared
-from flower_split.trunk.compute.screening import MAX_ENTRY
+from flower_split.trunk.compute.gradients import MAX_ENTRY
 
 # How many times the median a client's norm may be. Clients of one model are within a few times of
 # each other, whatever their data.

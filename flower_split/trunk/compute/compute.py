@@ -21,15 +21,15 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.lora import adapter_name
 from flower_split.runtime import failpoints
 from flower_split.split import CutLayers, TrunkModel
+from flower_split.split.structure.host_call import TrunkInputs
 from flower_split.split.structure.quantization import float_dtype
-from flower_split.split.structure.trunk_inputs import TrunkInputs
 from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation
 from flower_split.trunk.compute.checks import check_all_finite, check_bounded, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
 from flower_split.trunk.compute.fair_device import DeviceShare
+from flower_split.trunk.compute.gradients import MAX_ENTRY
 from flower_split.trunk.compute.passes import Pass
-from flower_split.trunk.compute.screening import MAX_ENTRY
 from flower_split.trunk.compute.spans import Spans
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
 from flower_split.trunk.compute.weights_state import (
@@ -103,7 +103,7 @@ class TrunkCompute:
         """Return ``trunk_output`` without a graph.
 
         Args:
-            tensors: ``hidden_states``, and what :mod:`flower_split.split.structure.trunk_inputs` names.
+            tensors: ``hidden_states``, and the names of ``TrunkInputs``.
             train: Dropout as in training.
             seed_of: Names the micro-batch; the same name gives the same dropout mask.
             use_cache: As the model's own argument; nothing outlives the call.
@@ -140,7 +140,8 @@ class TrunkCompute:
         one = Pass(extras, seed_of, use_cache, cuts, weights)
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
         known = self._storages | (weights.storages if weights else set())
-        with torch.enable_grad(), _SavedBytes(known) as saved:
+        saved = _SavedBytes(known)
+        with torch.enable_grad(), saved.hooks:
             output = self._run(one, leaf)
         returned = output.detach().to(smashed.dtype)
         check_finite("trunk_output", returned)
@@ -214,13 +215,13 @@ class TrunkCompute:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
         given = {name: p.grad for name, p in self.named if p.grad is not None}
+        self._rate.apply(self._optimizer, self.version)
         check_bounded("the reduced gradient of", given, MAX_ENTRY)
         clipping = Clipping()
         if beside is not None and beside.max_grad_norm > 0:
             clipping = clip_together(self.parameters, beside)
         elif self._config.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
-        self._rate.apply(self._optimizer, self.version)
         failpoints.reach("trunk.step.before")
         self._optimizer.step()
         failpoints.reach("trunk.step.after")
@@ -319,12 +320,12 @@ def _seed(seed: int, name: str) -> int:
 
 
 class _SavedBytes:
-    """Counts the bytes that autograd saves inside the context, parameters excluded."""
+    """Counts the bytes that autograd saves inside its ``hooks``, parameters excluded."""
 
     def __init__(self, parameters: set[int]) -> None:
         self._seen = set(parameters)
         self.num_bytes = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -333,13 +334,6 @@ class _SavedBytes:
             self.num_bytes += storage.nbytes()
         # Itself would be a cycle that only a backward ends: a node that saves its own output.
         return tensor.detach()
-
-    def __enter__(self) -> "_SavedBytes":
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.__exit__(*exception)
 
 
 def _unpack(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Token-weighted accumulation of the trunk's parameter gradients.
+"""The clients' gradients of a window: accumulated, screened and reduced to one.
 
 A client's loss for a micro-batch is its summed token loss over a denominator ``d`` of its choice: the
 micro-batch's own label tokens, or those of the whole optimizer step. With ``g`` the gradient of that
@@ -9,6 +9,11 @@ and clients.
 A client with cut layers of its own does not pass through all parameters. It gives nothing to the
 others, and its tokens do not count there: each parameter's gradient is that of the data that passed
 through it.
+
+A client's numbers scale other clients' work in three ways: the denominator of its loss, its label
+tokens, and the gradient itself. Tokens are bounded by the rows x positions that the trunk saw, when a
+backward arrives (:func:`~flower_split.trunk.compute.checks.check_weights`); the other two are looked at
+before a window is reduced, so that the window can be reduced again without the slot (:func:`faults`).
 """
 
 import math
@@ -19,8 +24,15 @@ import torch
 from torch import Tensor
 
 from flower_split.aggregation.core.client_updates import ClientUpdate
+from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.aggregation.rules.rule import Rule
 from flower_split.errors import ConfigError
+from flower_split.trunk.compute.checks import largest_magnitude
+
+# Of one entry of a client's token-mean gradient, and of one trained weight. No training that works
+# comes near it, and an fp32 norm over a trillion of such entries is still finite.
+MAX_ENTRY = 1e12
+_ROUNDING = 1e-9  # relative, of a client's sum of label tokens
 
 
 @dataclass(slots=True)
@@ -104,6 +116,78 @@ def sum_of(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tenso
     return scaled if total is None else total + scaled
 
 
+def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
+    """Return why a slot's gradient may not enter a step; empty: it may.
+
+    Args:
+        gradient: Of the slot, with all micro-batches of the window.
+        whole_step: Whether the window holds whole optimizer steps of the client, so that a
+            denominator above the window's label tokens weighs the slot by more than it has.
+    """
+    allowed = gradient.num_tokens * (1 + _ROUNDING)
+    if whole_step and gradient.largest_denominator > allowed:
+        return (
+            f"its loss_denominator is {gradient.largest_denominator:g}, and may be at most the label "
+            f"tokens that it declared in the window, {gradient.num_tokens:g}. Divide the summed loss "
+            "by the label tokens of the micro-batch or of the optimizer step"
+        )
+    weight = gradient.denominator / gradient.num_tokens
+    if not weight <= MAX_ENTRY:  # of a gradient of zeros as well: 0 times infinity is NaN
+        return (
+            f"its loss_denominator is {gradient.denominator:g} for {gradient.num_tokens:g} label tokens, "
+            f"and may be at most {MAX_ENTRY:g} times as many"
+        )
+    largest = largest_magnitude([total for total in gradient.total if total is not None])
+    mean = largest * weight
+    if not mean <= MAX_ENTRY:  # NaN is not
+        return (
+            f"the largest entry of its gradient is {mean:g}, and may be at most {MAX_ENTRY:g}. Lower "
+            "the learning rate, clip the gradients, or look at the client's data"
+        )
+    return ""
+
+
+def faults(gradients: Mapping[int, SlotGradient], *, whole_step: bool = True) -> dict[int, str]:
+    """Return the slots whose gradients may not enter a step, each with the reason."""
+    found: dict[int, str] = {}
+    for slot in sorted(gradients):
+        why = fault(gradients[slot], whole_step=whole_step)
+        if why:
+            found[slot] = why
+    return found
+
+
+def outliers(gradients: Mapping[int, SlotGradient], factor: float) -> dict[int, str]:
+    """Return the slots whose gradients are far above the window's median, each with the reason.
+
+    Compared are the L2 norms of the token-mean gradients, in fp64. That of a slot with fewer label
+    tokens than the median slot has more noise in it, and counts for less in the step: it is compared
+    as it counts. Fewer than three slots have no majority, and nobody is blamed.
+
+    Args:
+        gradients: Of a window without :func:`faults`.
+        factor: Of the median (``trunk.outlier-factor``); 0: there is no bound.
+    """
+    if factor == 0 or len(gradients) < 3:
+        return {}
+    pulls = pulls_of(gradients)
+    return {
+        slot: f"the norm of its gradient is {multiple:.4g} times the median of the window's "
+        f"{len(gradients)} clients, and may be at most {factor:g} times (trunk.outlier-factor). "
+        "Look at the client's data and its version of the app, or raise the key"
+        for slot, multiple in above_median(pulls, factor).items()
+    }
+
+
+def pulls_of(gradients: Mapping[int, SlotGradient]) -> dict[int, float]:
+    """Return the norms that :func:`outliers` compares, in slot order."""
+    typical = median({slot: gradient.num_tokens for slot, gradient in gradients.items()})
+    return {
+        slot: gradients[slot].mean_norm() * min(1.0, gradients[slot].num_tokens / typical)
+        for slot in sorted(gradients)
+    }
+
+
 def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | None]:
     """Return the window's gradient ``Σ nᵢ gᵢ / Σ nᵢ``, summed in slot order.
 
@@ -144,7 +228,7 @@ class Reduction:
         max_client_norm: L2 norm of one client's gradient over all parameters; 0: no clipping.
         rules: In their order; none: the token-weighted mean alone.
         exclude_bad: Whether a window goes on without a client whose gradient may not enter it
-            (:mod:`flower_split.trunk.compute.screening`), where the quorum allows; else the round is
+            (:func:`faults`, :func:`outliers`), where the quorum allows; else the round is
             given up.
         outlier_factor: How many times the median of the window's norms one client's may be, before it
             is such a client; 0: any.

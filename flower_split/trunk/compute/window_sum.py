@@ -15,9 +15,8 @@ from torch import Tensor
 
 from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.split import CutLayers
-from flower_split.trunk.compute.gradients import SlotGradient, sum_of, widened
+from flower_split.trunk.compute.gradients import SlotGradient, fault, outliers, sum_of, widened
 from flower_split.trunk.compute.joint_pass import JointCompute, JointPass, PassGradient
-from flower_split.trunk.compute.screening import fault, outliers
 
 Covers = Callable[[CutLayers], tuple[bool, ...] | None]
 

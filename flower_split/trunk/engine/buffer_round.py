@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import Arrival, RoundPlan, SlotReport
-from flower_split.trunk.compute.gradients import Reduction
-from flower_split.trunk.compute.screening import faults, outliers
+from flower_split.trunk.compute.gradients import Reduction, faults, outliers
 from flower_split.trunk.engine.dispatches import Dispatches
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_state import Round

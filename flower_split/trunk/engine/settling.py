@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from flower_split.protocol.step_every import StepEvery
 from flower_split.trunk.compute.compute import TrunkCompute
-from flower_split.trunk.compute.gradients import Reduction
-from flower_split.trunk.compute.screening import faults, outliers
+from flower_split.trunk.compute.gradients import Reduction, faults, outliers
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round

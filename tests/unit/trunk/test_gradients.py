@@ -10,8 +10,7 @@ import torch
 from flower_split.aggregation.rules.parse import parse_rules
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
-from flower_split.trunk.compute.gradients import Reduction, SlotGradient
-from flower_split.trunk.compute.screening import outliers
+from flower_split.trunk.compute.gradients import Reduction, SlotGradient, outliers
 from tests.support.toy_trunk import HIDDEN, ToyClient, ToyTrunk, make_engine, make_plan
 
 
