@@ -9,9 +9,10 @@ for each other's calls.
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.protocol.convert import cache_to_proto
 from flower_split.protocol.values import ForwardMode, SessionGrant
 from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.training.trunk_protocol import CallStats
 from flower_split.wire.codecs import Coded, TensorForm, WireCodecs
-from flower_split.wire.receiving import Incoming, Received
+from flower_split.wire.receiving import Received, received
 from flower_split.wire.sending import Outgoing
 from flower_split.wire.staging import Allocate, ToDevice, ToHost, pooled
 from flower_split.wire.transport import DeviceTransport, Transport
@@ -44,23 +46,6 @@ class MicroBatch:
 
     def __str__(self) -> str:
         return f"micro-batch {self.index} of window {self.window}"
-
-
-@dataclass(frozen=True, slots=True)
-class WireStats:
-    """Totals over the calls of a session; retries count once.
-
-    Bytes are those of frames; gradients are those of backwards and ends of steps.
-    """
-
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    wire_seconds: float = 0.0  # from a call's start to its end, less the trunk's two shares below
-    trunk_compute_seconds: float = 0.0  # as the trunk reports it
-    trunk_queue_seconds: float = 0.0  # at the trunk: for its processor, and for the other clients
-    calls: int = 0  # forwards, backwards and ends of steps
-    gradient_bytes_sent: int = 0  # of bytes_sent
-    gradient_bytes_received: int = 0  # of bytes_received
 
 
 class SessionCalls:
@@ -82,7 +67,7 @@ class SessionCalls:
         self.max_tensor_bytes = 0
         self.without_zeros = False
         self.waiting: Callable[[], AbstractContextManager[object]] = nullcontext
-        self._stats = WireStats()
+        self._stats = CallStats()
         self._lock = threading.Lock()
         self._answered: dict[int, set[int]] = {}  # window -> micro-batches whose backward is done
 
@@ -122,6 +107,44 @@ class SessionCalls:
             CodecError: It is too large, or the answer is not what was asked for.
             TrunkError: As :class:`~flower_split.wire.transport.Transport` says.
         """
+        message, coded = self._message(method, header, tensors, sent, result)
+        limit = self.max_tensor_bytes if reply_bytes is None else reply_bytes
+        read = partial(received, call="reply", max_bytes=limit, coded=coded, allocate=allocate)
+        started = time.monotonic()
+        with self.waiting():
+            arrived, answered = self.channel.stream(method, message, read)
+        seconds, reply = time.monotonic() - started, answered.reply
+        elsewhere = reply.compute_seconds + reply.queue_seconds
+        backward = method in ("Backward", "FinishStep")  # what carries gradients
+        with self._lock:
+            total = self._stats
+            self._stats = replace(
+                total,
+                bytes_sent=total.bytes_sent + message.num_bytes,
+                bytes_received=total.bytes_received + arrived.num_bytes,
+                wire_seconds=total.wire_seconds + max(0.0, seconds - elsewhere),
+                trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
+                trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
+                calls=total.calls + 1,
+                gradient_bytes_sent=total.gradient_bytes_sent + message.num_bytes * backward,
+                gradient_bytes_received=total.gradient_bytes_received
+                + arrived.num_bytes * backward,
+            )
+        return arrived, reply
+
+    def _message(
+        self,
+        method: str,
+        header: pb.Header,
+        tensors: Mapping[str, Tensor],
+        sent: tuple[Coded, Tensor] | None,
+        result: str,
+    ) -> tuple[Outgoing, Coded | None]:
+        """Return a call's message, and how its result comes back; see :meth:`exchange`.
+
+        Raises:
+            CodecError: It is too large.
+        """
         reply, staying = None, frozenset[str]()
         if sent is not None:
             coded, tensor = sent
@@ -136,29 +159,18 @@ class SessionCalls:
                 f"{method} has {message.tensor_bytes}. Lower train.batch-size or "
                 "train.sequence-length."
             )
-        limit = self.max_tensor_bytes if reply_bytes is None else reply_bytes
-        started = time.monotonic()
-
-        def read(frames: Iterator[bytes]) -> tuple[Received, pb.ReplyHeader]:
-            incoming = Incoming(frames, "reply")
-            return incoming.receive(limit, coded=reply, allocate=allocate), incoming.header.reply
-
-        with self.waiting():
-            received, answer = self.channel.stream(method, message, read)
-        seconds = time.monotonic() - started
-        self._count(method, message.num_bytes, received.num_bytes, seconds, answer)
-        return received, answer
+        return message, reply
 
     @property
-    def stats(self) -> WireStats:
+    def stats(self) -> CallStats:
         """Totals since the beginning, or since the last :meth:`take_stats`."""
         with self._lock:
             return self._stats
 
-    def take_stats(self) -> WireStats:
+    def take_stats(self) -> CallStats:
         """Return the totals, which begin anew."""
         with self._lock:
-            taken, self._stats = self._stats, WireStats()
+            taken, self._stats = self._stats, CallStats()
             return taken
 
     def answered_below(self, window: int) -> int:
@@ -171,25 +183,6 @@ class SessionCalls:
         """Note that the backward of a micro-batch has its reply."""
         with self._lock:
             self._answered = {window: self._answered.get(window, set()) | {index}}
-
-    def _count(
-        self, method: str, sent: int, received: int, seconds: float, reply: pb.ReplyHeader
-    ) -> None:
-        backward = method in ("Backward", "FinishStep")  # what carries gradients
-        elsewhere = reply.compute_seconds + reply.queue_seconds
-        with self._lock:
-            total = self._stats
-            self._stats = replace(
-                total,
-                bytes_sent=total.bytes_sent + sent,
-                bytes_received=total.bytes_received + received,
-                wire_seconds=total.wire_seconds + max(0.0, seconds - elsewhere),
-                trunk_compute_seconds=total.trunk_compute_seconds + reply.compute_seconds,
-                trunk_queue_seconds=total.trunk_queue_seconds + reply.queue_seconds,
-                calls=total.calls + 1,
-                gradient_bytes_sent=total.gradient_bytes_sent + sent * backward,
-                gradient_bytes_received=total.gradient_bytes_received + received * backward,
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +244,7 @@ class Exchange:
         if self._caching.step is not None:
             header.cache.CopyFrom(cache_to_proto(self._caching.step))
             header.released_caches.extend(self._caching.released)
-        received, reply = self._calls.exchange(
+        arrived, reply = self._calls.exchange(
             "Forward",
             pb.Header(forward=header),
             self._extras,
@@ -260,7 +253,7 @@ class Exchange:
             allocate=self._allocate,
         )
         self._extras, self._version = {}, reply.version
-        return received.tensors["trunk_output"]
+        return arrived.tensors["trunk_output"]
 
     def may_stay(self, smashed: Tensor) -> bool:
         """Return whether the trunk takes tensors of this GPU where they lie."""
@@ -293,7 +286,7 @@ class Exchange:
         )
         codec, dtype = self._calls.codecs.gradients, trunk_output_grad.dtype
         coded = Coded(codec, "trunk_output_grad", without_zeros=header.without_zeros)
-        received, _ = self._calls.exchange(
+        arrived, _ = self._calls.exchange(
             "Backward",
             pb.Header(backward=header),
             {},
@@ -302,7 +295,7 @@ class Exchange:
             allocate=self._allocate,
         )
         self._calls.note_answered(micro_batch.window, micro_batch.index)
-        return received.tensors["smashed_grad"].to(dtype)
+        return arrived.tensors["smashed_grad"].to(dtype)
 
     def _key(self, micro_batch: MicroBatch) -> pb.ContributionKey:
         return pb.ContributionKey(

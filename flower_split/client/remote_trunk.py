@@ -20,7 +20,6 @@ from flower_split.client.calls import (
     Caching,
     Exchange,
     MicroBatch,
-    WireStats,
     call_trunk,
 )
 from flower_split.client.step_end import finish_step
@@ -32,6 +31,7 @@ from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask, TrunkInputs
 from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.training.trunk_protocol import CallStats
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.possession import ClientKey
 from flower_split.wire.staging import allocator, pooled, tensors_to_host
@@ -69,6 +69,8 @@ class RemoteTrunk(nn.Module, Closing):
             would skip the backward call wherever nothing of the bottom trains, and the trunk would
             learn nothing. ``loss.backward()`` reaches it by itself; ``torch.autograd.grad`` must be
             given it among its inputs (its gradient is ``None``).
+        finish: How the steps of the open round end together with the trunk; None: they do not.
+        take_stats: ``take_stats()`` returns the totals over the calls, which begin anew.
 
     Raises:
         ConfigError: Plain text to another machine, a PEM file that cannot be read, or a codec or a
@@ -107,6 +109,8 @@ class RemoteTrunk(nn.Module, Closing):
             call_timeout,
         )
         self._calls = self._session.calls
+        self.take_stats = self._calls.take_stats
+        self.finish: FinishRule | None = None
         self._mode = mode
         self._current = CurrentMicroBatch()
         self._released: deque[int] = deque()  # key-value caches that the trunk may forget
@@ -132,7 +136,9 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkRefused: The trunk does not take this client; the reason is typed.
             RoundAborted: The round was given up.
         """
-        return self._session.open(planned_steps, evaluate=evaluate)
+        grant = self._session.open(planned_steps, evaluate=evaluate)
+        self.finish = grant.finish
+        return grant
 
     @property
     def grant(self) -> SessionGrant | None:
@@ -177,12 +183,6 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkError: Nested in another one.
         """
         return self._current.inside(MicroBatch(window, index, num_tokens, loss_denominator, last))
-
-    @property
-    def finish(self) -> FinishRule | None:
-        """How the steps of the open round end together with the trunk; None: they do not."""
-        grant = self._calls.grant
-        return grant.finish if grant is not None else None
 
     def finish_step(
         self,
@@ -275,16 +275,10 @@ class RemoteTrunk(nn.Module, Closing):
                 taken.append(self._released.popleft())
         return taken
 
-    # ------------------------------------------------------------------ figures
-
     @property
-    def stats(self) -> WireStats:
-        """Totals since the beginning, or since the last :meth:`take_stats`."""
+    def stats(self) -> CallStats:
+        """Totals since the beginning, or since the last ``take_stats()``."""
         return self._calls.stats
-
-    def take_stats(self) -> WireStats:
-        """Return the totals, which begin anew."""
-        return self._calls.take_stats()
 
 
 def _padding_mask(mask: Tensor) -> Tensor:

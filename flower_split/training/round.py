@@ -11,10 +11,11 @@ Next: ``flower_split/client/remote_trunk.py``, where the forward and the backwar
 import hashlib
 import logging
 import math
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -24,7 +25,6 @@ from transformers import PreTrainedModel
 from flower_split.config import RunConfig
 from flower_split.runtime.threads import pinned_pool
 from flower_split.training.auxiliary_head import AuxiliaryHead
-from flower_split.training.compute_turns import ComputeTurns
 from flower_split.training.loss import Batch, count_labels, task_loss
 from flower_split.training.measures import RoundPosition, StepMetrics, TrainResult
 from flower_split.training.optimizers import PartOptimizer
@@ -201,14 +201,14 @@ class _StepTrainer:
             window, micro_batch = 0, self.num_micro_batches + index
             last = last and step == self.position.num_steps - 1
         seed = micro_batch_seed(self.config.seed, self.position, step, index)
-        named = (
-            self.trunk.micro_batch(
+        with (
+            self.turns.computing(seed),
+            nullcontext()
+            if self.trunk is None
+            else self.trunk.micro_batch(
                 window, micro_batch, num_tokens=tokens[index], loss_denominator=total, last=last
-            )
-            if self.trunk is not None
-            else nullcontext()
-        )
-        with named, self.turns.computing(seed):
+            ),
+        ):
             loss = task_loss(self.model, batch, total, self.device, self.config.model.task)
             objective = loss if self.auxiliary is None else loss + self.auxiliary.loss(batch, total)
             # The trunk's own input makes autograd call it even where the bottom trains nothing.
@@ -216,6 +216,70 @@ class _StepTrainer:
             inputs = [*self.parameters, *always]
             gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
         return float(loss.detach()), list(gradients[: len(self.parameters)])
+
+
+class ComputeTurns:
+    """Let one micro-batch of an optimizer step compute while others wait on the wire.
+
+    Each micro-batch runs on its own thread. A lock lets one compute at a time and is given up while a
+    micro-batch waits for the trunk; the random state goes with the micro-batch, so that dropout is the
+    same however the waits fall.
+
+    Args:
+        device: Of the client's model; its generator is kept too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        self._lock = threading.Lock()
+        self._holder: int | None = None  # thread id
+
+    @contextmanager
+    def computing(self, seed: int) -> Iterator[None]:
+        """Compute one micro-batch, with random numbers from ``seed``."""
+        self._acquire()
+        outside = self._random_state()
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            self._set_random_state(outside)
+            self._release()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Let another micro-batch compute while this one waits on the wire.
+
+        Called from a thread that does not hold the turn, as autograd's own threads do in a backward
+        on CUDA, it changes nothing: they serve all micro-batches and must not wait for a turn.
+        """
+        if self._holder != threading.get_ident():
+            yield
+            return
+        mine = self._random_state()
+        self._release()
+        try:
+            yield
+        finally:
+            self._acquire()
+            self._set_random_state(mine)
+
+    def _acquire(self) -> None:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def _release(self) -> None:
+        self._holder = None
+        self._lock.release()
+
+    def _random_state(self) -> tuple[Tensor, Tensor | None]:
+        cuda = torch.cuda.get_rng_state(self._cuda) if self._cuda else None
+        return torch.get_rng_state(), cuda
+
+    def _set_random_state(self, state: tuple[Tensor, Tensor | None]) -> None:
+        torch.set_rng_state(state[0])
+        if self._cuda and state[1] is not None:
+            torch.cuda.set_rng_state(state[1], self._cuda)
 
 
 def _metrics(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
@@ -10,36 +11,21 @@ from torch.utils.hooks import RemovableHandle
 from flower_split.training.step_end import StepEndingTrunk
 
 
-class CallStats(Protocol):
-    """Totals over the calls since they were last taken."""
+@dataclass(frozen=True, slots=True)
+class CallStats:
+    """Totals over the calls of a session; retries count once.
 
-    @property
-    def wire_seconds(self) -> float:
-        """Seconds of the calls that are neither queue nor computation."""
+    Bytes are those of frames; gradients are those of backwards and ends of steps.
+    """
 
-    @property
-    def trunk_queue_seconds(self) -> float:
-        """Seconds in the trunk's queue, or waiting for the other clients of a window."""
-
-    @property
-    def trunk_compute_seconds(self) -> float:
-        """Seconds of the trunk's computation."""
-
-    @property
-    def bytes_sent(self) -> int:
-        """Bytes to the trunk."""
-
-    @property
-    def bytes_received(self) -> int:
-        """Bytes from the trunk."""
-
-    @property
-    def gradient_bytes_sent(self) -> int:
-        """Bytes to the trunk in backwards, of ``bytes_sent``."""
-
-    @property
-    def gradient_bytes_received(self) -> int:
-        """Bytes from the trunk in backwards, of ``bytes_received``."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    wire_seconds: float = 0.0  # from a call's start to its end, less the trunk's two shares below
+    trunk_compute_seconds: float = 0.0  # as the trunk reports it
+    trunk_queue_seconds: float = 0.0  # at the trunk: for its processor, and for the other clients
+    calls: int = 0  # forwards, backwards and ends of steps
+    gradient_bytes_sent: int = 0  # of bytes_sent
+    gradient_bytes_received: int = 0  # of bytes_received
 
 
 class MicroBatchTrunk(StepEndingTrunk, Protocol):

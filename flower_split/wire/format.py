@@ -6,6 +6,7 @@ the header's order: little-endian, contiguous and row-major (``RAW``), booleans 
 (``BITS``). bf16 is its raw 16-bit pattern.
 """
 
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
@@ -47,3 +48,22 @@ NUMBERS: MappingProxyType[torch.dtype, pb.DType] = MappingProxyType(
         torch.float64: pb.FLOAT64,
     }
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A description that has passed every check.
+
+    Args:
+        name: The tensor's name within its message.
+        dtype: Of the decoded tensor.
+        shape: Of the decoded tensor.
+        num_bytes: In the payload.
+        on_device: Whether the payload lies in memory of a GPU.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    num_bytes: int
+    on_device: bool = False

@@ -29,29 +29,11 @@ from flower_split.wire.format import (
     MAX_NAME,
     MAX_TENSORS,
     PAYLOAD_TAG,
+    Layout,
 )
 from flower_split.wire.placed_payloads import PlacedPayloads
 from flower_split.wire.shared_memory import SharedFrames, SharedMemory
 from flower_split.wire.staging import Allocate, pooled
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """A description that has passed every check.
-
-    Args:
-        name: The tensor's name within its message.
-        dtype: Of the decoded tensor.
-        shape: Of the decoded tensor.
-        num_bytes: In the payload.
-        on_device: Whether the payload lies in memory of a GPU.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    num_bytes: int
-    on_device: bool = False
 
 
 def _read_varint(data: memoryview, start: int) -> tuple[int, int] | None:
@@ -261,6 +243,23 @@ class Incoming:
             raise CodecError(
                 f"the stream announced {wanted} bytes of payload and ended at {arrived}."
             )
+
+
+def received(
+    frames: Iterator[bytes],
+    call: str,
+    max_bytes: int,
+    *,
+    coded: Coded | None = None,
+    allocate: Allocate = pooled,
+) -> tuple[Received, pb.Header]:
+    """Receive a whole message at once; see :class:`Incoming`.
+
+    Returns:
+        Its tensors, and its header.
+    """
+    incoming = Incoming(frames, call)
+    return incoming.receive(max_bytes, coded=coded, allocate=allocate), incoming.header
 
 
 def _check_surplus(arrived: int, wanted: int) -> None:

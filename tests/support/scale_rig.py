@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from flower_split.client.calls import WireStats
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.scale.costs import Costs
 from flower_split.scale.round import Federation as SimulatedFederation
 from flower_split.scale.setting import Link, Setting, Work
+from flower_split.training.trunk_protocol import CallStats
 from tests.acceptance.federation import federation, make_config, write_checkpoint
 
 ROWS, POSITIONS, WIDTH = 2, 16, 32
@@ -41,7 +41,7 @@ class Measured:
 
     seconds: float  # from the first step's begin to the last one's end
     trunk_seconds: float  # of the trunk's computing
-    wire: WireStats  # of one client
+    wire: CallStats  # of one client
 
 
 def job(folder: Path, clients: int, **trunk: object) -> RunConfig:
@@ -98,7 +98,7 @@ def _slow(run: Callable[..., object]) -> Callable[..., object]:
     return slow
 
 
-def _absent_client(trunk: RemoteTrunk, slot: int) -> tuple[float, float, WireStats]:
+def _absent_client(trunk: RemoteTrunk, slot: int) -> tuple[float, float, CallStats]:
     """Train as a client does whose computing and whose link are sleep."""
     generator = torch.Generator().manual_seed(slot)
     mask = torch.ones(ROWS, POSITIONS, dtype=torch.int64)

@@ -9,5 +9,5 @@ def test_one_step_stays_within_its_bounds() -> None:
     assert frames[0] == "trunk/service/client_calls.py:ClientCalls._forward", profile.table()
     assert len(frames) <= 8, profile.table()
     # Goals: 25 files and 120 changes. These are ceilings, to be lowered, never raised.
-    assert len(profile.calls) <= 31, profile.table()
-    assert profile.num_changes <= 148, profile.table()
+    assert len(profile.calls) <= 30, profile.table()
+    assert profile.num_changes <= 143, profile.table()
