@@ -89,6 +89,7 @@ class SessionCalls:
         *,
         sent: tuple[Coded, Tensor] | None = None,
         result: str = "",
+        answers: MicroBatch | None = None,
         reply_bytes: int | None = None,
         allocate: Allocate = pooled,
     ) -> tuple[Received, pb.ReplyHeader]:
@@ -100,6 +101,7 @@ class SessionCalls:
             tensors: To send, as they are.
             sent: The tensor that goes through a codec; None: there is none.
             result: The name of the one that comes back through it, in the form of ``sent``.
+            answers: The micro-batch that is done with the reply; None: none is.
             reply_bytes: Limit on what comes back; None: that of a call.
             allocate: Where it is received.
 
@@ -130,6 +132,9 @@ class SessionCalls:
                 gradient_bytes_received=total.gradient_bytes_received
                 + arrived.num_bytes * backward,
             )
+            if answers is not None:
+                done = self._answered.get(answers.window, set())
+                self._answered = {answers.window: done | {answers.index}}
         return arrived, reply
 
     def _message(
@@ -178,11 +183,6 @@ class SessionCalls:
         with self._lock:
             answered = self._answered.get(window, set())
             return next(index for index in itertools.count() if index not in answered)
-
-    def note_answered(self, window: int, index: int) -> None:
-        """Note that the backward of a micro-batch has its reply."""
-        with self._lock:
-            self._answered = {window: self._answered.get(window, set()) | {index}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,9 +292,9 @@ class Exchange:
             {},
             sent=(coded, trunk_output_grad.to(codec.dtype or dtype)),
             result="smashed_grad",
+            answers=micro_batch,
             allocate=self._allocate,
         )
-        self._calls.note_answered(micro_batch.window, micro_batch.index)
         return arrived.tensors["smashed_grad"].to(dtype)
 
     def _key(self, micro_batch: MicroBatch) -> pb.ContributionKey:

@@ -144,9 +144,9 @@ class _StepTrainer:
         if self.proximity is not None:
             self.proximity.add_gradient()
         whole_norm = self._clip_together(step, len(micro_batches))
-        wire = self.trunk.take_stats() if self.trunk is not None else None
         at = self.first_step + step
         taken = [optimizer.step(at, clip=whole_norm is None) for optimizer in optimizers]
+        wire = None if self.trunk is None else self.trunk.take_stats()
         seconds = time.perf_counter() - started
         return replace(
             _metrics(step, loss, sum(tokens), seconds, wire),

@@ -8,8 +8,8 @@ Next: ``flower_split/trunk/engine/engine.py``.
 import math
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from functools import partial
 
 import grpc
@@ -27,6 +27,7 @@ from flower_split.protocol.values import (
     CallResult,
     ContributionKey,
     FinishCall,
+    FinishResult,
     ForwardCall,
     ForwardMode,
 )
@@ -47,7 +48,23 @@ from flower_split.trunk.service.shared_payloads import SharedPayloads, placed_fr
 from flower_split.wire.codecs import NATIVE, Coded, WireCodecs, stays_on_device
 from flower_split.wire.receiving import Incoming, Received
 from flower_split.wire.sending import Outgoing
-from flower_split.wire.staging import allocator, arrived, aside, to_host
+from flower_split.wire.shared_memory import SharedMemory
+from flower_split.wire.staging import allocator, arrived, aside, pooled, to_host
+
+_FIELDS = {"Forward": "forward", "Backward": "backward", "FinishStep": "finish_step"}  # of a header
+
+_Said = pb.ForwardHeader | pb.BackwardHeader | pb.FinishStepHeader
+
+
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """A call that has been let in and has arrived in full."""
+
+    header: pb.Header
+    session: str
+    received: Received
+    deadline: float  # on the monotonic clock
+    shared: SharedMemory | None  # that its payloads lie in
 
 
 class ClientCalls:
@@ -112,114 +129,113 @@ class ClientCalls:
         self._shared.close()
 
     def _forward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with (
-            Answering(context, "Forward", self._refusals) as call,
-            Holding(self.quotas, context, waits=True) as held,
-            self._aside(),
-        ):
-            deadline = deadline_of(context, self._max_call_seconds)
-            frames = self._first_frames.of(requests)
-            incoming = Incoming(frames, "forward", partial(self._shared.of, held.token))
-            header = incoming.header.forward
-            self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
+        with ExitStack() as stack:
             coded = Coded(self._codecs.activations, "hidden_states")
-            held.announce(incoming.header.tensors)
-            call.header = header
-            recorded = header.HasField("key") or header.HasField("cache")
-            received = incoming.receive(
-                self._max_tensor_bytes,
-                coded=coded,
-                allocate=self._allocate,
-                digest=recorded,
-                admit=partial(self.quotas.announce, held),
-            )
-            call.digest = received.digest
-            self._bring(received, "hidden_states")
-            result = self._engine.forward(_forward_call(header, received, deadline))
-            output = Coded(self._codecs.activations, "trunk_output")
-            return self._reply(output, result, header.session, incoming, received)
+            call = self._enter(stack, "Forward", requests, context, coded)
+            result = self._engine.forward(_forward_call(call))
+            return self._leave(call, result, Coded(self._codecs.activations, "trunk_output"))
 
     def _backward(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with (
-            Answering(context, "Backward", self._refusals) as call,
-            Holding(self.quotas, context, waits=self._engine.window_batches) as held,
-            self._aside(),
-        ):
-            deadline = deadline_of(context, self._max_call_seconds)
-            frames = self._first_frames.of(requests)
-            incoming = Incoming(frames, "backward", partial(self._shared.of, held.token))
-            header = incoming.header.backward
-            self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
+        with ExitStack() as stack:
             coded = Coded(self._codecs.gradients, "trunk_output_grad", without_zeros=True)
-            held.announce(incoming.header.tensors)
-            call.header = header
-            received = incoming.receive(
-                self._max_tensor_bytes,
-                coded=coded,
-                allocate=self._allocate,
-                digest=True,
-                admit=partial(self.quotas.announce, held),
+            waits = self._engine.window_batches
+            call = self._enter(stack, "Backward", requests, context, coded, waits=waits)
+            result = self._engine.backward(_backward_call(call))
+            zeros = call.header.backward.without_zeros
+            return self._leave(
+                call, result, replace(coded, name="smashed_grad", without_zeros=zeros)
             )
-            call.digest = received.digest
-            self._bring(received, "trunk_output_grad")
-            result = self._engine.backward(_backward_call(header, received, deadline))
-            smashed_grad = replace(coded, name="smashed_grad", without_zeros=header.without_zeros)
-            return self._reply(smashed_grad, result, header.session, incoming, received)
 
     def _finish_step(self, requests: Iterator[bytes], context: Context) -> Iterator[bytes]:
-        with (
-            Answering(context, "FinishStep", self._refusals) as call,
-            Holding(self.quotas, context, waits=True) as held,
-        ):
-            deadline = deadline_of(context, self._max_call_seconds)
-            frames = self._first_frames.of(requests)
-            incoming = Incoming(frames, "finish_step", partial(self._shared.of, held.token))
-            header = incoming.header.finish_step
-            self._tokens.check(held.token, header.session, header.trunk_epoch, self._engine.epoch)
-            held.announce(incoming.header.tensors)
-            call.header = header
-            received = incoming.receive(self._max_tensor_bytes, digest=True)
-            call.digest = received.digest
-            result = self._engine.finish_step(_finish_call(header, received, deadline))
-            head = pb.ReplyHeader(
-                version=result.version,
-                compute_seconds=result.compute_seconds,
-                queue_seconds=result.queue_seconds,
-                clip_factor=result.clip_factor,
-                grad_norm=result.grad_norm,
-            )
-            reply = Outgoing(pb.Header(reply=head), result.gradients)
-            self._engine.count_bytes(header.session, received.num_bytes, reply.num_bytes)
-            memory = incoming.shared  # a reply goes the way that its request came
-            return reply.frames() if memory is None else placed_frames(memory, reply)
+        with ExitStack() as stack:
+            call = self._enter(stack, "FinishStep", requests, context)
+            return self._leave(call, self._engine.finish_step(_finish_call(call)))
 
-    def _bring(self, received: Received, name: str) -> None:
-        """Put the one large tensor of a call where it is checked and computed with, if it came."""
-        tensor = received.tensors.get(name)
-        if tensor is not None and self._on_gpu and tensor.device.type == "cpu":
-            received.tensors[name] = arrived(tensor, self._device)
-
-    def _reply(
+    def _enter(
         self,
-        coded: Coded,
-        result: CallResult,
-        session: str,
-        incoming: Incoming,
-        received: Received,
+        stack: ExitStack,
+        method: str,
+        requests: Iterator[bytes],
+        context: Context,
+        coded: Coded | None = None,
+        *,
+        waits: bool = True,
+    ) -> _Entered:
+        """Let a call in: its place, its first frame, whose it is, what it announces, its tensors.
+
+        Args:
+            stack: Ends what is entered for the call, its place and its status last.
+            method: Its name.
+            requests: Its frames.
+            context: Of gRPC.
+            coded: The one large tensor that it may bring; None: it brings plain ones.
+            waits: Whether it may wait for other clients.
+
+        Raises:
+            FlowerSplitError: It is not let in, or is none of the kind.
+        """
+        answering = stack.enter_context(Answering(context, method, self._refusals))
+        held = stack.enter_context(Holding(self.quotas, context, waits=waits))
+        if coded is not None:
+            stack.enter_context(self._aside())
+        deadline = deadline_of(context, self._max_call_seconds)
+        frames = self._first_frames.of(requests)
+        incoming = Incoming(frames, _FIELDS[method], partial(self._shared.of, held.token))
+        head = incoming.header
+        said: _Said = head.finish_step
+        if method != "FinishStep":
+            said = head.forward if method == "Forward" else head.backward
+        self._tokens.check(held.token, said.session, said.trunk_epoch, self._engine.epoch)
+        held.announce(head.tensors)
+        answering.header = said
+        once = method == "Forward" and not (said.HasField("key") or head.forward.HasField("cache"))
+        received = incoming.receive(
+            self._max_tensor_bytes,
+            coded=coded,
+            allocate=pooled if coded is None else self._allocate,
+            digest=not once,
+            admit=partial(self.quotas.announce, held),
+        )
+        answering.digest = received.digest
+        tensor = None if coded is None else received.tensors.get(coded.name)
+        if (
+            coded is not None
+            and tensor is not None
+            and self._on_gpu
+            and tensor.device.type == "cpu"
+        ):
+            received.tensors[coded.name] = arrived(
+                tensor, self._device
+            )  # checked and computed there
+        return _Entered(head, said.session, received, deadline, incoming.shared)
+
+    def _leave(
+        self, call: _Entered, result: CallResult | FinishResult, coded: Coded | None = None
     ) -> Iterator[bytes]:
-        header = pb.ReplyHeader(
+        """Return the frames of a call's reply, once its bytes are counted.
+
+        Args:
+            call: That is answered; the reply goes the way that the call came.
+            result: Of the engine.
+            coded: How the result's one tensor travels; None: it has plain ones.
+        """
+        head = pb.ReplyHeader(
             version=result.version,
             compute_seconds=result.compute_seconds,
             queue_seconds=result.queue_seconds,
         )
-        # A reply goes the way that its request came.
-        stays = incoming.header.HasField("device") and stays_on_device(coded.codec)
-        tensor = to_host(result.tensor) if self._on_gpu and not stays else result.tensor
-        tensors = coded.encode(tensor)
-        reply = Outgoing(pb.Header(reply=header), tensors, tensors if stays else ())
-        self._engine.count_bytes(session, received.num_bytes, reply.num_bytes)
-        memory = incoming.shared
-        return reply.frames() if memory is None else placed_frames(memory, reply)
+        stays = False
+        if isinstance(result, FinishResult):
+            head.clip_factor, head.grad_norm = result.clip_factor, result.grad_norm
+            tensors = result.gradients
+        else:
+            assert coded is not None, "a result with one tensor goes through a codec"
+            stays = call.header.HasField("device") and stays_on_device(coded.codec)
+            whole = to_host(result.tensor) if self._on_gpu and not stays else result.tensor
+            tensors = coded.encode(whole)
+        reply = Outgoing(pb.Header(reply=head), tensors, tensors if stays else ())
+        self._engine.count_bytes(call.session, call.received.num_bytes, reply.num_bytes)
+        return reply.frames() if call.shared is None else placed_frames(call.shared, reply)
 
 
 def _mode_of(header: pb.ForwardHeader) -> ForwardMode:
@@ -237,13 +253,13 @@ def _mode_of(header: pb.ForwardHeader) -> ForwardMode:
     return mode
 
 
-def _forward_call(header: pb.ForwardHeader, received: Received, deadline: float) -> ForwardCall:
+def _forward_call(call: _Entered) -> ForwardCall:
     """Return the forward.
 
     Raises:
         CodecError: Its mode is unknown, or it is recorded and has no key.
     """
-    tensors = received.tensors
+    header, tensors = call.header.forward, call.received.tensors
     rows = tensors.pop("cache_rows", None) if header.HasField("cache") else None
     mask = tensors.get("attention_mask")
     if mask is not None and mask.dtype == torch.bool and mask.ndim == 2:
@@ -255,8 +271,8 @@ def _forward_call(header: pb.ForwardHeader, received: Received, deadline: float)
         version=header.version,
         mode=_mode_of(header),
         tensors=tensors,
-        digest=received.digest,
-        deadline=deadline,
+        digest=call.received.digest,
+        deadline=call.deadline,
         acknowledged=header.acknowledged,
         last=header.last,
         use_cache=header.use_cache if header.HasField("use_cache") else None,
@@ -265,13 +281,13 @@ def _forward_call(header: pb.ForwardHeader, received: Received, deadline: float)
     )
 
 
-def _backward_call(header: pb.BackwardHeader, received: Received, deadline: float) -> BackwardCall:
+def _backward_call(call: _Entered) -> BackwardCall:
     """Return the backward; its digest covers the counts, which travel in the header.
 
     Raises:
         CodecError: It has no gradient, or a count is negative or not finite.
     """
-    grad = received.tensors.get("trunk_output_grad")
+    header, grad = call.header.backward, call.received.tensors.get("trunk_output_grad")
     if grad is None:
         raise CodecError("a backward must carry the tensor 'trunk_output_grad'.")
     for name, value in (
@@ -290,17 +306,18 @@ def _backward_call(header: pb.BackwardHeader, received: Received, deadline: floa
         num_tokens=header.num_tokens,
         loss_denominator=header.loss_denominator,
         last=header.last,
-        digest=xxhash.xxh3_128_digest(received.digest + counts),
-        deadline=deadline,
+        digest=xxhash.xxh3_128_digest(call.received.digest + counts),
+        deadline=call.deadline,
     )
 
 
-def _finish_call(header: pb.FinishStepHeader, received: Received, deadline: float) -> FinishCall:
+def _finish_call(call: _Entered) -> FinishCall:
     """Return the end of a step; its digest covers the norm, which travels in the header.
 
     Raises:
         CodecError: It has no key.
     """
+    header = call.header.finish_step
     if not header.HasField("key"):
         raise CodecError("FinishStep must carry a contribution key.")
     norm = struct.pack("<d", header.grad_norm_squared)
@@ -309,9 +326,9 @@ def _finish_call(header: pb.FinishStepHeader, received: Received, deadline: floa
         epoch=header.trunk_epoch,
         key=_key_of(header.key),
         grad_norm_squared=header.grad_norm_squared,
-        gradients=received.tensors,
-        digest=xxhash.xxh3_128_digest(received.digest + norm),
-        deadline=deadline,
+        gradients=call.received.tensors,
+        digest=xxhash.xxh3_128_digest(call.received.digest + norm),
+        deadline=call.deadline,
     )
 
 
