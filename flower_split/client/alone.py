@@ -35,7 +35,7 @@ def train_alone(
     """Train all three parts, for as many steps as the run, from the same start.
 
     Args:
-        client: Whose data it trains on.
+        client: The client whose data it trains on.
         on_round: Called after each of the run's rounds, from 1, with what was measured.
 
     Returns:

@@ -54,8 +54,8 @@ class SessionCalls:
     Attributes:
         channel: The connections.
         codecs: How activations and gradients travel.
-        grant: Of the open session; None: it is not open.
-        max_tensor_bytes: That one call may carry.
+        grant: The open session's grant; None: it is not open.
+        max_tensor_bytes: Most that one call may carry.
         without_zeros: Whether gradients may travel without their rows of zeros.
         waiting: Entered around every call.
     """
@@ -97,7 +97,7 @@ class SessionCalls:
 
         Args:
             method: Which.
-            header: Of the call.
+            header: The call's header.
             tensors: To send, as they are.
             sent: The tensor that goes through a codec; None: there is none.
             result: The name of the one that comes back through it, in the form of ``sent``.
@@ -198,7 +198,7 @@ class Exchange:
     """The calls of one micro-batch: a forward, then at most one backward.
 
     Args:
-        calls: Of the session.
+        calls: The session's calls.
         mode: What the trunk keeps.
         micro_batch: Which it is; None: an evaluation.
         extras: Tensors beside the hidden states.

@@ -37,7 +37,7 @@ class NodeRoute:
         Args:
             trunk: What the run says.
             node_config: The node's own.
-            key: Of this node, for this run.
+            key: This node's key for this run.
 
         Raises:
             ConfigError: An address or a proxy is none, or only one file of a certificate is named.

@@ -27,7 +27,7 @@ class PrivacyMod:
     """The mod of this app's clients: Flower's one for ``privacy.mechanism``, around training.
 
     Args:
-        cache: Of the app, for its parsed run config.
+        cache: The app's cache, for its parsed run config.
     """
 
     def __init__(self, cache: ClientCache) -> None:

@@ -48,8 +48,8 @@ class RemoteTrunk(nn.Module, Closing):
     Args:
         address: ``host:port``.
         token: This client's, for this round.
-        key: With which every call proves that the token is its own; None: the token needs no proof.
-        fingerprint: Of the model and configuration; the trunk must hold the same. Its fields
+        key: Proves with every call that the token is this client's; None: the token needs no proof.
+        fingerprint: Fingerprint of model and configuration; the trunk must hold the same. Its fields
             ``codec`` and ``gradient-codec`` say how activations and gradients travel; without them,
             as they are.
         mode: ``joint``, ``frozen`` or ``forward-only``.

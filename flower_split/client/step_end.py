@@ -20,7 +20,7 @@ def finish_step(
     """End a step together with the trunk; see ``RemoteTrunk.finish_step``.
 
     Args:
-        calls: Of the open session.
+        calls: The open session's calls.
         window: The optimizer step within the round, from 0.
         num_micro_batches: How many the step had.
         grad_norm_squared: L2, of the client's own gradient.

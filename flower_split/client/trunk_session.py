@@ -26,12 +26,12 @@ class TrunkSession:
 
     Args:
         channel: The connections, with this client's token of the round.
-        fingerprint: Of the model and configuration; names the codecs.
+        fingerprint: Fingerprint of the model and configuration; names the codecs.
         cuts: Where the client's model is cut; None: where the fingerprint says.
         call_timeout: Seconds per call, retries and the wait for other clients included.
 
     Attributes:
-        calls: Of the session.
+        calls: The session's calls.
         evaluate: Whether the session only evaluates.
 
     Raises:

@@ -39,8 +39,8 @@ class TrunkCoordinator:
         timeout: Seconds per call, retries included; at most 10 for status and abort.
         certificate: What this side shows over TLS.
         proxy: As ``trunk.proxy`` says.
-        experiment: Of several that the trunk serves, which status, adapter and revocations are of; empty:
-            the one whose rounds are begun here.
+        experiment: The one, of several at the trunk, that status, adapter and revocations are of;
+            empty: the one whose rounds are begun here.
 
     Raises:
         ConfigError: Plain text to another machine, or a PEM file that cannot be read.
@@ -92,10 +92,10 @@ class TrunkCoordinator:
         """Close the round to contributions and return who completed what (commit's first phase).
 
         Args:
-            experiment: Of the round.
-            server_round: Of the round.
-            attempt: Of the round.
-            arrivals: Of an asynchronous round: whose work makes its step.
+            experiment: Experiment of the round.
+            server_round: Number of the round.
+            attempt: Attempt at the round.
+            arrivals: The arrivals of an asynchronous round: whose work makes its step.
         """
         request = pb.PrepareRoundRequest(
             experiment=experiment,

@@ -223,7 +223,7 @@ def run_rounds(
         strategy: The strategy, with its trunk.
         grid: Flower's grid.
         arrays: The global adapter that ``start_round`` begins with.
-        start_round: From 1; above 1 when a run is resumed.
+        start_round: First round to run, from 1; above 1 when a run is resumed.
         on_round: Called after every round.
         health: How the trunk process is watched.
         hooks: Called around every round.

@@ -72,10 +72,10 @@ class Coordinator(Protocol):
         """Close the round to contributions and return who completed what (commit's first phase).
 
         Args:
-            experiment: Of the round.
-            server_round: Of the round.
-            attempt: Of the round.
-            arrivals: Of an asynchronous round: whose work makes its step.
+            experiment: Experiment of the round.
+            server_round: Number of the round.
+            attempt: Attempt at the round.
+            arrivals: The arrivals of an asynchronous round: whose work makes its step.
         """
 
     def commit_round(self, experiment: str, server_round: int, attempt: int) -> int:

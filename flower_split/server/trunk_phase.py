@@ -16,7 +16,7 @@ class TrunkPhase:
     """The training or the evaluation of one round, from its messages to its replies.
 
     Args:
-        server_round: From 1; 0 for the evaluation before round 1.
+        server_round: Number of the round, from 1; 0 for the evaluation before round 1.
         evaluate: Whether it only evaluates.
         messages: What was sent, by partition, ascending.
         federation: The run's nodes.

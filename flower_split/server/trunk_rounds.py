@@ -150,7 +150,7 @@ class TrunkRounds:
         """Open a round for its participants.
 
         Args:
-            server_round: From 1; 0 for the evaluation before round 1.
+            server_round: Number of the round, from 1; 0 for the evaluation before round 1.
             tokens: Partition to the token with which that client joins.
             evaluate: Its sessions only evaluate.
 
@@ -185,7 +185,7 @@ class TrunkRounds:
         """Open an asynchronous round, or name its dispatches anew.
 
         Args:
-            server_round: From 1.
+            server_round: Number of the round, from 1.
             dispatches: Everybody whose work counts or may yet count, in any order.
 
         Returns:
@@ -247,7 +247,7 @@ class TrunkRounds:
 
         Args:
             server_round: The open round.
-            arrivals: Of an asynchronous round: whose work makes its step.
+            arrivals: The arrivals of an asynchronous round: whose work makes its step.
             clients: What clients reported meanwhile, for the error.
 
         Returns:

@@ -64,11 +64,11 @@ class TrunkStrategy(Strategy):
         largest_weights: Partition to the largest weight that this client can report truthfully, where
             Flower's strategies weigh clients by what they say; one above is refused.
         sinks: Where the clients' metrics go.
-        client_keys: That the clients' tokens are bound to; None: tokens are their bearer's.
+        client_keys: Keys that the clients' tokens are bound to; None: tokens are their bearer's.
 
     Attributes:
-        client_keys: That the clients' tokens are bound to.
-        last_round: Of the run; a loop that stops before the planned one says so here.
+        client_keys: Keys that the clients' tokens are bound to.
+        last_round: The run's last round; a loop that stops before the planned one says so here.
 
     Raises:
         ConfigError: The inner strategy would lose the noise of the wrapper around it.

@@ -70,8 +70,8 @@ class ExperimentEngines:
         checkpoints: The directory of the experiments' checkpoints; None: none are kept.
 
     Attributes:
-        fingerprint: Of the trunk's own configuration.
-        device: That all experiments compute on, in turns.
+        fingerprint: Fingerprint of the trunk's own configuration.
+        device: The device that all experiments compute on, in turns.
 
     Raises:
         SplitError: The model cannot be loaded or cut.
@@ -174,7 +174,7 @@ def _engine(
         trunk: With what trains.
         fields: The fingerprint.
         checkpoints: Their directory; None: none are kept.
-        share: Of a device that other engines compute on.
+        share: This engine's share of a device that others compute on, too.
     """
     inputs = schema_of(
         trunk, trunk.hidden_size

@@ -27,8 +27,8 @@ class WorkerDirectory(Closing):
     """The directory of this user's workers, held open. Made by :meth:`open`.
 
     Attributes:
-        descriptor: Of the directory.
-        path: Of the directory, for messages.
+        descriptor: Descriptor of the directory.
+        path: Path of the directory, for messages.
     """
 
     def __init__(self, descriptor: int, path: Path) -> None:
@@ -144,7 +144,7 @@ def check_peer(connection: socket.socket, user: int) -> None:
 
     Args:
         connection: A Unix socket.
-        user: Whose it must be.
+        user: The user who must own it.
 
     Raises:
         WorkerError: It is another user's.

@@ -41,8 +41,8 @@ class WorkerIdentity:
         """Return the identity that a worker must have to answer for this process.
 
         Args:
-            app: That Flower has loaded into this process.
-            context: Of the message.
+            app: The app that Flower has loaded into this process.
+            context: The message's context.
 
         Raises:
             WorkerError: It cannot be told which app it is, or who started this process.

@@ -114,7 +114,7 @@ class AsynchronousRounds:
         """Run one round: fill the buffer, step, commit.
 
         Args:
-            server_round: From 1.
+            server_round: Number of the round, from 1.
             arrays: The global adapter of the round before.
             health: How the trunk process is watched.
 
@@ -275,7 +275,7 @@ def run_buffers(
     Args:
         rounds: Sends clients out and closes rounds.
         arrays: The global adapter that ``start_round`` begins with.
-        start_round: From 1; above 1 when a run is resumed.
+        start_round: First round to run, from 1; above 1 when a run is resumed.
         on_round: Called after every round.
         health: How the trunk process is watched.
         hooks: Called around every round.

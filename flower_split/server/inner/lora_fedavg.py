@@ -42,7 +42,7 @@ class LoraFedAvg(FedAvg):
     Attributes:
         aggregator: The adapter over all rounds.
         excludes_invalid: Whether malformed updates are left out instead of refused.
-        last_summary: Of the last aggregated round: whose updates were used, and who was excluded why.
+        last_summary: Summary of the last aggregated round: which updates were used, who was excluded why.
         private_folder: Where simulated clients keep what stays with them, if anything does.
         keeps_optimizer: Whether a client's optimizer state stays with it from round to round.
         scales_client_rate: Whether a client's learning rate is multiplied by the square root of how many

@@ -59,7 +59,7 @@ def add_base_change(
 
     Args:
         messages: Their contents are replaced, never changed: Flower's messages share theirs.
-        aggregator: Whose they are; where it has none, nothing is added.
+        aggregator: The aggregator that has them; where it has none, nothing is added.
         spec_of: What a message's receiver holds.
     """
     changes, columns = aggregator.base_changes(), aggregator.core_columns()
@@ -94,9 +94,9 @@ def leave_private(
     Args:
         message: Its content is replaced. A client that has factors of its own is not sent any.
         names: The adapter's weights that stay with their client.
-        digest: Of what the client kept in its last committed round; empty: it has none yet.
+        digest: Digest of what the client kept in its last committed round; empty: it has none yet.
         folder: Where it keeps them if it is simulated.
-        arrays_key: Of the adapter's record.
+        arrays_key: Key of the adapter's record.
         optimizer: Its optimizer's state stays with it, too.
     """
     arrays = message.content.array_records[arrays_key]

@@ -36,7 +36,7 @@ def check_moves(
         messages: By partition, what was sent.
         federation: The run's nodes.
         server_round: For errors.
-        factor: Of the median, for a client of the median number of tokens or fewer; 0: no bound.
+        factor: Multiple of the median, for a client of the median number of tokens or fewer; 0: no bound.
 
     Raises:
         FederationError: A client's is longer; it is named.

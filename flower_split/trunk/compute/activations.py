@@ -119,8 +119,8 @@ class ActivationCache:
         """Keep the activation of a joint pass, without its graph if the graph does not fit.
 
         Args:
-            shares: Of each micro-batch in it, which has reserved what it needs without the graph.
-            activation: Of the pass.
+            shares: The share of each micro-batch; each has reserved what it needs without the graph.
+            activation: The activation of the pass.
         """
         wanted = {
             key: max(self._held.get(key, 0), int(share * activation.num_bytes))

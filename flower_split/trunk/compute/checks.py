@@ -64,7 +64,7 @@ class InputSchema:
 
     Args:
         hidden_size: Width of the hidden states.
-        max_positions: Of a sequence, what a key-value cache holds included; None: no limit.
+        max_positions: Longest sequence, with what a key-value cache holds; None: no limit.
         max_position_id: Largest position id; None: no limit.
         plain: Inputs beside the hidden states, by name, of a call without a key-value cache.
         cached: The same for a call with one; None: the model takes no key-value cache.
@@ -106,7 +106,7 @@ class InputSchema:
         """Return the tensors under the schema's own names, once everything fits.
 
         Args:
-            tensors: Of a call, by the names that its peer chose.
+            tensors: A call's tensors, by the names that its peer chose.
             past: Positions in the key-value cache that it goes on from; None: it has none.
             use_cache: As the model's argument.
 
@@ -310,7 +310,7 @@ def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.
     Args:
         what: Names the tensors in the message.
         tensors: By name.
-        limit: Of an entry's magnitude.
+        limit: Largest magnitude that an entry may have.
 
     Raises:
         TrunkRefused: One is not (NON_FINITE).

@@ -46,9 +46,9 @@ class TrunkCompute:
         trunk: Called as ``trunk(hidden_states, attention_mask=..., position_ids=...)``. Its
             parameters that require grad are trained; none: the trunk is frozen.
         optimizer: Optimizer, schedule and clipping.
-        seed: Of the dropout masks.
+        seed: Seeds the dropout masks.
         fused: Whether the optimizer steps in one kernel, with other last bits.
-        share: Of a device that other experiments' trunks compute on; None: this one is alone.
+        share: Its share of a device that other experiments' trunks use; None: this one is alone.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ class DeviceShare:
     """One experiment's share of a device. Its turns are taken by one thread.
 
     Args:
-        device: Whose share it is.
+        device: The device that is shared.
     """
 
     def __init__(self, device: "FairDevice") -> None:
@@ -102,7 +102,7 @@ class FairDevice:
         """Wait until it is the turn of ``share``.
 
         Args:
-            share: Whose thread asks.
+            share: The share of the thread that asks.
             counts: Whether it was expected.
         """
         with self._lock:

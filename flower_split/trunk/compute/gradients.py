@@ -120,7 +120,7 @@ def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
     """Return why a slot's gradient may not enter a step; empty: it may.
 
     Args:
-        gradient: Of the slot, with all micro-batches of the window.
+        gradient: The slot's gradient, with all micro-batches of the window.
         whole_step: Whether the window holds whole optimizer steps of the client, so that a
             denominator above the window's label tokens weighs the slot by more than it has.
     """
@@ -165,8 +165,8 @@ def outliers(gradients: Mapping[int, SlotGradient], factor: float) -> dict[int, 
     as it counts. Fewer than three slots have no majority, and nobody is blamed.
 
     Args:
-        gradients: Of a window without :func:`faults`.
-        factor: Of the median (``trunk.outlier-factor``); 0: there is no bound.
+        gradients: Those of a window without :func:`faults`.
+        factor: Multiple of the median (``trunk.outlier-factor``); 0: there is no bound.
     """
     if factor == 0 or len(gradients) < 3:
         return {}

@@ -90,7 +90,7 @@ def joined(parts: Sequence[Part], device: torch.device, dtype: torch.dtype) -> d
     Args:
         parts: In slot order.
         device: Where the hidden states are joined.
-        dtype: Of the joined hidden states.
+        dtype: The dtype of the joined hidden states.
     """
     longest = max(part.hidden.shape[1] for part in parts)
     result = {

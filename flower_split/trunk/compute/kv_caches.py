@@ -86,10 +86,10 @@ class CacheStore:
         """Return ``trunk_output`` of new positions; their keys and values are kept. Safe to retry.
 
         Args:
-            session: Whose cache it is.
+            session: The session that owns the cache.
             step: Which cache, and which call with it.
-            tensors: Of the new positions, as for any forward.
-            digest: Of the request's content.
+            tensors: The tensors of the new positions, as for any forward.
+            digest: Digest of the request's content.
             lease_seconds: The cache is freed when it is silent for so long.
             cuts: The session's; None: the trunk's.
 

@@ -44,8 +44,8 @@ def schema_of(trunk: nn.Module, hidden_size: int) -> InputSchema:
     Of another module than a :class:`TrunkModel` the names of its arguments are all that is known.
 
     Args:
-        trunk: In the state that it serves in: on its device, with its adapter.
-        hidden_size: As its fingerprint says.
+        trunk: The trunk as it serves: on its device, with its adapter.
+        hidden_size: Width of the hidden states, as its fingerprint says.
     """
     if not isinstance(trunk, TrunkModel):
         return _schema_of_module(trunk, hidden_size)

@@ -25,7 +25,7 @@ class Spans:
     Args:
         trunk: A :class:`TrunkModel` has spans; any other module runs as a whole.
         device: The trunk's.
-        dtype: Of its base weights.
+        dtype: The dtype of its base weights.
     """
 
     def __init__(self, trunk: nn.Module, device: torch.device, dtype: torch.dtype) -> None:

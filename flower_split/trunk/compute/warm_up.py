@@ -21,8 +21,8 @@ def warm_up(compute: TrunkCompute, hidden_size: int, rows: int, length: int) -> 
     Args:
         compute: Nothing of it changes: there is no optimizer step.
         hidden_size: Width of the hidden states.
-        rows: Of a micro-batch.
-        length: Of its sequences, in positions.
+        rows: Rows of a micro-batch.
+        length: Length of its sequences, in positions.
     """
     started = time.monotonic()
     for seq in sorted({length, max(1, length // 2)}, reverse=True):

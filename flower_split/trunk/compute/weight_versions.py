@@ -94,7 +94,7 @@ class Versions:
         """Return the copy of the current weights, made once for each version.
 
         Args:
-            version: Of the weights as they are now.
+            version: Version of the weights as they are now.
             parameters: The trunk's own.
 
         Raises:

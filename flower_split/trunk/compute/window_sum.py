@@ -78,8 +78,8 @@ class WindowSum:
         """Add what a batch gives; micro-batches are summed in their order, whichever comes first.
 
         Args:
-            micro_batch: Of the window; each is added once.
-            passes: Of the batch, after their backward.
+            micro_batch: Its index in the window; each is added once.
+            passes: The batch's passes, after their backward.
             gradients: What they give.
             counted: The slots whose rows are in it.
         """
@@ -126,7 +126,7 @@ class WindowSum:
 
         Args:
             slots: The window's.
-            factor: Of the median (``trunk.outlier-factor``); 0: there is no bound.
+            factor: Multiple of the median (``trunk.outlier-factor``); 0: there is no bound.
         """
         if factor == 0 or len(slots) < 3:
             return {}

@@ -39,7 +39,7 @@ class BatchCalls:
     """Checks calls that wait for a batch, and computes batches.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         compute: The trunk module.
         inputs: What a forward may bring.
         thread: Where batches run.
@@ -72,7 +72,7 @@ class BatchCalls:
         """Check a call that was claimed, and let it wait for its batch. The engine's lock is held.
 
         Raises:
-            TrunkRefused: With its reason; nothing was recorded.
+            TrunkRefused: The call is refused, with its reason; nothing was recorded.
         """
         current, batches, call = item.round, item.round.batches, item.call
         assert batches is not None, "only rounds with batches admit calls to them"

@@ -100,8 +100,8 @@ class _InTurns(Executor):
     """One thread, whose every run has a turn on a device that other engines compute on, too.
 
     Args:
-        pool: Of the thread.
-        share: Of the device.
+        pool: The executor with the one thread.
+        share: The engine's share of the device.
     """
 
     def __init__(self, pool: Executor, share: DeviceShare) -> None:

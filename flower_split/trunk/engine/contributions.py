@@ -56,7 +56,7 @@ class Contributions:
     """The training calls of the open round, and of the dispatches of an asynchronous one.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         compute: The trunk module.
         thread: Where calls run.
         settle: Called on the compute thread after every backward that counted.
@@ -88,7 +88,7 @@ class Contributions:
         A forward first waits until the weights have the version that it asks for.
 
         Raises:
-            TrunkRefused: With its reason; nothing was accumulated.
+            TrunkRefused: The call is refused, with its reason; nothing was accumulated.
             RoundAborted: The round was given up.
             TrunkUnavailable: The deadline passed first; the call may yet take effect.
         """

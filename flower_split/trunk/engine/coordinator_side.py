@@ -55,15 +55,15 @@ class CoordinatorSide:
         """Finish the last window, for no more contributions will come, and report. Safe to retry.
 
         Args:
-            experiment: Of the round.
-            server_round: Of the round.
-            attempt: Of the round.
+            experiment: Experiment of the round.
+            server_round: Number of the round.
+            attempt: Attempt at the round.
             deadline: When to give up waiting.
-            arrivals: Of an asynchronous round: whose work makes its step.
+            arrivals: The arrivals of an asynchronous round: whose work makes its step.
 
         Raises:
             RoundAborted: The round was given up, or has no quorum without the unfinished clients.
-            TrunkRefused: That round is not open.
+            TrunkRefused: The round is not open.
             TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
         """
         prepared = self._thread.submit(
@@ -76,7 +76,7 @@ class CoordinatorSide:
 
         Raises:
             RoundAborted: The round was given up.
-            TrunkRefused: That round is not open, or was not prepared.
+            TrunkRefused: The round is not open, or was not prepared.
         """
         return self._thread.do(lambda: self._lifecycle.commit(experiment, server_round, attempt))
 
@@ -84,7 +84,7 @@ class CoordinatorSide:
         """Give the round up and roll the weights back to its beginning. Safe to retry.
 
         Raises:
-            TrunkRefused: That round is not open.
+            TrunkRefused: The round is not open.
         """
         return self._thread.do(
             lambda: self._lifecycle.abort(experiment, server_round, attempt, why)

@@ -15,7 +15,7 @@ class Deadlines:
     which takes that lock.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         expire: Acts on what has ended; called without the lock.
         free_caches: Frees key-value caches that nobody uses any more; called once a second.
         look: Notes who is waited for; called once a second, without the lock.

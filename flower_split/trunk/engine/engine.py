@@ -67,7 +67,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         hidden_size: Width of the hidden states; anything else is refused.
         fingerprint: What a client must agree with, field by field.
         activation_bytes: Budget of saved activations, over all clients.
-        activation_bytes_per_client: Of one client; 0: no limit of its own.
+        activation_bytes_per_client: Budget of one client; 0: no limit of its own.
         reduction: How the clients' gradients of a window become one.
         cache_bytes: Budget of the key-value caches of generation, over all clients.
         weight_bytes: Budget of former weights, for clients that work on them in asynchronous rounds.
@@ -169,7 +169,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
 
         Args:
             token: From the strategy, for this client and this round.
-            fingerprint: Of the client's model and configuration.
+            fingerprint: Fingerprint of the client's model and configuration.
             planned_steps: Optimizer steps it will take; ignored for evaluation.
             evaluate: Whether it only evaluates.
             cuts: The client's own cut layers, within the trunk's: its calls run what is between
@@ -221,7 +221,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         the clients of a window go on together. Safe to retry with the same key and content.
 
         Raises:
-            TrunkRefused: With its reason.
+            TrunkRefused: The call is refused, with its reason.
             RoundAborted: The round was given up while this call waited.
             TrunkUnavailable: The deadline passed first.
         """
@@ -253,7 +253,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         Safe to retry with the same key and content: the gradient counts once.
 
         Raises:
-            TrunkRefused: With its reason; nothing was accumulated.
+            TrunkRefused: The call is refused, with its reason; nothing was accumulated.
             RoundAborted: The round was given up.
             TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
         """
@@ -272,7 +272,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         and content: the same bits come back.
 
         Raises:
-            TrunkRefused: With its reason; nothing was recorded.
+            TrunkRefused: The call is refused, with its reason; nothing was recorded.
             RoundAborted: The round was given up.
             TrunkUnavailable: The deadline passed first; the call may yet take effect, so retry it.
         """

@@ -36,7 +36,7 @@ class Experiments(Protocol):
 
         Args:
             owner: The coordinator.
-            name: Of the experiment.
+            name: Name of the experiment.
             values: What its run brings; None: nothing.
 
         Raises:

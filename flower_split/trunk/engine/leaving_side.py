@@ -27,8 +27,8 @@ class LeavingSide:
 
         Args:
             session: The client's.
-            epoch: Of the trunk process.
-            planned_steps: In all, from 1, and not fewer than are done.
+            epoch: Epoch of the trunk process.
+            planned_steps: Steps in all, from 1, and not fewer than are done.
 
         Raises:
             TrunkRefused: It is more than the client planned, or less than it has done.

@@ -81,8 +81,8 @@ class Ledger(Generic[Reply]):
 
         Args:
             name: The call.
-            digest: Of its content.
-            num_bytes: That its reply will have.
+            digest: Digest of its content.
+            num_bytes: Size of its reply.
             room: Bytes that the slot's replies may have.
 
         Raises:
@@ -168,7 +168,7 @@ class Turns:
         """Let a call wait; each needs one :meth:`run_next` on the compute thread.
 
         Args:
-            session: Whose it is; its calls keep their order.
+            session: The caller's session; its calls keep their order.
             run: Computes, and fulfils ``reply``.
             reply: Failed by :meth:`give_up`, where the call has not begun.
         """

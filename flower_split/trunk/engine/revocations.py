@@ -22,7 +22,7 @@ class Revocations:
     """The slots that are out. Only the compute thread calls its methods.
 
     Args:
-        index: Of the open round and the dispatches, with the engine's lock.
+        index: Finds the open round and the dispatches; holds the engine's lock.
         settling: Goes on without them.
     """
 

@@ -38,7 +38,7 @@ class RoundIndex:
 
     Args:
         dispatches: The clients at work in asynchronous rounds.
-        epoch: Of this process.
+        epoch: Epoch of this process.
         clock: Monotonic seconds.
 
     Attributes:

@@ -35,7 +35,7 @@ class RoundLifecycle:
     """Leads one round after the other.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         settling: Steps and rolls back.
         compute: The trunk module and its optimizer.
         weights: Where the trunk stands between rounds.

@@ -184,7 +184,7 @@ class Round(RoundReports):
         """Take no more contributions: drop who is not finished.
 
         Args:
-            arrivals: Of an asynchronous round.
+            arrivals: The arrivals of an asynchronous round.
         """
         self.windows.finish()
         self.release_dropped()

@@ -22,7 +22,7 @@ class Settling:
     """Steps with complete windows and rolls back aborted rounds.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         compute: The trunk module and its optimizer.
         reduction: How the clients' gradients of a window become one.
     """

@@ -58,14 +58,14 @@ class SeveralExperiments(Closing):
 
     Args:
         make: Makes an engine.
-        fingerprint: Of the trunk's own configuration; says what base the experiments share.
+        fingerprint: Fingerprint of the trunk's configuration; says what base the experiments share.
         maximum: Experiments at once, of all coordinators.
         lease_seconds: Without a word of its coordinator, or a call of its clients, after which an
             experiment is let go. What it has committed stays on disk, and its next round brings it back.
         clock: Monotonic seconds; tests pass their own.
 
     Attributes:
-        epoch: Of this process.
+        epoch: Epoch of this process.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ def shorten(state: "Slot", slot: int, planned_steps: int, whole_round: bool) -> 
     Args:
         state: The slot's.
         slot: Whose, for errors.
-        planned_steps: In all.
+        planned_steps: Steps in all.
         whole_round: A window is a round: what the slot has sent is all that it gives.
 
     Raises:

@@ -31,7 +31,7 @@ class StepEnds:
     """Takes the FinishStep of every client.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         thread: Where calls take effect.
         settle: Called on the compute thread after every FinishStep that counted.
     """
@@ -103,9 +103,9 @@ def step_together(
         current: The round.
         slots: Who contributed, in their order.
         reduced: The trunk's gradient.
-        rule: Of the round.
+        rule: The round's rule for the end of a step.
         compute: The trunk module and its optimizer.
-        clock: Of the engine.
+        clock: The engine's clock.
     """
     started = clock()
     ends = {slot: current.ending.pop(slot) for slot in slots}

@@ -24,7 +24,7 @@ class UnrecordedForwards:
     """Forwards that may be repeated at will: they change neither weights nor ledger.
 
     Args:
-        index: Of the open round, with the engine's lock.
+        index: Finds the open round; holds the engine's lock.
         compute: The trunk module.
         thread: Where calls run.
         caches: The key-value caches of generation.
@@ -60,7 +60,7 @@ class UnrecordedForwards:
         Args:
             call: The forward.
             current: The round that it is of.
-            member: Of whom.
+            member: The client that calls.
             seed_of: Names the micro-batch for its dropout seed.
         """
         run = partial(

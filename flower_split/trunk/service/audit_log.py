@@ -76,7 +76,7 @@ def event_of(call: Told, error: BaseException | None, experiment: str = "") -> E
     Args:
         call: The call.
         error: What it ended with; None: its answer.
-        experiment: Of several, whose client called; empty: there is one.
+        experiment: The experiment, of several, whose client called; empty: there is one.
     """
     reason = reason_of(error)
     key = "" if call.header is None else _key_text(call.header)

@@ -13,7 +13,7 @@ class CallWatch(Closing):
 
     Args:
         look: Ends what takes too long.
-        name: Of the thread.
+        name: Name of the thread.
     """
 
     def __init__(self, look: Callable[[], None], name: str = "trunk-call-watch") -> None:

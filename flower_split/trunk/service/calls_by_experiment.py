@@ -38,7 +38,7 @@ class CallsByExperiment:
     """The clients' calls of every experiment. Thread-safe: a lock of its own, taken last.
 
     Args:
-        experiments: Whose engines answer.
+        experiments: The experiments whose engines answer.
         make: Makes the calls of one engine; waits for nothing.
         refusals: Notes calls of nobody's.
 

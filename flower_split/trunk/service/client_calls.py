@@ -72,14 +72,14 @@ class ClientCalls:
 
     Args:
         engine: What computes.
-        quotas: Of the calls in progress.
+        quotas: Counts the calls in progress.
         max_tensor_bytes: Limit on the tensors of one call.
-        max_call_seconds: That a call may wait, whatever its caller asks for.
+        max_call_seconds: Longest that a call may wait, whatever its caller asks for.
         refusals: Notes refused calls.
         first_frames: Reads the first frame of every call.
 
     Attributes:
-        quotas: Of the calls in progress.
+        quotas: Counts the calls in progress.
 
     Raises:
         ConfigError: A codec that the engine's fingerprint names is not installed here.
@@ -167,7 +167,7 @@ class ClientCalls:
             stack: Ends what is entered for the call, its place and its status last.
             method: Its name.
             requests: Its frames.
-            context: Of gRPC.
+            context: The call's gRPC context.
             coded: The one large tensor that it may bring; None: it brings plain ones.
             waits: Whether it may wait for other clients.
 
@@ -215,8 +215,8 @@ class ClientCalls:
         """Return the frames of a call's reply, once its bytes are counted.
 
         Args:
-            call: That is answered; the reply goes the way that the call came.
-            result: Of the engine.
+            call: The call that is answered; the reply goes the way that it came.
+            result: The engine's result.
             coded: How the result's one tensor travels; None: it has plain ones.
         """
         head = pb.ReplyHeader(

@@ -98,7 +98,7 @@ class AllowList:
     """Subjects that may call, from the command line and from files that are read again when changed.
 
     Args:
-        option: Of the command line, for messages.
+        option: The option of the command line, for messages.
         entries: Subjects, or ``@FILE``; none: everybody.
 
     Raises:
@@ -175,8 +175,8 @@ class CertificateGate:
         """Check that a call's certificate may make it.
 
         Args:
-            context: Of the call.
-            token: Of the call; known.
+            context: The call's gRPC context.
+            token: The call's token, which is known.
             coordinator: Whether it is the coordinator's.
 
         Raises:

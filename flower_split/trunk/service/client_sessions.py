@@ -28,7 +28,7 @@ class ClientSessions:
         tokens: Which token opened which session.
         shared: Memory that the trunk shares with clients of its host.
         max_tensor_bytes: Limit on the tensors of one call; clients are told.
-        max_call_seconds: That a call may wait, whatever its caller asks for.
+        max_call_seconds: Longest that a call may wait, whatever its caller asks for.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ClientSessions:
 
         Args:
             control: Makes them.
-            quotas: Of the calls in progress.
+            quotas: Counts the calls in progress.
         """
         at_once = partial(Holding, quotas, waits=False, control=True)
         waiting = partial(Holding, quotas, waits=True, control=True)

@@ -49,7 +49,7 @@ class ControlCalls:
         """Return a handler: the request's bytes parsed, the reply's serialised.
 
         Args:
-            request_type: Of the call.
+            request_type: Type of the request.
             behaviour: Answers it.
             admit: Raises for a caller who may not make it, before anything of the request is read;
                 what it returns is entered around the call.

@@ -36,7 +36,7 @@ class CoordinatorCalls:
     """What ServerApps ask of the engines of their experiments.
 
     Args:
-        experiments: Whose engines keep the rounds.
+        experiments: The experiments whose engines keep the rounds.
         tokens: By which coordinators are known.
         refusals: Notes refused calls.
         first_frames: Reads every request.

@@ -46,14 +46,14 @@ class Answering(AbstractContextManager["Answering"]):
     """Turns what is raised inside its block into the call's status, here and nowhere else.
 
     Args:
-        context: Of the call.
+        context: The call's gRPC context.
         method: Its name, for the log.
         refusals: Notes refused calls.
         counts: Whether a refusal of this call makes its caller's next ones slower.
 
     Attributes:
         header: What the call says of itself, once it has been read; for the audit log.
-        digest: Of what arrived.
+        digest: Digest of what arrived.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class FirstFrames(Closing):
     pool of its own waits for the first frame, and the worker waits for that thread, while it may.
 
     Args:
-        seconds: That a call has for it (``trunk.first-frame-timeout``).
+        seconds: Time that a call has to send it (``trunk.first-frame-timeout``).
         threads: Calls that may be read at once, with those given up a moment ago.
     """
 
@@ -209,7 +209,7 @@ class Quotas:
 
     Args:
         waiting: Calls that may wait for others at once, of all sessions.
-        limits: Of one session.
+        limits: Limits on one session.
         max_call_seconds: Until a call is cut off.
 
     Attributes:
@@ -310,8 +310,8 @@ class Holding(AbstractContextManager["Holding"]):
     """One call's place: in its block for the call, after it for its reply.
 
     Args:
-        quotas: Of the trunk.
-        context: Of the call.
+        quotas: Counts the trunk's calls in progress.
+        context: The call's gRPC context.
         waits: Whether it may wait for other clients.
         control: Whether it carries no tensors.
     """

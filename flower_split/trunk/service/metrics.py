@@ -174,7 +174,7 @@ class MetricsServer(Closing):
 
     Args:
         listen: ``host:port``; port 0: any free one.
-        sources: Of the figures.
+        sources: Where the figures come from.
 
     Attributes:
         port: Where it listens.

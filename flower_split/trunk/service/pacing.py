@@ -42,7 +42,7 @@ class Pace(Closing):
 
     Args:
         clock: Monotonic seconds; tests pass their own.
-        participant: Of each participant.
+        participant: Rate of each participant.
 
     Attributes:
         spent: Until when the rate of each caller is taken that was refused lately. Read without the
@@ -127,8 +127,8 @@ class Lane(ThreadPoolExecutor):
     this class. No thread of its own is ever started.
 
     Args:
-        pace: Whose thread answers.
-        caller: Whose refusals they are.
+        pace: The pace whose thread answers.
+        caller: The caller that is refused.
     """
 
     def __init__(self, pace: Pace, caller: str) -> None:

@@ -71,7 +71,7 @@ class RefusalLog:
         """End a call with the status of what it raised; raises what gRPC's ``abort`` does.
 
         Args:
-            context: Of the call.
+            context: The call's gRPC context.
             method: Its name.
             error: One that nobody expects is INTERNAL, and its log entry has the incident's number.
             token: As for :meth:`note`.

@@ -58,8 +58,8 @@ class TrunkServer(Closing):
         mutual: Who may call, by certificate; None: no certificate is asked for.
         max_workers: Threads; at most three quarters of them hold calls that wait.
         max_tensor_bytes: Limit on the tensors of one call.
-        max_call_seconds: That a client's call may wait, whatever the client asks for.
-        limits: Of the calls in progress of one session; None: the defaults.
+        max_call_seconds: Longest that a client's call may wait, whatever the client asks for.
+        limits: Limits on one session's calls in progress; None: the defaults.
         audit: Where every call is noted; the caller closes it. None: nowhere.
         interceptors: Run around every call that is let in, as grpc's own.
 

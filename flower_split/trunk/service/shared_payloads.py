@@ -45,7 +45,7 @@ class SharedPayloads:
 
         Args:
             request: Says on which host, and as which user, the client runs.
-            token: Of the call.
+            token: The call's token.
         """
         mine = host_identity()
         if not mine[0] or (request.boot_id, request.user) != mine:
