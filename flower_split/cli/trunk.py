@@ -17,6 +17,7 @@ from flower_split.runtime import failpoints
 from flower_split.runtime.logs import LogSettings, log_to_stderr, quiet_libraries
 from flower_split.runtime.notify import notify
 from flower_split.runtime.secret_files import read_secret
+from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.trunk.serve import RunningTrunk, Serving
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def serve_trunk(command: TrunkCommand) -> int:
     """
     log_to_stderr(settings=command.log)
     quiet_libraries()
+    PROCESS_TRACING.switch_on_from(os.environ, "flower-split-trunk")
     failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
     app = load_app(command.app)
     app.make_importable()

@@ -34,6 +34,7 @@ from flower_split.messages.client_facts import ClientFacts
 from flower_split.messages.orders import EvaluateOrder, TrainOrder, TrunkOrder
 from flower_split.parties.client_ranks import OwnLora
 from flower_split.parties.parts import client_cuts, client_parts
+from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.split import CutLayers, set_trunk
 from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
@@ -67,6 +68,15 @@ def stable_seed(*parts: int | str) -> int:
     """Return a seed that depends on ``parts`` alone, the same in every process."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest(), "big")
+
+
+def trunk_class() -> type[RemoteTrunk]:
+    """Return what stands for the trunk; where there are traces, what makes them of micro-batches."""
+    if PROCESS_TRACING.current is None:
+        return RemoteTrunk
+    from flower_split.client.traced_trunk import TracedTrunk
+
+    return TracedTrunk
 
 
 class Client:
@@ -276,7 +286,7 @@ class Client:
         # A trunk without TLS is on loopback, and asks for no certificate.
         shown = self.route.certificate if order.root_certificates else NO_CERTIFICATE
         with contextlib.ExitStack() as stack:
-            trunk = RemoteTrunk(
+            trunk = trunk_class()(
                 self.route.address_of(order),
                 token=order.token,
                 key=self.route.key_of(order),

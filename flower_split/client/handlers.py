@@ -10,6 +10,7 @@ message is answered in its process.
 
 import functools
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -60,6 +61,7 @@ from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries
 from flower_split.runtime.simulation import simulated_clients_at_once
+from flower_split.runtime.tracing import PROCESS_TRACING
 
 logger = logging.getLogger(__name__)
 
@@ -235,6 +237,7 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
     def run(message: Message, context: Context) -> Message:
         log_to_stderr(logging.WARNING)
         _say_who(message, context)
+        PROCESS_TRACING.switch_on_from(os.environ, "flower-split-client")
         quiet_libraries()
         code = _RAISED
         try:
@@ -250,6 +253,8 @@ def _replies(handler: Handler) -> Callable[[Message, Context], Message]:
             # The edge: what nobody foresaw must reach the ServerApp in words.
             logger.exception("node=%d an unexpected error", context.node_id)
             reason = f"an unexpected {type(error).__name__}: {error} (the client's log has the traceback)"
+        finally:
+            PROCESS_TRACING.flush()
         return Message(Error(code=code, reason=reason), reply_to=message)
 
     return run

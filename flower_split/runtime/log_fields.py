@@ -39,6 +39,10 @@ class LogFields:
         with self._lock:
             self._fields = MappingProxyType({})
 
+    def now(self) -> Mapping[str, Field]:
+        """Return the fields as they are."""
+        return self._fields
+
     def of(self, record: logging.LogRecord) -> dict[str, Field]:
         """Return the fields of a line."""
         own = {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}

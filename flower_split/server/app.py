@@ -26,6 +26,7 @@ from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_flowers_errors
+from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.server.additions import Additions, EvaluateFn, RunCallback
 from flower_split.server.asynchronous.loop import AsynchronousRounds, run_buffers
 from flower_split.server.baseline import run_local_only
@@ -295,6 +296,7 @@ def make_server_app(
         PROCESS_FIELDS.bind(run=context.run_id)
         shorten_flowers_errors()
         quiet_libraries()
+        PROCESS_TRACING.switch_on_from(os.environ, "flower-split-server")
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
         try:
             run(grid, parse_run_config(context.run_config), inner, additions)

@@ -21,6 +21,7 @@ from flower_split.runtime import failpoints
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.runtime.secret_files import TokenFile, check_token
+from flower_split.runtime.tracing import PROCESS_TRACING
 
 if TYPE_CHECKING:
     from flower_split.trunk.engine.engine import TrunkEngine
@@ -235,6 +236,7 @@ def main() -> int:
     order = json.loads(line)
     try:
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))
+        PROCESS_TRACING.switch_on_from(os.environ, "flower-split-trunk")
         config = parse_run_config(order["config"])
         config = replace(config, trunk=replace(config.trunk, max_experiments=1))  # its parent's own
         serving = Serving(

@@ -9,6 +9,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import grpc
@@ -18,6 +19,7 @@ from flower_split.config.validation import ENVIRONMENT
 from flower_split.errors import TrunkError, TrunkUnavailable
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.secret_files import TokenFile
+from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.wire.certificate_errors import certificate_fault
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.grpc_options import (
@@ -88,6 +90,10 @@ class TrunkChannel(Closing):
         self._control = open_channel(address, root_certificates, certificate, proxy)
         self._data = open_channel(address, root_certificates, certificate, proxy)
         self._proxy = "" if is_loopback(address) else proxy_to(address, proxy)
+        self._tracing = PROCESS_TRACING.current
+        self._asking: Callable[[str], AbstractContextManager[object]] = (
+            nullcontext if self._tracing is None else self._tracing.asking
+        )
         if self._proxy:
             logger.info("the trunk %s is asked%s", address, self._way())
 
@@ -163,12 +169,14 @@ class TrunkChannel(Closing):
         return f" through the proxy {without_credentials(self._proxy)}" if self._proxy else ""
 
     def _metadata(self, method: str) -> Metadata:
-        """Return the credentials of one attempt of a call."""
+        """Return the credentials of one attempt of a call, and, where there are traces, its own."""
+        carried = () if self._tracing is None else self._tracing.carried()
         if isinstance(self._token, TokenFile):
-            return bearer(self._token.tokens()[0])
+            return (*bearer(self._token.tokens()[0]), *carried)
         if self._key is None:
-            return self._bearer
-        return (*self._bearer, (PROOF, self._key.proof(self._token, f"/{SERVICE}/{method}")))
+            return (*self._bearer, *carried)
+        proof = PROOF, self._key.proof(self._token, f"/{SERVICE}/{method}")
+        return (*self._bearer, proof, *carried)
 
     def _until_answered(
         self,
@@ -186,7 +194,8 @@ class TrunkChannel(Closing):
             left = deadline - time.monotonic()
             attempts += 1
             try:
-                return attempt(max(left / 2 if retry and left > 2 else left, 0.001))
+                with self._asking(method):
+                    return attempt(max(left / 2 if retry and left > 2 else left, 0.001))
             except grpc.RpcError as error:
                 code, text = failed_call(error).code(), failed_call(error).details()
                 if code not in _RETRIED:

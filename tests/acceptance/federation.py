@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flower_split.aggregation.adapter_aggregator import AdapterAggregator, AdapterUpdate
+from flower_split.client.client import trunk_class
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import (
     LoraConfigs,
@@ -160,7 +161,7 @@ class Federation:
 
     def remote(self, slot: int, mode: str | None = None) -> RemoteTrunk:
         """The slot's connection, with its token of the open round."""
-        return RemoteTrunk(
+        return trunk_class()(
             self.address,
             token=f"token-{slot}",
             fingerprint=fingerprint(self.config),

@@ -31,6 +31,7 @@ from flower_split.protocol.values import (
     ForwardCall,
     ForwardMode,
 )
+from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.service.client_sessions import ClientSessions
 from flower_split.trunk.service.control import ControlCalls
@@ -113,6 +114,7 @@ class ClientCalls:
             partial(aside, self._device) if self._on_gpu else nullcontext
         )
         self._allocate = allocator(self._device)
+        self._tracing = PROCESS_TRACING.current
 
     def handlers(self) -> dict[str, "grpc.RpcMethodHandler[bytes, bytes]"]:
         """Return every method by its name; tensors pass as the bytes they are."""
@@ -219,6 +221,8 @@ class ClientCalls:
             result: The engine's result.
             coded: How the result's one tensor travels; None: it has plain ones.
         """
+        if self._tracing is not None:
+            self._tracing.shares(result.queue_seconds, result.compute_seconds)
         head = pb.ReplyHeader(
             version=result.version,
             compute_seconds=result.compute_seconds,

@@ -21,6 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from flower_split.errors import ConfigError
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.secret_files import TokenFile
+from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.experiments import Experiments, OneExperiment
 from flower_split.trunk.engine.several_experiments import SeveralExperiments
@@ -125,7 +126,7 @@ class TrunkServer(Closing):
         self._server = grpc.server(
             ThreadPoolExecutor(workers, thread_name_prefix="trunk-rpc"),
             options=server_options(limits.connections, limits.stream_window),
-            interceptors=[admission, *interceptors],
+            interceptors=[admission, *_traced(), *interceptors],
         )
         coordinating = CoordinatorCalls(experiments, credential, refusals, first_frames, gate)
         handlers = clients.handlers() | coordinating.handlers()
@@ -172,6 +173,15 @@ class TrunkServer(Closing):
     def close(self) -> None:
         """Stop without grace."""
         self.stop(0.0)
+
+
+def _traced() -> list[grpc.ServerInterceptor]:
+    """Return what puts calls into spans; nothing, and nothing is imported, where there are no traces."""
+    if PROCESS_TRACING.current is None:
+        return []
+    from flower_split.trunk.service.traced_calls import TracedCalls
+
+    return [TracedCalls(PROCESS_TRACING.current)]
 
 
 def _certificate_of(
