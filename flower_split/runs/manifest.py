@@ -3,7 +3,7 @@
 ``checkpoints/`` in the run directory holds, beside the trunk's own files::
 
     server-3.<digest>.safetensors   the global adapter after round 3 and the strategy's state
-    MANIFEST                        the two latest committed rounds: files, digests, the trunk's digest
+    MANIFEST                        format; the two latest committed rounds: files, digests, the trunk's
     MANIFEST.previous               the manifest before
 
 Renaming ``MANIFEST`` is the commit point of a round, for the trunk as well: it has prepared the round
@@ -25,13 +25,19 @@ from torch import Tensor
 from flower_split.errors import RunDirectoryError
 from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
+from flower_split.runtime.file_formats import FileFormat
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 _KEEP_ROUNDS = 2
+_FORMAT = FileFormat(1, oldest=0)  # of the manifest and what it names
 _ADAPTER, _STRATEGY = "adapter/", "strategy/"
+
+
+class _Damaged(RunDirectoryError):
+    """A file is not as it was written."""
 
 
 @runtime_checkable
@@ -141,7 +147,7 @@ class RunCheckpoints:
                 damaged, from the manifest before.
 
         Raises:
-            RunDirectoryError: It is damaged; names the file and the remedy.
+            RunDirectoryError: It is damaged, or of another format; names the file and the remedy.
         """
         entries = self._entries_or_none(self._manifest) if previous else self._entries()
         if previous:
@@ -178,10 +184,12 @@ class RunCheckpoints:
         path = path or self._manifest
         try:
             manifest = json.loads(path.read_bytes())
+            if problem := _FORMAT.problem(path, manifest.get("format", 0)):
+                raise RunDirectoryError(problem)
             entries = [_entry(values) for values in manifest["rounds"]]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise _damaged(path, repr(error)) from error
         if manifest.get("sha256") != _digest(entries):
             raise _damaged(path, "its rounds have not the SHA-256 that it says")
@@ -190,7 +198,7 @@ class RunCheckpoints:
     def _entries_or_none(self, path: Path) -> list[CommittedRound] | None:
         try:
             return self._entries(path)
-        except RunDirectoryError as error:
+        except _Damaged as error:
             logger.warning("%s", error)
             return None
 
@@ -243,12 +251,16 @@ def _digest(entries: list[CommittedRound]) -> str:
 
 
 def _manifest_bytes(entries: list[CommittedRound]) -> bytes:
-    manifest = {"rounds": [asdict(entry) for entry in entries], "sha256": _digest(entries)}
+    manifest = {
+        "format": _FORMAT.number,
+        "rounds": [asdict(entry) for entry in entries],
+        "sha256": _digest(entries),
+    }
     return (json.dumps(manifest, indent=2) + "\n").encode()
 
 
-def _damaged(path: Path, why: str) -> RunDirectoryError:
-    return RunDirectoryError(
+def _damaged(path: Path, why: str) -> _Damaged:
+    return _Damaged(
         f"{path} is damaged: {why}. Go on from the round before with resume-previous = true, or "
         "restore the file."
     )

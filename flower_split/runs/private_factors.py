@@ -10,10 +10,10 @@ Layout, under the client's directory::
 
     run-<experiment>/partition-<id>/round-<r>.<digest>.safetensors
 
-A file's header names the file that its round began with. Those two generations are kept, for a run
-may go back to the round before its last; everything else of earlier rounds goes when the client
-trains next. Nothing of the same or a later round is ever removed, so that a process that was given up
-and comes to life again cannot take away what the run has gone on with.
+A file's header has its format, and names the file that its round began with. Those two generations
+are kept, for a run may go back to the round before its last; everything else of earlier rounds goes
+when the client trains next. Nothing of the same or a later round is ever removed, so that a process
+that was given up and comes to life again cannot take away what the run has gone on with.
 """
 
 import hashlib
@@ -33,6 +33,7 @@ from torch import Tensor
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError, RunDirectoryError
 from flower_split.runtime.atomic_files import write_atomically
+from flower_split.runtime.file_formats import FileFormat
 from flower_split.runtime.flower_home import flower_home
 from flower_split.runtime.simulation import SIMULATED, simulated_clients_at_once
 
@@ -41,8 +42,9 @@ FOLDER = "clients"
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"\.?round-(?P<round>\d+)\.(?P<digest>[0-9a-f]{64})\.safetensors(\..*\.tmp)?")
-_ORIGIN = "round-and-base"
+_ORIGIN = "round-and-base"  # and the format, after them
 _STATE = "private/"
+_FORMAT = FileFormat(1, oldest=0)
 
 OPTIMIZER = "optimizer/"
 """Before the names of the optimizer's state in a client's file; other names are of the adapter."""
@@ -85,9 +87,11 @@ class PrivateFolder:
         """Return the factors of that digest, sorted by name.
 
         Raises:
-            RunDirectoryError: They are not there, or damaged.
+            RunDirectoryError: They are not there, damaged, or of another format.
         """
-        content = self._content(digest)
+        path, content = self._found(digest)
+        if problem := _FORMAT.problem(path, _origin(content)[1]):
+            raise RunDirectoryError(problem)
         try:
             return dict(sorted(load(content).items()))
         except SafetensorError as error:
@@ -119,7 +123,7 @@ class PrivateFolder:
                 )
         tensors = {name: state[name].detach().cpu().contiguous() for name in sorted(state)}
         # One entry, for safetensors writes several in no certain order.
-        content = save(tensors, metadata={_ORIGIN: f"{server_round} {base}"})
+        content = save(tensors, metadata={_ORIGIN: f"{server_round} {base} {_FORMAT.number}"})
         digest = hashlib.sha256(content).hexdigest()
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -133,7 +137,7 @@ class PrivateFolder:
             ) from error
         return digest
 
-    def _content(self, digest: str) -> bytes:
+    def _found(self, digest: str) -> tuple[Path, bytes]:
         paths = list(self.path.glob(f"round-*.{checked_digest(digest)}.safetensors"))
         try:
             content = paths[0].read_bytes()
@@ -148,11 +152,11 @@ class PrivateFolder:
                 f"{paths[0]} is damaged: its SHA-256 is not the one in its name. Restore the file, or "
                 "go back to the round before with resume-previous = true."
             )
-        return content
+        return paths[0], content
 
     def _prune(self, server_round: int, base: str) -> None:
         """Leave of earlier rounds only ``base`` and the factors that its own round began with."""
-        keep = {base, _base_of(self._content(base))} if base else set()
+        keep = {base, _origin(self._found(base)[1])[0]} if base else set()
         for path in self.path.iterdir():
             found = _FILE.fullmatch(path.name)
             if found is None or int(found["round"]) >= server_round:
@@ -192,8 +196,9 @@ def checked_digest(digest: str) -> str:
     return digest
 
 
-def _base_of(content: bytes) -> str:
-    """Read from its header what a file's round began with: 8 bytes of length, then JSON."""
+def _origin(content: bytes) -> tuple[str, int]:
+    """Read from a file's header what its round began with, and its format: 8 bytes of length, JSON."""
     length = int.from_bytes(content[:8], "little")
     origin = json.loads(content[8 : 8 + length])["__metadata__"][_ORIGIN]
-    return str(origin).split(" ")[1]
+    _, base, *number = str(origin).split(" ")
+    return base, int(number[0]) if number else 0

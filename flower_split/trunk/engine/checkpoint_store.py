@@ -3,7 +3,7 @@
 One directory for each experiment, and in it for each round::
 
     trunk-3.<digest>.safetensors   trainable parameters and optimizer state, as they are in memory
-    trunk-3.json                   round, attempt, version, digests; names the file above
+    trunk-3.json                   format, round, attempt, version, digests; names the file above
 
 The JSON file is written last and by rename: with it the checkpoint is there, without it it is not.
 The trunk writes at PrepareRound and never decides which round counts: the coordinator names the
@@ -25,11 +25,14 @@ from torch import Tensor
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
+from flower_split.runtime.file_formats import FileFormat
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 logger = logging.getLogger(__name__)
 
 KEEP_ROUNDS = 2
+_FORMAT = FileFormat(1, oldest=0)  # of both files
+_NO_WEIGHTS = "the trunk has not the weights that this round begins with"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,7 +92,7 @@ class CheckpointStore:
         )
         write_atomically(folder / record.file, content)
         failpoints.reach("trunk.prepare.tensors-written")
-        text = json.dumps(asdict(record), indent=2) + "\n"
+        text = json.dumps({"format": _FORMAT.number, **asdict(record)}, indent=2) + "\n"
         write_atomically(folder / f"trunk-{server_round}.json", text.encode())
 
     def load(
@@ -98,7 +101,8 @@ class CheckpointStore:
         """Return the checkpoint of a round, whole and with the parameters' digest that is asked for.
 
         Raises:
-            TrunkRefused: It is missing, damaged, or another one (NO_CHECKPOINT); names the file.
+            TrunkRefused: It is missing, damaged, another one, or of another format (NO_CHECKPOINT); names
+                the file.
         """
         path = self._folder(experiment) / f"trunk-{server_round}.json"
         record = self._read(path)
@@ -153,10 +157,12 @@ class CheckpointStore:
     def _read(self, path: Path) -> TrunkCheckpoint | None:
         try:
             values = json.loads(path.read_bytes())
+            if problem := _FORMAT.problem(path, values.pop("format", 0)):
+                raise TrunkRefused(RefusalReason.NO_CHECKPOINT, f"{_NO_WEIGHTS}: {problem}")
             return TrunkCheckpoint(**values)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise _no_checkpoint(f"{path} is damaged: {error}.") from error
 
     def _read_quietly(self, path: Path) -> TrunkCheckpoint | None:
@@ -174,6 +180,6 @@ def _round_of(path: Path) -> int | None:
 def _no_checkpoint(what: str) -> TrunkRefused:
     return TrunkRefused(
         RefusalReason.NO_CHECKPOINT,
-        f"the trunk has not the weights that this round begins with: {what} Resume from the round "
+        f"{_NO_WEIGHTS}: {what} Resume from the round "
         "before (resume-previous = true), restore the file, or begin a new run.",
     )

@@ -134,3 +134,25 @@ def test_previous_of_a_run_with_one_round_is_told(tmp_path):
     commit(RunCheckpoints(tmp_path), 0)
     with pytest.raises(RunDirectoryError, match="no round before"):
         RunCheckpoints(tmp_path).latest(previous=True)
+
+
+def test_manifest_says_its_format(two_rounds):
+    assert json.loads((two_rounds.directory / "MANIFEST").read_text())["format"] == 1
+
+
+def test_manifest_from_before_formats_had_numbers_is_read(two_rounds):
+    path = two_rounds.directory / "MANIFEST"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({"rounds": manifest["rounds"], "sha256": manifest["sha256"]}))
+    assert latest_round(two_rounds.directory) == 2
+
+
+@pytest.mark.parametrize("previous", [False, True])
+def test_manifest_of_a_newer_format_is_refused_with_both_numbers(two_rounds, previous):
+    path = two_rounds.directory / "MANIFEST"
+    path.write_text(json.dumps({"format": 3, "rounds": "of another form"}))
+    with pytest.raises(RunDirectoryError, match="format 3, .*format 0 to 1: newer.*Upgrade"):
+        two_rounds.latest(previous=previous)
+    with pytest.raises(RunDirectoryError, match="format 3"):
+        commit(two_rounds, 3)
+    assert json.loads(path.read_text())["format"] == 3  # not written over

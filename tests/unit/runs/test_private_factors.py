@@ -1,9 +1,11 @@
 """What a client keeps on its disk: only what was committed is read, and the disk does not fill up."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from flower_split.config import RunConfig, StrategyConfig, TrainConfig
@@ -68,6 +70,33 @@ def test_write_of_a_process_that_was_given_up_takes_nothing_of_the_run_away(
     three = own.write(factors(3.0), server_round=3, base=two)
     own.write(factors(2.6), server_round=2, base=one)
     own.read(two), own.read(three)
+
+
+def kept(tmp_path: Path, origin: str) -> str:
+    """Write a client's file as a version does whose header says ``origin``; returns its digest."""
+    content = save(factors(2.0), metadata={"round-and-base": origin})
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder(tmp_path).path
+    path.mkdir(parents=True, exist_ok=True)
+    (path / f"round-2.{digest}.safetensors").write_bytes(content)
+    return digest
+
+
+def test_file_from_before_formats_had_numbers_is_read_and_gone_on_from(tmp_path: Path) -> None:
+    own = folder(tmp_path)
+    first = own.write(factors(1.0), server_round=1, base="")
+    old = kept(tmp_path, f"2 {first}")
+    assert torch.equal(own.read(old)["m.lora_B.weight"], torch.full((2, 1), 2.0))
+    own.write(factors(3.0), server_round=3, base=old)
+    assert own.read(first)  # what the old file began with stays
+
+
+def test_file_of_a_newer_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    newer = kept(tmp_path, "2  7")
+    with pytest.raises(
+        RunDirectoryError, match=r"round-2\..* has format 7, .*format 0 to 1: newer.*Upgrade"
+    ):
+        folder(tmp_path).read(newer)
 
 
 def test_write_of_nan_is_refused_and_leaves_what_was_there(tmp_path: Path) -> None:

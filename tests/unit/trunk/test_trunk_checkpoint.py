@@ -263,3 +263,53 @@ def test_experiment_named_like_a_path_stays_in_its_directory(tmp_path):
                attempt=0, version=1, digest="d", ledger="0")  # fmt: skip
     assert {path.parent.parent for path in tmp_path.rglob("*.json")} == {tmp_path / "inside"}
     assert store.load("../../outside", 1, "d")[0].version == 1
+
+
+def written(directory: Path) -> tuple[Path, dict[str, object]]:
+    """The checkpoint of a round with one weight, and its record."""
+    CheckpointStore(directory).save(
+        {"parameter/weight": torch.arange(3.0)},
+        experiment="test",
+        server_round=1,
+        attempt=0,
+        version=2,
+        digest="of the weight",
+        ledger="",
+    )
+    (path,) = directory.rglob("trunk-1.json")
+    return path, json.loads(path.read_text())
+
+
+def test_record_says_its_format(tmp_path):
+    assert written(tmp_path)[1]["format"] == 1
+
+
+def test_checkpoint_from_before_formats_had_numbers_is_read(tmp_path):
+    path, record = written(tmp_path)
+    old = {
+        "experiment": "test",
+        "server_round": 1,
+        "attempt": 0,
+        "version": 2,
+        "digest": "of the weight",
+        "file": record["file"],
+        "file_sha256": record["file_sha256"],
+        "ledger": "",
+    }
+    path.write_text(json.dumps(old))
+    found, tensors = CheckpointStore(tmp_path).load("test", 1, "of the weight")
+    assert found.version == 2
+    assert torch.equal(tensors["parameter/weight"], torch.arange(3.0))
+
+
+def test_checkpoint_of_a_newer_format_is_refused_with_both_numbers_and_left_alone(tmp_path):
+    path, record = written(tmp_path)
+    path.write_text(json.dumps({**record, "format": 7, "a field": "of that version"}))
+    store = CheckpointStore(tmp_path)
+    with pytest.raises(
+        TrunkRefused, match=r"trunk-1\.json has format 7, .*reads format 0 to 1: newer.*Upgrade"
+    ) as info:
+        store.load("test", 1, "of the weight")
+    assert info.value.reason is RefusalReason.NO_CHECKPOINT
+    store.prune("test", 1)
+    assert (path.parent / str(record["file"])).exists()
