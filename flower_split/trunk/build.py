@@ -35,6 +35,7 @@ from flower_split.trunk.engine.window_rules import make_window_rule
 from flower_split.wire.codecs import WireCodecs
 
 _GIB = 2**30
+_DEVICE_SECONDS = 30.0  # that a new experiment waits for its turn; its coordinator asks again
 
 
 def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngine:
@@ -96,6 +97,7 @@ class ExperimentEngines:
         Raises:
             TrunkRefused: What it brings cannot be had here (INVALID_REQUEST), or takes more memory than
                 an experiment may have (OVER_BUDGET). Nothing was allocated.
+            TrunkUnavailable: The others computed all the time.
         """
         try:
             config = adopted(self.config, values)
@@ -103,7 +105,8 @@ class ExperimentEngines:
             make_window_rule(config.trunk.window_rule)
             self._check_memory(config)
             share = self.device.share()
-            with share.turn():  # torch's random state is the process's, and attaching draws from it
+            # torch's random state is the process's, and attaching draws from it.
+            with share.turn(_DEVICE_SECONDS):
                 trunk = self.base.twin(config.lora.trunk if config.mode == "joint" else None)
                 _attach(config, trunk)
                 self.base.check_untouched()

@@ -10,10 +10,17 @@ drawn, is one for the process.
 Goyal, Vin, Chen: "Start-time Fair Queuing", SIGCOMM 1996.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from flower_split.errors import TrunkUnavailable
+
+logger = logging.getLogger(__name__)
+
+_FIRST_LINE = 10.0  # seconds of waiting until the log says so; then whenever they have doubled
 
 
 class DeviceShare:
@@ -21,14 +28,20 @@ class DeviceShare:
 
     Args:
         device: The device that is shared.
+
+    Attributes:
+        name: The name of its experiment, for messages.
     """
 
     def __init__(self, device: "FairDevice") -> None:
         self._device = device
+        self.name = "one that has begun no round"
         self.used = 0.0  # seconds, of its own turns
         # The device's lock guards these:
         self.clock = 0.0  # its place in the queue
         self.expected = 0  # turns that it will ask for as soon as its thread is free
+        self.closed = False  # it begins no turn any more
+        self.begins = False  # whether it waits to begin a turn, not to go on with one
         self.ready = threading.Semaphore(0)  # released by whose turn ends
 
     def expect(self) -> None:
@@ -39,13 +52,23 @@ class DeviceShare:
         """Note that nothing more comes: the thread has ended."""
         self._device.leave(self)
 
+    def close(self) -> None:
+        """End the wait for a turn that has not begun, now and later."""
+        self._device.close(self)
+
     @contextmanager
-    def turn(self) -> Iterator[None]:
+    def turn(self, seconds: float | None = None) -> Iterator[None]:
         """Wait for a turn, and have it inside the block.
 
-        The wait ends when the others' calls have: whoever asked for what runs inside has a deadline.
+        Args:
+            seconds: Until the wait is given up. None: until :meth:`close`; for an experiment's thread,
+                whose callers have deadlines of their own, and whose work must not be dropped while its
+                experiment goes on. The log says whom it waits for.
+
+        Raises:
+            TrunkUnavailable: It did not begin in time, or the share was closed.
         """
-        self._device.take(self)
+        self._device.take(self, seconds=seconds)
         try:
             yield
         finally:
@@ -66,10 +89,14 @@ class FairDevice:
 
     Args:
         clock: Monotonic seconds; tests pass their own.
+        first_line: Seconds of waiting until the log says so.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, first_line: float = _FIRST_LINE
+    ) -> None:
         self._clock = clock
+        self._first_line = first_line
         self._lock = threading.Lock()
         self._holder: DeviceShare | None = None
         self._reserved = False  # for the holder, whose thread is on its way to its next turn
@@ -98,22 +125,66 @@ class FairDevice:
             if self._holder is share and self._reserved:
                 self._hand_on(None)
 
-    def take(self, share: DeviceShare, *, counts: bool = True) -> None:
+    def close(self, share: DeviceShare) -> None:
+        """See :meth:`DeviceShare.close`."""
+        with self._lock:
+            share.closed = True
+            if share in self._waiting and share.begins:
+                self._waiting.remove(share)
+                share.ready.release()
+
+    def take(
+        self, share: DeviceShare, *, counts: bool = True, seconds: float | None = None
+    ) -> None:
         """Wait until it is the turn of ``share``.
 
         Args:
             share: The share of the thread that asks.
-            counts: Whether it was expected.
+            counts: Whether it begins a turn; else it goes on with one, which nothing ends.
+            seconds: See :meth:`DeviceShare.turn`.
+
+        Raises:
+            TrunkUnavailable: See :meth:`DeviceShare.turn`.
         """
         with self._lock:
             if counts:
                 share.expected = max(0, share.expected - 1)
+                _require_open(share)
             share.clock = max(share.clock, self._now)
             if self._holder is None or (self._holder is share and self._reserved):
                 self._begin(share)
                 return
+            share.begins = counts
             self._waiting.append(share)
-        share.ready.acquire()  # whose turn ends has begun this one
+        self._wait(share, seconds)
+        if self._holder is not share:
+            _require_open(share)  # it was closed, and has none
+
+    def _wait(self, share: DeviceShare, seconds: float | None) -> None:
+        """Wait until whose turn ends has begun the one of ``share``; tell the log of a long wait."""
+        waited, next_line = 0.0, self._first_line
+        while True:
+            until = next_line if seconds is None else min(seconds, next_line)
+            if share.ready.acquire(timeout=until - waited):
+                return
+            waited = until
+            with self._lock:
+                if share not in self._waiting:
+                    continue  # its turn has begun just now
+                why = self._why(share, waited)
+                if seconds is not None and waited >= seconds:
+                    self._waiting.remove(share)
+                    raise TrunkUnavailable(f"{why}. Try again.")
+            logger.warning("%s", why)
+            next_line = 2 * waited
+
+    def _why(self, share: DeviceShare, waited: float) -> str:
+        holder = "nobody" if self._holder is None else f"experiment {self._holder.name}"
+        return (
+            f"experiment {share.name} has waited for {waited:.3g} s for its turn on the trunk's device: "
+            f"{holder} has computed for {self._clock() - self._began:.3g} s, and {len(self._waiting) - 1} "
+            "more wait"
+        )
 
     def give(self, share: DeviceShare, *, comes_back: bool = True) -> None:
         """End the turn of ``share``, and begin the next one.
@@ -144,3 +215,15 @@ class FairDevice:
         self._holder, self._reserved = share, False
         self._now = max(self._now, share.clock)
         self._began = self._clock()
+
+
+def _require_open(share: DeviceShare) -> None:
+    """Check that a share may begin a turn.
+
+    Raises:
+        TrunkUnavailable: It was closed.
+    """
+    if share.closed:
+        raise TrunkUnavailable(
+            f"experiment {share.name} has ended before its turn on the trunk's device."
+        )

@@ -120,7 +120,11 @@ class _InTurns(Executor):
             raise
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the thread; see :meth:`concurrent.futures.Executor.shutdown`."""
+        """End the thread; see :meth:`concurrent.futures.Executor.shutdown`.
+
+        What waits for a turn has not begun, and is dropped.
+        """
+        self._share.close()
         self._pool.shutdown(wait, cancel_futures=cancel_futures)
         self._share.leave()
 

@@ -103,7 +103,9 @@ class RoundLifecycle:
             self._compute.plan(_total_steps(plan))
             current = self._begun(plan)
             self._index.replace(current)
-            if self._compute.share is None:  # else the process is at work on others, too
+            if self._compute.share is not None:  # the process is at work on others, too
+                self._compute.share.name = plan.experiment
+            else:
                 PROCESS_FIELDS.bind(
                     experiment=plan.experiment, round=plan.server_round, attempt=plan.attempt
                 )

@@ -2,15 +2,16 @@
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import Tensor
 
 from flower_split.config import OptimizerConfig
+from flower_split.errors import TrunkUnavailable
 from flower_split.trunk.compute.compute import TrunkCompute
-from flower_split.trunk.compute.fair_device import FairDevice
+from flower_split.trunk.compute.fair_device import DeviceShare, FairDevice
 from flower_split.trunk.engine.engine import TrunkEngine
 from tests.support.engine_rig import ManualClock
 from tests.support.toy_trunk import HIDDEN, ToyClient, ToyTrunk, make_plan
@@ -117,3 +118,108 @@ def test_dropout_of_engines_at_once_is_that_of_each_alone() -> None:
         at_once = list(pool.map(lambda name: outputs(dropping(device), name, barrier), names))
     for expected, found in zip(alone, at_once, strict=True):
         assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def waiting(device: FairDevice, number: int) -> None:
+    """Return when so many wait for a turn."""
+    deadline = time.monotonic() + 20
+    while device.num_waiting != number:
+        assert time.monotonic() < deadline, "nobody waits"
+        time.sleep(0)
+
+
+def test_long_wait_is_logged_with_whom_it_waits_for(caplog: pytest.LogCaptureFixture) -> None:
+    device = FairDevice(first_line=0.01)
+    one, other = device.share(), device.share()
+    one.name, other.name = "first", "second"
+
+    def turn() -> None:
+        with other.turn():
+            pass
+
+    with ThreadPoolExecutor(1) as pool:
+        with one.turn():
+            future = pool.submit(turn)
+            deadline = time.monotonic() + 20
+            while len(caplog.records) < 3:
+                assert time.monotonic() < deadline, "the log does not say that somebody waits"
+                time.sleep(0.001)
+        future.result(20)  # it has its turn after all
+    assert caplog.messages[0].startswith(
+        "experiment second has waited for 0.01 s for its turn on the trunk's device: experiment first "
+        "has computed for "
+    )
+    assert "waited for 0.02 s" in caplog.messages[1] and "waited for 0.04 s" in caplog.messages[2]
+
+
+def test_wait_with_a_deadline_ends_and_says_whom_it_waited_for() -> None:
+    device = FairDevice()
+    one, other = device.share(), device.share()
+    one.name, other.name = "first", "second"
+    with one.turn():
+        with pytest.raises(TrunkUnavailable, match="experiment second .* experiment first has"):
+            with other.turn(0.01):
+                pass
+        assert device.num_waiting == 0
+    with other.turn(0.01):  # nobody has it now
+        pass
+
+
+def test_closed_share_begins_no_turn_and_leaves_the_others_theirs() -> None:
+    device = FairDevice()
+    one, closed, other = device.share(), device.share(), device.share()
+
+    def turn(share: DeviceShare) -> str:
+        with share.turn():
+            return "computed"
+
+    with ThreadPoolExecutor(2) as pool:
+        with one.turn():
+            ended = pool.submit(turn, closed)
+            waiting(device, 1)
+            goes_on = pool.submit(turn, other)
+            waiting(device, 2)
+            closed.close()
+            with pytest.raises(TrunkUnavailable, match="has ended before its turn"):
+                ended.result(20)
+            assert not goes_on.done()
+        assert goes_on.result(20) == "computed"
+    with pytest.raises(TrunkUnavailable), closed.turn():
+        pass
+
+
+def test_share_that_is_closed_aside_goes_on_with_its_turn() -> None:
+    device = FairDevice()
+    one, other = device.share(), device.share()
+    order: list[str] = []
+
+    def compute() -> None:
+        with one.turn():
+            with one.aside():
+                aside.set()
+                taken.wait(20)
+            order.append("one")
+
+    aside, taken = threading.Event(), threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(compute)
+        aside.wait(20)
+        with other.turn():
+            taken.set()
+            waiting(device, 1)
+            one.close()
+            order.append("other")
+        future.result(20)
+    assert order == ["other", "one"]
+
+
+def test_engine_closes_while_another_one_holds_the_device() -> None:
+    device = FairDevice()
+    engine, held = dropping(device), device.share()
+    engine.begin_round(make_plan((0,), experiment="a", steps_per_round=20))
+    with held.turn(), ThreadPoolExecutor(1) as pool:
+        call = pool.submit(engine.adapter)
+        waiting(device, 1)
+        engine.close()
+        with pytest.raises((TrunkUnavailable, CancelledError)):  # before its turn, or before its run
+            call.result(20)
