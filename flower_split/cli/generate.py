@@ -1,6 +1,7 @@
 """``flower-split generate``: continue prompts with the model that a run ended with."""
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flower_split.results.generation import (
 from flower_split.results.samples import TrainedModel, make_samples
 from flower_split.runs.samples import FILE
 from flower_split.runtime.logs import quiet_libraries
-from flower_split.runtime.secret_files import read_secret
+from flower_split.runtime.secret_files import read_secret, token_in
 from flower_split.split import CutLayers
 from flower_split.wire.client_certificate import ClientCertificate
 
@@ -97,12 +98,8 @@ def _check_text(prompt: str, where: str) -> None:
 def _server(arguments: argparse.Namespace) -> TrunkServer | None:
     if not arguments.trunk_address:
         return None
-    if not arguments.token_file:
-        raise ConfigError(
-            "--trunk-address needs --token-file: the file that the trunk was started with "
-            "(flower-split trunk … --token-file FILE)."
-        )
-    token = read_secret(arguments.token_file, "--token-file")
+    named = arguments.token_file
+    token = read_secret(named, "--token-file") if named else token_in(os.environ, "--token-file")
     certificate = ClientCertificate(arguments.client_certificate, arguments.client_key)
     return TrunkServer(
         arguments.trunk_address, token, arguments.root_certificates, certificate, arguments.proxy

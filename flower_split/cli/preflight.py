@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
+from flower_split.runtime.secret_files import TOKEN_VARIABLE
 from flower_split.runtime.simulation import pool_cap
 from flower_split.server.federation.handshake import (
     federation_config,
@@ -116,8 +117,13 @@ def check_loggers(config: RunConfig) -> None:
     make_loggers(config)
 
 
-def check_trunk(config: RunConfig) -> None:
+def check_trunk(config: RunConfig, *, hosted: bool = False) -> None:
     """Check that a trunk with an address answers to the token; one without is started later.
+
+    Args:
+        config: The run's configuration.
+        hosted: Whether the ServerApp runs elsewhere, and may have a token where this machine has none:
+            then it is the one to ask the trunk.
 
     Raises:
         ConfigError: A codec of ``trunk.wire-dtype`` or ``trunk.gradient-wire-dtype``, the transport of
@@ -137,12 +143,18 @@ def check_trunk(config: RunConfig) -> None:
     if not config.trunk.address:
         make_window_rule(config.trunk.window_rule)
         return
+    if hosted and not (config.trunk.token_file or os.environ.get(TOKEN_VARIABLE)):
+        logger.info(
+            "the trunk %s is not asked before the run is submitted: this machine has no token for it",
+            config.trunk.address,
+        )
+        return
     from flower_split.server.coordinator import TrunkCoordinator
-    from flower_split.server.trunk_connection import check_settings, read_token
+    from flower_split.server.trunk_connection import check_settings, coordinator_token
 
     coordinator = TrunkCoordinator(
         config.trunk.address,
-        read_token(config.trunk.token_file),
+        coordinator_token(config.trunk.token_file, os.environ),
         root_certificates=config.trunk.root_certificates,
         timeout=_CONTROL_SECONDS,
         certificate=ClientCertificate.of(config.trunk),

@@ -126,7 +126,7 @@ def _checked_options(job: Job) -> list[str]:
     job.app.make_importable()
     preflight.check_aggregation(config)
     adapter, scales = preflight.check_model(config)
-    preflight.check_trunk(config)
+    preflight.check_trunk(config, hosted=not job.connection.is_local)
     options: list[str] = []
     if job.connection.is_local:
         from flower_split.cli.report import check_reports

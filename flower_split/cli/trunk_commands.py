@@ -139,7 +139,10 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
 def _add_trunk_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("address", metavar="ADDRESS", help="HOST:PORT of the trunk")
     parser.add_argument(
-        "--token-file", required=True, type=Path, metavar="FILE", help="the coordinator's token"
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the coordinator's token; without it, FLOWER_SPLIT_TRUNK_TOKEN of the environment",
     )
     add_tls_options(parser)
 

@@ -1,11 +1,12 @@
 """How a command reaches a trunk as its coordinator: one value for all that ask one."""
 
+import os
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from flower_split.config.validation import ENVIRONMENT
-from flower_split.runtime.secret_files import read_secret
+from flower_split.runtime.secret_files import read_secret, token_in
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 
@@ -17,7 +18,7 @@ class TrunkLogin:
     """A trunk's address, and what is shown to it."""
 
     address: str  # host:port
-    token_file: Path
+    token_file: Path | None  # None: the environment has the token
     root_certificates: str = ""  # PEM file of the CA for TLS
     certificate: ClientCertificate = NO_CERTIFICATE
     proxy: str = ENVIRONMENT  # as trunk.proxy
@@ -32,7 +33,7 @@ class TrunkLogin:
         return closing(
             TrunkCoordinator(
                 self.address,
-                read_secret(self.token_file, "--token-file"),
+                _token(self.token_file),
                 root_certificates=self.root_certificates,
                 timeout=_SECONDS,
                 certificate=self.certificate,
@@ -40,3 +41,9 @@ class TrunkLogin:
                 experiment=self.experiment,
             )
         )
+
+
+def _token(file: Path | None) -> str:
+    return (
+        token_in(os.environ, "--token-file") if file is None else read_secret(file, "--token-file")
+    )

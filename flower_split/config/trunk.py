@@ -29,7 +29,8 @@ class TrunkConfig:
     address: str = ""
     """host:port of a running trunk; empty: the ServerApp starts one on loopback."""
     token_file: str = ""
-    """File with the coordinator token of a running trunk."""
+    """File with the coordinator token of a running trunk; empty: the ServerApp's environment has it, as
+    FLOWER_SPLIT_TRUNK_TOKEN."""
     root_certificates: str = ""
     """PEM file of the CA for TLS; empty: plain text, on loopback only."""
     client_certificate: str = ""

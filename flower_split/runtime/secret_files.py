@@ -1,8 +1,9 @@
-"""Files that hold a secret: a token, or the private key of a certificate."""
+"""Where a secret is: a file with a token or a certificate's private key, or the environment."""
 
 import logging
 import stat
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from flower_split.errors import ConfigError
@@ -11,6 +12,9 @@ logger = logging.getLogger(__name__)
 
 PRIVATE_FILE = 0o600
 PRIVATE_DIRECTORY = 0o700
+TOKEN_VARIABLE = "FLOWER_SPLIT_TRUNK_TOKEN"
+"""Environment variable with the coordinator's token, where no file is named."""
+
 _MIN_TOKEN = 16  # characters
 _REFUSED = 0o027  # written by the group, or anything by others; a group may read mounted secrets
 
@@ -102,6 +106,31 @@ def check_token(token: str) -> None:
             f"the trunk's token must have at least {_MIN_TOKEN} characters; it has {len(token)}. Make "
             "one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'."
         )
+
+
+def token_in(environment: Mapping[str, str], key: str) -> str:
+    """Return the coordinator's token of the environment, for who has named no file.
+
+    Args:
+        environment: Of this process.
+        key: The configuration's or the command's word for the file, for the message.
+
+    Raises:
+        ConfigError: There is none, or it is too short.
+    """
+    token = environment.get(TOKEN_VARIABLE, "").strip()
+    if not token:
+        raise ConfigError(
+            f"a running trunk asks for its coordinator's token, but {key} names no file, and "
+            f"{TOKEN_VARIABLE} is not set in this process's environment (a ServerApp has its "
+            "SuperLink's). Name the file that the trunk was started with (flower-split trunk … "
+            "--token-file FILE), or set the variable to its first line."
+        )
+    try:
+        check_token(token)
+    except ConfigError as error:
+        raise ConfigError(f"{TOKEN_VARIABLE}: {error}") from error
+    return token
 
 
 class TokenFile:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from flower_split.parties.experiment_settings import brought, experiment_fingerp
 from flower_split.parties.fingerprint import differences, differing_fields, settings
 from flower_split.parties.protocol_versions import protocol_problem
 from flower_split.protocol.values import TrunkStatus
-from flower_split.runtime.secret_files import TokenFile
+from flower_split.runtime.secret_files import TokenFile, token_in
 from flower_split.runtime.version import __version__
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.heartbeat import Heartbeat
@@ -57,8 +58,9 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
     # The stack ends in reverse order: the connection closes before the process stops.
     with contextlib.ExitStack() as stack:
         process: TrunkProcess | None = None
+        token: str | TokenFile
         if config.trunk.address:
-            token: str | TokenFile = token_file(config.trunk.token_file)
+            token = coordinator_token(config.trunk.token_file, os.environ)
             address, certificates = config.trunk.address, config.trunk.root_certificates
             shown = ClientCertificate.of(config.trunk)
         else:
@@ -163,24 +165,18 @@ def check_free(trunk: ConnectedTrunk, start: StartingPoint, retries: int) -> Non
             trunk.health.ensure_running()
 
 
-def read_token(path: str) -> str:
-    """Return the coordinator's token from ``trunk.token-file``; raises as :func:`token_file`."""
-    return token_file(path).tokens()[0]
+def coordinator_token(path: str, environment: Mapping[str, str]) -> str | TokenFile:
+    """Return what ``trunk.token-file`` names, read again when it changes; else the environment's.
 
-
-def token_file(path: str) -> TokenFile:
-    """Return the file ``trunk.token-file``, which is read again when it changes.
+    Args:
+        path: As ``trunk.token-file`` says; empty: no file.
+        environment: Of this process.
 
     Raises:
-        ConfigError: No file is named, or it cannot be read, others can read it, it is empty, or its
-            token is too short.
+        ConfigError: There is no token, its file cannot be read or is open to others, or it is too short.
     """
-    if not path:
-        raise ConfigError(
-            "trunk.address names a running trunk, but trunk.token-file is empty. Name the file "
-            "that the trunk was started with: flower-split trunk … --token-file FILE."
-        )
-    return TokenFile(path, "trunk.token-file")
+    key = "trunk.token-file"
+    return TokenFile(path, key) if path else token_in(environment, key)
 
 
 def _read_text(path: str, key: str) -> str:

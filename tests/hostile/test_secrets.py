@@ -13,7 +13,7 @@ from flower_split.errors import ConfigError
 from flower_split.runs.directory import RunDirectory
 from flower_split.runtime.atomic_files import write_atomically
 from flower_split.runtime.secret_files import read_secret
-from flower_split.server.trunk_connection import read_token
+from flower_split.server.trunk_connection import coordinator_token
 from flower_split.trunk.service.server import TrunkServer
 from tests.support.loopback import FakeEngine
 from tests.unit.trunk.test_trunk_server import self_signed
@@ -45,7 +45,7 @@ def test_token_file_that_others_can_use_is_refused_with_the_remedy(
 ) -> None:
     path = secret(tmp_path, permissions)
     remedy = f"mode {permissions:04o} .*chmod 600 {path}"
-    for read in (token_from, lambda file: read_token(str(file))):
+    for read in (token_from, lambda file: coordinator_token(str(file), {})):
         with pytest.raises(ConfigError, match=remedy) as refused:
             read(path)
         assert TOKEN not in str(refused.value)

@@ -8,7 +8,7 @@ import pytest
 from flower_split.errors import ConfigError, RefusalReason, TrunkRefused
 from flower_split.runtime.secret_files import TokenFile, read_secret
 from flower_split.server.coordinator import TrunkCoordinator
-from flower_split.server.trunk_connection import read_token
+from flower_split.server.trunk_connection import coordinator_token
 from flower_split.trunk.service.server import TrunkServer
 from tests.support.certificates import renew
 from tests.support.loopback import FakeEngine
@@ -86,4 +86,6 @@ def test_file_that_is_not_there_or_short_is_an_error_at_the_start(tmp_path: Path
 
 def test_callers_show_the_first_line(tmp_path: Path) -> None:
     path = write(tmp_path / "token", NEW, OLD)
-    assert read_secret(path, "--token-file") == read_token(str(path)) == NEW
+    callers = coordinator_token(str(path), {})
+    assert isinstance(callers, TokenFile)
+    assert read_secret(path, "--token-file") == callers.tokens()[0] == NEW

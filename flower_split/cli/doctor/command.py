@@ -17,6 +17,7 @@ from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.runtime.exit_codes import COMPLETED, FAILED
 from flower_split.runtime.flower_home import flower_home
+from flower_split.runtime.secret_files import TOKEN_VARIABLE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +68,8 @@ def examine(command: DoctorCommand, config: RunConfig | None) -> Iterator[Findin
         yield problem("SuperLink", str(error), "Do what it says, then run doctor again.")
     if config is not None and config.trunk.address:
         yield from credentials.app_credentials(config.trunk)
-        yield from trunk(config)
+        if config.trunk.token_file or os.environ.get(TOKEN_VARIABLE):
+            yield from trunk(config)
 
 
 def _places(config: RunConfig | None) -> dict[str, Path]:

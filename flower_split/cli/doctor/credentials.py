@@ -1,7 +1,8 @@
 """Certificates and secrets in files: readable, private, valid today and for a while."""
 
 import datetime
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from cryptography import x509
@@ -9,7 +10,7 @@ from cryptography import x509
 from flower_split.cli.doctor.findings import Finding, ok, problem, warning
 from flower_split.config import TrunkConfig
 from flower_split.errors import ConfigError
-from flower_split.runtime.secret_files import read_secret
+from flower_split.runtime.secret_files import TOKEN_VARIABLE, read_secret, token_in
 
 _SOON = datetime.timedelta(days=14)
 
@@ -56,6 +57,22 @@ def secret(name: str, path: Path) -> Finding:
     return ok(name, f"{path} is readable and private")
 
 
+def token_of_environment(environment: Mapping[str, str]) -> Finding:
+    """Examine the token of an app that names no file."""
+    if not environment.get(TOKEN_VARIABLE, "").strip():
+        return warning(
+            TOKEN_VARIABLE,
+            "is not set here, and trunk.token-file names no file: the trunk was not asked",
+            "Where the ServerApp runs, set the variable for its SuperLink, or name a file. Where jobs are "
+            "submitted alone, nothing: the ServerApp asks the trunk.",
+        )
+    try:
+        token_in(environment, "trunk.token-file")
+    except ConfigError as error:
+        return problem(TOKEN_VARIABLE, str(error), "Set it to the first line of the trunk's file.")
+    return ok(TOKEN_VARIABLE, "is set, and long enough")
+
+
 def app_credentials(trunk: TrunkConfig) -> Iterator[Finding]:
     """Examine what an app's configuration names; empty names are passed over."""
     if trunk.root_certificates:
@@ -64,3 +81,5 @@ def app_credentials(trunk: TrunkConfig) -> Iterator[Finding]:
         yield certificate("trunk.client-certificate", Path(trunk.client_certificate))
     if trunk.token_file:
         yield secret("trunk.token-file", Path(trunk.token_file))
+    else:
+        yield token_of_environment(os.environ)

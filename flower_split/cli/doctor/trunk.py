@@ -1,5 +1,6 @@
 """The trunk that an app's configuration names: it answers, is free, and holds the same model."""
 
+import os
 from contextlib import closing
 
 from flower_split.cli.doctor.findings import Finding, ok, problem, warning
@@ -15,14 +16,14 @@ def trunk(config: RunConfig) -> list[Finding]:
     """Ask the trunk where it stands, with the token that the configuration names."""
     from flower_split.parties.fingerprint import fingerprint
     from flower_split.server.coordinator import TrunkCoordinator
-    from flower_split.server.trunk_connection import read_token
+    from flower_split.server.trunk_connection import coordinator_token
     from flower_split.wire.client_certificate import ClientCertificate
 
     subject = f"trunk {config.trunk.address}"
     try:
         coordinator = TrunkCoordinator(
             config.trunk.address,
-            read_token(config.trunk.token_file),
+            coordinator_token(config.trunk.token_file, os.environ),
             root_certificates=config.trunk.root_certificates,
             timeout=_SECONDS,
             certificate=ClientCertificate.of(config.trunk),

@@ -157,6 +157,23 @@ def test_token_file_that_others_can_read_is_a_problem(tmp_path: Path) -> None:
     assert credentials.secret("trunk.token-file", token).level is OK
 
 
+@pytest.mark.parametrize(
+    ("environment", "level", "text"),
+    [
+        ({}, Level.WARNING, "is not set here"),
+        ({"FLOWER_SPLIT_TRUNK_TOKEN": " "}, Level.WARNING, "is not set here"),
+        ({"FLOWER_SPLIT_TRUNK_TOKEN": "short"}, Level.PROBLEM, "at least 16 characters"),
+        ({"FLOWER_SPLIT_TRUNK_TOKEN": "a secret of some length"}, Level.OK, "is set"),
+    ],
+)
+def test_token_of_the_environment_is_looked_at_where_no_file_is_named(
+    environment: dict[str, str], level: Level, text: str
+) -> None:
+    found = credentials.token_of_environment(environment)
+    assert found.level is level and text in found.text
+    assert "a secret" not in found.text
+
+
 def test_trunk_of_another_model_or_at_work_is_told() -> None:
     theirs = {"mode": "joint", "dtype": "float32"}
     status = TrunkStatus(

@@ -6,14 +6,20 @@ from pathlib import Path
 import pytest
 
 from flower_split.cli.preflight import check_trunk
+from flower_split.cli.trunk_login import TrunkLogin
 from flower_split.config import Scalar, parse_run_config
 from flower_split.errors import ConfigError, RefusalReason, TrunkRefused
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.parties.fingerprint import settings
 from flower_split.protocol.values import ProcessReport, TrunkStatus
+from flower_split.runtime.secret_files import TOKEN_VARIABLE, TokenFile
 from flower_split.runtime.version import __version__
 from flower_split.server.federation.version_notes import version_notes
-from flower_split.server.trunk_connection import check_settings, connect_trunk
+from flower_split.server.trunk_connection import (
+    check_settings,
+    connect_trunk,
+    coordinator_token,
+)
 from flower_split.trunk.engine.sessions import check_fingerprint
 from tests.support.loopback import COORDINATOR_TOKEN, TinyTrunk, make_engine, served
 
@@ -125,3 +131,54 @@ def test_command_and_server_app_both_look_before_any_client_is_asked(tmp_path: P
             connect_trunk(config, tmp_path),
         ):
             pass
+
+
+def test_token_of_the_environment_serves_where_no_file_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, f"{COORDINATOR_TOKEN}\n")
+    with served(make_engine(TinyTrunk())) as port:
+        config = parse_run_config({"trunk.address": f"127.0.0.1:{port}"})
+        with (  # the trunk let it in, and answered
+            pytest.raises(ConfigError, match="speaks protocol 2, the trunk .* 1"),
+            connect_trunk(config, tmp_path),
+        ):
+            pass
+        with pytest.raises(ConfigError, match="speaks protocol 2"):
+            check_trunk(config)
+        login = TrunkLogin(address=config.trunk.address, token_file=None)
+        with login.coordinator() as coordinator:
+            assert coordinator.status().phase == "idle"
+        monkeypatch.setenv(TOKEN_VARIABLE, "another token, long enough")
+        with pytest.raises(TrunkRefused), login.coordinator() as coordinator:
+            coordinator.status()
+    assert COORDINATOR_TOKEN not in caplog.text
+
+
+def test_named_file_comes_before_the_environments_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    file.write_text("the token of the file")
+    file.chmod(0o600)
+    environment = {TOKEN_VARIABLE: "the token of the environment"}
+    assert coordinator_token("", environment) == "the token of the environment"
+    named = coordinator_token(str(file), environment)
+    assert isinstance(named, TokenFile) and named.tokens() == ("the token of the file",)
+
+
+def test_run_without_any_token_names_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=f"trunk.token-file names no file, and {TOKEN_VARIABLE}"):
+        coordinator_token("", {})
+    with pytest.raises(ConfigError, match=f"{TOKEN_VARIABLE}: .*at least 16 characters"):
+        coordinator_token("", {TOKEN_VARIABLE: "short"})
+
+
+def test_hosted_run_is_submitted_from_a_machine_without_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    config = parse_run_config({"trunk.address": "127.0.0.1:1"})
+    check_trunk(config, hosted=True)  # asks nobody
+    with pytest.raises(ConfigError, match="names no file"):
+        check_trunk(config)

@@ -221,5 +221,7 @@ def test_engine_closes_while_another_one_holds_the_device() -> None:
         call = pool.submit(engine.adapter)
         waiting(device, 1)
         engine.close()
-        with pytest.raises((TrunkUnavailable, CancelledError)):  # before its turn, or before its run
+        with pytest.raises(
+            (TrunkUnavailable, CancelledError)
+        ):  # before its turn, or before its run
             call.result(20)
