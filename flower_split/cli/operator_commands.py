@@ -169,19 +169,34 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _add_worker(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     worker = commands.add_parser(
         "worker",
-        help="show this user's workers on this machine, or end them",
+        help="show this user's workers on this machine, end them, or start one",
         description="A deployed client's worker keeps model and data between a node's messages. It is "
         "started by the first message of a run, and ends with its SuperNode, with the first message of "
-        "another run, or after ten minutes without a message.",
+        "another run, or after ten minutes without a message. --start starts one beforehand.",
     )
     worker.add_argument("node", nargs="?", type=int, help="Flower's id of the node; default: all")
-    worker.add_argument(
+    what = worker.add_mutually_exclusive_group()
+    what.add_argument(
         "--end", action="store_true", help="end them, each when it has answered its message"
+    )
+    what.add_argument(
+        "--start",
+        action="store_true",
+        help="start the node's worker before its first message, with this command's environment",
+    )
+    worker.add_argument(
+        "--idle",
+        type=float,
+        default=600.0,
+        metavar="SECONDS",
+        help="with --start: without a message, after which it ends (600)",
     )
     worker.set_defaults(handler=_worker)
 
 
 def _worker(arguments: argparse.Namespace) -> int:
-    from flower_split.cli.worker import show_workers
+    from flower_split.cli.worker import show_workers, start_beforehand
 
+    if arguments.start:
+        return start_beforehand(arguments.node, idle=arguments.idle)
     return show_workers(arguments.node, end=arguments.end)

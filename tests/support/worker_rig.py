@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from flower_split.client.worker.asking import Patience, ReadyWorker, Start, start_worker
+from flower_split.client.worker.asking import Patience, ReadyWorker, Start, launch, start_worker
 from flower_split.client.worker.directory import WorkerDirectory
 from flower_split.client.worker.identity import WorkerIdentity, process_mark
 
@@ -82,6 +82,13 @@ class WorkerRig:
         """What the worker says of itself in answer to one training message."""
         with self.get(node, **other) as worker:
             return facts_of(worker.answer(message("train"), context(node)))
+
+    def start_beforehand(self, node: int = 7, code: str = "1") -> None:
+        """Start a worker that waits for its first run, as ``flower-split worker`` does."""
+        lock = self.directory.lock(node)
+        assert lock is not None
+        waiting = replace(WorkerIdentity.waiting(), code=code, app="json")  # torch takes seconds
+        launch(self.directory, node, waiting, lock, self._start)
 
     def _start(self, start: Start) -> None:
         self.pids.append(start_worker(start, self.idle))

@@ -145,7 +145,7 @@ class ReadyWorker(Closing):
                 if started:
                     os.close(lock)
                     raise WorkerError("the worker ended as it started; its log says why.")
-                _start(directory, node, identity, lock, start)
+                launch(directory, node, identity, lock, start)
                 started = True
             connection = directory.connect(node, patience.start)
             if connection is not None:
@@ -218,10 +218,21 @@ class ReadyWorker(Closing):
             )
 
 
-def _start(
+def launch(
     directory: WorkerDirectory, node: int, identity: WorkerIdentity, lock: int, start: Starter
 ) -> None:
-    """Start a worker, and leave socket and lock to it."""
+    """Start a worker, and leave socket and lock to it.
+
+    Args:
+        directory: Where workers are met.
+        node: Flower's id of the node.
+        identity: What it is to be good for.
+        lock: The node's, of :meth:`WorkerDirectory.lock`; it is closed here.
+        start: Starts one.
+
+    Raises:
+        WorkerError: It cannot be started.
+    """
     try:
         with directory.listen(node) as listener:
             start(

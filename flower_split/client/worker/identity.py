@@ -1,5 +1,7 @@
 """What a worker is good for: one run of one app, on one node, with the code that it has loaded.
 
+One that waits for its node's first message becomes the worker of that message's run.
+
 A worker that differs from its caller in any of this gives no answer; it ends, and a new one is started.
 So nothing in it is ever older than what a fresh process would load.
 """
@@ -20,6 +22,9 @@ from flwr.clientapp import ClientApp
 from flower_split.errors import WorkerError
 from flower_split.runtime.version import __version__
 
+HANDLERS = "flower_split.client.handlers"
+"""Loads torch and transformers, and what else a message takes."""
+
 _START = 19  # of the fields after the command in /proc/PID/stat: the start time
 
 
@@ -28,10 +33,10 @@ class WorkerIdentity:
     """What a worker was started for."""
 
     code: str  # version and files of this package, and when distributions were installed
-    app: str  # module:attribute of the ClientApp
+    app: str  # module:attribute of the ClientApp; of one that waits, the module that it loads meanwhile
     folder: str  # the app's directory, with Flower's hash of it in its name
     app_files: str  # of that directory
-    run: int  # Flower's run id
+    run: int  # Flower's run id; 0: it waits for the first one
     node_process: str  # process@start of what starts the node's ClientApps
     interpreter: str
     import_path: tuple[str, ...]  # sys.path
@@ -58,6 +63,24 @@ class WorkerIdentity:
             interpreter=sys.executable,
             import_path=tuple(path for path in sys.path if path),
         )
+
+    @classmethod
+    def waiting(cls) -> Self:
+        """Return the identity of a worker that waits for the first message, of whatever app and run."""
+        return cls(
+            code=_code(),
+            app=HANDLERS,
+            folder="",
+            app_files="",
+            run=0,
+            node_process="",
+            interpreter=sys.executable,
+            import_path=tuple(path for path in sys.path if path),
+        )
+
+    def may_become(self, other: "WorkerIdentity") -> bool:
+        """Return whether a worker may take this one's place from now on: it waits, with the same code."""
+        return not self.run and (self.code, self.interpreter) == (other.code, other.interpreter)
 
     @classmethod
     def read(cls, text: str) -> Self:

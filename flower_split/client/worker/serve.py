@@ -1,11 +1,13 @@
 """The worker's process: ``python -m flower_split.client.worker.serve``, started by a ClientApp.
 
+Started by ``flower-split worker``, it has no run yet: it loads torch and transformers, and waits for one.
 The main thread loads the app with the first message and computes, as a ClientApp's process does; a second
 one (:mod:`flower_split.client.worker.sockets`) has all sockets, and sees to it that the process ends:
 with its node, with the caller of the message that it computes, or after a time without messages.
 """
 
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -107,7 +109,7 @@ def main(arguments: list[str]) -> int:
         os.set_inheritable(descriptor, False)  # the lock is this process's, not its children's
     directory = WorkerDirectory(folder, Path(os.readlink(f"/proc/self/fd/{folder}")))
     try:
-        node_process = NodeProcess.open(identity.node_process)
+        node_process = NodeProcess.open(identity.node_process) if identity.run else None
     except WorkerError as error:
         logger.info("node=%d the worker ends as it starts: %s", node, error)
         directory.remove(node)
@@ -122,8 +124,13 @@ def main(arguments: list[str]) -> int:
     )
     thread = threading.Thread(target=sockets.run, name="sockets", daemon=True)
     thread.start()
-    loaded = LoadedApp(identity)
+    if not identity.run:
+        importlib.import_module(identity.app)
+    loaded: LoadedApp | None = None
     while (job := sockets.jobs.get()) is not None:
+        if loaded is None:
+            loaded = LoadedApp(sockets.identity)
+            sys.path[:] = sockets.identity.import_path
         sockets.reply(*loaded.answer(job))
         del job
         release_device_memory()

@@ -81,13 +81,14 @@ class WorkerSockets:
     Args:
         listener: Where callers connect.
         node: Flower's id of the node.
-        node_process: Ends the worker with itself.
+        node_process: Ends the worker with itself; None: it waits for a first message, which names it.
         identity: What the worker can answer for.
         idle: Seconds without a message after which it ends.
         leave: Called before the end: nobody shall come any more.
 
     Attributes:
         jobs: What is to be answered, in turn; None: nothing any more.
+        identity: What the worker can answer for; of one that waits, from its first job on.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class WorkerSockets:
         *,
         listener: socket.socket,
         node: int,
-        node_process: NodeProcess,
+        node_process: NodeProcess | None,
         identity: WorkerIdentity,
         idle: float,
         leave: Callable[[], None],
@@ -104,7 +105,7 @@ class WorkerSockets:
         self._listener = listener
         self._node = node
         self._node_process = node_process
-        self._identity = identity
+        self.identity = identity
         self._idle = idle
         self._leave = leave
         self._caller: _Caller | None = None
@@ -112,6 +113,7 @@ class WorkerSockets:
         self._asked = time.monotonic()  # when it was last of use
         self._told_to_end = False
         self._done = False
+        self._selector = selectors.DefaultSelector()
         self._replies: deque[tuple[bytes, bytes]] = deque()
         self._woken, self._wake = os.pipe()
 
@@ -123,12 +125,11 @@ class WorkerSockets:
     def run(self) -> None:
         """Serve until the end, which also ends the computing thread's loop."""
         try:
-            with selectors.DefaultSelector() as selector:
+            with self._selector as selector:
                 selector.register(self._listener, selectors.EVENT_READ, self._accept)
                 selector.register(self._woken, selectors.EVENT_READ, self._send_reply)
-                selector.register(
-                    self._node_process.descriptor, selectors.EVENT_READ, self._node_ended
-                )
+                if self._node_process is not None:
+                    self._end_with(self._node_process)
                 while not self._done:
                     self._once(selector)
         except Exception:
@@ -179,10 +180,10 @@ class WorkerSockets:
 
     def _take(self, connection: socket.socket, said: Frame) -> bool:
         if self._caller is not None or self._told_to_end:
-            _say(connection, Frame("busy", {"on": f"of run {self._identity.run}"}))
+            _say(connection, Frame("busy", {"on": f"of run {self.identity.run}"}))
             return False
         try:
-            differs = self._identity.differs(WorkerIdentity.read(said.text("identity")))
+            differs = self._differs(WorkerIdentity.read(said.text("identity")))
         except ValueError:  # another version's
             differs = ("code",)
         if differs:
@@ -196,6 +197,19 @@ class WorkerSockets:
         self.jobs.put(Job(got.blobs[0], got.blobs[1], int(got.text("task"))))
         return True
 
+    def _differs(self, wanted: WorkerIdentity) -> tuple[str, ...]:
+        """Return in what this worker is not the one that is wanted; one that waits becomes it."""
+        if self.identity.may_become(wanted):
+            try:
+                self._end_with(NodeProcess.open(wanted.node_process))
+            except WorkerError:
+                return ("node_process",)
+            self.identity = wanted
+        return self.identity.differs(wanted)
+
+    def _end_with(self, node_process: NodeProcess) -> None:
+        self._selector.register(node_process.descriptor, selectors.EVENT_READ, self._node_ended)
+
     def _state(self) -> Frame:
         now = time.monotonic()
         caller = self._caller
@@ -204,7 +218,7 @@ class WorkerSockets:
             {
                 "pid": os.getpid(),
                 "node": str(self._node),
-                "run": str(self._identity.run),
+                "run": str(self.identity.run),
                 "answered": self._answered,
                 "seconds": now - (caller.since if caller is not None else self._asked),
                 "busy": caller is not None,
@@ -240,11 +254,11 @@ class WorkerSockets:
         self._end("its node has ended")
 
     def _end(self, why: str) -> None:
-        """End the process: at once where it computes, since nothing else stops that."""
+        """End the process: at once where it computes or loads, since nothing else stops that."""
         logger.info("node=%d the worker ends: %s", self._node, why)
         self._leave()
         self._listener.close()
-        if self._caller is not None:
+        if self._caller is not None or not self.identity.run:
             logging.shutdown()
             os._exit(_ENDED)
         self._done = True

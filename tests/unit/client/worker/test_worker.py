@@ -11,11 +11,13 @@ import pytest
 from flwr.app import Message
 from flwr.common.serde import context_to_proto, message_to_proto
 
+from flower_split.cli.worker import show_workers, start_beforehand
 from flower_split.client.worker import frames
-from flower_split.client.worker.asking import Patience, ReadyWorker
+from flower_split.client.worker.asking import Patience, ReadyWorker, Start, start_worker
 from flower_split.client.worker.frames import Frame
 from flower_split.client.worker.identity import process_mark
-from flower_split.errors import WorkerError
+from flower_split.client.worker.state import ask_worker
+from flower_split.errors import ConfigError, WorkerError
 from tests.support.worker_rig import WorkerRig, context, facts_of, message
 
 
@@ -100,6 +102,45 @@ def test_two_nodes_of_a_machine_have_a_worker_each(rig: WorkerRig) -> None:
 def test_worker_of_another_run_ends_and_a_new_one_answers(rig: WorkerRig) -> None:
     before, after = rig.train(), rig.train(run=6)
     assert after["count"] == 1 and after["pid"] != before["pid"]
+    assert rig.exit_code(rig.pids[0]) == 0
+
+
+def test_worker_started_beforehand_becomes_the_first_runs_and_ends_with_its_node(
+    rig: WorkerRig,
+) -> None:
+    rig.start_beforehand()
+    before = ask_worker(rig.directory, 7)
+    assert before is not None and (before.run, before.answered) == (0, 0)
+    first, second = rig.train(), rig.train()
+    assert first["pid"] == second["pid"] == before.pid == rig.pids[0]
+    after = ask_worker(rig.directory, 7)
+    assert after is not None and (after.run, after.answered) == (5, 2)
+    rig.end_node()
+    assert rig.exit_code(rig.pids[0]) == 0
+
+
+def test_worker_started_beforehand_with_other_code_is_replaced(rig: WorkerRig) -> None:
+    rig.start_beforehand(code="of another version")
+    assert rig.train()["pid"] == rig.pids[1]
+    assert rig.exit_code(rig.pids[0]) == 0
+
+
+def test_command_starts_one_worker_and_says_where_there_is_one(
+    rig: WorkerRig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(given: Start) -> None:
+        rig.pids.append(start_worker(given, 60.0))
+
+    folder = rig.directory.path
+    assert start_beforehand(7, idle=60.0, folder=folder, start=start) == 0
+    assert "node 7: a worker waits for the first message, 60 s at most" in capsys.readouterr().out
+    with pytest.raises(WorkerError, match="node 7 has a worker"):
+        start_beforehand(7, idle=60.0, folder=folder, start=start)
+    with pytest.raises(ConfigError, match="needs the node's id"):
+        start_beforehand(None, idle=60.0, folder=folder, start=start)
+    assert show_workers(7, folder=folder) == 0
+    assert f"node 7: process {rig.pids[0]}, no run yet, 0 messages" in capsys.readouterr().out
+    assert show_workers(7, end=True, folder=folder) == 0
     assert rig.exit_code(rig.pids[0]) == 0
 
 
