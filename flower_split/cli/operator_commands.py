@@ -16,6 +16,7 @@ def add_operator_commands(
     _add_doctor(commands)
     _add_plan(commands)
     _add_worker(commands)
+    _add_supernode(commands)
 
 
 def _add_new(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -200,3 +201,20 @@ def _worker(arguments: argparse.Namespace) -> int:
     if arguments.start:
         return start_beforehand(arguments.node, idle=arguments.idle)
     return show_workers(arguments.node, end=arguments.end)
+
+
+def _add_supernode(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    supernode = commands.add_parser(
+        "supernode",
+        help="Flower's SuperNode, whose ClientApps start at once; takes flower-supernode's options",
+        add_help=False,  # --help is flower-supernode's own
+        prefix_chars="\0",  # nothing is an option here: all goes on as it is
+    )
+    supernode.add_argument("arguments", nargs="*")
+    supernode.set_defaults(handler=_supernode)
+
+
+def _supernode(arguments: argparse.Namespace) -> int:
+    from flower_split.client.launcher.supernode import run_supernode
+
+    run_supernode(arguments.arguments)

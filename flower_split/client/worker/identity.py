@@ -54,7 +54,7 @@ class WorkerIdentity:
         """
         name, folder = find_app(app, sys.path)
         return cls(
-            code=_code(),
+            code=code_mark(),
             app=name,
             folder=str(folder),
             app_files=_digest(folder.rglob("*")),
@@ -68,7 +68,7 @@ class WorkerIdentity:
     def waiting(cls) -> Self:
         """Return the identity of a worker that waits for the first message, of whatever app and run."""
         return cls(
-            code=_code(),
+            code=code_mark(),
             app=HANDLERS,
             folder="",
             app_files="",
@@ -149,7 +149,7 @@ def process_mark(pid: int) -> str:
     return f"{pid}@{after[_START]}"
 
 
-def _code() -> str:
+def code_mark() -> str:
     """Return a mark of the code that a process started now would load."""
     package = Path(__file__).parents[2]
     installed = (Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages"))
