@@ -34,7 +34,7 @@ class Deployment:
                 [str(BIN / command[0]), *command[1:]],
                 env=self.env,
                 cwd=self.home,
-                stdout=subprocess.PIPE if command[0] == "flower-split" else file,
+                stdout=subprocess.PIPE if command[:2] == ("flower-split", "trunk") else file,
                 stderr=file,
                 stdin=subprocess.DEVNULL,
                 text=True,

@@ -18,11 +18,13 @@ FUNCTIONS = {"rate", "increase", "sum", "time"}
 
 
 def served() -> dict[str, set[str]]:
-    """Sample name -> its labels, of everything that the trunk can serve."""
+    """Sample name -> its labels, of everything that a trunk of several experiments can serve."""
+    status = TrunkStatus(epoch=1, version=0, slots=(SlotReport(slot=0),))
     sources = Sources(
-        status=lambda: TrunkStatus(epoch=1, version=0, slots=(SlotReport(slot=0),)),
+        status=lambda: status,
         refusals=lambda: {("Forward", "NO_ROUND"): 1},
         checkpoints=DEPLOY,
+        experiments=lambda: {"one": status},
     )
     found: dict[str, set[str]] = {}
     for metric in TrunkCollector(sources).collect():
@@ -86,6 +88,23 @@ def test_every_metric_of_the_dashboard_is_served_and_panels_do_not_overlap() -> 
         assert not cells & taken and place["x"] + place["w"] <= 24
         taken |= cells
     assert len({panel["id"] for panel in panels()}) == len(panels())
+
+
+def test_dashboard_tells_experiments_apart_and_lets_one_be_chosen() -> None:
+    known = served()
+    dashboard = json.loads((DEPLOY / "grafana" / "trunk.json").read_text())
+    chosen = {item["name"]: item for item in dashboard["templating"]["list"]}["experiment"]
+    assert chosen["allValue"] == ".*"  # also where a trunk of one experiment has no such label
+    (metric,) = re.findall(r"label_values\((\w+), experiment\)", chosen["query"]["query"])
+    assert "experiment" in known[metric]
+    for panel in panels():
+        for target in panel["targets"]:
+            of_experiments = [
+                n for n in names_in(target["expr"]) if "experiment" in known.get(n, ())
+            ]
+            filters = target["expr"].count('{experiment=~"$experiment"}')
+            assert filters == len(of_experiments), panel["title"]
+            assert ("{{experiment}}" in target["legendFormat"]) == bool(of_experiments)
 
 
 def test_prometheus_reads_the_rules_and_the_trunks_port() -> None:
