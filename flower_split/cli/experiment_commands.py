@@ -32,7 +32,13 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     sweep.add_argument(
         "--baselines",
         metavar="NAME,…",
-        help="central, alone, federated, sequential, splitfed-v2; default: none",
+        help="central, alone, federated, sequential, splitfed-v1, splitfed-v2; default: none",
+    )
+    sweep.add_argument(
+        "--also",
+        action="append",
+        metavar="'KEY=VALUE …'",
+        help="one further variant beside the grid, with every seed; may be given several times",
     )
     sweep.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="where all of it goes"
@@ -45,7 +51,24 @@ def _add_sweep(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="KEY=VALUE …",
         help="override the app's configuration in every run",
     )
+    _add_limits(sweep)
     sweep.set_defaults(handler=_sweep)
+
+
+def _add_limits(sweep: argparse.ArgumentParser) -> None:
+    asked = sweep.add_argument_group("what a quality costs, from the curves of the runs")
+    for name, unit, what in (
+        ("--budget-mb", "MB", "quality within a budget of bytes, in millions, of all clients"),
+        ("--budget-seconds", "SECONDS", "quality within a budget of time"),
+        ("--target-perplexity", "X", "what it cost to get there"),
+    ):
+        asked.add_argument(name, type=float, default=0.0, metavar=unit, help=what)
+    asked.add_argument(
+        "--robust-over",
+        default="",
+        metavar="KEY",
+        help="how much worse every variant ends at the other values of this key of the grid",
+    )
 
 
 def _add_report(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -90,15 +113,23 @@ def _add_watch(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 def _sweep(arguments: argparse.Namespace) -> int:
     # Torch and Flower take seconds to load: only the command that needs them does.
     from flower_split.cli.sweep import SweepCommand, sweep
+    from flower_split.experiments.protocols import Limits
 
     return sweep(
         SweepCommand(
             what=arguments.what,
             grid=arguments.grid,
+            also=arguments.also,
             baselines=arguments.baselines,
             out=arguments.out,
             jobs=arguments.jobs,
             run_config=arguments.run_config,
+            limits=Limits(
+                megabytes=arguments.budget_mb,
+                seconds=arguments.budget_seconds,
+                perplexity=arguments.target_perplexity,
+                harder=arguments.robust_over,
+            ),
         )
     )
 

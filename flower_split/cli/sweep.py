@@ -13,13 +13,14 @@ from flower_split.cli.paths import absolute_paths
 from flower_split.config import Scalar
 from flower_split.errors import ConfigError
 from flower_split.experiments.grid import Axes, checked_axis, parse_grid
+from flower_split.experiments.protocols import Limits, write_protocols
 from flower_split.experiments.results import Demand, RunResult, read_result
 from flower_split.experiments.sweep import Sweep, check_sweep, outcomes, run_sweep
 from flower_split.experiments.table import check_libraries, write_results
 from flower_split.local.job import LocalJob, load_modules
 from flower_split.runtime.exit_codes import COMPLETED, FAILED, STOPPED
 
-_KEYS = ("app", "grid", "baselines", "run-config")
+_KEYS = ("app", "grid", "also", "baselines", "run-config")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,10 +29,12 @@ class SweepCommand:
 
     what: Path  # an app's directory, or a sweep's TOML file
     grid: str | None = None
+    also: Sequence[str] | None = None  # values of --also
     baselines: str | None = None  # separated by commas
     out: Path
     jobs: int = 1
     run_config: Sequence[str] | None = None  # values of --run-config
+    limits: Limits = Limits()  # what is asked beside the table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +43,7 @@ class _Described:
 
     app: Path
     axes: Axes = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     baselines: tuple[str, ...] = ()
     run_config: Mapping[str, Scalar] = field(default_factory=dict)
 
@@ -52,6 +56,7 @@ def sweep(command: SweepCommand) -> int:
     """
     wanted = prepare(command, Path.cwd())
     check_sweep(wanted)
+    command.limits.check(wanted.axes)
     check_libraries()
     load_modules()  # before the forks, so that every process has them
     with Interrupts() as interrupts:
@@ -61,6 +66,8 @@ def sweep(command: SweepCommand) -> int:
     if found:
         results = _with_demand(wanted, [read_result(*item) for item in found.items()])
         print(f"\n{write_results(wanted.out, results, wanted.axes)}\n")
+        if command.limits.asked:
+            print(f"{write_protocols(wanted.out, results, found, wanted.axes, command.limits)}\n")
         print(f"{len(found)} of {len(wanted.cells)} runs; tables and figure in {wanted.out}")
     if stopped or failed:
         why = "the sweep was stopped" if stopped else f"{len(failed)} runs failed"
@@ -101,6 +108,12 @@ def prepare(command: SweepCommand, here: Path) -> Sweep:
     if not axes:
         raise ConfigError("a sweep needs a grid: --grid 'seed=0,1,2 mode=joint,frozen'.")
     app.check_keys({key: values[0] for key, values in axes.items()})
+    texts = command.also
+    if texts is None:  # the file's are beside the file's own grid
+        texts = described.also if command.grid is None else ()
+    also = [parse_overrides([text]) for text in texts]
+    for settings in also:
+        app.check_keys(settings)
     baselines = described.baselines
     if command.baselines is not None:
         baselines = tuple(filter(None, command.baselines.split(",")))
@@ -112,6 +125,7 @@ def prepare(command: SweepCommand, here: Path) -> Sweep:
             run_config={**app.values, **absolute_paths(config, here)},
         ),
         axes=axes,
+        also=also,
         baselines=baselines,
         out=(here / command.out.expanduser()).resolve(),
         jobs=command.jobs,
@@ -127,17 +141,20 @@ def _described(path: Path) -> _Described:
         raise ConfigError(f"the sweep {path} cannot be read: {error}. Correct the file.") from error
     unknown = sorted(table.keys() - set(_KEYS))
     app, grid, baselines = table.get("app"), table.get("grid", {}), table.get("baselines", [])
-    config = table.get("run-config", {})
+    config, also = table.get("run-config", {}), table.get("also", [])
     well = isinstance(app, str) and isinstance(grid, dict) and isinstance(config, dict)
-    if unknown or not well or not isinstance(baselines, list):
+    well = well and isinstance(baselines, list) and isinstance(also, list)
+    if unknown or not well:
         raise ConfigError(
             f"the sweep {path} must have app (a directory, from the file's), and may have the tables "
-            "grid (key = list of values) and run-config, and the list baselines"
+            "grid (key = list of values) and run-config, and the lists baselines and also (further "
+            "variants, as KEY=VALUE …)"
             + (f"; it has {', '.join(unknown)}." if unknown else "; one of them is something else.")
         )
     return _Described(
         app=path.parent / str(app),
         axes=dict(_axes(grid, path)),
+        also=tuple(str(text) for text in also),
         baselines=tuple(str(name) for name in baselines),
         run_config=flatten(config),
     )

@@ -23,7 +23,6 @@ from flower_split.lora import (
 from flower_split.lora.state import adapter_parameters
 from flower_split.parties.client_ranks import widened
 from flower_split.parties.parts import model_cuts
-from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
@@ -58,10 +57,10 @@ def train_alone(
 
 
 def evaluate_alone(client: Client, adapter: Mapping[str, Tensor]) -> EvalResult:
-    """Return the held-out loss of an adapter of the whole model, at the run's ranks."""
+    """Return the held-out loss and scores of an adapter of the whole model, at the run's ranks."""
     model, _ = client.kept.whole_model(SAME_AS_RUN)
     load_adapter_state(model, adapter)
-    return evaluate(model, client.eval_batches(), client.device, client.config.model)
+    return client.held_out(model)
 
 
 def part_optimizers(client: Client, model: PreTrainedModel) -> list[PartOptimizer]:

@@ -21,6 +21,7 @@ from flower_split.client.node_route import NodeRoute
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig
 from flower_split.data import ClientData, batches, eval_batches
+from flower_split.data.prompts import prompt_batches
 from flower_split.lora import (
     base_digests,
     base_values,
@@ -36,10 +37,12 @@ from flower_split.parties.client_ranks import OwnLora
 from flower_split.parties.parts import client_cuts, client_parts
 from flower_split.runtime.tracing import PROCESS_TRACING
 from flower_split.split import CutLayers, set_trunk
+from flower_split.training.generation import score_texts
 from flower_split.training.loss import evaluate
 from flower_split.training.measures import EvalResult, RoundPosition, TrainResult
 from flower_split.training.optimizers import PartOptimizer
 from flower_split.training.round import train_round
+from flower_split.training.text_scores import check_libraries
 from flower_split.wire.client_certificate import NO_CERTIFICATE
 from flower_split.wire.codecs import WireCodecs
 from flower_split.wire.transports import TRANSPORTS
@@ -139,10 +142,11 @@ class Client:
             concurrency: How many clients its simulation runs at once; 0: not a simulation.
 
         Raises:
-            ConfigError: A codec of the run is not installed here.
+            ConfigError: A codec of the run, or a library of its scores, is not installed here.
         """
         WireCodecs.make(self.config.trunk.wire_dtype, self.config.trunk.gradient_wire_dtype)
         TRANSPORTS.get(self.config.trunk.transport)
+        check_libraries(self.config.evaluation.names)
         return ClientFacts(
             partition_id=self.partition_id,
             num_partitions=self.num_partitions,
@@ -239,9 +243,33 @@ class Client:
         self._load(adapter, base_change)
         with self._trunk(order.trunk) as trunk:
             trunk.open(0, evaluate=True)
-            result = evaluate(self.model, self.eval_batches(), self.device, self.config.model)
+            result = self.held_out(self.model)
             wire = trunk.take_stats()
         return replace(result, bytes_sent=wire.bytes_sent, bytes_received=wire.bytes_received)
+
+    def held_out(self, model: PreTrainedModel) -> EvalResult:
+        """Return what a model comes to on the held-out data: its loss, and the sums of its scores.
+
+        Args:
+            model: This client's, with its trunk in place, or a whole model.
+
+        Raises:
+            DataError: Text is to be scored, and no held-out record has a prompt.
+            TrunkError: The trunk refused or did not answer in time.
+        """
+        result = evaluate(model, self.eval_batches(), self.device, self.config.model)
+        scores = self.config.evaluation
+        if not scores.names:
+            return result
+        assert self.kept.tokenizer is not None, "a task that continues prompts reads text"
+        prompts = prompt_batches(
+            self.data.evaluate,
+            self.config.train.batch_size,
+            self._pad_token_id,
+            scores.max_prompts,
+        )
+        texts = score_texts(model, prompts, self.kept.tokenizer, scores)
+        return replace(result, sums={**result.sums, **texts})
 
     def position(self, server_round: int) -> RoundPosition:
         """Return where a round stands in the run, for this client."""

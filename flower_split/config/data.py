@@ -34,8 +34,8 @@ class DataConfig:
     label_field: str = "label"
     """Of a classification: the field with a record's label, or with the labels of its tokens."""
     image_field: str = "image"
-    """Of image-classification: the field with a path, which begins at the folder of the file that holds
-    the record, or with the bytes of an image file."""
+    """Of image-classification and image-text-to-text: the field with a path, which begins at the folder
+    of the file that holds the record, or with the bytes of an image file."""
     ignore_fields: str = ""
     """Fields of records and messages that may be passed over, as "name, name"; any other that is not
     understood is refused. Metadata such as id and source is passed over always."""

@@ -6,6 +6,17 @@ from flower_split.config.validation import at_least, one_of
 from flower_split.errors import ConfigError
 
 LOSSES = ("eval-loss", "train-loss")
+SCORES = (
+    "accuracy",
+    "f1",
+    "exact-match",
+    "text-exact-match",
+    "rouge1",
+    "rouge2",
+    "rouge-l",
+    "bleu",
+)
+"""Of held-out data, where the task or ``evaluation.text-scores`` has them; larger is better."""
 CENTRAL = "central."
 """Begins the names of what the app's own ``evaluate_fn`` measures."""
 
@@ -16,7 +27,9 @@ class EarlyStoppingConfig:
 
     metric: str = ""
     """What to look at after a round: eval-loss (held-out, over all clients that evaluated), train-loss,
-    or central.NAME (NAME of what the app's evaluate_fn returns); empty: the run goes to its end."""
+    a held-out score that the run has (accuracy, f1, exact-match, text-exact-match, rouge1, rouge2,
+    rouge-l, bleu; with goal = max), or central.NAME (NAME of what the app's evaluate_fn returns); empty:
+    the run goes to its end."""
     goal: str = "min"
     """Whether smaller (min) or larger (max) is better."""
     patience: int = 3
@@ -31,9 +44,10 @@ class EarlyStoppingConfig:
 
     def __post_init__(self) -> None:
         """Check names and ranges."""
-        if self.metric and self.metric not in LOSSES and not self.central_name:
+        known = (*LOSSES, *SCORES)
+        if self.metric and self.metric not in known and not self.central_name:
             raise ConfigError(
-                f"early-stopping.metric must be one of {', '.join(LOSSES)}, or {CENTRAL}NAME with the "
+                f"early-stopping.metric must be one of {', '.join(known)}, or {CENTRAL}NAME with the "
                 f"name of what the app's evaluate_fn returns; it is {self.metric!r}."
             )
         one_of("early-stopping.goal", self.goal, ("min", "max"))

@@ -16,6 +16,7 @@ QUESTION_ANSWERING = "question-answering"
 MASKED_LM = "masked-lm"
 SEQ2SEQ = "seq2seq"
 IMAGE_CLASSIFICATION = "image-classification"
+IMAGE_TEXT_TO_TEXT = "image-text-to-text"
 TASKS = (
     CAUSAL_LM,
     SEQ2SEQ,
@@ -24,7 +25,10 @@ TASKS = (
     QUESTION_ANSWERING,
     MASKED_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TEXT_TO_TEXT,
 )
+NEXT_TOKEN = (CAUSAL_LM, IMAGE_TEXT_TO_TEXT)  # whose loss is that of every next token
+GENERATING = (CAUSAL_LM, SEQ2SEQ, IMAGE_TEXT_TO_TEXT)  # whose models continue a prompt
 WITH_LABELS = (SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, IMAGE_CLASSIFICATION)
 OF_RECORDS = (SEQUENCE_CLASSIFICATION, QUESTION_ANSWERING, IMAGE_CLASSIFICATION)  # one label each
 WITH_OWN_HEAD = (*WITH_LABELS, QUESTION_ANSWERING)  # which a base model lacks
@@ -41,7 +45,8 @@ class ModelConfig:
     """Hub revision; empty: the default branch."""
     task: str = CAUSAL_LM
     """What the model does: causal-lm, seq2seq (cut in the encoder), sequence-classification,
-    token-classification, question-answering, masked-lm or image-classification."""
+    token-classification, question-answering, masked-lm, image-classification or image-text-to-text
+    (vision and language; cut in the language model)."""
     labels: str = ""
     """Of a classification: the classes, as "name, name"; a record's label is a name, or an index from 0."""
     first_cut: int = 2

@@ -8,6 +8,7 @@ from flower_split.config.clipping import clips_over_model
 from flower_split.config.combinations import check_combinations
 from flower_split.config.data import DataConfig
 from flower_split.config.early_stopping import EarlyStoppingConfig
+from flower_split.config.evaluation import EvaluationConfig
 from flower_split.config.lora import LoraConfigs
 from flower_split.config.model import ModelConfig
 from flower_split.config.privacy import PrivacyConfig
@@ -76,6 +77,8 @@ class RunConfig:
     """The aggregation."""
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     """Differential privacy."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """What evaluations measure beside the loss."""
     early_stopping: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
     """When the run ends before its last round."""
     app: Mapping[str, Scalar] = field(default_factory=dict, hash=False)

@@ -23,7 +23,8 @@ def batches(
     order depends on ``seed`` and the epoch's number alone.
 
     Returns:
-        An iterator over dicts of ``input_ids`` and ``attention_mask``, or ``pixel_values``, and ``labels``.
+        An iterator over dicts of ``input_ids`` and ``attention_mask``, of ``pixel_values``, or of both, and
+        ``labels``.
 
     Raises:
         DataError: There are no examples (at once, not at the first batch).
@@ -60,13 +61,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     Where labels are another sequence, the input is padded to its length too: a trunk takes no more
     labels than it sees positions.
     """
-    images = [example.image for example in examples if example.image is not None]
-    if images:
-        return {
-            "pixel_values": torch.stack([image.pixels() for image in images]),
-            "labels": torch.tensor([example.labels[0] for example in examples]),
-        }
+    seen = collate_images(examples)
     form = examples[0].form
+    if seen and form == "record":
+        return {**seen, "labels": torch.tensor([example.labels[0] for example in examples])}
     length = max(len(example.input_ids) for example in examples)
     target = max(len(example.labels) for example in examples)
     if form == "target":
@@ -83,6 +81,24 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]
     }
     if form == "record" and target == 1:
         batch["labels"] = batch["labels"][:, 0]
-    if examples[0].types:
-        batch["token_type_ids"] = padded([example.types for example in examples], 0)
-    return batch
+    for name in examples[0].kinds:
+        batch[name] = padded([list(example.kinds[name]) for example in examples], 0)
+    return {**batch, **seen}
+
+
+def collate_images(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """Return what a model sees of the examples' pictures, joined; empty: there is none.
+
+    Raises:
+        DataError: The processor makes inputs of several sizes of them, which no batch can hold.
+    """
+    made = [example.image.inputs() for example in examples if example.image is not None]
+    if not made:
+        return {}
+    try:
+        return {name: torch.cat([each[name] for each in made]) for name in made[0]}
+    except RuntimeError as error:
+        raise DataError(
+            f"pictures of one batch must have one size after the model's image processor: {error}. Set "
+            "train.batch-size = 1, or give pictures of one size."
+        ) from error

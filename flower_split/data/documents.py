@@ -2,8 +2,8 @@
 
 A document is text (packed with its neighbours), a prompt with its completion (loss on the
 completion), or a conversation (loss on the assistant's turns, or on what follows its prompt); of other
-tasks than language modelling, a text with its class, words with theirs, a question with its answer, or a
-picture with its class.
+tasks than language modelling, a text with its class, words with theirs, a question with its answer, a
+picture with its class, or one with a prompt and what should follow.
 """
 
 import json
@@ -106,8 +106,27 @@ class Picture:
     label: int  # index of the class
 
 
+@dataclass(frozen=True, slots=True)
+class PictureCompletion:
+    """An image with a prompt, and what should follow; the completion is learned."""
+
+    place: str
+    stored: Path | bytes  # an image file, or what it holds
+    digest: str  # of what it holds
+    prompt: str
+    completion: str
+
+
 Document: TypeAlias = (
-    Text | Completion | Chat | ChatCompletion | Labelled | Tagged | Question | Picture
+    Text
+    | Completion
+    | Chat
+    | ChatCompletion
+    | Labelled
+    | Tagged
+    | Question
+    | Picture
+    | PictureCompletion
 )
 
 
@@ -130,6 +149,8 @@ def content_of(document: Document) -> str:
             return json.dumps([question, context])
         case Picture(digest=digest):
             return digest
+        case PictureCompletion(digest=digest, prompt=prompt, completion=completion):
+            return json.dumps([digest, prompt, completion])
 
 
 def text_of_document(document: Document) -> str:
@@ -151,3 +172,5 @@ def text_of_document(document: Document) -> str:
             return f"{question}\n{context}"
         case Picture(digest=digest):
             return digest  # equal pictures say the same; what others show is not compared
+        case PictureCompletion(prompt=prompt, completion=completion):
+            return f"{prompt}\n{completion}"

@@ -5,7 +5,7 @@ token of an example is never predicted.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
@@ -26,13 +26,17 @@ NO_LOSS = -100
 class Image(Protocol):
     """A picture that can be made into what a model sees, again and again."""
 
-    def pixels(self) -> Tensor:
-        """Return ``[channels, height, width]``, the same numbers every time."""
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Return the model's inputs by name, one example's, such as ``pixel_values``.
+
+        Each is ``[1, …]``, or whatever rows the family's processor gives one picture; batches join them
+        along that first axis. The numbers are the same every time.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence or one picture, and what is learned of it.
+    """One sequence, one picture or both, and what is learned of it.
 
     ``labels`` is as long as ``input_ids`` (form "tokens"), another sequence (form "target"), or of the
     sequence as a whole: its class, or an answer's first and last token (form "record").
@@ -41,8 +45,9 @@ class Example:
     input_ids: list[int]
     labels: list[int]
     form: Literal["tokens", "target", "record"] = "tokens"
-    types: list[int] = field(default_factory=list)  # of the tokens, where there are two texts
-    image: Image | None = None  # instead of the sequence
+    kinds: Mapping[str, list[int]] = field(default_factory=dict)
+    """Further inputs with a number for each token, by name, such as ``token_type_ids``."""
+    image: Image | None = None  # beside the sequence, or, where that is empty, instead of it
 
     @property
     def num_tokens(self) -> int:

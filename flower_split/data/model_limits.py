@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from flower_split.config import ModelConfig, RunConfig
-from flower_split.config.model import CAUSAL_LM
+from flower_split.config.model import NEXT_TOKEN
 from flower_split.errors import ConfigError
 from flower_split.split.loading.model_source import ModelSource
 
@@ -41,7 +41,7 @@ def check_model_limits(config: RunConfig, tokenizer: PreTrainedTokenizerBase | N
     if model is None:
         return  # loading the model says what is wrong with its configuration
     name = config.model.name
-    if config.model.task == CAUSAL_LM and sees_later_tokens(model):
+    if config.model.task in NEXT_TOKEN and sees_later_tokens(model):
         raise ConfigError(
             f"model.name must be a causal language model; {name!r} ({model.model_type}) is an encoder: "
             "each token sees those after it, so it would see its own labels. Use a decoder, or another "

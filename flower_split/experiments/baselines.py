@@ -27,6 +27,7 @@ from flower_split.experiments.turn_baselines import (
     federated_round,
     run_rounds,
     sequential_round,
+    split_fed_v1_round,
     split_fed_v2_round,
 )
 from flower_split.lora import adapter_state, load_adapter_state
@@ -148,6 +149,8 @@ class Baseline:
         about: What it is, in a sentence.
         run: Trains, evaluates and records it.
         whole_model: Whether a client has all of the model, and there is no trunk.
+        in_turns: Whether the trunk works with one client at a time.
+        trunk_copies: Whether each client has a copy of the trunk.
         all_in_a_step: Whether an optimizer step takes the micro-batches of all clients.
     """
 
@@ -157,11 +160,15 @@ class Baseline:
         run: Callable[[Sequence[Client], Recorder], None],
         *,
         whole_model: bool = False,
+        in_turns: bool = False,
+        trunk_copies: bool = False,
         all_in_a_step: bool = False,
     ) -> None:
         self.about = about
         self.run = run
         self.whole_model = whole_model
+        self.in_turns = in_turns
+        self.trunk_copies = trunk_copies
         self.all_in_a_step = all_in_a_step
 
 
@@ -181,20 +188,28 @@ BASELINES: Mapping[str, Baseline] = {
     ),
     "federated": Baseline(
         "federated LoRA with the whole model on each client: in every round each trains it from the "
-        "global adapter, and A and B of all parts are averaged by tokens. SplitFed V1, which has a copy "
-        "of the trunk for each client and averages them, computes the same (Thapa et al., AAAI 2022).",
+        "global adapter, and A and B of all parts are averaged by tokens.",
         lambda clients, recorder: run_rounds(clients, recorder, federated_round),
         whole_model=True,
+    ),
+    "splitfed-v1": Baseline(
+        "SplitFed V1: the server has a copy of the trunk for each client, and after every round the copies "
+        "are averaged by tokens, as are bottoms and tops (Thapa et al., AAAI 2022). It computes what "
+        "federated computes; what differs is who holds what, and what travels.",
+        lambda clients, recorder: run_rounds(clients, recorder, split_fed_v1_round),
+        trunk_copies=True,
     ),
     "sequential": Baseline(
         "split learning in turns: the clients train one after the other, each from where the one before "
         "it stopped, with one trunk (Gupta and Raskar, 2018).",
         lambda clients, recorder: run_rounds(clients, recorder, sequential_round),
+        in_turns=True,
     ),
     "splitfed-v2": Baseline(
         "SplitFed V2: in every round one trunk trains with one client after the other, in random order; "
         "bottoms and tops begin equal and are averaged by tokens (Thapa et al., AAAI 2022).",
         lambda clients, recorder: run_rounds(clients, recorder, split_fed_v2_round),
+        in_turns=True,
     ),
 }
 """Name -> baseline."""
@@ -207,6 +222,7 @@ _OF_THE_FEDERATION = (
     "model.cuts-by-partition",
     "train.micro-batches-in-flight",
     "train.auxiliary-head",
+    "train.sync",
 )
 _OF_ITS_TRUNK = ("trunk.optimizer.", "trunk.train")  # which an unsplit model trains as well
 

@@ -81,14 +81,27 @@ def checked_axis(key: str, values: Sequence[Scalar]) -> tuple[Scalar, ...]:
     return tuple(values)
 
 
-def cells_of(axes: Axes, baselines: Sequence[str]) -> list[Cell]:
-    """Return all runs of a sweep: every combination of values, then every baseline that they need.
+Settings = Mapping[str, Scalar]
+"""Keys of one variant beside the grid, with their values."""
+
+
+def cells_of(axes: Axes, baselines: Sequence[str], also: Sequence[Settings] = ()) -> list[Cell]:
+    """Return all runs of a sweep: every combination of values, further variants, then baselines.
 
     A baseline takes the first value of the keys that only the federation has.
+
+    Args:
+        axes: The grid.
+        baselines: By name.
+        also: Further variants: each runs with every seed, and elsewhere with the grid's first values.
     """
     cells = [
         Cell(tuple(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())
     ]
+    seeds: Sequence[tuple[tuple[str, Scalar], ...]] = [
+        ((SEED, seed),) for seed in axes.get(SEED, ())
+    ] or [()]
+    cells += [Cell((*settings.items(), *seed)) for settings in also for seed in seeds]
     own = {key: values for key, values in axes.items() if has_own_baseline(key)}
     for name in baselines:
         cells += [

@@ -31,6 +31,9 @@ class Demand:
     client_flops: int  # floating-point operations of an optimizer step
     trunk_bytes: int  # 0: there is no trunk
     trunk_flops: int  # for one client's optimizer step
+    wire_bytes: int = (
+        0  # to and from the trunk in the whole run, all clients, as planned; 0: none, or unknown
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,14 +159,14 @@ def _variant(group: Sequence[RunResult], first: Sequence[RunResult], axes: Axes)
     return VariantResult(
         name=name_of(group[0].cell, axes),
         perplexities=perplexities,
-        mean=_mean(perplexities),
-        deviation=_deviation(perplexities),
-        change=_mean(changes),
-        change_deviation=_deviation(changes),
+        mean=mean_of(perplexities),
+        deviation=deviation_of(perplexities),
+        change=mean_of(changes),
+        change_deviation=deviation_of(changes),
         p=_paired_p([mine[s].loss for s in both], [others[s].loss for s in both]),
-        trunk_bytes=_mean([result.trunk_bytes for result in group]),
-        adapter_bytes=_mean([result.adapter_bytes for result in group]),
-        seconds=_mean([result.seconds for result in group]),
+        trunk_bytes=mean_of([result.trunk_bytes for result in group]),
+        adapter_bytes=mean_of([result.adapter_bytes for result in group]),
+        seconds=mean_of([result.seconds for result in group]),
         demand=group[0].demand,
     )
 
@@ -173,19 +176,21 @@ def name_of(cell: Cell, axes: Axes) -> str:
     shown = [
         f"{value}" if key == "mode" else f"{key.rpartition('.')[2]} {value}"
         for key, value in cell.variant
-        if len(axes[key]) > 1
+        if key not in axes or len(axes[key]) > 1
     ]
     return ", ".join([*([cell.baseline] if cell.baseline else []), *shown]) or "the run"
 
 
-def _mean(values: Sequence[float]) -> float:
+def mean_of(values: Sequence[float]) -> float:
+    """Return the mean; NaN of nothing."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def _deviation(values: Sequence[float]) -> float:
+def deviation_of(values: Sequence[float]) -> float:
+    """Return the standard deviation of a sample; NaN of fewer than two."""
     if len(values) < 2:
         return math.nan
-    mean = _mean(values)
+    mean = mean_of(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 

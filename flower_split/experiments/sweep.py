@@ -20,7 +20,7 @@ from pathlib import Path
 from flower_split.config import RunConfig, Scalar, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError, RunDirectoryError
 from flower_split.experiments.baselines import check_baseline, run_baseline
-from flower_split.experiments.grid import SEED, Axes, Cell, cells_of, config_of
+from flower_split.experiments.grid import SEED, Axes, Cell, Settings, cells_of, config_of
 from flower_split.local.job import LocalJob, run_job
 from flower_split.local.process import Output, RunProcess
 from flower_split.runs.files import read_config
@@ -42,6 +42,7 @@ class Sweep:
     app: LocalJob  # the app; run_config is that of every run, before its own values
     axes: Axes
     baselines: Sequence[str] = ()
+    also: Sequence[Settings] = ()  # variants beside the grid
     out: Path  # absolute
     jobs: int = 1  # runs at a time
     say: Callable[[str], None] = field(default=print)
@@ -49,7 +50,7 @@ class Sweep:
     @property
     def cells(self) -> list[Cell]:
         """Return all of its runs."""
-        return cells_of(self.axes, self.baselines)
+        return cells_of(self.axes, self.baselines, self.also)
 
     def directory(self, cell: Cell) -> Path:
         """Return a run's directory."""

@@ -46,7 +46,7 @@ def table_cells(variants: Sequence[VariantResult]) -> list[list[str]]:
                 _with_deviation(item.mean, item.deviation, ".2f"),
                 change,
                 _p(item.p),
-                _megabytes(item.trunk_bytes),
+                _megabytes(item.trunk_bytes or _planned_bytes(item.demand)),
                 _megabytes(item.adapter_bytes),
                 *_demand(item.demand),
                 f"{item.seconds:.0f}",
@@ -124,6 +124,11 @@ def _p(value: float) -> str:
 
 def _megabytes(value: float) -> str:
     return "–" if not value or math.isnan(value) else f"{value / 1e6:,.1f}"
+
+
+def _planned_bytes(demand: Demand | None) -> int:
+    """Return the bytes of calls that nobody has counted, as those of a baseline in one process."""
+    return 0 if demand is None else demand.wire_bytes
 
 
 def _demand(demand: Demand | None) -> list[str]:

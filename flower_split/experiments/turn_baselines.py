@@ -59,6 +59,18 @@ class Turns:
         self.trunk = self.trunk or trunk
         return self._round(client, server_round, [own, *self.trunk])
 
+    def clients_part(self, adapter: Adapter) -> Adapter:
+        """Return what of an adapter a split model's clients hold: that of bottom and top."""
+        first = self.clients[0]
+        model, _ = first.kept.whole_model(SAME_AS_RUN)
+        of_trunk = names_of_trunk(first, model, adapter)
+        return {name: tensor for name, tensor in adapter.items() if name not in of_trunk}
+
+    def count(self, client: Client, adapter: Adapter) -> None:
+        """Count the bytes of an adapter that a client is given, and gives back trained."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
+        self.recorder.traffic.add(client.partition_id, "adapters", up=size, down=size)
+
     def _round(
         self, client: Client, server_round: int, optimizers: Sequence[PartOptimizer]
     ) -> tuple[Adapter, int]:
@@ -96,11 +108,23 @@ def run_rounds(clients: Sequence[Client], recorder: Recorder, one_round: Round) 
 
 def federated_round(turns: Turns, server_round: int, adapter: Adapter) -> Adapter:
     """Train the whole model on each client from one adapter, and average by tokens."""
-    size = sum(tensor.numel() * tensor.element_size() for tensor in adapter.values())
     trained = []
     for client in turns.clients:
         trained.append(turns.train(client, server_round, adapter))
-        turns.recorder.traffic.add(client.partition_id, "adapters", up=size, down=size)
+        turns.count(client, adapter)
+    return mean_by_tokens(trained)
+
+
+def split_fed_v1_round(turns: Turns, server_round: int, adapter: Adapter) -> Adapter:
+    """Train each client with a trunk of its own from one adapter, and average all parts by tokens.
+
+    It is the arithmetic of :func:`federated_round`; the trunk's copies stay on the server.
+    """
+    of_client = turns.clients_part(adapter)
+    trained = []
+    for client in turns.clients:
+        trained.append(turns.train(client, server_round, adapter))
+        turns.count(client, of_client)
     return mean_by_tokens(trained)
 
 
@@ -108,14 +132,14 @@ def sequential_round(turns: Turns, server_round: int, adapter: Adapter) -> Adapt
     """Train one client after the other, each from where the one before it stopped."""
     for client in turns.clients:
         adapter, _ = turns.train_with_shared_trunk(client, server_round, adapter)
+        turns.count(client, turns.clients_part(adapter))
     return adapter
 
 
 def split_fed_v2_round(turns: Turns, server_round: int, adapter: Adapter) -> Adapter:
     """Train one trunk with one client after the other; average bottoms and tops by tokens."""
-    first = turns.clients[0]
-    model, _ = first.kept.whole_model(SAME_AS_RUN)
-    of_trunk = names_of_trunk(first, model, adapter)
+    of_client = turns.clients_part(adapter)
+    of_trunk = adapter.keys() - of_client.keys()
     order = list(turns.clients)
     random.Random(f"{turns.recorder.config.seed}/{server_round}").shuffle(order)
     trained, trunk = [], {name: adapter[name] for name in of_trunk}
@@ -123,6 +147,7 @@ def split_fed_v2_round(turns: Turns, server_round: int, adapter: Adapter) -> Ada
         found, tokens = turns.train_with_shared_trunk(client, server_round, {**adapter, **trunk})
         trunk = {name: found[name] for name in of_trunk}
         trained.append((found, tokens))
+        turns.count(client, of_client)
     return {**mean_by_tokens(trained), **trunk}
 
 

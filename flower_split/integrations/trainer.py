@@ -19,8 +19,8 @@ bottom, trunk and top, as for the unsplit model, and ``grad_norm`` in the traine
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,7 +43,9 @@ from flower_split.training.step_end import end_step_together
 
 logger = logging.getLogger(__name__)
 
-Inputs = dict[str, Any]  # what a trainer's collator makes: mostly tensors
+Inputs = (
+    dict[str, Any] | list[Any]
+)  # what a collator makes: mostly tensors; or records, as of prompts
 
 
 def connect_trainer(trainer: Trainer, *, step_every: str = "local-step") -> None:
@@ -232,6 +234,11 @@ class _Connection(TrainerCallback):
         inputs: Inputs,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
+        if isinstance(inputs, list) and not self._whole_round and self._window:
+            # Texts are generated now, before the micro-batch's own forward says which step it needs.
+            trunk = _remote(self._slot)
+            assert trunk.grant is not None, "training has begun"
+            trunk.wait_version(trunk.grant.version + self._window)
         last = self._done + 1 == len(self._tokens)
         if self._whole_round:
             last = last and self._window + 1 == self._num_steps
@@ -242,7 +249,7 @@ class _Connection(TrainerCallback):
             loss_denominator=sum(self._tokens),
             last=last,
         ):
-            loss = self._training_step(model, inputs, num_items_in_batch)
+            loss = self._training_step(model, cast(dict[str, Any], inputs), num_items_in_batch)
         self._index += 1
         self._done += 1
         return loss
@@ -292,12 +299,14 @@ class LocalTrunkOptimizer(TrainerCallback):
         self._step += 1
 
 
-def _num_label_tokens(inputs: Mapping[str, Any]) -> int:
+def _num_label_tokens(inputs: Inputs) -> int:
     """Return what a micro-batch counts: its label tokens after the causal shift; at least 1.
 
     A micro-batch without any still takes part: its gradient is zero. Without labels ``[batch, seq]``
     it counts one per row.
     """
+    if isinstance(inputs, list):
+        return max(1, len(inputs))
     labels = inputs.get("shift_labels")
     if labels is None and isinstance(inputs.get("labels"), Tensor):
         labels = inputs["labels"]

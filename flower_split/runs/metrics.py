@@ -46,6 +46,11 @@ _SCORES = {
     "accuracy": "share of labels that are right, where the task has it",
     "f1": "of classes (macro), or of answers, where the task has it",
     "exact_match": "share of records that are right as a whole, where the task has it",
+    "text_exact_match": "share of generated texts that are right (evaluation.text-scores)",
+    "rouge1": "F1 of generated texts' words, mean over records",
+    "rouge2": "F1 of their pairs of words",
+    "rouge_l": "F1 of their longest common subsequence of words",
+    "bleu": "of all generated texts together, 0 to 100",
 }
 
 SCHEMA: Mapping[str, Kind] = {

@@ -54,6 +54,7 @@ from flower_split.server.strategy_factory import RunParts, make_strategy, metric
 from flower_split.server.traffic import MeteredGrid
 from flower_split.server.trunk_connection import ConnectedTrunk, check_free, connect_trunk
 from flower_split.server.trunk_strategy import TrunkStrategy
+from flower_split.training.text_scores import check_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ def run(
     if inner is None:
         check_combinations(config)
     check_additions(config, additions)
+    check_libraries(config.evaluation.names)
     loggers = make_loggers(config)
     check_files(config, simulated=is_simulation(grid))
     directory = open_directory(config)

@@ -254,7 +254,7 @@ class Recorder:
             missing = len(self.names) > len(evaluated)
             whose = f" (of partitions {', '.join(map(str, evaluated))} only)" if missing else ""
             parts.append(f"held-out perplexity {held_out.perplexity:.2f}{whose}")
-            scores = scores_of(held_out.sums, self.config.model)
+            scores = self.scores(server_round)
             record |= scores
             parts += [f"{name} {value:.3f}" for name, value in scores.items()]
         if tokens:
@@ -291,6 +291,11 @@ class Recorder:
         """Return a round's held-out loss, in nats per label token; None where nobody evaluated."""
         held_out = self.pooled(server_round)
         return None if held_out is None else held_out.loss_sum / max(held_out.num_tokens, 1)
+
+    def scores(self, server_round: int) -> dict[str, float]:
+        """Return a round's held-out scores over all clients that evaluated, by name."""
+        held_out = self.pooled(server_round)
+        return {} if held_out is None else scores_of(held_out.sums, self.config.model)
 
     def finish(self, facts: Mapping[str, int | float | str]) -> None:
         """Write summary and report, and show the table in the log."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp.strategy import Result
 
+from flower_split.config.early_stopping import SCORES
 from flower_split.errors import ConfigError
 from flower_split.server.additions import Additions, EndedRound, GlobalModel
 from flower_split.server.early_stopping import reason_to_stop
@@ -127,13 +128,16 @@ class RunHooks(RoundHooks):
         """Return why early stopping ends the run; empty: it does not.
 
         Raises:
-            ConfigError: The metric is one that evaluate_fn has not returned.
+            ConfigError: The metric is one that evaluate_fn has not returned, or a score that neither the
+                task nor evaluation.text-scores has.
         """
         config = self._recorder.config.early_stopping
         if not config.metric:
             return ""
         losses = {"train-loss": ended.train_loss, "eval-loss": ended.eval_loss}
         value = losses.get(config.metric)
+        if config.metric in SCORES and ended.eval_loss is not None:
+            value = self._score(config.metric, ended.server_round)
         if config.central_name and ended.central:
             if config.central_name not in ended.central:
                 raise ConfigError(
@@ -145,3 +149,19 @@ class RunHooks(RoundHooks):
         if any(math.isnan(number) for number in now.values()):
             logger.warning("round %d: %s is no number", ended.server_round, config.metric)
         return reason_to_stop(config, self._recorder.run.metrics(), now)
+
+    def _score(self, metric: str, server_round: int) -> float:
+        """Return a score of an evaluated round.
+
+        Raises:
+            ConfigError: The run has no such score.
+        """
+        scores = self._recorder.scores(server_round)
+        name = metric.replace("-", "_")
+        if name not in scores:
+            raise ConfigError(
+                f"early-stopping.metric is {metric!r}, and this run's evaluations have "
+                f"{', '.join(sorted(scores)) or 'no score'} beside the loss. Look at one of them, set "
+                "evaluation.text-scores, or look at eval-loss."
+            )
+        return scores[name]

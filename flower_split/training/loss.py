@@ -47,7 +47,7 @@ def task_loss(
     model: PreTrainedModel, batch: Batch, denominator: int, device: torch.device, task: str
 ) -> Tensor:
     """Return the summed loss of ``batch`` over ``denominator``, as ``model.task`` takes it."""
-    if task == tasks.CAUSAL_LM:
+    if task in tasks.NEXT_TOKEN:
         return causal_lm_loss(model, batch, denominator, device)
     return loss_of(
         logits_of(model, batch, device, task), batch["labels"].to(device), denominator, task
@@ -55,7 +55,7 @@ def task_loss(
 
 
 def logits_of(model: PreTrainedModel, batch: Batch, device: torch.device, task: str) -> Tensor:
-    """Return what a model says of a batch of any task but ``causal-lm``.
+    """Return what a model says of a batch of any task but those of the next token.
 
     Returns:
         ``[batch, seq, classes]`` of tokens, ``[batch, classes]`` of records, or ``[batch, 2, seq]``
@@ -89,7 +89,7 @@ def count_labels(batch: Batch, task: str) -> int:
     Raises:
         DataError: There is none, so the micro-batch has no loss.
     """
-    if task == tasks.CAUSAL_LM:
+    if task in tasks.NEXT_TOKEN:
         return count_label_tokens(batch)
     if task in tasks.OF_RECORDS:
         return len(batch["labels"])
@@ -134,7 +134,7 @@ def evaluate(
     loss_sum, num_tokens, num_examples = 0.0, 0, 0
     sums: dict[str, float] = {}
     for batch in batches:
-        if config.task == tasks.CAUSAL_LM:
+        if config.task in tasks.NEXT_TOKEN:
             loss_sum += float(causal_lm_loss(model, batch, 1, device))
         else:
             logits, labels = (

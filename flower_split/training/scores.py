@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from flower_split.config import ModelConfig
 from flower_split.config import model as tasks
+from flower_split.training.text_scores import text_scores_of
 
 if TYPE_CHECKING:  # whoever reads scores needs no torch
     from torch import Tensor
@@ -21,14 +22,14 @@ _OUTSIDE = "O"  # the class of a word that is no entity: it counts for accuracy,
 
 
 def sums_of(logits: "Tensor", labels: "Tensor", config: ModelConfig) -> dict[str, float]:
-    """Return the sums of one batch; none for ``causal-lm``.
+    """Return the sums of one batch; none for a task of the next token.
 
     Args:
         logits: As :func:`flower_split.training.loss.logits_of` gives them.
         labels: ``[batch, seq]``, ``[batch]``, or start and end ``[batch, 2]``.
         config: The task and its classes.
     """
-    if config.task == tasks.CAUSAL_LM:
+    if config.task in tasks.NEXT_TOKEN:
         return {}
     found = logits.argmax(-1)
     if config.task == tasks.QUESTION_ANSWERING:
@@ -49,6 +50,9 @@ def sums_of(logits: "Tensor", labels: "Tensor", config: ModelConfig) -> dict[str
 def scores_of(sums: Mapping[str, float], config: ModelConfig) -> dict[str, float]:
     """Return the scores that sums come to: ``accuracy``, ``f1``, ``exact_match``, as the task has them.
 
+    Beside them those of generated text, where the run asks for it
+    (:mod:`flower_split.training.text_scores`).
+
     ``f1`` of a classification is the mean over classes (macro; the class "O" of tokens left out), a class
     that is neither there nor said left out; of answers it is that of their tokens, a mean over records.
     """
@@ -64,7 +68,7 @@ def scores_of(sums: Mapping[str, float], config: ModelConfig) -> dict[str, float
     classes = _class_f1(sums, config.label_names)
     if classes:
         scores["f1"] = sum(classes) / len(classes)
-    return scores
+    return scores | text_scores_of(sums)
 
 
 def _of_spans(found: "Tensor", labels: "Tensor") -> dict[str, float]:

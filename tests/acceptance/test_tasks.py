@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import PeftModel
 from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 
 from flower_split.config import Scalar, parse_run_config
 from flower_split.data import load_client_data, load_tokenizer
@@ -35,6 +35,7 @@ AUTO = {
     "question-answering": "AutoModelForQuestionAnswering",
     "masked-lm": "AutoModelForMaskedLM",
     "image-classification": "AutoModelForImageClassification",
+    "image-text-to-text": "AutoModelForImageTextToText",
 }
 CLIENTS = 2
 
@@ -157,7 +158,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 @pytest.mark.parametrize(
-    "case", [r for r in RUNS if r.task not in ("causal-lm", "masked-lm")], ids=str
+    "case",
+    [r for r in RUNS if r.task not in ("causal-lm", "masked-lm", "image-text-to-text")],
+    ids=str,
 )
 def test_held_out_numbers_of_a_run_are_the_unsplit_models_own(
     tmp_path: Path, case: TaskRun
@@ -179,6 +182,37 @@ def test_held_out_numbers_of_a_run_are_the_unsplit_models_own(
     assert scores == pytest.approx({k: v for k, v in expected.items() if k != "eval_loss"})
     text = (done.path / "report.md").read_text()
     assert all(f"{name}: base, federated" in text for name in scores)
+
+
+def test_held_out_loss_of_pictures_with_prompts_is_the_unsplit_models_own(tmp_path: Path) -> None:
+    [case] = [r for r in RUNS if r.task == "image-text-to-text"]
+    done = finished(job(tmp_path, case))
+    lines = done.metrics("evaluation")
+    model, processor = (
+        unsplit(done, case, tmp_path),
+        AutoProcessor.from_pretrained(tmp_path / "base"),
+    )
+    losses, count = 0.0, 0
+    for text in (tmp_path / "test.jsonl").read_text().splitlines():
+        row = json.loads(text)
+        image = Image.open(tmp_path / row["image"])
+        batch = processor(images=image, text="<image>\n" + row["prompt"], return_tensors="pt")
+        answer = [*processor.tokenizer(row["completion"])["input_ids"], 5]
+        ids = torch.cat([batch.pop("input_ids"), torch.tensor([answer])], dim=1)
+        labels = torch.full_like(ids, -100)
+        labels[:, -len(answer) :] = ids[:, -len(answer) :]
+        with torch.no_grad():
+            output = model(
+                input_ids=ids, pixel_values=batch["pixel_values"], labels=labels, use_cache=False
+            )
+        losses, count = losses + float(output.loss) * len(answer), count + len(answer)
+    for line in lines[-CLIENTS:]:
+        assert line["num_tokens"] == count == 35  # five of two words, five of three, and their ends
+        assert line["eval_loss"] == pytest.approx(losses / count, rel=2e-5)
+    assert lines[-1]["eval_loss"] < 0.25 * lines[0]["eval_loss"]  # type: ignore[operator]
+    with torch.no_grad():  # and it looks at the picture
+        blind = model(input_ids=ids, pixel_values=torch.zeros(1, 3, 16, 16), labels=labels)
+    assert abs(float(blind.loss) - float(output.loss)) > 0.01
 
 
 def test_masked_tokens_of_a_run_have_the_unsplit_models_loss(tmp_path: Path) -> None:

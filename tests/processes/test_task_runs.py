@@ -18,10 +18,11 @@ SCORES = {
     "masked-lm": {"accuracy"},
     "causal-lm": set(),
     "image-classification": {"accuracy", "f1"},
+    "image-text-to-text": set(),
 }
 
 
-@pytest.mark.slow  # eight runs
+@pytest.mark.slow  # nine runs
 @pytest.mark.parametrize("case", RUNS, ids=str)
 def test_run_of_a_task_ends_with_its_scores(flower: Flower, tmp_path: Path, case: TaskRun) -> None:
     app = make_app(

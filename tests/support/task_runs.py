@@ -11,14 +11,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    CLIPVisionConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTModel,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 WORDS = [
@@ -37,6 +42,7 @@ WORDS = [
 ]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>"]
 VOCABULARY = [*SPECIAL, *WORDS]
+IMAGE = "<image>"
 SIZE = {"vocab_size": len(VOCABULARY), "pad_token_id": 0, "eos_token_id": 5}
 
 
@@ -58,6 +64,7 @@ RUNS = (
     TaskRun("question-answering", "bert"),
     TaskRun("causal-lm", "llama"),
     TaskRun("image-classification", "vit", ("dark", "bright")),
+    TaskRun("image-text-to-text", "llava"),
 )
 
 
@@ -65,6 +72,8 @@ def make_base(path: Path, family: str) -> Path:
     """A base model without any head for a task, seeded, with a tokenizer of words or an image processor."""
     if family == "vit":
         return _make_vit(path)
+    if family == "llava":
+        return _make_llava(path)
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(VOCABULARY)}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
@@ -114,6 +123,38 @@ def _make_vit(path: Path) -> Path:
     return path
 
 
+def _make_llava(path: Path) -> Path:
+    """A picture is four positions of the language model, by four patches of 8 × 8."""
+    known = {w: i for i, w in enumerate([*VOCABULARY, IMAGE])}
+    words = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", eos_token="</s>",
+        extra_special_tokens={"image_token": IMAGE},
+    )  # fmt: skip
+    pixels = CLIPImageProcessorPil(
+        size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+    )
+    LlavaProcessor(
+        image_processor=pixels, tokenizer=tokenizer, patch_size=8,
+        vision_feature_select_strategy="default", num_additional_image_tokens=1,
+    ).save_pretrained(path)  # fmt: skip
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **sizes, num_hidden_layers=2, image_size=16, patch_size=8, projection_dim=16
+        ),
+        text_config=LlamaConfig(
+            **sizes, vocab_size=len(known), num_hidden_layers=4, num_key_value_heads=2,
+            max_position_embeddings=32, pad_token_id=0, eos_token_id=5, initializer_range=0.3,
+        ),
+        image_token_id=known[IMAGE], image_seq_length=4, pad_token_id=0, eos_token_id=5,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(path)
+    return path
+
+
 def picture(chance: torch.Generator, bright: bool) -> Image.Image:
     """A dark or a bright picture of noise, which is no square."""
     noise = torch.randint(96, (12, 20, 3), generator=chance, dtype=torch.uint8)
@@ -133,6 +174,11 @@ def records(task: str, seed: int, count: int) -> list[dict[str, object]]:
         text = pick(WORDS[:3] if kind == 0 else WORDS[3:6], 3 + index % 3)
         if task == "image-classification":
             found.append({"image": picture(chance, kind == 1), "label": ["dark", "bright"][kind]})
+        elif task == "image-text-to-text":
+            said = [["star", "sea"], ["rock", "tree", "leaf"]][kind]
+            prompt = " ".join(pick(WORDS[8:10], 1 + index % 3))
+            image = picture(chance, kind == 1)
+            found.append({"image": image, "prompt": prompt, "completion": " ".join(said)})
         elif task == "sequence-classification":
             label: object = ["sky", "earth"][kind] if index % 3 else kind  # by name, or index
             found.append({"text": " ".join(text), "label": label})

@@ -107,7 +107,9 @@ def client_memory(config: RunConfig, run: DryRun) -> Memory:
     part, hidden = run.parts[CLIENT], _hidden_bytes(run)
     in_flight = min(config.train.micro_batches_in_flight, config.train.gradient_accumulation_steps)
     # Kept twice beside the model: as it arrived, and as it is answered.
-    adapter = 3 * part.trained_bytes + part.trained_bytes + _moments(part, config.train.optimizer)
+    adapter = (
+        3 * part.trained_bytes + part.trained_bytes + moments_bytes(part, config.train.optimizer)
+    )
     # trunk_output and smashed_grad arrive in buffers of their own.
     waiting = (in_flight - 1) * (part.waiting_bytes + hidden)
     return Memory(
@@ -121,7 +123,7 @@ def trunk_memory(config: RunConfig, run: DryRun, at_once: int | None = None) -> 
     """Return the memory of a trunk that so many clients use at once; None: all of a round."""
     part, hidden, clients = run.parts[TRUNK], _hidden_bytes(run), at_once or _at_once(config)
     in_flight = min(config.train.micro_batches_in_flight, config.train.gradient_accumulation_steps)
-    moments = _moments(part, config.trunk.optimizer)
+    moments = moments_bytes(part, config.trunk.optimizer)
     # The weights that every experiment and the open round began with, and each client's gradient.
     training = (3 + clients) * part.trained_bytes + 2 * moments
     kept = clients * in_flight * (part.waiting_bytes + hidden)
@@ -176,7 +178,8 @@ def _at_once(config: RunConfig) -> int:
     return max(1, int(config.num_clients * config.fraction_train + 1e-9))
 
 
-def _moments(part: PartRun, optimizer: OptimizerConfig) -> int:
+def moments_bytes(part: PartRun, optimizer: OptimizerConfig) -> int:
+    """Return the bytes of an optimizer's state."""
     return 0 if optimizer.name == "sgd" else 2 * _FP32 * part.trained_values
 
 

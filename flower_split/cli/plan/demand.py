@@ -1,9 +1,11 @@
 """What a run or a baseline asks of a client and of the trunk: memory and arithmetic, for a sweep."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from flower_split.cli.plan.command import client_memory, trunk_memory
-from flower_split.cli.plan.dry_run import CLIENT, TRUNK, dry_run
+from flower_split.cli.plan.command import client_memory, moments_bytes, trunk_memory
+from flower_split.cli.plan.dry_run import CLIENT, TRUNK, DryRun, dry_run
+from flower_split.cli.plan.wire_bytes import step_bytes
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.experiments.baselines import BASELINES
@@ -14,7 +16,8 @@ def demand_of(config: RunConfig, baseline: str) -> Demand | None:
     """Return what one client and the trunk need; None where ``flower-split plan`` cannot tell.
 
     One micro-batch is run on fake tensors, and its operations are counted by torch's own formulas. A
-    baseline with the whole model on the client has no trunk; one in turns has one client at a time.
+    baseline with the whole model on the client has no trunk; one in turns has one client at a time; one
+    with a copy of the trunk for each client has what trains and its optimizer once for each.
 
     Args:
         config: The run's.
@@ -34,10 +37,24 @@ def demand_of(config: RunConfig, baseline: str) -> Demand | None:
         count *= config.num_clients
     if whole:  # nothing is on a wire
         config = replace(config, train=replace(config.train, micro_batches_in_flight=1))
-    at_once = None if made is None else 1  # the others wait for their turn
+    at_once = 1 if made is not None and made.in_turns else None  # the others wait for their turn
+    trunk = 0 if whole else trunk_memory(config, run, at_once).total
+    if made is not None and made.trunk_copies:
+        part = run.parts[TRUNK]
+        copy = part.trained_bytes + moments_bytes(part, config.trunk.optimizer)
+        trunk += (config.num_clients - 1) * copy
     return Demand(
         client_bytes=client_memory(config, run).total,
         client_flops=count * run.parts[CLIENT].flops,
-        trunk_bytes=0 if whole else trunk_memory(config, run, at_once).total,
+        trunk_bytes=trunk,
         trunk_flops=count * run.parts[TRUNK].flops,
+        wire_bytes=0 if whole else _wire_bytes(config, run),
     )
+
+
+def _wire_bytes(config: RunConfig, run: DryRun) -> int:
+    """Return the bytes of all clients' calls in the whole run; 0 where steps are counted in epochs."""
+    step = step_bytes(config, run, Path(config.run_dir).name)
+    steps = config.train.local_steps * config.num_server_rounds
+    clients = max(1, int(config.num_clients * config.fraction_train + 1e-9))
+    return clients * steps * (step.sent + step.received)

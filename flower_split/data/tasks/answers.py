@@ -80,12 +80,12 @@ class QuestionAnswering(DataTask):
         ]
         if not inside or places[inside[-1]][1] < document.end:
             return None
-        types = encoded.get("token_type_ids", [])
+        types = cast(list[int], encoded.get("token_type_ids", []))
         return Example(
             cast(list[int], encoded["input_ids"]),
             [inside[0], inside[-1]],
             form="record",
-            types=cast(list[int], types),
+            kinds={"token_type_ids": types} if types else {},
         )
 
 

@@ -1,10 +1,7 @@
 """Image classification: a class for each picture, by the model's own image processor."""
 
-import hashlib
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, cast
 
 import torch
@@ -16,8 +13,9 @@ from flower_split.data.documents import Document, Picture, Record
 from flower_split.data.examples import Example
 from flower_split.data.tally import Tally
 from flower_split.data.tasks.classification import class_of
+from flower_split.data.tasks.pictures import Stored, decode, read_picture, undecodable
 from flower_split.data.tasks.task import DataTask, fields_of
-from flower_split.errors import ConfigError, DataError
+from flower_split.errors import ConfigError
 from flower_split.split.loading.model_source import ModelSource
 
 
@@ -32,21 +30,17 @@ class Processor(Protocol):
 class StoredImage:
     """A picture as it is stored; it is decoded anew for every batch, always to the same numbers."""
 
-    stored: Path | bytes
+    stored: Stored
     processor: Processor
 
-    def pixels(self) -> Tensor:
-        """Return what the model sees, ``[channels, height, width]``.
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Return ``pixel_values``, ``[1, channels, height, width]``.
 
         Raises:
             OSError: It is gone, or is no picture.
         """
-        from PIL import Image  # of the extra "images"
-
-        given = self.stored if isinstance(self.stored, Path) else io.BytesIO(self.stored)
-        with Image.open(given) as image:
-            made = self.processor(image.convert("RGB"), return_tensors="pt")
-        return torch.as_tensor(made["pixel_values"])[0]
+        made = self.processor(decode(self.stored), return_tensors="pt")
+        return {"pixel_values": torch.as_tensor(made["pixel_values"])}
 
 
 class ImageClassification(DataTask):
@@ -57,19 +51,7 @@ class ImageClassification(DataTask):
         data, place = self.config.data, record.place
         wanted = (data.image_field, data.label_field)
         fields = fields_of(record, wanted, ignored, self.config.model.task)
-        stored = _stored(fields[data.image_field], record)
-        content = stored
-        if isinstance(stored, Path):
-            try:
-                content = stored.read_bytes()
-            except OSError as error:
-                raise DataError(
-                    f"{place}: the image {stored} cannot be read: {error.strerror}. A path in "
-                    f"{data.image_field!r} begins at the folder of the file that holds the record, "
-                    "unless it is absolute. Correct it."
-                ) from error
-        assert isinstance(content, bytes)
-        digest = hashlib.sha256(content).hexdigest()
+        stored, digest = read_picture(fields[data.image_field], record, data.image_field)
         label = class_of(fields[data.label_field], self.config.model.label_names, place)
         return Picture(place, stored, digest, label)
 
@@ -84,14 +66,9 @@ class ImageClassification(DataTask):
             assert isinstance(document, Picture)
             image = StoredImage(document.stored, processor)
             try:
-                image.pixels()
+                image.inputs()
             except (OSError, ValueError) as error:
-                tally.bad(
-                    DataError(
-                        f"{document.place}: the image cannot be decoded: {error}. Correct or remove the "
-                        'record, or set data.on-bad-record = "skip".'
-                    )
-                )
+                tally.bad(undecodable(document.place, error))
                 continue
             made.append(Example([], [document.label], form="record", image=image))
         return made
@@ -118,21 +95,3 @@ def load_image_processor(config: ModelConfig) -> Processor:
             "model.name and model.revision: a directory with preprocessor_config.json, or a hub id."
         ) from error
     return cast(Processor, found)
-
-
-def _stored(value: object, record: Record) -> Path | bytes:
-    """Return a picture's bytes, or its path.
-
-    Raises:
-        DataError: The field holds neither.
-    """
-    if isinstance(value, Mapping):  # as datasets stores images
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if isinstance(value, str) and value:
-        return Path(record.folder, value).expanduser()
-    raise DataError(
-        f"{record.place}: an image must be a path, or the bytes of an image file; it is {value!r:.60}. "
-        "Correct the record or data.image-field."
-    )

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
@@ -25,6 +26,7 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from flower_split.config.model import (
     CAUSAL_LM,
     IMAGE_CLASSIFICATION,
+    IMAGE_TEXT_TO_TEXT,
     MASKED_LM,
     QUESTION_ANSWERING,
     SEQ2SEQ,
@@ -40,6 +42,7 @@ AUTO_CLASSES: Mapping[str, type[_BaseAutoModelClass]] = {
     QUESTION_ANSWERING: AutoModelForQuestionAnswering,
     MASKED_LM: AutoModelForMaskedLM,
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
+    IMAGE_TEXT_TO_TEXT: AutoModelForImageTextToText,
 }
 """``model.task`` -> the auto class of transformers."""
 

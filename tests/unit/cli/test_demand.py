@@ -11,7 +11,7 @@ from flower_split.config import RunConfig
 from flower_split.experiments.baselines import BASELINES
 from tests.acceptance.federation import Whole, make_batch, make_config, write_checkpoint
 
-ROWS, POSITIONS, CLIENTS = 2, 7, 3
+ROWS, POSITIONS, WIDTH, CLIENTS = 2, 7, 32, 3
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,24 @@ def test_a_split_divides_the_arithmetic_and_spares_the_client_memory(config: Run
     assert ours.client_bytes < whole.client_bytes
     assert turns.client_flops == ours.client_flops and turns.trunk_flops == ours.trunk_flops
     assert turns.trunk_bytes < ours.trunk_bytes  # one client's activations instead of three
+
+
+def test_what_crosses_is_planned_for_whoever_has_a_trunk(config: RunConfig) -> None:
+    made = {
+        name: demand_of(config, name) for name in ("", "splitfed-v1", "sequential", "federated")
+    }
+    assert all(made.values())
+    planned = {name: demand.wire_bytes for name, demand in made.items() if demand is not None}
+    assert planned["federated"] == 0
+    assert planned[""] == planned["splitfed-v1"] == planned["sequential"]
+    # Two activations and two gradients of fp32, of width 32; frames and masks are a little more.
+    steps = CLIENTS * config.num_server_rounds * config.train.local_steps
+    payload = steps * 4 * ROWS * POSITIONS * WIDTH * 4
+    assert payload * 0.85 < planned[""] < payload * 1.6  # zeros of last positions do not travel
+    v1, ours = made["splitfed-v1"], made[""]
+    assert v1 is not None and ours is not None
+    assert v1.trunk_bytes > ours.trunk_bytes  # a copy for each client
+    assert v1.client_bytes == ours.client_bytes
 
 
 def test_accumulation_counts_every_micro_batch(config: RunConfig) -> None:

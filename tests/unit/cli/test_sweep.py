@@ -18,9 +18,20 @@ def test_sweep_of_the_baselines_compares_three_modes_over_three_seeds(tmp_path: 
     sweep = prepare(SweepCommand(what=BASELINES, out=Path("out")), tmp_path)
     check_sweep(sweep)
     assert Counter(cell.baseline for cell in sweep.cells) == {
-        "": 9, "central": 3, "alone": 3, "federated": 3, "sequential": 3, "splitfed-v2": 3
+        "": 15, "central": 3, "alone": 3, "federated": 3, "sequential": 3, "splitfed-v2": 3
     }  # fmt: skip
     assert {cell.seed for cell in sweep.cells} == {0, 1, 2}
+    modes = Counter(
+        (sweep.config(cell).mode, sweep.config(cell).train) for cell in sweep.cells[:15]
+    )
+    assert set(modes.values()) == {3}
+    assert [(mode, train.auxiliary_head, train.sync) for mode, train in modes] == [
+        ("joint", False, "rounds"),
+        ("frozen", False, "rounds"),
+        ("forward-only", False, "rounds"),
+        ("forward-only", True, "rounds"),
+        ("joint", False, "gradients"),
+    ]
     config = sweep.config(sweep.cells[0])
     assert (config.mode, config.evaluate_every, config.data.max_eval_batches) == ("joint", 12, 8)
     assert config.num_server_rounds == 12 and config.train.local_steps == 5  # the quick-start's

@@ -82,7 +82,11 @@ def test_equal_pictures_are_on_one_side(tmp_path: Path, base: Path) -> None:
     twice = [ROWS[0]] * 5 + list(ROWS[1:3])
     data = load(base, write_records(tmp_path / "rows.jsonl", twice), source="jsonl")
     sides = [
-        {example.image.pixels().sum().item() for example in side if example.image is not None}
+        {
+            example.image.inputs()["pixel_values"].sum().item()
+            for example in side
+            if example.image is not None
+        }
         for side in (data.train, data.evaluate)
     ]
     assert all(sides) and not sides[0] & sides[1]

@@ -116,7 +116,7 @@ def test_alone_evaluates_every_client_on_its_own_data(
     assert isinstance(notes, list) and '"alone"' in str(notes[0])
 
 
-@pytest.mark.parametrize("name", ["federated", "sequential", "splitfed-v2"])
+@pytest.mark.parametrize("name", ["federated", "splitfed-v1", "sequential", "splitfed-v2"])
 def test_baseline_in_turns_is_adamw_in_that_order(
     tmp_path: Path, parts: tuple[Path, str], name: str
 ) -> None:
@@ -134,6 +134,8 @@ def test_baseline_in_turns_is_adamw_in_that_order(
     def adamw(parameters: dict[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
         return torch.optim.AdamW(parameters.values(), lr=0.01, weight_decay=0.0)
 
+    copies = name in ("federated", "splitfed-v1")  # of the trunk: each client begins from the mean
+    restored = [own, trunk] if copies else [own] if name == "splitfed-v2" else []
     shared = adamw(trunk)
     clients = [Client(RunCache(config), slot, CLIENTS) for slot in range(CLIENTS)]
     for server_round in (1, 2):
@@ -143,12 +145,12 @@ def test_baseline_in_turns_is_adamw_in_that_order(
             random.Random(f"{config.seed}/{server_round}").shuffle(order)
         sums, total = {n: torch.zeros_like(p) for n, p in trained.items()}, 0
         for slot in order:
-            for parameters in {"federated": [own, trunk], "splitfed-v2": [own]}.get(name, []):
+            for parameters in restored:
                 for n, p in parameters.items():
                     p.data.copy_(start[n])
             batch = next(clients[slot].batches(server_round))
             loss_of(model, [batch]).backward()
-            optimizers = [adamw(own), adamw(trunk) if name == "federated" else shared]
+            optimizers = [adamw(own), adamw(trunk) if copies else shared]
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
@@ -156,17 +158,31 @@ def test_baseline_in_turns_is_adamw_in_that_order(
             total += tokens
             for n, p in trained.items():
                 sums[n] += tokens * p.detach()
-        averaged = {"federated": trained, "splitfed-v2": own}.get(name, {})
-        for n, p in averaged.items():
-            p.data.copy_(sums[n] / total)
+        for parameters in restored:
+            for n, p in parameters.items():
+                p.data.copy_(sums[n] / total)
     expected = {n.replace(".default.", "."): p.detach() for n, p in trained.items()}
     assert found.keys() == expected.keys()
     for n, tensor in expected.items():
         torch.testing.assert_close(found[n], tensor, rtol=1e-4, atol=1e-5, msg=n)
     assert len(run.metrics("step")) == 2 * CLIENTS
     sent = [r["adapters_up"] for r in run.metrics("bytes")]
-    size = 4 * sum(p.numel() for p in trained.values())
-    assert sent == ([size] * 2 * CLIENTS if name == "federated" else [])
+    held = trained if name == "federated" else own  # by a client: the trunk's copies do not travel
+    assert sent == [4 * sum(p.numel() for p in held.values())] * 2 * CLIENTS
+
+
+def test_splitfed_v1_computes_what_federated_computes(
+    tmp_path: Path, parts: tuple[Path, str]
+) -> None:
+    runs = []
+    for name in ("federated", "splitfed-v1"):
+        run_baseline(name, config_of(parts, tmp_path / name, num_server_rounds=2))
+        runs.append(RunDirectory.open(tmp_path / name))
+    for part in ("client", "trunk"):
+        mine, theirs = (run.read_adapter(part) for run in runs)
+        assert mine.keys() == theirs.keys() and mine
+        assert all(torch.equal(mine[n], theirs[n]) for n in mine)
+    assert runs[0].summary()["overall"] == runs[1].summary()["overall"]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_without_a_metric_nothing_stops() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"metric": "accuracy"}, "central.NAME.*it is 'accuracy'"),
+        ({"metric": "precision"}, "central.NAME.*it is 'precision'"),
         ({"metric": "central."}, "central.NAME"),
         ({"goal": "less"}, "early-stopping.goal must be one of min, max"),
         ({"patience": 0}, "early-stopping.patience must be at least 1"),
