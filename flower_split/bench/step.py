@@ -58,6 +58,7 @@ class StepBench:
     batch_positions: int = 8192  # of one joint pass of a window's batch
     activation_memory: float = 60.0  # GiB
     compiled: bool = False  # whether the reference runs compiled as well
+    replicas: int = 1  # of the trunk; more: beside one, and clients over as many devices
 
     def rows_of(self, clients: int) -> int:
         """Return the sequences of one client's micro-batch."""
@@ -76,7 +77,8 @@ def measure_step(bench: StepBench) -> Figures:
         for mode in bench.compute:
             for transport in bench.transports:
                 for count in bench.clients:
-                    rows.append(_split(bench, path, mode, transport, count))
+                    for replicas in sorted({1, bench.replicas}):
+                        rows.append(_split(bench, path, mode, transport, count, replicas))
     return Figures(
         name="step",
         title=f"{bench.preset}: one step of {bench.accumulate} micro-batches, {preset.dtype}, "
@@ -87,7 +89,9 @@ def measure_step(bench: StepBench) -> Figures:
     )
 
 
-def make_config(bench: StepBench, path: Path, mode: str, transport: str, clients: int) -> RunConfig:
+def make_config(
+    bench: StepBench, path: Path, mode: str, transport: str, clients: int, replicas: int = 1
+) -> RunConfig:
     """Return the run config of one split."""
     preset = PRESETS[bench.preset]
     part = LoraPartConfig(r=RANK, alpha=float(ALPHA))
@@ -122,6 +126,7 @@ def make_config(bench: StepBench, path: Path, mode: str, transport: str, clients
             gradient_wire_dtype=bench.gradient_wire_dtype,
             window_batches=bench.window_batches,
             window_batch_positions=bench.batch_positions,
+            replicas=replicas,
         ),
     )
 
@@ -151,14 +156,27 @@ def _references(bench: StepBench, path: Path, rows: int) -> list[Row]:
     return found
 
 
-def _split(bench: StepBench, path: Path, mode: str, transport: str, count: int) -> Row:
+def _on(config: RunConfig, slot: int, replicas: int) -> RunConfig:
+    """Return the configuration of a client, which shares a device with one of the replicas."""
+    if replicas == 1 or not config.train.device.startswith("cuda"):
+        return config
+    return replace(config, train=replace(config.train, device=f"cuda:{slot % replicas}"))
+
+
+def _split(
+    bench: StepBench, path: Path, mode: str, transport: str, count: int, replicas: int
+) -> Row:
     """Return the row of ``count`` clients that train at once."""
     rows = bench.rows_of(count)
-    config = make_config(bench, path, mode, transport, count)
+    config = make_config(bench, path, mode, transport, count, replicas)
     with closing(TrunkProcess.start(config, START_SECONDS)) as trunk:
         tokens = {slot: f"benchmark-token-{slot}" for slot in range(count)}
         workers = [
-            Worker(run_client, (config, trunk.address, slot, token), bench.num_threads)
+            Worker(
+                run_client,
+                (_on(config, slot, replicas), trunk.address, slot, token),
+                bench.num_threads,
+            )
             for slot, token in tokens.items()
         ]
         try:
@@ -187,7 +205,10 @@ def _split(bench: StepBench, path: Path, mode: str, transport: str, count: int) 
                 worker.close()
     clients = f"{count} client{'s' * (count > 1)} x {rows}"
     what = f"split, {mode}, {transport}, {clients}"
-    row = _row(what, _eager(rows * count), answers[0], rows * count, bench)
+    base = _eager(rows * count)
+    if replicas > 1:
+        what, base = f"{what}, {replicas} replicas", what
+    row = _row(what, base, answers[0], rows * count, bench)
     return replace(row, beside={**row.beside, "trunk GiB": held / 2**30}) if held else row
 
 

@@ -66,6 +66,13 @@ def _add_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     step.add_argument("--wire-dtype", default="native", metavar="NAME", help="of activations")
     step.add_argument("--gradient-wire-dtype", default="", metavar="NAME")
     step.add_argument("--window-batches", default="off", choices=("off", "on"))
+    step.add_argument(
+        "--replicas",
+        type=int,
+        default=1,
+        metavar="N",
+        help="of the trunk, beside one; more than 1: with --window-batches on, and a GPU for each",
+    )
     step.add_argument("--batch-positions", type=int, default=8192, metavar="N")
     step.add_argument("--activation-memory", type=float, default=60.0, metavar="GiB")
     step.add_argument("--compiled", action="store_true", help="the reference compiled as well")
@@ -216,9 +223,10 @@ def _step(arguments: argparse.Namespace) -> int:
         kv_heads=arguments.kv_heads,
         wire_dtype=arguments.wire_dtype,
         gradient_wire_dtype=arguments.gradient_wire_dtype,
-        window_batches=arguments.window_batches,
+        window_batches="on" if arguments.replicas > 1 else arguments.window_batches,
         batch_positions=arguments.batch_positions,
         activation_memory=arguments.activation_memory,
+        replicas=arguments.replicas,
         compiled=arguments.compiled,
     )
     measure_step(bench).tell(_console(), arguments.out)

@@ -12,12 +12,13 @@ from pathlib import Path
 
 from flower_split.cli.app_config import load_app
 from flower_split.cli.overrides import parse_overrides
-from flower_split.errors import ConfigError
+from flower_split.errors import ConfigError, TrunkUnavailable
 from flower_split.runtime import failpoints
 from flower_split.runtime.logs import LogSettings, log_to_stderr, quiet_libraries
 from flower_split.runtime.notify import notify
 from flower_split.runtime.secret_files import read_secret
 from flower_split.runtime.tracing import PROCESS_TRACING
+from flower_split.trunk.ending import end_soon
 from flower_split.trunk.serve import RunningTrunk, Serving
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def serve_trunk(command: TrunkCommand) -> int:
     Raises:
         FlowerSplitError: The configuration is wrong, the model cannot be loaded, or the port
             cannot be served.
+        TrunkUnavailable: A replica was lost while it served.
     """
     log_to_stderr(settings=command.log)
     quiet_libraries()
@@ -97,7 +99,13 @@ def serve_trunk(command: TrunkCommand) -> int:
     ended = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: ended.set())
+
+    def fail(why: str) -> None:
+        end_soon(why)
+        ended.set()
+
     with RunningTrunk(config, serving) as running:
+        running.on_failure(fail)
         host = command.listen.rpartition(":")[0]
         # On standard output, for scripts that asked for port 0.
         print(f"trunk serves on {host}:{running.port}", flush=True)
@@ -113,6 +121,8 @@ def serve_trunk(command: TrunkCommand) -> int:
         notify(f"READY=1\nSTATUS=serving on port {running.port}")
         ended.wait()
         notify("STOPPING=1")
+        if running.failure:
+            raise TrunkUnavailable(running.failure)
         logger.info("ending")
     return 0
 

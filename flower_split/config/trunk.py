@@ -119,6 +119,9 @@ class TrunkConfig:
     device_map: str = ""
     """Layers over this host's GPUs: auto, balanced, balanced_low_0 or sequential; empty: one
     device."""
+    replicas: int = 1
+    """Processes that compute the trunk, each with all its layers on a device of its own (cuda:0, cuda:1,
+    ...; or all on the CPU); they share every window batch."""
     compute: str = "exact"
     """How the trunk computes: exact (the unsplit model's own operations; equal bits on a CPU), or fast
     (compiled layers, 16-bit autocast where the base has 16 bits; other last bits)."""
@@ -149,6 +152,7 @@ class TrunkConfig:
         one_of("trunk.window-batches", self.window_batches, WINDOW_BATCHES)
         one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
         self._check_device_map()
+        self._check_replicas()
         share("trunk.quorum", self.quorum)
         for name in (
             "quorum_count",
@@ -180,6 +184,7 @@ class TrunkConfig:
             "max_call_positions",
             "window_batch_positions",
             "max_experiments",
+            "replicas",
         ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         if not MIN_STREAM_WINDOW <= self.stream_window <= MAX_STREAM_WINDOW:
@@ -210,4 +215,26 @@ class TrunkConfig:
             raise ConfigError(
                 "trunk.device-map places the trunk's layers on this host's GPUs, so trunk.device "
                 f'must stay "auto"; it is {self.device!r}.'
+            )
+
+    def _check_replicas(self) -> None:
+        """Check what replicas go together with."""
+        if self.replicas <= 1:
+            return
+        given = f"trunk.replicas = {self.replicas}"
+        if self.window_batches == "off":
+            raise ConfigError(
+                f'{given} divides the clients of a window batch, and trunk.window-batches = "off" has '
+                'none. Set it to "on"; with trunk.window-batch-positions = 1 each micro-batch is still '
+                "computed alone, those of different clients at the same time."
+            )
+        if self.device_map:
+            raise ConfigError(
+                f"{given} holds all layers on one device in each process, and trunk.device-map = "
+                f"{self.device_map!r} places them on several. Leave one of them out."
+            )
+        if self.max_experiments > 1:
+            raise ConfigError(
+                f"{given} computes for one experiment, and trunk.max-experiments = "
+                f"{self.max_experiments} takes turns on one device. Leave one of them out."
             )

@@ -32,13 +32,16 @@ from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.window_rules import make_window_rule
+from flower_split.trunk.replicas.processes import Replicas
 from flower_split.wire.codecs import WireCodecs
 
 _GIB = 2**30
 _DEVICE_SECONDS = 30.0  # that a new experiment waits for its turn; its coordinator asks again
 
 
-def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngine:
+def make_engine(
+    config: RunConfig, checkpoints: Path | None = None, replicas: Replicas | None = None
+) -> TrunkEngine:
     """Load the trunk layers of ``config.model``, make trainable what ``config`` trains, and serve it.
 
     Sets this process's intra-op thread count.
@@ -46,19 +49,40 @@ def make_engine(config: RunConfig, checkpoints: Path | None = None) -> TrunkEngi
     Args:
         config: The run's configuration.
         checkpoints: The directory of the trunk's checkpoints; None: none are kept.
+        replicas: The followers of ``trunk.replicas``, which the caller closes; None: there are none.
 
     Raises:
         SplitError: The model cannot be loaded or cut.
-        ConfigError: The device, a codec or the window rule is not there, or quantised weights would
-            have to train.
+        ConfigError: The device, a codec or the window rule is not there, quantised weights would
+            have to train, or there are not ``trunk.replicas``.
+        TrunkUnavailable: A follower did not load.
     """
+    if config.trunk.replicas != (1 if replicas is None else replicas.size):
+        raise ConfigError(
+            f"trunk.replicas = {config.trunk.replicas}, and this process leads no such replicas. Serve the "
+            "trunk with flower-split trunk, or with RunningTrunk."
+        )
     WireCodecs.make(
         config.trunk.wire_dtype, config.trunk.gradient_wire_dtype
     )  # before minutes of loading
     make_window_rule(config.trunk.window_rule)
     trunk = _load(config)
     _attach(config, trunk)
-    return _engine(config, trunk, fingerprint(config), checkpoints)
+    return _engine(config, trunk, fingerprint(config), checkpoints, replicas=replicas)
+
+
+def load_compute(config: RunConfig) -> TrunkCompute:
+    """Return the arithmetic of a trunk that another process leads, on this process's device.
+
+    Sets this process's intra-op thread count.
+
+    Raises:
+        SplitError: The model cannot be loaded or cut.
+        ConfigError: The device is not there, or quantised weights would have to train.
+    """
+    trunk = _load(config)
+    _attach(config, trunk)
+    return _compute(config, trunk, None)
 
 
 class ExperimentEngines:
@@ -169,6 +193,7 @@ def _engine(
     fields: Mapping[str, str],
     checkpoints: Path | None,
     share: DeviceShare | None = None,
+    replicas: Replicas | None = None,
 ) -> TrunkEngine:
     """Return the engine around a trunk, with the budgets and rules of ``config``.
 
@@ -178,12 +203,14 @@ def _engine(
         fields: The fingerprint.
         checkpoints: Their directory; None: none are kept.
         share: This engine's share of a device that others compute on, too.
+        replicas: The followers; None: there are none.
     """
     inputs = schema_of(
         trunk, trunk.hidden_size
     )  # before compilation, which every form would repeat
+    compute = _compute(config, trunk, share)
     return TrunkEngine(
-        _compute(config, trunk, share),
+        compute,
         mode=config.mode,
         hidden_size=trunk.hidden_size,
         fingerprint=fields,
@@ -196,6 +223,7 @@ def _engine(
         inputs=inputs,
         window_rule=make_window_rule(config.trunk.window_rule),
         batch_positions=config.trunk.batch_positions,
+        divider=None if replicas is None else replicas.divider(compute),
         shares=Shares(
             evaluations=config.trunk.max_evaluations,
             compute_seconds=config.trunk.max_compute_seconds,

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,14 +20,19 @@ from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.runtime import failpoints
 from flower_split.runtime.closing import Closing
+from flower_split.runtime.exit_codes import FAILED
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.runtime.secret_files import TokenFile, check_token
 from flower_split.runtime.tracing import PROCESS_TRACING
+from flower_split.trunk.ending import end_soon
 
 if TYPE_CHECKING:
     from flower_split.trunk.engine.engine import TrunkEngine
     from flower_split.trunk.engine.several_experiments import SeveralExperiments
+    from flower_split.trunk.replicas.processes import Replicas
     from flower_split.trunk.service.limits import Limits
+
+logger = logging.getLogger(__name__)
 
 _WORKERS = 1024  # threads of the RPC shell; a waiting forward must never starve a backward
 _GRACE_SECONDS = 2.0
@@ -82,6 +88,7 @@ class RunningTrunk(Closing):
 
     Attributes:
         engine: What computes; of a trunk of several experiments, all of them.
+        failure: Why it cannot serve any more, after a replica was lost; empty: it serves.
 
     Raises:
         FlowerSplitError: The model cannot be loaded or cut, or the port cannot be served.
@@ -89,6 +96,7 @@ class RunningTrunk(Closing):
 
     def __init__(self, config: RunConfig, serving: Serving) -> None:
         # Loading torch and the model takes seconds: only the process that serves pays for it.
+        from flower_split.trunk.follow import start_replicas
         from flower_split.trunk.service.audit_log import AuditLog
         from flower_split.trunk.service.client_certificates import MutualTls
         from flower_split.trunk.service.server import TrunkServer
@@ -104,7 +112,16 @@ class RunningTrunk(Closing):
             if serving.client_ca
             else None
         )
-        self.engine = _engines(config, directory, serving)
+        self.failure = ""
+        self._fail: Callable[[str], None] = logger.error
+        self._replicas = start_replicas(config)
+        try:
+            self.engine = _engines(config, directory, serving, self._replicas)
+        except BaseException:
+            self._close_replicas()
+            raise
+        if self._replicas is not None:
+            self._replicas.on_loss(self._on_loss)
         self._server = TrunkServer(
             self.engine,
             listen=serving.listen,
@@ -166,18 +183,35 @@ class RunningTrunk(Closing):
         self._beside.append(served)
         self.metrics_port = served.port
 
+    def on_failure(self, tell: Callable[[str], None]) -> None:
+        """Have ``tell`` called, on another thread, with the reason why this trunk must end."""
+        self._fail = tell
+        if self.failure:
+            tell(self.failure)
+
     def close(self) -> None:
         """Stop serving; calls in progress get a short grace."""
         for served in self._beside:
             served.close()
         self._server.stop(_GRACE_SECONDS)
-        self.engine.close()
+        self.engine.close(self.failure or "the trunk is shutting down")
+        self._close_replicas()
         if self._audit is not None:
             self._audit.close()
 
+    def _close_replicas(self) -> None:
+        if self._replicas is not None:
+            self._replicas.close()
+
+    def _on_loss(self, why: str) -> None:
+        """Turn calls away, say that nothing is served any more, and leave the rest to the process."""
+        self.failure = why
+        self._server.health.enter_graceful_shutdown()
+        self._fail(why)
+
 
 def _engines(
-    config: RunConfig, checkpoints: Path | None, serving: Serving
+    config: RunConfig, checkpoints: Path | None, serving: Serving, replicas: "Replicas | None"
 ) -> "TrunkEngine | SeveralExperiments":
     """Return the engine of one experiment after the other, or those of several at once.
 
@@ -194,7 +228,7 @@ def _engines(
                 "--coordinator gives further coordinators experiments of their own, and this trunk serves "
                 "one at a time. Set trunk.max-experiments."
             )
-        return make_engine(config, checkpoints)
+        return make_engine(config, checkpoints, replicas)
     if checkpoints is None:
         raise ConfigError(
             f"trunk.max-experiments = {config.trunk.max_experiments}: a trunk of several experiments lets "
@@ -246,6 +280,13 @@ def main() -> int:
     except FlowerSplitError as error:
         print(json.dumps({"error": str(error)}), file=answer, flush=True)
         return 1
+
+    def end(why: str) -> None:
+        end_soon(why)
+        running.close()
+        os._exit(FAILED)  # the main thread waits for its parent
+
+    running.on_failure(end)
     with running:
         print(json.dumps({"port": running.port}), file=answer, flush=True)
         while sys.stdin.readline():  # nothing more is said; the end is what counts

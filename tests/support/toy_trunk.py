@@ -1,7 +1,7 @@
 """A trunk small enough to work out by hand, and an engine around it."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -19,6 +19,7 @@ from flower_split.protocol.values import (
 )
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.joint import Divider
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
@@ -60,12 +61,14 @@ def make_engine(
     window_rule: WindowRule | None = None,
     shares: Shares | None = None,
     batch_positions: int = 0,
+    divide: Callable[[TrunkCompute], Divider] | None = None,
     clock=time.monotonic,
 ) -> TrunkEngine:
     """An engine around a fresh :class:`ToyTrunk`."""
     trunk = ToyTrunk(dropout).requires_grad_(mode == "joint")
+    compute = TrunkCompute(trunk, optimizer, seed=0)
     return TrunkEngine(
-        TrunkCompute(trunk, optimizer, seed=0),
+        compute,
         mode=mode,
         hidden_size=HIDDEN,
         fingerprint={"model": "toy"},
@@ -77,6 +80,7 @@ def make_engine(
         window_rule=window_rule,
         shares=shares,
         batch_positions=batch_positions,
+        divider=None if divide is None else divide(compute),
         clock=clock,
     )
 

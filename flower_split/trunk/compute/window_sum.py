@@ -16,7 +16,8 @@ from torch import Tensor
 from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.gradients import SlotGradient, fault, outliers, sum_of, widened
-from flower_split.trunk.compute.joint_pass import JointCompute, JointPass, PassGradient
+from flower_split.trunk.compute.joint import Joint
+from flower_split.trunk.compute.joint_pass import JointPass, PassGradient
 
 Covers = Callable[[CutLayers], tuple[bool, ...] | None]
 
@@ -61,7 +62,7 @@ class WindowSum:
         covers: Which parameters the calls with given cut layers pass through; None: all.
     """
 
-    joint: JointCompute
+    joint: Joint
     covers: Covers
     counts: dict[int, Counts] = field(default_factory=dict)  # by slot
     times_again: int = 0  # that a window's sum was taken again, over the round

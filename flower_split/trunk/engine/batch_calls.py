@@ -19,6 +19,7 @@ from flower_split.runtime import failpoints
 from flower_split.trunk.compute.checks import MASK, InputSchema
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import MAX_PADDED, Part
+from flower_split.trunk.compute.joint import Divider, Joint
 from flower_split.trunk.compute.joint_pass import Given, JointCompute, JointPass
 from flower_split.trunk.compute.window_sum import Counted, WindowSum
 from flower_split.trunk.engine.compute_thread import ComputeThread
@@ -45,6 +46,7 @@ class BatchCalls:
         thread: Where batches run.
         settle: Called on the compute thread after every backward that counted.
         max_positions: Rows times positions of a pass.
+        divider: Divides batches over several devices; None: there is one.
     """
 
     def __init__(
@@ -55,12 +57,16 @@ class BatchCalls:
         thread: ComputeThread,
         settle: Callable[[Round], None],
         max_positions: int,
+        divider: Divider | None = None,
     ) -> None:
         self._index = index
         self._changed, self._clock = index.changed, index.clock
         self._compute = compute
         takes_mask = any(len(form.shape) == 2 for form in inputs.plain.get(MASK, ()))
-        self._joint = JointCompute(compute, takes_mask=takes_mask, max_positions=max_positions)
+        local = JointCompute(compute, takes_mask=takes_mask, max_positions=max_positions)
+        self._joint: Joint = (
+            local if divider is None else divider.divided(local, takes_mask=takes_mask)
+        )
         self._thread = thread
         self._settle = settle
 

@@ -32,6 +32,7 @@ from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.checks import InputSchema
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction
+from flower_split.trunk.compute.joint import Divider
 from flower_split.trunk.compute.kv_caches import CacheStore
 from flower_split.trunk.compute.schema_probe import schema_of
 from flower_split.trunk.engine.batch_calls import BatchCalls
@@ -79,6 +80,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         batch_positions: Rows times positions of one pass, where the clients' micro-batches of one place
             in a window are one batch, in rounds that step with every local step; 0: each is computed
             alone. ``reduction`` must be the mean otherwise.
+        divider: Divides such batches over several devices; None: there is one.
         clock: Monotonic seconds; tests pass their own.
 
     Raises:
@@ -111,10 +113,10 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         window_rule: WindowRule | None = None,
         shares: Shares | None = None,
         batch_positions: int = 0,
+        divider: Divider | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.epoch = new_epoch()
-        self.mode, self.hidden_size = mode, hidden_size
+        self.epoch, self.mode, self.hidden_size = new_epoch(), mode, hidden_size
         self.device, self.window_batches = compute.device, batch_positions > 0
         self.fingerprint, self._shares = dict(fingerprint), shares or Shares()
         trains = mode == "joint"
@@ -135,7 +137,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         self._settling = Settling(index, compute, reduction)
         thread, settle = ComputeThread(compute, clock), self._settling.settle
         self._thread = thread
-        joint = BatchCalls(index, compute, self._inputs, thread, settle, batch_positions)
+        joint = BatchCalls(index, compute, self._inputs, thread, settle, batch_positions, divider)
         self._lifecycle = RoundLifecycle(
             index,
             self._settling,

@@ -194,11 +194,11 @@ class SeveralExperiments(Closing):
         """See :meth:`Experiments.queue_seconds`."""
         return max((held.engine.queue_seconds for held in self._held.values()), default=0.0)
 
-    def close(self) -> None:
-        """End all engines."""
+    def close(self, why: str = "the trunk is shutting down") -> None:
+        """End all engines; whoever waits is told that the round is over, and why."""
         with self._change():
             for held in list(self._held.values()):
-                self._let_go(held, "the trunk is shutting down")
+                self._let_go(held, why)
 
     def _renewed(self, owner: str, name: str, values: Values | None, asked: Values | None) -> _Held:
         """Return a new experiment, or one with other settings than before."""
