@@ -276,14 +276,14 @@ def largest_magnitude(tensors: Sequence[Tensor]) -> float:
         0 where there is no entry; NaN where one holds NaN.
     """
     held = [tensor for tensor in tensors if tensor.numel()]
-    if any(tensor.device.type != "cpu" for tensor in held):
+    if {tensor.device.type for tensor in held} - {"cpu"}:
         return float(nn.utils.get_total_norm(held, norm_type=math.inf))
     largest = 0.0
     for tensor in held:
-        low, high = (float(value) for value in torch.aminmax(tensor))  # NaN in, NaN out
+        low, high = torch.aminmax(tensor)  # NaN in, NaN out
         if math.isnan(low):
             return math.nan
-        largest = max(largest, -low, high)
+        largest = max(largest, -float(low), float(high))
     return largest
 
 

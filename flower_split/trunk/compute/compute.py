@@ -222,9 +222,11 @@ class TrunkCompute:
             clipping = clip_together(self.parameters, beside)
         elif self._config.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
-        failpoints.reach("trunk.step.before")
+        if failpoints.armed:
+            failpoints.reach("trunk.step.before")
         self._optimizer.step()
-        failpoints.reach("trunk.step.after")
+        if failpoints.armed:
+            failpoints.reach("trunk.step.after")
         self._optimizer.zero_grad(set_to_none=True)
         self.version += 1
         check_bounded("after the optimizer step, the weight", dict(self.named), MAX_ENTRY)
