@@ -29,8 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Self
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from flower_split.config import RunConfig, resolved_run_config
@@ -49,6 +48,7 @@ from flower_split.runs.resuming import check_may_change
 from flower_split.runs.summary import SummaryRow, markdown_table, summary_cells
 from flower_split.runtime.atomic_files import write_atomically
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
+from flower_split.runtime.tensor_bytes import tensors_from
 
 ADAPTER_PARTS = ("client", "base", "trunk")
 _LIBRARIES = ("torch", "transformers", "peft", "safetensors", "flwr", "flwr-datasets", "grpcio")
@@ -155,16 +155,15 @@ class RunDirectory:
         """
         path = self._adapter_path(part)
         try:
-            state = load(path.read_bytes())
+            return tensors_from(path.read_bytes())
         except FileNotFoundError as error:
             raise RunDirectoryError(
                 f"{path} is missing: the run did not finish. Run it again to its end."
             ) from error
-        except SafetensorError as error:
+        except ValueError as error:
             raise RunDirectoryError(
                 f"{path} is damaged: {error}. Restore the file, or run again."
             ) from error
-        return dict(sorted(state.items()))
 
     def write_outcome(
         self,

@@ -9,6 +9,7 @@ from typing import TypeAlias
 from flower_split.config import RunConfig, parse_run_config
 from flower_split.errors import ConfigError, RunDirectoryError
 from flower_split.runtime.atomic_files import write_atomically
+from flower_split.runtime.json_text import read_json_text
 
 Json: TypeAlias = "bool | int | float | str | None | Sequence[Json] | Mapping[str, Json]"
 
@@ -61,7 +62,7 @@ def read_json(path: Path) -> dict[str, Json]:
         RunDirectoryError: The file is missing or damaged, or holds something else.
     """
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json_text(path.read_bytes())
     except FileNotFoundError as error:
         raise RunDirectoryError(
             f"{path} is missing: {path.parent} is no run directory, or its run did not get that "

@@ -18,15 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from flower_split.errors import RunDirectoryError
 from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
 from flower_split.runtime.file_formats import FileFormat
+from flower_split.runtime.json_text import plain_file_name, read_json_object, record_of
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
+from flower_split.runtime.tensor_bytes import tensors_from
 
 logger = logging.getLogger(__name__)
 
@@ -174,23 +175,28 @@ class RunCheckpoints:
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest() != entry.file_sha256:
                 raise _damaged(path, "its SHA-256 is not the one in MANIFEST")
-            return dict(sorted(load(content).items()))
+            return tensors_from(content)
         except OSError as error:
             raise _damaged(path, f"it cannot be read ({error.strerror})") from error
-        except SafetensorError as error:
+        except ValueError as error:
             raise _damaged(path, str(error)) from error
 
     def _entries(self, path: Path | None = None) -> list[CommittedRound]:
         path = path or self._manifest
         try:
-            manifest = json.loads(path.read_bytes())
+            manifest = read_json_object(path.read_bytes())
             if problem := _FORMAT.problem(path, manifest.get("format", 0)):
                 raise RunDirectoryError(problem)
-            entries = [_entry(values) for values in manifest["rounds"]]
+            rounds = manifest.get("rounds")
+            if not isinstance(rounds, list):
+                raise ValueError("it has no list of rounds")
+            entries = [_entry(values) for values in rounds]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _damaged(path, repr(error)) from error
+        except OSError as error:
+            raise _damaged(path, f"it cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
         if manifest.get("sha256") != _digest(entries):
             raise _damaged(path, "its rounds have not the SHA-256 that it says")
         return entries
@@ -219,30 +225,15 @@ def _before(entry: CommittedRound, new: CommittedRound) -> bool:
     return entry.experiment == new.experiment and entry.server_round < new.server_round
 
 
-def _entry(values: Mapping[str, object]) -> CommittedRound:
-    """Read a round as the manifest tells it; every value must be there and of its type."""
+def _entry(values: object) -> CommittedRound:
+    """Read a round as the manifest tells it.
 
-    def text(name: str) -> str:
-        value = values[name]
-        if not isinstance(value, str):
-            raise ValueError(f"{name} must be text")
-        return value
-
-    def number(name: str) -> int:
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"{name} must be an integer")
-        return value
-
-    return CommittedRound(
-        experiment=text("experiment"),
-        server_round=number("server_round"),
-        attempt=number("attempt"),
-        trunk_digest=text("trunk_digest"),
-        trunk_version=number("trunk_version"),
-        file=text("file"),
-        file_sha256=text("file_sha256"),
-    )
+    Raises:
+        ValueError: A value is missing, of another type, or names a file elsewhere.
+    """
+    entry = record_of(CommittedRound, values)
+    plain_file_name(entry.file)
+    return entry
 
 
 def _digest(entries: list[CommittedRound]) -> str:

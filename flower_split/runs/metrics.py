@@ -16,6 +16,7 @@ from typing import BinaryIO
 from flower_split.errors import RunDirectoryError
 from flower_split.runs.files import Json, finite
 from flower_split.runtime.atomic_files import write_atomically
+from flower_split.runtime.json_text import read_json_text
 
 FILE = "metrics.jsonl"
 PHASES = ("train", "evaluate", "aggregate", "baseline", "round")
@@ -229,7 +230,7 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Json]]:
     complete = path.read_bytes().split(b"\n")[:-1]
     for number, line in enumerate(complete, start=1):
         try:
-            record = json.loads(line)
+            record = read_json_text(line)
         except ValueError:
             record = None
         if not isinstance(record, dict):

@@ -17,7 +17,6 @@ that was given up and comes to life again cannot take away what the run has gone
 """
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -26,8 +25,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from flower_split.config import RunConfig
@@ -35,12 +33,15 @@ from flower_split.errors import FederationError, RunDirectoryError
 from flower_split.runtime.atomic_files import write_atomically
 from flower_split.runtime.file_formats import FileFormat
 from flower_split.runtime.flower_home import flower_home
+from flower_split.runtime.json_text import read_json_object
 from flower_split.runtime.simulation import SIMULATED, simulated_clients_at_once
+from flower_split.runtime.tensor_bytes import tensors_from
 
 FOLDER = "clients"
 """In the run directory: where simulated clients keep what is theirs."""
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_DIGEST_BYTES = 32
 _FILE = re.compile(r"\.?round-(?P<round>\d+)\.(?P<digest>[0-9a-f]{64})\.safetensors(\..*\.tmp)?")
 _ORIGIN = "round-and-base"  # and the format, after them
 _STATE = "private/"
@@ -90,15 +91,12 @@ class PrivateFolder:
             RunDirectoryError: They are not there, damaged, or of another format.
         """
         path, content = self._found(digest)
-        if problem := _FORMAT.problem(path, _origin(content)[1]):
+        if problem := _FORMAT.problem(path, self._origin(content)[1]):
             raise RunDirectoryError(problem)
         try:
-            return dict(sorted(load(content).items()))
-        except SafetensorError as error:
-            raise RunDirectoryError(
-                f"the private factors in {self.path} are damaged: {error}. Restore the "
-                "file, or go back to the round before with resume-previous = true."
-            ) from error
+            return tensors_from(content)
+        except ValueError as error:
+            raise _damaged(self.path, error) from error
 
     def write(self, state: Mapping[str, Tensor], *, server_round: int, base: str) -> str:
         """Keep a round's factors, beside those that it began with and the ones before.
@@ -154,9 +152,27 @@ class PrivateFolder:
             )
         return paths[0], content
 
+    def _origin(self, content: bytes) -> tuple[str, int]:
+        """Read from a file's header what its round began with, and its format: 8 bytes of length, JSON.
+
+        Raises:
+            RunDirectoryError: It does not say so.
+        """
+        length = int.from_bytes(content[:8], "little")
+        try:
+            named = read_json_object(content[8 : 8 + length]).get("__metadata__")
+            if not isinstance(named, dict) or _ORIGIN not in named:
+                raise ValueError("its header does not name what the round began with")
+            words = str(named[_ORIGIN]).split(" ")
+            if len(words) not in (2, 3):
+                raise ValueError(f"what the round began with has {len(words)} words, not 2 or 3")
+            return words[1], int(words[2]) if len(words) == 3 else 0
+        except ValueError as error:
+            raise _damaged(self.path, error) from error
+
     def _prune(self, server_round: int, base: str) -> None:
         """Leave of earlier rounds only ``base`` and the factors that its own round began with."""
-        keep = {base, _origin(self._found(base)[1])[0]} if base else set()
+        keep = {base, self._origin(self._found(base)[1])[0]} if base else set()
         for path in self.path.iterdir():
             found = _FILE.fullmatch(path.name)
             if found is None or int(found["round"]) >= server_round:
@@ -174,12 +190,24 @@ def private_state(digests: Mapping[int, str]) -> dict[str, Tensor]:
 
 
 def digests_of(state: Mapping[str, Tensor]) -> dict[int, str]:
-    """Read what :func:`private_state` wrote; other tensors in ``state`` are passed over."""
-    return {
-        int(name.removeprefix(_STATE)): bytes(tensor.tolist()).hex()
-        for name, tensor in state.items()
-        if name.startswith(_STATE)
-    }
+    """Read what :func:`private_state` wrote; other tensors in ``state`` are passed over.
+
+    Raises:
+        RunDirectoryError: One of its tensors is no digest of a slot.
+    """
+    found: dict[int, str] = {}
+    for name, tensor in state.items():
+        if name.startswith(_STATE):
+            slot = name.removeprefix(_STATE)
+            whole = tensor.dtype == torch.uint8 and tuple(tensor.shape) == (_DIGEST_BYTES,)
+            if not (slot.isdecimal() and slot.isascii() and len(slot) < 20 and whole):
+                raise RunDirectoryError(
+                    f"the strategy's state has a tensor {name[:80]!r}, {tensor.dtype} "
+                    f"{list(tensor.shape)}, which is no digest of a client's private factors. Go back "
+                    "to the round before with resume-previous = true."
+                )
+            found[int(slot)] = bytes(tensor.tolist()).hex()
+    return found
 
 
 def checked_digest(digest: str) -> str:
@@ -196,9 +224,8 @@ def checked_digest(digest: str) -> str:
     return digest
 
 
-def _origin(content: bytes) -> tuple[str, int]:
-    """Read from a file's header what its round began with, and its format: 8 bytes of length, JSON."""
-    length = int.from_bytes(content[:8], "little")
-    origin = json.loads(content[8 : 8 + length])["__metadata__"][_ORIGIN]
-    _, base, *number = str(origin).split(" ")
-    return base, int(number[0]) if number else 0
+def _damaged(path: Path, error: ValueError) -> RunDirectoryError:
+    return RunDirectoryError(
+        f"the private factors in {path} are damaged: {error}. Restore the file, or go back to the "
+        "round before with resume-previous = true."
+    )

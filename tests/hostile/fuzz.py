@@ -27,12 +27,9 @@ from flower_split.split import CutLayers, split_model
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
-from flower_split.trunk.service.limits import Limits
-from flower_split.trunk.service.pacing import Rate
-from flower_split.wire.codecs import Coded, make_codec
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
-from flower_split.wire.receiving import Incoming
 from tests.hostile.fuzz_calls import Call, Chance, Known, any_call, mutated_messages
+from tests.hostile.targets.messages import KINDS, UNPACED, read_message
 from tests.support.loopback import served
 from tests.support.tiny_configs import tiny_config
 from tests.support.tiny_models import FAMILIES as CAUSAL
@@ -57,8 +54,6 @@ PLANS: tuple[dict[str, object], ...] = (
 )
 CALLS_PER_ROUND = 80
 FINGERPRINT = {"model": "fuzz"}
-# Most calls are to be refused, each by what it holds.
-UNPACED = Limits(refusals=Rate(burst=10**9, per_second=1e9))
 
 
 @dataclass(slots=True)
@@ -92,16 +87,22 @@ class Tracebacks(logging.Handler):
             )
 
 
-class Target:
-    """A trunk of one family, served on loopback, with one participant that attacks."""
+class FuzzedTrunk:
+    """A trunk of one family, served on loopback, with one participant that attacks.
 
-    def __init__(self, family: str, findings: Findings) -> None:
+    Args:
+        family: Of its model.
+        findings: Where what came of the calls is noted.
+        attempt: Before that of the first round.
+    """
+
+    def __init__(self, family: str, findings: Findings, attempt: int = 0) -> None:
         if family in CAUSAL:
             model = tiny_model(family)
         else:
             torch.manual_seed(0)
             model = getattr(transformers, FAMILIES[family]).from_config(tiny_config(family))
-        _, trunk = split_model(model, CutLayers(1, 3))
+        self.client, trunk = split_model(model, CutLayers(1, 3))
         trunk.requires_grad_(True)
         self.family, self.findings = family, findings
         self.hidden_size = trunk.hidden_size
@@ -117,12 +118,18 @@ class Target:
             shares=Shares(evaluations=10),
         )
         self.digest = self.engine.compute.digest()
-        self.round = 0
+        self.round = attempt
 
-    def begin(self, channel: grpc.Channel) -> Known:
-        """Begin the next round, and join it as slot 0; slot 1 joins and stays silent."""
+    def begin(self, channel: grpc.Channel, plan: int | None = None) -> Known:
+        """Begin the next round, and join it as slot 0; slot 1 joins and stays silent.
+
+        Args:
+            channel: To the trunk.
+            plan: Which of the plans the round has; None: one after the other.
+        """
         self.round += 1
-        evaluate = bool(PLANS[self.round % len(PLANS)].get("evaluate"))
+        changes = PLANS[(self.round if plan is None else plan) % len(PLANS)]
+        evaluate = bool(changes.get("evaluate"))
         self.engine.begin_round(
             RoundPlan(
                 experiment="fuzz",
@@ -131,7 +138,7 @@ class Target:
                 participants={0: f"token-{self.round}", 1: "silent"},
                 quorum=0.5,
                 steps_per_round=2,
-                **PLANS[self.round % len(PLANS)],
+                **changes,
             )
         )
         self.engine.open_session("silent", FINGERPRINT, 2, evaluate)
@@ -184,21 +191,24 @@ class Target:
 
 @contextmanager
 def listening(findings: Findings) -> Iterator[None]:
-    """Collect tracebacks of the trunk's log; its lines go nowhere else."""
-    logger, handler = logging.getLogger("flower_split"), Tracebacks(findings)
-    before = logger.propagate
-    logger.addHandler(handler)
-    logger.propagate = False
+    """Collect tracebacks of the trunk's log and gRPC's; their lines go nowhere else."""
+    handler = Tracebacks(findings)
+    loggers = [logging.getLogger(name) for name in ("flower_split", "grpc")]
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.propagate = False
     try:
         yield
     finally:
-        logger.propagate = before
-        logger.removeHandler(handler)
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
+            logger.removeHandler(handler)
 
 
 def fuzz_calls(family: str, count: int, findings: Findings, seed: int = 0) -> None:
     """Make ``count`` calls to a trunk of ``family``; ``seed`` says which."""
-    target, chance = Target(family, findings), Chance(seed)
+    target, chance = FuzzedTrunk(family, findings), Chance(seed)
     with (
         listening(findings),
         served(target.engine, max_call_seconds=0.05, limits=UNPACED) as port,
@@ -215,18 +225,13 @@ def fuzz_calls(family: str, count: int, findings: Findings, seed: int = 0) -> No
 def fuzz_codec(count: int, seed: int = 0) -> Counter[str]:
     """Feed mutated messages to the codec; return outcomes by name. Anything but CodecError raises."""
     outcomes: Counter[str] = Counter()
-    kinds = {
-        "": None,
-        "int8 ": Coded(make_codec("int8"), "hidden_states"),
-        "rows ": Coded(make_codec("native"), "hidden_states", without_zeros=True),
-    }
     for frames in mutated_messages(seed, count):
-        for name, coded in kinds.items():
+        for kind in KINDS:
             try:
-                Incoming(iter(frames)).receive(1 << 22, coded=coded, digest=True)
-                outcomes[name + "accepted"] += 1
+                read_message(frames, kind)
+                outcomes[kind + "accepted"] += 1
             except CodecError:
-                outcomes[name + "CodecError"] += 1
+                outcomes[kind + "CodecError"] += 1
     return outcomes
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.wire.codecs import Coded, make_codec
 from flower_split.wire.sending import Outgoing
+from tests.hostile.targets.target import mutated
 
 DTYPES = (
     torch.float32,
@@ -315,19 +316,8 @@ def mutated_messages(seed: int, count: int) -> Iterator[list[bytes]]:
         frames = list(chance.choices(seeds, weights)[0])
         for _ in range(chance.choice((1, 1, 2, 4))):
             index = chance.randrange(len(frames))
-            frame = bytearray(frames[index])
-            at = chance.randrange(min(len(frame), 200)) if frame else 0
-            match chance.randrange(6):
-                case 0 | 1 if frame:
-                    frame[at] = chance.randrange(256)
-                case 2:
-                    del frame[at : at + chance.randrange(1, 9)]
-                case 3:
-                    frame[at:at] = chance.randbytes(chance.randrange(1, 12))
-                case 4:
-                    frames.insert(index, frames[index])
-                    continue
-                case _:
-                    del frame[chance.randrange(len(frame) + 1) :]
-            frames[index] = bytes(frame)
+            if chance.randrange(6) == 0:
+                frames.insert(index, frames[index])
+            else:
+                frames[index] = mutated(chance, frames[index])
         yield frames

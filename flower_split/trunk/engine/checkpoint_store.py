@@ -18,15 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.runtime import failpoints
 from flower_split.runtime.atomic_files import remove_leftovers, write_atomically
 from flower_split.runtime.file_formats import FileFormat
+from flower_split.runtime.json_text import plain_file_name, read_json_object, record_of
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
+from flower_split.runtime.tensor_bytes import tensors_from
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,8 @@ class CheckpointStore:
         if hashlib.sha256(content).hexdigest() != record.file_sha256:
             raise _no_checkpoint(f"{file} is damaged: its SHA-256 is not the one in {path.name}.")
         try:
-            return record, load(content)
-        except SafetensorError as error:
+            return record, tensors_from(content)
+        except ValueError as error:
             raise _no_checkpoint(f"{file} is damaged: {error}.") from error
 
     def discard_after(self, experiment: str, server_round: int) -> None:
@@ -156,13 +157,15 @@ class CheckpointStore:
 
     def _read(self, path: Path) -> TrunkCheckpoint | None:
         try:
-            values = json.loads(path.read_bytes())
+            values = read_json_object(path.read_bytes())
             if problem := _FORMAT.problem(path, values.pop("format", 0)):
                 raise TrunkRefused(RefusalReason.NO_CHECKPOINT, f"{_NO_WEIGHTS}: {problem}")
-            return TrunkCheckpoint(**values)
+            record = record_of(TrunkCheckpoint, values)
+            plain_file_name(record.file)
+            return record
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise _no_checkpoint(f"{path} is damaged: {error}.") from error
 
     def _read_quietly(self, path: Path) -> TrunkCheckpoint | None:

@@ -14,8 +14,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TypeVar, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from flower_split.errors import ConfigError, RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.errors import (
+    CodecError,
+    ConfigError,
+    RefusalReason,
+    TrunkRefused,
+    TrunkUnavailable,
+)
 from flower_split.runtime.secret_files import TokenFile
 from flower_split.trunk.service.client_certificates import UNKNOWN_TOKEN, CertificateGate
 from flower_split.trunk.service.control import CONTROL_CALLS
@@ -235,19 +242,27 @@ class Admission(grpc.ServerInterceptor):
     def _limited(
         self, handler: "grpc.RpcMethodHandler[Request, Reply] | None"
     ) -> "grpc.RpcMethodHandler[Request, Reply] | None":
-        """Return a health check whose wait for its message holds one of a few permits."""
-        if handler is None or handler.unary_unary is None:
-            return None
-        answer = handler.unary_unary
+        """Return a health check whose wait for its message holds one of a few permits.
 
-        def check(requests: Iterator[Request], context: Context) -> Iterator[Reply]:
+        It reads the message itself: what gRPC cannot read becomes INTERNAL there, with a traceback.
+        """
+        if handler is None or handler.unary_unary is None or handler.request_deserializer is None:
+            return None
+        answer, read = handler.unary_unary, handler.request_deserializer
+
+        def check(requests: Iterator[bytes], context: Context) -> Iterator[Reply]:
             if not self._health.acquire(blocking=False):
                 context.abort(
                     grpc.StatusCode.RESOURCE_EXHAUSTED,
                     f"the trunk answers {_HEALTH_WORKERS} health checks at once; ask again.",
                 )
             try:
-                for request in self._first_frames.of(requests):
+                for data in self._first_frames.of(requests):
+                    try:
+                        request = read(data)
+                    except (DecodeError, ValueError):
+                        with Answering(context, "Check", self._refusals, counts=False):
+                            raise CodecError("a health check is one protobuf message.") from None
                     yield answer(request, context)
                     return
             except TrunkUnavailable as error:
@@ -255,11 +270,10 @@ class Admission(grpc.ServerInterceptor):
             finally:
                 self._health.release()
 
-        return grpc.stream_stream_rpc_method_handler(
-            check,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+        checked: grpc.RpcMethodHandler[bytes, Reply] = grpc.stream_stream_rpc_method_handler(
+            check, response_serializer=handler.response_serializer
         )
+        return cast("grpc.RpcMethodHandler[Request, Reply]", checked)
 
 
 def _proof_in(metadata: Iterable[tuple[str, str | bytes]] | None) -> bytes:

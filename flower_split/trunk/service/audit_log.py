@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 
 from flower_split.errors import CodecError, ConfigError, DataError, TrunkRefused
 from flower_split.runtime.closing import Closing
+from flower_split.runtime.json_text import read_json_object
 from flower_split.runtime.secret_files import PRIVATE_FILE
 from flower_split.trunk.compute.checks import printable
 
@@ -135,7 +136,7 @@ class AuditLog(Closing):
         try:
             self._number, self._last = _end_of(path)
             self._file = _opened(path)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(
                 f"--audit-log {path} cannot be gone on with ({error}). Name a file that this user may "
                 "write; move one aside that is damaged, and keep it."
@@ -213,13 +214,10 @@ def verify_audit_log(paths: Sequence[Path]) -> tuple[int, str]:
     number, last = None, None
     for path, line, text in _lines(paths):
         try:
-            record = json.loads(text)
-            digest = record.pop("hash")
-            given, previous = int(record["number"]), record["previous"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {line} is no line of an audit log: {error!r}."
-            ) from error
+            record = read_json_object(text)
+            digest, given, previous = _links_of(record)
+        except ValueError as error:
+            raise DataError(f"{path}, line {line} is no line of an audit log: {error}.") from error
         if digest != _hash_of(record):
             raise DataError(f"{path}, line {line}: the line was changed after it was written.")
         if number is not None and (given, previous) != (number + 1, last):
@@ -262,8 +260,24 @@ def _end_of(path: Path) -> tuple[int, str]:
         tail = file.read()
     if not tail.endswith(b"\n"):
         raise ValueError("its last line is cut off")
-    record = json.loads(tail.splitlines()[-1])
-    digest = str(record.pop("hash"))
+    record = read_json_object(tail.splitlines()[-1])
+    digest, number, _ = _links_of(record)
     if digest != _hash_of(record):
         raise ValueError("its last line was changed")
-    return int(record["number"]), digest
+    return number, digest
+
+
+def _links_of(record: dict[str, object]) -> tuple[str, int, str]:
+    """Take the hash out of a line; return it, the line's number, and the hash before it.
+
+    Raises:
+        ValueError: One of them is missing, or of another type.
+    """
+    digest, number, previous = (
+        record.pop("hash", None),
+        record.get("number"),
+        record.get("previous"),
+    )
+    if not (isinstance(digest, str) and type(number) is int and isinstance(previous, str)):
+        raise ValueError("it has not the hash, the number and the hash before that every line has")
+    return digest, number, previous
