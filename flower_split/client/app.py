@@ -77,7 +77,7 @@ class _Later:
 
     @cached_property
     def answers(self) -> "Answers":
-        """What answers."""
+        """The handlers."""
         from flower_split.client.handlers import Answers
 
         return Answers()

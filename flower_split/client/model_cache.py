@@ -91,7 +91,7 @@ class RunCache:
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
-        """What must agree with the trunk."""
+        """The fields that must agree with the trunk's."""
         if not self._fingerprint:
             self._fingerprint = fingerprint(self.config)
         return self._fingerprint

@@ -117,7 +117,7 @@ class RemoteTrunk(nn.Module, Closing):
 
     @property
     def waiting(self) -> Callable[[], AbstractContextManager[object]]:
-        """Entered around every call."""
+        """The block that every call is made inside."""
         return self._calls.waiting
 
     @waiting.setter

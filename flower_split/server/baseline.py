@@ -78,7 +78,7 @@ def _ask(
     good, problems = by_partition(federation, messages, replies)
     if problems:
         raise FederationError(
-            f"the local-only baseline failed: {describe(problems, federation)}. Mend it, or set "
+            f"the local-only baseline failed: {describe(problems, federation)}. Fix it, or set "
             "local-only-baseline = false."
         )
     return good

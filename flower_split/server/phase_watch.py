@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 
 _STATUS_SECONDS = 2.0  # between two polls of the trunk's status
 _MISSED_SECONDS = 10.0  # that clients are waited for before progress names them
-_GRACE_SECONDS = 20.0  # for the other clients' replies, once a phase cannot succeed any more
+_GRACE_SECONDS = 20.0  # for the other clients' replies, once a phase can no longer succeed
 
 
 class PhaseWatch:
-    """Log the progress of one phase, and end it as soon as it cannot succeed any more.
+    """Log the progress of one phase, and end it as soon as it can no longer succeed.
 
     Args:
         phase: The open phase.
@@ -117,7 +117,7 @@ class PhaseWatch:
 
     def _stop(self, why: str, now: float) -> None:
         """Abort the trunk's round, so that its clients end at once; their replies are still read."""
-        logger.warning("%s cannot succeed any more: %s", self._label, why)
+        logger.warning("%s can no longer succeed: %s", self._label, why)
         self._trunk_rounds.abort(why)
         self._end = now + _GRACE_SECONDS
 

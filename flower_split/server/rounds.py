@@ -2,7 +2,7 @@
 
 Flower's own loop always begins at round 1, says nothing while a phase runs, and treats a round in
 which every client failed as done. This one begins where it is told, reports where the trunk stands,
-and ends a phase as soon as it cannot succeed any more.
+and ends a phase as soon as it can no longer succeed.
 """
 
 import logging

@@ -147,7 +147,7 @@ class RunHooks(RoundHooks):
             value = ended.central[config.central_name]
         now = {} if value is None else {ended.server_round: float(value)}
         if any(math.isnan(number) for number in now.values()):
-            logger.warning("round %d: %s is no number", ended.server_round, config.metric)
+            logger.warning("round %d: %s is not a number", ended.server_round, config.metric)
         return reason_to_stop(config, self._recorder.run.metrics(), now)
 
     def _score(self, metric: str, server_round: int) -> float:

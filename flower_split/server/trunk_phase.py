@@ -106,7 +106,7 @@ class TrunkPhase:
         text = (
             f"round {self.server_round}: {len(good)} of {total} clients completed, and the quorum "
             f"(trunk.quorum, trunk.quorum-count) needs {required}. Cause: {why.rstrip('.')}. "
-            f"Mend it, then resume the run or start it again.{lower}"
+            f"Fix it, then resume the run or start it again.{lower}"
         )
         if not self.is_lost(problems):
             raise FederationError(text)

@@ -75,7 +75,7 @@ class Serving:
         if (self.allow_clients or self.allow_coordinators) and not self.client_ca:
             raise ConfigError(
                 "--allow-client and --allow-coordinator name subjects of certificates, which the trunk "
-                "asks for with --client-ca alone. Give the CA's PEM file."
+                "asks for only with --client-ca. Give the CA's PEM file."
             )
 
 

@@ -120,7 +120,7 @@ def open_channel(
     if not is_loopback(address):
         raise ConfigError(
             f"the trunk at {address} is not on this machine's loopback, where alone plain text is "
-            "allowed: tokens and activations would travel readable. Give the CA's PEM file as "
+            "allowed: tokens and activations would travel in the clear. Give the CA's PEM file as "
             "trunk.root-certificates and start the trunk with --tls-certificate and --tls-key."
         )
     return grpc.insecure_channel(address, options=channel_options())

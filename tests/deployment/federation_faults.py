@@ -76,7 +76,7 @@ def _node_killed(machines: Deployed, job: Process) -> Seen:
     time.sleep(SECONDS_REFUSED)
     machines.start_node(NAMES[1])
     found = job.wait_said(r"waiting for partition 1 \(node|left the run", MINUTES, started)
-    job.wait_said("there again", MINUTES, started)
+    job.wait_said("connected again", MINUTES, started)
     return Seen(
         fault=f"a SuperNode killed, and started again after {SECONDS_REFUSED:.0f} s",
         seen=f"*{words(found)}*",

@@ -149,7 +149,9 @@ def test_lists_are_read_again_when_they_change(
                 alice.wait_version(0)
             file.unlink()
             bob.wait_version(0)
-    assert any("former subjects of --allow-client stay" in line for line in caplog.messages)
+    assert any(
+        "former subjects of --allow-client stay in force" in line for line in caplog.messages
+    )
 
 
 def test_client_ca_is_read_again_when_it_changes(

@@ -200,7 +200,7 @@ class ReadyWorker(Closing):
             if said.kind == "reply":
                 return said
             if said.kind != "working":
-                raise WorkerError(f"the worker said {said.kind!r}, and should reply.")
+                raise WorkerError(f"the worker sent {said.kind!r} where its reply is due.")
 
     def _make_sure_it_is_gone(self) -> None:
         """End the worker, and wait until it has.

@@ -305,7 +305,7 @@ class Dispatcher:
                 f"{len(self._left_out)} of {total} clients have failed more than round-retries = "
                 f"{self._config.round_retries} times in a row, or were revoked, and the quorum "
                 f"(trunk.quorum, trunk.quorum-count) needs {needed}. Cause: "
-                f"{named.rstrip('.')}. Mend it and start "
+                f"{named.rstrip('.')}. Fix it and start "
                 "the run again, or lower trunk.quorum to go on without them."
             )
 

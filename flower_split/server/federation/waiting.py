@@ -63,7 +63,7 @@ def wait_for_clients(
             answered(partition_id, reply)
         if good:
             logger.info(
-                "%s: there again",
+                "%s: connected again",
                 _named({partition_id: left[partition_id] for partition_id in good}),
             )
         left = {

@@ -233,7 +233,7 @@ def _new_cache(compute: TrunkCompute) -> TrunkCache:
         return TrunkCache(trunk.config)
     raise TrunkRefused(
         RefusalReason.INVALID_REQUEST,
-        "this trunk's layers keep other states between calls than keys and values. Generate with "
+        "between calls, this trunk's layers keep states other than keys and values. Generate with "
         "use_cache=False.",
     )
 

@@ -25,7 +25,7 @@ class Weights:
 
     @property
     def num_bytes(self) -> int:
-        """Of all parameters."""
+        """Bytes of all parameters."""
         return sum(parameter.nbytes for parameter in self.parameters)
 
     @property
@@ -82,7 +82,7 @@ class Versions:
 
     @property
     def num_bytes(self) -> int:
-        """Of all copies."""
+        """Bytes of all copies."""
         return sum(weights.num_bytes for weights in self._copies.values())
 
     @property

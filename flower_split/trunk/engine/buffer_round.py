@@ -39,7 +39,7 @@ class BufferRound(Round):
         """
         if not arrivals:
             raise TrunkRefused(
-                RefusalReason.INVALID_REQUEST, f"{self} is to be prepared without an arrival."
+                RefusalReason.INVALID_REQUEST, f"{self} cannot be prepared without an arrival."
             )
         taken, gradients, factors = self.dispatches.take(arrivals)
         bad = faults(gradients) or outliers(gradients, self.reduction.outlier_factor)

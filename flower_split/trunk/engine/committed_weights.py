@@ -112,8 +112,8 @@ class CommittedWeights:
         if self.compute.digest() != base.digest:
             raise TrunkRefused(
                 RefusalReason.NO_CHECKPOINT,
-                f"the checkpoint of round {base.server_round} does not restore the weights it "
-                "says; it was written by another version. Begin a new run.",
+                f"the checkpoint of round {base.server_round} does not restore the weights that it "
+                "names; it was written by another version. Begin a new run.",
             )
         logger.info(
             "restored round %d of experiment %s, version %d",

@@ -52,7 +52,7 @@ class DispatchRound(Round):
 
     @property
     def slot(self) -> int:
-        """The client's."""
+        """The client's slot."""
         return next(iter(self.plan.participants))
 
     @property
@@ -207,7 +207,7 @@ class Dispatches:
         if len(set(slots)) < len(slots):
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST,
-                f"a slot is sent to work twice at a time; those at work are {sorted(slots)}.",
+                f"a slot cannot be sent to work twice at a time; at work are {sorted(slots)}.",
             )
 
     def _begun(self, plan: RoundPlan, entry: Dispatch, weights: Weights | None) -> DispatchRound:

@@ -234,7 +234,7 @@ class RoundLifecycle:
         if self._trains and plan.step_every is StepEvery.LOCAL_STEP:
             return self._make_batches()
         logger.info(
-            "round %d: every micro-batch is computed alone, for the round does not step with every "
+            "round %d: every micro-batch is computed alone, because the round does not step with every "
             "local step (trunk.window-batches)",
             plan.server_round,
         )

@@ -49,7 +49,7 @@ class _Held:
 
     @property
     def label(self) -> str:
-        """What logs and figures call it."""
+        """The name that logs and figures use."""
         return f"{self.owner}/{self.name}" if self.owner else self.name
 
 
@@ -234,7 +234,7 @@ class SeveralExperiments(Closing):
         """
         if not self._changing.acquire(timeout=_CHANGING_SECONDS):
             raise TrunkUnavailable(
-                f"the trunk makes or lets go of another experiment since {_CHANGING_SECONDS:.0f} s."
+                f"the trunk has been making or releasing another experiment for {_CHANGING_SECONDS:.0f} s."
             )
         try:
             yield

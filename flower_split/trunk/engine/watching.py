@@ -55,7 +55,7 @@ class Waits:
         if current is None or not (late or self._waits):
             return []
         lines = [
-            (slot, f"{current}: slot {slot} is there again, after {now - wait.since:.0f} s")
+            (slot, f"{current}: slot {slot} is back, after {now - wait.since:.0f} s")
             for slot, wait in self._waits.items()
             if slot not in late and wait.next_line > _FIRST_LINE
         ]

@@ -138,7 +138,7 @@ class AuditLog(Closing):
             self._file = _opened(path)
         except (OSError, ValueError) as error:
             raise ConfigError(
-                f"--audit-log {path} cannot be gone on with ({error}). Name a file that this user may "
+                f"--audit-log {path} cannot be continued ({error}). Name a file that this user may "
                 "write; move one aside that is damaged, and keep it."
             ) from error
 

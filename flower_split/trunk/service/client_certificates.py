@@ -129,7 +129,7 @@ class AllowList:
             except ConfigError as error:
                 if str(error) != self._problem:
                     self._problem = str(error)
-                    logger.error("the former subjects of %s stay: %s", self.option, error)
+                    logger.error("the former subjects of %s stay in force: %s", self.option, error)
             return not self._listed.isdisjoint(subject.names)
 
     def _looked(self) -> tuple[int, ...]:
@@ -217,7 +217,7 @@ class CertificateGate:
         if owner == subject.names:
             return True
         logger.warning(
-            "a token that came with another certificate before came with that of %r: refused",
+            "refused: a token that belongs to another certificate came with that of %r",
             subject.name,
         )
         return False

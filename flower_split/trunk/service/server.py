@@ -205,7 +205,7 @@ def _certificate_of(
     if not is_loopback(listen):
         raise ConfigError(
             f"the trunk may listen without TLS on loopback only, not on {listen!r}: tokens and "
-            "activations would travel readable. Give --tls-certificate and --tls-key, or listen "
+            "activations would travel in the clear. Give --tls-certificate and --tls-key, or listen "
             "on 127.0.0.1."
         )
     return None

@@ -78,7 +78,7 @@ def test_slot_that_others_wait_for_in_a_window_is_told_until_it_is_there_again(
     ends = [record.message.rpartition(": ")[2] for record in caplog.records]
     assert [end for end in ends if "slot 1" in end] == [
         "waiting for slot 1 since 40 s",
-        "slot 1 is there again, after 50 s",
+        "slot 1 is back, after 50 s",
     ]
 
 
