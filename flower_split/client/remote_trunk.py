@@ -155,6 +155,7 @@ class RemoteTrunk(nn.Module, Closing):
     def close(self) -> None:
         """Leave the round and close the connections. Idempotent; raises nothing of the trunk's."""
         self._session.close()
+        self.finish = None
 
     def wait_version(self, version: int) -> int:
         """Wait until the trunk's weights have ``version``; return the version they have.

@@ -63,7 +63,7 @@ def attach_lora(
         model: An unsplit model, a client model or a trunk.
         cuts: The cut layers.
         parts: Settings of each part that trains: a subset of ``bottom``, ``trunk``, ``top``.
-        seed: Of the initial values.
+        seed: Seeds the initial values.
         incomplete: Parts of which the model holds only some layers: a name or setting that matches
             nothing there is no mistake.
 

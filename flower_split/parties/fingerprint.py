@@ -150,7 +150,7 @@ def differences(
     Args:
         mine: One party's.
         theirs: The other's.
-        names: Of the fields.
+        names: The fields' names.
         labels: What the two are called.
     """
     return "; ".join(

@@ -35,7 +35,7 @@ def client_cuts(
     Args:
         config: The run's configuration; ``model.cuts-by-partition`` may name the partition.
         partition_id: The client's.
-        node_config: Of its SuperNode; ``first-cut`` and ``second-cut`` there come before all else.
+        node_config: Its SuperNode's; ``first-cut`` and ``second-cut`` there come before all else.
 
     Raises:
         ConfigError: They do not lie within the run's, are no integers, or the overlap cannot train.

@@ -49,7 +49,7 @@ def read_pair(certificate: str, key: str, names: PairNames) -> Pair:
     Args:
         certificate: PEM file.
         key: PEM file.
-        names: Of the two settings, for the message.
+        names: The two settings' names, for the message.
 
     Raises:
         ConfigError: A file cannot be read, others can read the key, the two do not belong together,

@@ -23,7 +23,7 @@ def check_private(path: str | Path, key: str) -> None:
     """Check that nobody beyond its owner and group can read a file, and its owner alone writes it.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         key: The configuration's or the command's word for it, for the message.
 
     Raises:
@@ -47,7 +47,7 @@ def check_not_written_by_others(path: str | Path, key: str) -> None:
     """Check that others cannot write a file that says who may do what.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
         key: The command's word for it, for the message.
 
     Raises:
@@ -112,7 +112,7 @@ def token_in(environment: Mapping[str, str], key: str) -> str:
     """Return the coordinator's token of the environment, for who has named no file.
 
     Args:
-        environment: Of this process.
+        environment: This process's environment.
         key: The configuration's or the command's word for the file, for the message.
 
     Raises:

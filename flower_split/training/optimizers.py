@@ -114,7 +114,7 @@ class PartOptimizer:
     """The optimizer of one part of a model: learning rate, clipping and step, in this order.
 
     Args:
-        parameters: Of the part; they all require grad.
+        parameters: Those of the part; they all require grad.
         config: Optimizer, schedule and clipping.
         total_steps: Optimizer steps of the whole run, over all server rounds.
     """
@@ -131,7 +131,7 @@ class PartOptimizer:
         """Return the optimizer's state; see :func:`optimizer_tensors`.
 
         Args:
-            names: Of the parameters, in their order.
+            names: The parameters' names, in their order.
         """
         return optimizer_tensors(self._named(names), self._optimizer)
 

@@ -226,7 +226,7 @@ class ComputeTurns:
     same however the waits fall.
 
     Args:
-        device: Of the client's model; its generator is kept too.
+        device: The client's model's device; its generator is kept too.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -69,7 +69,7 @@ def end_step_together(
     """Make every ``.grad`` the one to step with: shared and clipped as the round says.
 
     Args:
-        trunk: Of the open session.
+        trunk: The remote trunk, with an open session.
         rule: Its ``finish``.
         window: The optimizer step within the round, from 0.
         num_micro_batches: How many the step had.

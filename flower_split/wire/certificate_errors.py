@@ -26,7 +26,7 @@ def certificate_fault(
     """Return what is wrong with a client's certificate, and the remedy; empty: nothing is known of it.
 
     Args:
-        details: Of a call that was UNAVAILABLE, over TLS.
+        details: What gRPC says of a call that was UNAVAILABLE, over TLS.
         address: ``host:port`` of the trunk.
         shown: What was shown to it.
         proxy: URL of the proxy on the way to it; empty: none.

@@ -40,7 +40,7 @@ class ClientCertificate:
 
         Args:
             trunk: The run's configuration of the trunk.
-            node_config: Of a client's SuperNode.
+            node_config: The node config of a client's SuperNode.
 
         Raises:
             ConfigError: Only one file of a pair is named.

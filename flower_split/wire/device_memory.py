@@ -145,7 +145,7 @@ class DeviceHalf:
 
     Args:
         data: uint8, the half of the buffer.
-        table: Of its slots.
+        table: The table of its slots.
     """
 
     def __init__(self, data: Tensor, table: SlotTable) -> None:
@@ -179,7 +179,7 @@ class DeviceHalf:
 
         Args:
             place: As the message says; not trusted.
-            sizes: Of the payloads, in bytes; they have been checked.
+            sizes: The payloads' sizes in bytes; they have been checked.
 
         Raises:
             CodecError: It is no place in this half, its content has been replaced, or the memory has
@@ -216,14 +216,14 @@ class DeviceMemory:
     """Both halves of a buffer, as one of its two processes sees them.
 
     Args:
-        buffer: That both have.
-        tables: Of the client's half, then of the trunk's.
+        buffer: The buffer that both have.
+        tables: The table of the client's half, then that of the trunk's.
         trunk: Whether this process is the trunk.
 
     Attributes:
         device: On which it lies.
         handle: By which the other process opens it.
-        num_bytes: Of both halves.
+        num_bytes: Size of both halves.
         sending: The half that this process writes.
         receiving: The half that it reads.
     """

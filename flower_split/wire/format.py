@@ -56,8 +56,8 @@ class Layout:
 
     Args:
         name: The tensor's name within its message.
-        dtype: Of the decoded tensor.
-        shape: Of the decoded tensor.
+        dtype: The decoded tensor's dtype.
+        shape: The decoded tensor's shape.
         num_bytes: In the payload.
         on_device: Whether the payload lies in memory of a GPU.
     """

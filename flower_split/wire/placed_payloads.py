@@ -19,7 +19,7 @@ class PlacedPayloads:
     """Opens what a header says of the places of its payloads.
 
     Args:
-        header: Of the message; not trusted.
+        header: The message's header; not trusted.
         memory: Shared with its sender.
     """
 
@@ -35,7 +35,7 @@ class PlacedPayloads:
         """Return the payloads, uint8, in their order; None for those that come in frames.
 
         Args:
-            sizes: Of all payloads, in bytes; they have been checked.
+            sizes: All payloads' sizes in bytes; they have been checked.
             on_device: Which of them lie in memory of a GPU.
 
         Raises:

@@ -103,9 +103,9 @@ class Outgoing:
             :meth:`on_host` gives the message without them.
 
     Attributes:
-        num_bytes: Of all frames, as if everything went in them.
-        tensor_bytes: Of the tensors in memory.
-        payloads: Of the tensors that have one on the CPU, in their order.
+        num_bytes: Bytes of all frames, as if everything went in them.
+        tensor_bytes: Bytes of the tensors in memory.
+        payloads: Those of the tensors that have one on the CPU, in their order.
         staying: The tensors that stay on a GPU, in their order.
 
     Raises:
@@ -193,8 +193,8 @@ def framed_bytes(header_bytes: int, payload_bytes: int) -> int:
     """Return the bytes of all frames of a message.
 
     Args:
-        header_bytes: Of the serialized header alone.
-        payload_bytes: Of all tensors.
+        header_bytes: Size of the serialized header alone.
+        payload_bytes: Size of all tensors' payloads.
     """
     header = HEADER_TAG + _varint(header_bytes) + bytes(header_bytes)
     return sum(len(prefix) + size for prefix, size in _planned(header, payload_bytes))

@@ -64,7 +64,7 @@ class _Half:
 
         Args:
             place: As the message says; not trusted.
-            sizes: Of the payloads, in bytes; they have been checked.
+            sizes: The payloads' sizes in bytes; they have been checked.
 
         Raises:
             CodecError: It is no place in this half, or its content has been replaced.
@@ -88,9 +88,9 @@ class SharedMemory:
         sending: The half that this process writes.
         receiving: The half that it reads.
         nonce: The first bytes.
-        num_bytes: Of the file.
+        num_bytes: Size of the file.
         device: Memory of a GPU beside it; None: there is none.
-        descriptor: Of the open file; closed with :meth:`close_file`.
+        descriptor: The open file's descriptor; closed with :meth:`close_file`.
     """
 
     def __init__(self, descriptor: int, num_bytes: int, *, trunk: bool) -> None:
@@ -111,7 +111,7 @@ class SharedMemory:
         """Make the trunk's side of a new file; its pages take memory when they are first written.
 
         Args:
-            payload_bytes: Of each half.
+            payload_bytes: Size of each half.
 
         Raises:
             OSError: The kernel has no such files, or no memory.

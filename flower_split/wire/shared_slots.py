@@ -64,9 +64,9 @@ class SlotTable:
 
     Args:
         memory: Shared; holds the tables, whatever memory holds the payloads.
-        begin: Of the tables, in bytes.
-        size: Of the tables.
-        num_bytes: That the payloads may take.
+        begin: Where the tables begin, in bytes.
+        size: Size of the tables, in bytes.
+        num_bytes: Most that the payloads may take.
     """
 
     def __init__(self, memory: mmap.mmap, begin: int, size: TableSize, num_bytes: int) -> None:
@@ -121,7 +121,7 @@ class SlotTable:
         Args:
             place: As the message says; not trusted.
             wanted: Bytes that lie there.
-            count: Of the uses.
+            count: Number of the uses.
 
         Raises:
             CodecError: It is no place in this half, or its content has been replaced.

@@ -51,7 +51,7 @@ def tls_fault(details: str | None) -> str:
     """Return what is wrong with a handshake, and the remedy; empty: it did not fail for its TLS.
 
     Args:
-        details: Of a call that was UNAVAILABLE.
+        details: What gRPC says of a call that was UNAVAILABLE.
     """
     text = details or ""
     return next((fault for mark, fault in _FAULTS if mark in text), "")

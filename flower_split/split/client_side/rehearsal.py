@@ -94,7 +94,7 @@ class Rehearsal:
         """Return what the trunk's layers would be given beside the hidden states.
 
         Args:
-            smashed: Of the shape, dtype and device that counts; its values do not.
+            smashed: Smashed data whose shape, dtype and device count; its values do not.
             mask: As the trunk is given it.
             position_ids: As the trunk is given them.
             use_cache: As the trunk is given it.

@@ -82,7 +82,7 @@ class TrunkSlot(StandIn):
     Attributes:
         carried: Places of layer arguments that the trunk is given, because it cannot make them.
         ignored: Places of layer arguments that the trunk is not given and has no need of.
-        rehearsal: Of the trunk's forward; None where there is none.
+        rehearsal: Rehearses the trunk's forward; None where there is none.
         learned: While the client model is being made: what the layers would be given, per call.
     """
 

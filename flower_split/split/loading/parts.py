@@ -53,13 +53,13 @@ def load_client_model(
         cuts: The cut layers.
         trunk: Any module called as ``trunk(hidden_states, attention_mask=None,
             position_ids=None) -> hidden_states``; ``set_trunk`` replaces it later.
-        dtype: Of the weights, such as ``"bfloat16"``; None: the checkpoint's.
+        dtype: Dtype of the weights, such as ``"bfloat16"``; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
         auto_class: Which kind of model, as one of transformers' auto classes. A head that the
             checkpoint lacks is initialised anew, as by the auto class itself.
-        quantization: Of the base weights, as :func:`~flower_split.split.structure.quantization.
+        quantization: That of the base weights, as :func:`~flower_split.split.structure.quantization.
             resolve_quantization` takes it: a name, a JSON object, or an object of transformers.
 
     Returns:
@@ -108,12 +108,12 @@ def load_trunk_model(
             :class:`~flower_split.split.loading.model_source.ModelSource`, which says ``dtype``,
             ``attn_implementation``, ``revision`` and ``quantization`` itself.
         cuts: The cut layers.
-        dtype: Of the weights; None: the checkpoint's.
+        dtype: Dtype of the weights; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
         auto_class: Which kind of model; the clients' one.
-        quantization: Of the base weights; the clients' one.
+        quantization: How the base weights are quantised; the clients' one.
         device_map: Which layer goes to which of this host's devices, instead of ``device``:
             ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` or ``"sequential"``, or module name ->
             device. A trunk whose layers lie on several takes hidden states from any device, and
@@ -162,12 +162,12 @@ def load_whole_model(
 
     Args:
         name_or_path: Local directory or hub id of a checkpoint in safetensors, or a source.
-        dtype: Of the weights; None: the checkpoint's.
+        dtype: Dtype of the weights; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
         auto_class: Which kind of model.
-        quantization: Of the base weights; the parts' one.
+        quantization: How the base weights are quantised; the parts' one.
 
     Returns:
         The model, in evaluation mode.

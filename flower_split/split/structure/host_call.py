@@ -133,7 +133,7 @@ def host_inputs(
     Args:
         host: The module whose forward runs the layers.
         hidden_states: Smashed data; stands for the input embeddings as to shape and dtype.
-        width: Of the input embeddings.
+        width: Width of the input embeddings.
         attention_mask: Padding mask, ``[batch, seq]``, or what the model makes of one, or None.
         position_ids: ``[batch or 1, seq]``, with an axis before them if there are several; or None.
         use_cache: As the model's argument.

@@ -30,7 +30,7 @@ class CacheStep:
     """One call with a cache that the trunk keeps between calls.
 
     Args:
-        id: Of the cache, from 1, unique within the client's process.
+        id: The cache's number, from 1, unique within the client's process.
         step: The call with this cache, from 0.
         past_length: Positions that the cache holds before the call.
         rows: ``[batch]``: the row of the call before that each row goes on from; ``None``: the same.
@@ -108,8 +108,8 @@ class CacheBook:
         Args:
             cache: The client's.
             index: The layer of the trunk's slot.
-            hidden_states: Of the call.
-            trunk: That is called; a cache belongs to one trunk.
+            hidden_states: Those of the call.
+            trunk: The one that is called; a cache belongs to one trunk.
             release: Called with the id when the client's cache object is gone.
 
         Raises:
@@ -148,7 +148,7 @@ class TrunkCache:
     """The trunk's side of one cache: keys and values of its layers, and the padding mask so far.
 
     Args:
-        config: Of the model.
+        config: The model's configuration.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:

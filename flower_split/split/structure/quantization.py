@@ -54,14 +54,14 @@ def resolve_quantization(
     """Return the quantisation that a checkpoint is loaded with, checked as far as it can be by now.
 
     Args:
-        name_or_path: Of the checkpoint, for errors.
+        name_or_path: Names the checkpoint in errors.
         config: Its configuration; a quantisation that it names counts.
         skeleton: The whole model without weights.
         quantization: What was asked for: transformers' own object; ``"bnb-8bit"``; ``"bnb-4bit"``
             (NF4 with double quantisation); ``"dequantize"``, for a checkpoint that is quantised; or
             a JSON object as in ``quantization_config`` of a ``config.json``. None or "": as the
             checkpoint is.
-        dtype: Of the weights that are not quantised, and of the computation; None: the checkpoint's.
+        dtype: Dtype of the weights that are not quantised, and of the computation; None: the checkpoint's.
         device_map: Where the weights will go, as ``from_pretrained`` takes it.
 
     Returns:
@@ -115,7 +115,7 @@ def check_quantised(
     """Check that LoRA can sit on a quantised part, and that gradients flow through it.
 
     Args:
-        name_or_path: Of the checkpoint, for errors.
+        name_or_path: Names the checkpoint in errors.
         model: The part, loaded.
         skeleton: The same part before quantisation.
         quantization: What it was loaded with.

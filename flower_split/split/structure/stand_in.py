@@ -49,7 +49,7 @@ class LayerOutput:
         """See which entries of a real layer's output the layer after it is given.
 
         Args:
-            output: Of the layer.
+            output: What the layer returned.
             following: The tensors among the next layer's arguments, by place.
         """
         if isinstance(output, (tuple, list)):
@@ -65,8 +65,8 @@ class LayerOutput:
 
         Args:
             hidden_states: To be returned.
-            args: Of the layer's call.
-            kwargs: Of the layer's call.
+            args: Positional arguments of the layer's call.
+            kwargs: Named arguments of the layer's call.
         """
         if self.length is None:
             return hidden_states

@@ -145,7 +145,7 @@ class Coded:
 
     Args:
         codec: What its sender encodes with.
-        name: Of the tensor. What travels for it is named ``name`` and ``name/part``.
+        name: The tensor's name. What travels for it is named ``name`` and ``name/part``.
         like: The form that it must have when it arrives; None: any, or none may come.
         without_zeros: Whether it may travel without its rows of zeros (see the module).
     """
@@ -230,7 +230,7 @@ class Coded:
 
         Args:
             arrived: As they came.
-            form: That :meth:`form` gave.
+            form: The one that :meth:`form` gave.
 
         Raises:
             CodecError: The codec fails, or gives another form.

@@ -53,7 +53,7 @@ def make_codec(name: str, registry: Registry[type[Codec]] = CODECS) -> Codec:
 
     Args:
         name: A built-in's, an entry point's, or an import path ``"module:Class"``.
-        registry: Of the key that names it.
+        registry: The registry of the key that names it.
 
     Raises:
         ConfigError: It is unknown, cannot be imported, or is not a codec that can be made without
@@ -74,8 +74,8 @@ class WireCodecs:
     """The codecs of one client's calls.
 
     Args:
-        activations: Of smashed data and ``trunk_output``.
-        gradients: Of their gradients.
+        activations: The codec of smashed data and ``trunk_output``.
+        gradients: The codec of their gradients.
     """
 
     activations: Codec
