@@ -44,7 +44,7 @@ def start_beforehand(
     Args:
         node: Flower's id of the node.
         idle: Seconds without a message after which it ends.
-        folder: Where workers are met; None: in Flower's home.
+        folder: The directory in which workers are met; None: that of Flower's home.
         start: Starts the process; None: with this one's environment.
 
     Raises:

@@ -21,8 +21,8 @@ class FileFormat:
         """Return why a file cannot be read, with the remedy; empty: it can.
 
         Args:
-            path: Of the file.
-            found: The number that it says.
+            path: The file.
+            found: The number that the file says.
         """
         if isinstance(found, bool) or not isinstance(found, int) or found < 0:
             return f"{path} is damaged: its format should be a number. Restore the file."

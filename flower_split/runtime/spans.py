@@ -48,7 +48,7 @@ class Tracing:
     """Makes the spans of this process. Thread-safe.
 
     Args:
-        provider: OpenTelemetry's; says where spans go.
+        provider: OpenTelemetry's provider, which says where spans go.
     """
 
     def __init__(self, provider: TracerProvider) -> None:
@@ -67,10 +67,10 @@ class Tracing:
         """Be inside a span on this thread; an error that leaves it is named by its class alone.
 
         Args:
-            name: Of the span.
-            attributes: Of :data:`ATTRIBUTES`.
-            kind: Of the span.
-            parent: Which it belongs to; None: the one that this thread is inside of.
+            name: The span's name.
+            attributes: Some of :data:`ATTRIBUTES`.
+            kind: The span's kind.
+            parent: The span that it stands in; None: the one that this thread is inside of.
 
         Raises:
             ValueError: A span must not say this.
@@ -115,7 +115,7 @@ class Tracing:
 
         Args:
             method: The name of a method that is served.
-            traceparent: As the peer says; what is none begins a trace here. It is no secret, and proves
+            traceparent: The peer's word; what is none begins a trace here. It is no secret, and proves
                 nothing: whoever may call can have a call's spans stand in any trace.
         """
         sound = traceparent if len(traceparent) == _TRACEPARENT_LENGTH else ""
@@ -162,8 +162,8 @@ def exporting(name: str, environment: Mapping[str, str], service: str) -> Tracin
     """Return what sends spans to an exporter; None, with a warning, where it is not installed.
 
     Args:
-        name: As ``OTEL_TRACES_EXPORTER`` gives it.
-        environment: Its further OTEL variables, which the exporter reads by itself, too.
+        name: The value of ``OTEL_TRACES_EXPORTER``.
+        environment: The further OTEL variables, which the exporter reads by itself, too.
         service: ``service.name`` where the environment has none.
     """
     protocol = next((environment[key] for key in _PROTOCOLS if environment.get(key)), "grpc")

@@ -19,7 +19,7 @@ class TracingSwitch:
     """The traces of a process. Edges switch it on once; connections ask it when they are made.
 
     Attributes:
-        current: What makes spans; None: off.
+        current: The maker of spans; None: off.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class TracingSwitch:
         Traces that cannot be made do not end a run: a warning says what is missing.
 
         Args:
-            environment: Of this process. ``OTEL_TRACES_EXPORTER``: ``otlp``, ``console`` or another
+            environment: This process's environment. ``OTEL_TRACES_EXPORTER``: ``otlp``, ``console`` or another
                 installed exporter's name; missing, empty or ``none``: off.
             service: This process's ``service.name``, where the environment names none.
         """

@@ -169,8 +169,8 @@ def coordinator_token(path: str, environment: Mapping[str, str]) -> str | TokenF
     """Return what ``trunk.token-file`` names, read again when it changes; else the environment's.
 
     Args:
-        path: As ``trunk.token-file`` says; empty: no file.
-        environment: Of this process.
+        path: The value of ``trunk.token-file``; empty: no file.
+        environment: This process's environment.
 
     Raises:
         ConfigError: There is no token, its file cannot be read or is open to others, or it is too short.

@@ -81,7 +81,7 @@ class Launcher:
     """Forks processes for whoever asks, until its SuperNode has ended.
 
     Args:
-        listener: Where Flower's commands hand their starts over.
+        listener: The socket to which Flower's commands hand their starts over.
         node: Process id of the SuperNode.
     """
 

@@ -31,7 +31,7 @@ def run_supernode(arguments: Sequence[str]) -> NoReturn:
     """Become ``flower-supernode``, whose ClientApp processes a launcher starts.
 
     Args:
-        arguments: Of ``flower-supernode``.
+        arguments: The options of ``flower-supernode``.
 
     Raises:
         ConfigError: Flower's commands are not installed beside this one, or the launcher cannot be

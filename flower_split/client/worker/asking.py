@@ -224,10 +224,10 @@ def launch(
     """Start a worker, and leave socket and lock to it.
 
     Args:
-        directory: Where workers are met.
+        directory: The directory in which workers are met.
         node: Flower's id of the node.
-        identity: What it is to be good for.
-        lock: The node's, of :meth:`WorkerDirectory.lock`; it is closed here.
+        identity: The identity that it is to have.
+        lock: The node's lock, of :meth:`WorkerDirectory.lock`; it is closed here.
         start: Starts one.
 
     Raises:

@@ -61,7 +61,7 @@ class DeviceShare:
         """Wait for a turn, and have it inside the block.
 
         Args:
-            seconds: Until the wait is given up. None: until :meth:`close`; for an experiment's thread,
+            seconds: The seconds until the wait is given up. None: until :meth:`close`; for an experiment's thread,
                 whose callers have deadlines of their own, and whose work must not be dropped while its
                 experiment goes on. The log says whom it waits for.
 
@@ -89,7 +89,7 @@ class FairDevice:
 
     Args:
         clock: Monotonic seconds; tests pass their own.
-        first_line: Seconds of waiting until the log says so.
+        first_line: The seconds of waiting until the log says so.
     """
 
     def __init__(
