@@ -47,6 +47,7 @@ def _check(job: Job) -> None:
     """Do the checks that need torch; nothing has been started yet."""
     from flower_split.cli import preflight
 
+    job.app.make_importable()
     preflight.check_aggregation(job.config)
     adapter, scales = preflight.check_model(job.config)
     preflight.check_trunk(job.config)

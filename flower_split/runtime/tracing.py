@@ -31,8 +31,8 @@ class TracingSwitch:
         Traces that cannot be made do not end a run: a warning says what is missing.
 
         Args:
-            environment: This process's environment. ``OTEL_TRACES_EXPORTER``: ``otlp``, ``console`` or another
-                installed exporter's name; missing, empty or ``none``: off.
+            environment: This process's environment. ``OTEL_TRACES_EXPORTER``: ``otlp``, ``console`` or
+                another installed exporter's name; missing, empty or ``none``: off.
             service: This process's ``service.name``, where the environment names none.
         """
         name = environment.get(EXPORTER_VARIABLE, "").strip().lower()

@@ -250,7 +250,7 @@ def quick_start(
     """Run two clients of the quick-start; returns the seconds of its rounds."""
     config = {
         "num-clients": 2,
-        "num-server-rounds": 6,
+        "num-server-rounds": 4,
         "fraction-evaluate": 0.0,  # as in three of the quick-start's four rounds
         "local-only-baseline": False,
         "report": "",
@@ -267,7 +267,7 @@ def quick_start(
 
 
 @pytest.mark.timeout(2400)
-@pytest.mark.slow  # two runs of six rounds; five minutes on two idle cores
+@pytest.mark.slow  # two runs of four rounds; four minutes on two idle cores
 def test_deployed_rounds_after_the_first_take_little_longer_than_simulated_ones(
     deployment: Deployment,  # noqa: F811
     tmp_path: Path,

@@ -61,9 +61,9 @@ class DeviceShare:
         """Wait for a turn, and have it inside the block.
 
         Args:
-            seconds: The seconds until the wait is given up. None: until :meth:`close`; for an experiment's thread,
-                whose callers have deadlines of their own, and whose work must not be dropped while its
-                experiment goes on. The log says whom it waits for.
+            seconds: The seconds until the wait is given up. None: until :meth:`close`; for an experiment's
+                thread, whose callers have deadlines of their own, and whose work must not be dropped while
+                its experiment goes on. The log says whom it waits for.
 
         Raises:
             TrunkUnavailable: It did not begin in time, or the share was closed.

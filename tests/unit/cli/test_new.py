@@ -1,6 +1,7 @@
 """``flower-split new``: an app that Flower takes, whose own data function is used."""
 
 import importlib
+import shutil
 import stat
 import sys
 import tomllib
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
+from flwr.cli.install import install_from_fab
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 
@@ -45,6 +47,20 @@ def test_flwr_build_takes_a_new_app_without_warnings(made: App) -> None:
     assert not warnings and config["project"]["name"] == "my-job"
     bundle = build_fab_from_disk(made.project.parent)
     assert b"my_job/data.py" in bundle and b"pyproject.toml" in bundle
+
+
+@pytest.mark.slow  # a whole run; twenty seconds on two idle cores
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of flwr
+def test_app_runs_from_the_built_file(made: App, tmp_path: Path) -> None:
+    built = build_fab_from_disk(made.project.parent)
+    shutil.rmtree(made.project.parent)
+    folder = install_from_fab(built, tmp_path / "flower", skip_prompt=True)
+    small = (
+        "num-server-rounds=1 train.local-steps=1 data.max-eval-batches=1 local-only-baseline=false "
+        f'report="" run-dir="{tmp_path / "run"}"'
+    )
+    assert main(["run", str(folder), "--local", "--run-config", small]) == 0
+    assert '"clients": 2' in (tmp_path / "run" / "summary.json").read_text()
 
 
 def test_components_of_a_new_app_load(made: App) -> None:
