@@ -33,10 +33,13 @@ from flower_split.parties.fingerprint import fingerprint
 from flower_split.parties.parts import all_parts, held_parts, model_cuts
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import RoundPlan, RoundReport
+from flower_split.runtime.devices import resolve_device
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.step_ends import finish_rule
 from flower_split.split import CutLayers, load_client_model, set_trunk
 from flower_split.split.loading.model_source import ModelSource
+from flower_split.split.structure.compute_mode import compute_fast
+from flower_split.split.structure.stack import find_stack
 from flower_split.training.loss import Batch
 from flower_split.training.measures import RoundPosition, TrainResult
 from flower_split.training.round import train_round
@@ -153,9 +156,12 @@ class Federation:
         if slot not in self.models:
             cuts = self.cuts.get(slot, model_cuts(self.config))
             source = ModelSource.of(self.config.model)
-            model = load_client_model(source, cuts, torch.nn.Identity())
+            device = resolve_device(self.config.train.device, "train.device")
+            model = load_client_model(source, cuts, torch.nn.Identity(), device=device)
             parts = held_parts(self.config, cuts)
             attach_lora(model, model_cuts(self.config), parts, seed=self.config.seed)
+            if self.config.train.compute == "fast":
+                compute_fast(model, find_stack(model).layers(model))
             self.models[slot] = model
         return self.models[slot]
 
