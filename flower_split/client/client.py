@@ -205,7 +205,9 @@ class Client:
             named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             settings = self.config.train.optimizer
             settings = replace(settings, learning_rate=settings.learning_rate * order.rate_factor)
-            optimizer = PartOptimizer(list(named.values()), settings, position.total_steps)
+            fast = self.config.train.compute == "fast"
+            trained = list(named.values())
+            optimizer = PartOptimizer(trained, settings, position.total_steps, fused=fast)
             optimizer.load_state(list(named), optimizer_state or NOTHING)
             trunk.open(position.num_steps)
             result = train_round(

@@ -117,14 +117,20 @@ class PartOptimizer:
         parameters: Those of the part; they all require grad.
         config: Optimizer, schedule and clipping.
         total_steps: Optimizer steps of the whole run, over all server rounds.
+        fused: Step in one kernel, with other last bits than torch's default.
     """
 
     def __init__(
-        self, parameters: Sequence[nn.Parameter], config: OptimizerConfig, total_steps: int
+        self,
+        parameters: Sequence[nn.Parameter],
+        config: OptimizerConfig,
+        total_steps: int,
+        *,
+        fused: bool = False,
     ) -> None:
         self.parameters = list(parameters)
         self._max_grad_norm = config.max_grad_norm
-        self._optimizer = make_optimizer(self.parameters, config)
+        self._optimizer = make_optimizer(self.parameters, config, fused=fused)
         self._rate = LearningRate(config, total_steps)
 
     def state(self, names: Sequence[str]) -> dict[str, Tensor]:
@@ -174,13 +180,14 @@ class PartOptimizer:
             ``(L2 norm of the part's gradient before clipping, learning rate)``; the norm is 0 where
             it was clipped with the others.
         """
-        norm = 0.0
+        norm: Tensor | None = None
         if clip and self._max_grad_norm > 0:
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm))
+            norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         elif clip:
             gradients = [p.grad for p in self.parameters if p.grad is not None]
-            norm = float(nn.utils.get_total_norm(gradients))
+            norm = nn.utils.get_total_norm(gradients)
         self._rate.apply(self._optimizer, step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return norm, self._rate(step)
+        # The norm is read last: on a GPU that waits, and the step need not be launched behind it.
+        return 0.0 if norm is None else float(norm), self._rate(step)

@@ -65,7 +65,12 @@ def train_round(
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizers = optimizers or [
-        PartOptimizer(parameters, config.train.optimizer, position.total_steps)
+        PartOptimizer(
+            parameters,
+            config.train.optimizer,
+            position.total_steps,
+            fused=config.train.compute == "fast",
+        )
     ]
     for optimizer in optimizers:
         optimizer.forget_gradients()
@@ -139,7 +144,7 @@ class _StepTrainer:
         """Take one optimizer step over ``micro_batches``."""
         started = time.perf_counter()
         tokens = [count_labels(batch, self.config.model.task) for batch in micro_batches]
-        loss = self._accumulate(step, micro_batches, tokens)
+        losses = self._accumulate(step, micro_batches, tokens)
         self.num_micro_batches += len(micro_batches)
         if self.proximity is not None:
             self.proximity.add_gradient()
@@ -147,6 +152,7 @@ class _StepTrainer:
         at = self.first_step + step
         taken = [optimizer.step(at, clip=whole_norm is None) for optimizer in optimizers]
         wire = None if self.trunk is None else self.trunk.take_stats()
+        loss = sum((float(part) for part in losses), 0.0)  # on a GPU this waits: last
         seconds = time.perf_counter() - started
         return replace(
             _metrics(step, loss, sum(tokens), seconds, wire),
@@ -175,25 +181,29 @@ class _StepTrainer:
 
     def _accumulate(
         self, step: int, micro_batches: Sequence[Batch], tokens: Sequence[int]
-    ) -> float:
-        """Set ``.grad`` to the step's gradient, summed in the order of the micro-batches."""
+    ) -> list[Tensor]:
+        """Set ``.grad`` to the step's gradient, summed in the order of the micro-batches.
 
-        def run(index: int) -> tuple[float, list[Tensor | None]]:
+        Returns:
+            Each micro-batch's share of the step's loss, in their order.
+        """
+
+        def run(index: int) -> tuple[Tensor, list[Tensor | None]]:
             return self._micro_batch(step, index, micro_batches[index], tokens)
 
-        total = 0.0
+        losses = []
         for loss, gradients in self.pool.map(run, range(len(micro_batches))):
-            total += loss
+            losses.append(loss)
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = (
                         gradient if parameter.grad is None else parameter.grad + gradient
                     )
-        return total
+        return losses
 
     def _micro_batch(
         self, step: int, index: int, batch: Batch, tokens: Sequence[int]
-    ) -> tuple[float, list[Tensor | None]]:
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """Return the micro-batch's share of the step's loss, and its gradients."""
         count, total = len(tokens), sum(tokens)
         window, micro_batch, last = step, index, index == count - 1
@@ -215,7 +225,7 @@ class _StepTrainer:
             always = [self.trunk.always] if self.trunk is not None else []
             inputs = [*self.parameters, *always]
             gradients = torch.autograd.grad(objective, inputs, allow_unused=True)
-        return float(loss.detach()), list(gradients[: len(self.parameters)])
+        return loss.detach(), list(gradients[: len(self.parameters)])
 
 
 class ComputeTurns:

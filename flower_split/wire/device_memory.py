@@ -248,10 +248,17 @@ class DeviceMemory:
 
 @functools.cache
 def _weights(device: torch.device) -> Tensor:
-    """Return the fixed odd multipliers of a digest, int64 [2, _ROW]."""
+    """Return the fixed odd multipliers of a digest, int64 [2, 1, _ROW]."""
     generator = torch.Generator().manual_seed(0x5EED)
-    drawn = torch.randint(-(2**63), 2**63 - 1, (2, _ROW), generator=generator, dtype=torch.int64)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (2, 1, _ROW), generator=generator, dtype=torch.int64)
     return (drawn | 1).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _row_weights(device: torch.device, rows: int) -> Tensor:
+    """Return the odd multipliers of the sums of so many rows, int64 [2, rows]."""
+    weights = _weights(device)[:, 0]
+    return torch.arange(1, 2 * rows, 2, device=device) * weights[:, 1:2] * weights[0, 0]
 
 
 def device_digest(data: Tensor) -> bytes:
@@ -264,10 +271,9 @@ def device_digest(data: Tensor) -> bytes:
     Args:
         data: uint8, contiguous.
     """
-    weights = _weights(data.device)
-    words = torch.nn.functional.pad(data, (0, -data.nbytes % (4 * _ROW))).view(torch.int32)
-    rows = words.view(-1, _ROW).to(torch.int64)
-    sums = torch.stack([(rows * weight).sum(1) for weight in weights])
-    sums = (sums ^ (sums >> 29)) * weights[0, 0]  # so that equal rows do not simply add up
-    index = torch.arange(1, 2 * sums.shape[1], 2, device=data.device) * weights[:, 1:2]
-    return (sums * index).sum(1).cpu().numpy().tobytes()
+    missing = -data.nbytes % (4 * _ROW)
+    whole = torch.nn.functional.pad(data, (0, missing)) if missing else data
+    rows = whole.view(torch.int32).view(-1, _ROW)
+    sums = (rows * _weights(data.device)).sum(2)
+    sums = sums ^ (sums >> 29)  # so that equal rows do not simply add up
+    return (sums * _row_weights(data.device, len(rows))).sum(1).cpu().numpy().tobytes()
