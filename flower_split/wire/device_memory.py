@@ -126,8 +126,13 @@ class DeviceBuffer:
 
 
 @contextmanager
-def _copying(device: torch.device) -> Iterator[None]:
-    """Copy on a side stream, behind what this thread's stream has; all is done at the block's end."""
+def _copying(device: torch.device, *, complete: bool = True) -> Iterator[None]:
+    """Copy on a side stream, behind what this thread's stream has.
+
+    Args:
+        device: Of both ends.
+        complete: Whether all is done at the block's end; False: this thread's stream waits for it.
+    """
     if device.type != "cuda":
         yield
         return
@@ -135,9 +140,13 @@ def _copying(device: torch.device) -> Iterator[None]:
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
-        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        copied.record(stream)
-    copied.synchronize()
+        if complete:
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied.record(stream)
+    if complete:
+        copied.synchronize()
+    else:
+        torch.cuda.current_stream(device).wait_stream(stream)
 
 
 class DeviceHalf:
@@ -174,12 +183,14 @@ class DeviceHalf:
         """Note that the message will not be sent again: its slot is free once nobody uses it."""
         self._table.answered(place)
 
-    def open(self, place: Place, sizes: Sequence[int]) -> list[Tensor]:
-        """Return copies of the payloads of a message, uint8, complete, for any stream.
+    def open(self, place: Place, sizes: Sequence[int], *, complete: bool = True) -> list[Tensor]:
+        """Return copies of the payloads of a message, uint8, for any stream.
 
         Args:
             place: As the message says; not trusted.
             sizes: The payloads' sizes in bytes; they have been checked.
+            complete: Whether to wait for the copies; False: the caller waits for something that this
+                thread's stream does after them, before it answers the message.
 
         Raises:
             CodecError: It is no place in this half, its content has been replaced, or the memory has
@@ -192,7 +203,7 @@ class DeviceHalf:
             (entry,) = self._table.enter(place, sum(aligned(size) for size in sizes), 1)
             try:
                 copies, at = [], place.offset
-                with _copying(data.device):
+                with _copying(data.device, complete=complete):
                     for size in sizes:
                         copies.append(data[at : at + size].clone())
                         at += aligned(size)

@@ -31,12 +31,15 @@ class PlacedPayloads:
         """Whether the message is the one frame of its header."""
         return self.header.HasField("shared")
 
-    def open(self, sizes: Sequence[int], on_device: Sequence[bool]) -> list[Tensor | None]:
+    def open(
+        self, sizes: Sequence[int], on_device: Sequence[bool], *, complete: bool = True
+    ) -> list[Tensor | None]:
         """Return the payloads, uint8, in their order; None for those that come in frames.
 
         Args:
             sizes: All payloads' sizes in bytes; they have been checked.
             on_device: Which of them lie in memory of a GPU.
+            complete: Whether those are complete; False: as :meth:`DeviceHalf.open` says.
 
         Raises:
             CodecError: They are not where the header says, or what lies there has been replaced.
@@ -44,7 +47,8 @@ class PlacedPayloads:
         found: list[Tensor | None] = [None] * len(sizes)
         there = [index for index, size in enumerate(sizes) if size and on_device[index]]
         if there:
-            opened = self._device().open(_place(self.header.device), [sizes[i] for i in there])
+            half, place = self._device(), _place(self.header.device)
+            opened = half.open(place, [sizes[i] for i in there], complete=complete)
             for index, payload in zip(there, opened, strict=True):
                 found[index] = payload
         if self.fill_no_frame:

@@ -173,7 +173,10 @@ class Incoming:
         if coded is not None:
             announced = {item.name: TensorForm(item.shape, item.dtype) for item in layouts}
             form = coded.form(announced, max_bytes, admit)
-        placed = self._open(self._placed, layouts) if self._placed else [None] * len(layouts)
+        # A digest is waited for, and with it the copies that it reads.
+        placed = (
+            self._open(self._placed, layouts, not digest) if self._placed else [None] * len(layouts)
+        )
         payloads, framed = [], []
         for layout, found in zip(layouts, placed, strict=True):
             payloads.append(allocate(layout.num_bytes) if found is None else found)
@@ -199,14 +202,17 @@ class Incoming:
             self._num_bytes = self._placed.num_bytes([layout.num_bytes for layout in layouts])
         return Received(tensors, content.digest() if digest else b"", self._num_bytes)
 
-    def _open(self, placed: PlacedPayloads, layouts: list[Layout]) -> list[Tensor | None]:
-        """Return the payloads that do not come in frames."""
+    def _open(
+        self, placed: PlacedPayloads, layouts: list[Layout], complete: bool
+    ) -> list[Tensor | None]:
+        """Return the payloads that do not come in frames; None for those that do."""
         if placed.fill_no_frame and (
             self._first_payload.nbytes or next(self._frames, None) is not None
         ):
             raise CodecError("a message with payloads in shared memory is one frame without any.")
         sizes = [layout.num_bytes for layout in layouts]
-        return placed.open(sizes, [layout.on_device for layout in layouts])
+        on_device = [layout.on_device for layout in layouts]
+        return placed.open(sizes, on_device, complete=complete)
 
     def _fill(self, payloads: list[Tensor], content: xxhash.xxh3_128 | None) -> None:
         """Fill the payloads from the stream, and add it to the digest."""
@@ -335,13 +341,7 @@ def _check_spec(spec: pb.TensorSpec) -> tuple[Layout, int]:
 
 
 def decode_tensor(layout: Layout, payload: Tensor) -> Tensor:
-    """Return the tensor of a received payload.
-
-    Args:
-        layout: Its checked description.
-        payload: uint8 [layout.num_bytes], contiguous, aligned to 8 bytes. ``RAW`` tensors are a
-            view of it.
-    """
+    """Return the tensor of a payload, uint8 [layout.num_bytes]; a ``RAW`` one is a view of it."""
     if layout.dtype == torch.bool:
         count = math.prod(layout.shape)
         bits = np.unpackbits(payload.numpy(), count=count, bitorder="little")

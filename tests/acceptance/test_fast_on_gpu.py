@@ -14,7 +14,11 @@ from flower_split.lora import adapter_state
 from flower_split.training.loss import Batch
 from tests.acceptance.federation import federation, make_batch, make_config, perturbed
 
-pytestmark = pytest.mark.gpu
+pytestmark = [  # dynamo asks tensors for what warns
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 
 ADAMW = OptimizerConfig(name="adamw", learning_rate=2e-3)
 QUICKSTART = Path(__file__).parents[2] / "flower_split/assets/quickstart"

@@ -80,8 +80,13 @@ class InputSchema:
     use_cache: bool = True
     kinds: frozenset[str] = frozenset()
 
-    def forward(self, call: ForwardCall, slot: int) -> ForwardCall:
+    def forward(self, call: ForwardCall, slot: int, *, look: bool = True) -> ForwardCall:
         """Return a forward with its tensors under the schema's names.
+
+        Args:
+            call: As its client sent it.
+            slot: The client's.
+            look: Whether to look for NaN and Inf in the hidden states; False: their batch does.
 
         Raises:
             TrunkRefused: It brings what the model does not take (INVALID_REQUEST), or NaN or Inf
@@ -93,8 +98,10 @@ class InputSchema:
         tensors = self.checked(call.tensors, past, call.use_cache)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not name.startswith(MASK):  # masks may hold Inf
-                what = "hidden_states (the smashed data)" if name == HIDDEN else name
-                check_finite(f"slot {slot}: {what}", tensor)
+                if name != HIDDEN:
+                    check_finite(f"slot {slot}: {name}", tensor)
+                elif look:
+                    check_finite(smashed_of(slot), tensor)
         return replace(call, tensors=tensors)
 
     def checked(
@@ -143,8 +150,13 @@ class InputSchema:
         _check_features(found)
         return {HIDDEN: hidden, **found}
 
-    def check_backward(self, call: BackwardCall, slot: int) -> None:
+    def check_backward(self, call: BackwardCall, slot: int, *, look: bool = True) -> None:
         """Check what a backward brings; that it fits its forward is checked with that.
+
+        Args:
+            call: As its client sent it.
+            slot: The client's.
+            look: Whether to look for NaN and Inf; False: its batch does.
 
         Raises:
             TrunkRefused: The gradient has another form, or the weights are none that so many positions
@@ -159,7 +171,8 @@ class InputSchema:
                 f"{dtype} of shape {tuple(grad.shape)}."
             )
         check_weights(grad.shape, call.num_tokens, call.loss_denominator, slot)
-        check_finite(f"slot {slot}: trunk_output_grad", grad)
+        if look:
+            check_finite(gradient_of(slot), grad)
 
     def _hidden_states(self, tensors: Mapping[str, Tensor]) -> Tensor:
         hidden = tensors.get(HIDDEN)
@@ -261,6 +274,16 @@ def check_weights(
             RefusalReason.INVALID_REQUEST,
             f"loss_denominator must be finite and above 0; slot {slot} says {loss_denominator}.",
         )
+
+
+def smashed_of(slot: int) -> str:
+    """Name a slot's hidden states in a message."""
+    return f"slot {slot}: hidden_states (the smashed data)"
+
+
+def gradient_of(slot: int) -> str:
+    """Name a slot's ``trunk_output_grad`` in a message."""
+    return f"slot {slot}: trunk_output_grad"
 
 
 @torch.no_grad()

@@ -9,14 +9,22 @@ Shapes: hidden states ``[rows, positions, hidden]``.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from flower_split.errors import TrunkRefused
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import Activation
+from flower_split.trunk.compute.checks import (
+    check_finite,
+    gradient_of,
+    largest_magnitude,
+    smashed_of,
+)
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import Part, Rows, joined, passes_of, rows_of
 
@@ -110,6 +118,10 @@ class JointCompute:
             keep: Called after every pass: it may take the graph away before the next one is made.
         """
         result = Forwarded()
+        if self._compute.device.type == "cuda":  # elsewhere each was looked at when it came
+            hidden = {part.slot: part.hidden for part in parts}
+            result.failures |= _not_finite(hidden, smashed_of)
+            parts = [part for part in parts if part.slot not in result.failures]
         groups = passes_of(parts, takes_mask=self._takes_mask, max_positions=self._max_positions)
         for group in groups:
             name = f"{seed_of}/{group[0].slot}"
@@ -146,6 +158,10 @@ class JointCompute:
     def backward(self, passes: Sequence[JointPass], given: Mapping[int, Given]) -> Backwarded:
         """Run the backward of a batch for the slots that give a gradient; the others' rows are 0."""
         result = Backwarded()
+        if self._compute.device.type == "cuda":  # elsewhere each was looked at when it came
+            grads = {slot: item.grad for slot, item in given.items()}
+            result.failures |= _not_finite(grads, gradient_of)
+            given = {slot: item for slot, item in given.items() if slot not in result.failures}
         for one in passes:
             slots = [rows.slot for rows in one.rows if rows.slot in given]
             if slots:
@@ -237,3 +253,23 @@ class JointCompute:
 
 def _slots(group: Sequence[Part]) -> list[int]:
     return [part.slot for part in group]
+
+
+def _not_finite(
+    tensors: Mapping[int, Tensor], name: Callable[[int], str]
+) -> dict[int, TrunkRefused]:
+    """Return the slots whose tensor holds NaN or Inf, each with its refusal; one look for all.
+
+    Args:
+        tensors: By slot.
+        name: Names a slot's tensor in the message.
+    """
+    found: dict[int, TrunkRefused] = {}
+    if math.isfinite(largest_magnitude(list(tensors.values()))):
+        return found
+    for slot, tensor in tensors.items():
+        try:
+            check_finite(name(slot), tensor)
+        except TrunkRefused as refusal:
+            found[slot] = refusal
+    return found

@@ -135,7 +135,7 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         self.knows_token, self.count_bytes = index.knows_token, index.count_bytes
         self._weights = CommittedWeights(compute, checkpoints)
         self._settling = Settling(index, compute, reduction)
-        thread, settle = ComputeThread(compute, clock), self._settling.settle
+        settle, thread = self._settling.settle, ComputeThread(compute, clock)
         self._thread = thread
         joint = BatchCalls(index, compute, self._inputs, thread, settle, batch_positions, divider)
         self._lifecycle = RoundLifecycle(
@@ -234,7 +234,10 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
             if evaluates and not current.plan.evaluate:
                 self._shares.take_evaluation(current.usage, member.slot)
             name = None if evaluates else current.name_of(member, call.key, CallKind.FORWARD)
-        call = self._inputs.forward(call, member.slot)
+        on_cpu = self.device.type == "cpu"
+        # Batches of a GPU look for NaN at all of their calls at once: a look is a wait there.
+        alone = on_cpu or call.mode is not ForwardMode.TRAIN or current.batches is None
+        call = self._inputs.forward(call, member.slot, look=alone)
         if name is None:
             return self._unrecorded.evaluate(call, current, member)
         if call.mode is ForwardMode.NO_GRAD:
@@ -263,7 +266,8 @@ class TrunkEngine(CoordinatorSide, LeavingSide, OperatorSide):
         with self._changed:
             current, member = self._index.member(call.session, call.epoch)
             name = current.name_of(member, call.key, CallKind.BACKWARD)
-        self._inputs.check_backward(call, member.slot)
+        look = self.device.type == "cpu" or current.batches is None
+        self._inputs.check_backward(call, member.slot, look=look)
         return self._contributions.once(Contribution(current, member, name, call, arrived))
 
     def finish_step(self, call: FinishCall) -> FinishResult:
