@@ -197,9 +197,7 @@ def _split(
                     worker.tell("go")
                 answers = [worker.answer() for worker in workers]
                 status = control.status()
-                held = status.process.accelerator_bytes and (
-                    status.process.accelerator_bytes + status.activations.peak_bytes
-                )
+                held = status.process.accelerator_peak_bytes
         finally:
             for worker in workers:
                 worker.close()
@@ -209,7 +207,7 @@ def _split(
     if replicas > 1:
         what, base = f"{what}, {replicas} replicas", what
     row = _row(what, base, answers[0], rows * count, bench)
-    return replace(row, beside={**row.beside, "trunk GiB": held / 2**30}) if held else row
+    return replace(row, beside={**row.beside, "trunk peak GiB": held / 2**30}) if held else row
 
 
 def _row(what: str, base: str, answer: Answer, rows: int, bench: StepBench) -> Row:

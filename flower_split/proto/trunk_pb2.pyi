@@ -651,7 +651,7 @@ class ExperimentReport(_message.Message):
     def __init__(self, name: _Optional[str] = ..., phase: _Optional[str] = ..., server_round: _Optional[int] = ..., attempt: _Optional[int] = ..., version: _Optional[int] = ..., num_tokens: _Optional[float] = ..., participants: _Optional[int] = ..., compute_seconds: _Optional[float] = ..., silent_seconds: _Optional[float] = ...) -> None: ...
 
 class ProcessReport(_message.Message):
-    __slots__ = ("package_version", "uptime_seconds", "round_seconds", "queue_seconds", "resident_bytes", "accelerator_bytes", "bytes_received", "bytes_sent", "rounds_committed", "rounds_aborted", "checkpoint_seconds", "compute_seconds")
+    __slots__ = ("package_version", "uptime_seconds", "round_seconds", "queue_seconds", "resident_bytes", "accelerator_bytes", "bytes_received", "bytes_sent", "rounds_committed", "rounds_aborted", "checkpoint_seconds", "compute_seconds", "accelerator_peak_bytes")
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROUND_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -664,6 +664,7 @@ class ProcessReport(_message.Message):
     ROUNDS_ABORTED_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ACCELERATOR_PEAK_BYTES_FIELD_NUMBER: _ClassVar[int]
     package_version: str
     uptime_seconds: float
     round_seconds: float
@@ -676,7 +677,8 @@ class ProcessReport(_message.Message):
     rounds_aborted: int
     checkpoint_seconds: float
     compute_seconds: float
-    def __init__(self, package_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., rounds_aborted: _Optional[int] = ..., checkpoint_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ...) -> None: ...
+    accelerator_peak_bytes: int
+    def __init__(self, package_version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., round_seconds: _Optional[float] = ..., queue_seconds: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., accelerator_bytes: _Optional[int] = ..., bytes_received: _Optional[int] = ..., bytes_sent: _Optional[int] = ..., rounds_committed: _Optional[int] = ..., rounds_aborted: _Optional[int] = ..., checkpoint_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., accelerator_peak_bytes: _Optional[int] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("experiment",)

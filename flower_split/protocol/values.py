@@ -244,6 +244,7 @@ class ProcessReport:
     queue_seconds: float = 0.0  # that the compute thread lets a call wait now
     resident_bytes: int = 0
     accelerator_bytes: int = 0  # that torch has allocated; 0: no accelerator
+    accelerator_peak_bytes: int = 0  # the most that it has had allocated
     bytes_received: int = 0  # in clients' calls
     bytes_sent: int = 0
     rounds_committed: int = 0

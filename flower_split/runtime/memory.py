@@ -17,6 +17,8 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def accelerator_bytes() -> int:
-    """Return what torch has allocated on this process's GPUs; 0 without one."""
-    return sum(torch.cuda.memory_allocated(index) for index in range(torch.cuda.device_count()))
+def accelerator_bytes() -> tuple[int, int]:
+    """Return what torch has allocated on this process's GPUs, now and at most; zeros without one."""
+    devices = range(torch.cuda.device_count())
+    now = sum(torch.cuda.memory_allocated(index) for index in devices)
+    return now, sum(torch.cuda.max_memory_allocated(index) for index in devices)

@@ -98,10 +98,9 @@ class InputSchema:
         tensors = self.checked(call.tensors, past, call.use_cache)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not name.startswith(MASK):  # masks may hold Inf
-                if name != HIDDEN:
-                    check_finite(f"slot {slot}: {name}", tensor)
-                elif look:
-                    check_finite(smashed_of(slot), tensor)
+                if look or name != HIDDEN:
+                    what = "hidden_states (the smashed data)" if name == HIDDEN else name
+                    check_finite(f"slot {slot}: {what}", tensor)
         return replace(call, tensors=tensors)
 
     def checked(
@@ -172,7 +171,7 @@ class InputSchema:
             )
         check_weights(grad.shape, call.num_tokens, call.loss_denominator, slot)
         if look:
-            check_finite(gradient_of(slot), grad)
+            check_finite(f"slot {slot}: trunk_output_grad", grad)
 
     def _hidden_states(self, tensors: Mapping[str, Tensor]) -> Tensor:
         hidden = tensors.get(HIDDEN)
@@ -274,16 +273,6 @@ def check_weights(
             RefusalReason.INVALID_REQUEST,
             f"loss_denominator must be finite and above 0; slot {slot} says {loss_denominator}.",
         )
-
-
-def smashed_of(slot: int) -> str:
-    """Name a slot's hidden states in a message."""
-    return f"slot {slot}: hidden_states (the smashed data)"
-
-
-def gradient_of(slot: int) -> str:
-    """Name a slot's ``trunk_output_grad`` in a message."""
-    return f"slot {slot}: trunk_output_grad"
 
 
 @torch.no_grad()

@@ -19,12 +19,7 @@ from torch import Tensor
 from flower_split.errors import TrunkRefused
 from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import Activation
-from flower_split.trunk.compute.checks import (
-    check_finite,
-    gradient_of,
-    largest_magnitude,
-    smashed_of,
-)
+from flower_split.trunk.compute.checks import check_finite, largest_magnitude
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import Part, Rows, joined, passes_of, rows_of
 
@@ -120,7 +115,7 @@ class JointCompute:
         result = Forwarded()
         if self._compute.device.type == "cuda":  # elsewhere each was looked at when it came
             hidden = {part.slot: part.hidden for part in parts}
-            result.failures |= _not_finite(hidden, smashed_of)
+            result.failures |= _not_finite(hidden, "hidden_states (the smashed data)")
             parts = [part for part in parts if part.slot not in result.failures]
         groups = passes_of(parts, takes_mask=self._takes_mask, max_positions=self._max_positions)
         for group in groups:
@@ -160,7 +155,7 @@ class JointCompute:
         result = Backwarded()
         if self._compute.device.type == "cuda":  # elsewhere each was looked at when it came
             grads = {slot: item.grad for slot, item in given.items()}
-            result.failures |= _not_finite(grads, gradient_of)
+            result.failures |= _not_finite(grads, "trunk_output_grad")
             given = {slot: item for slot, item in given.items() if slot not in result.failures}
         for one in passes:
             slots = [rows.slot for rows in one.rows if rows.slot in given]
@@ -255,21 +250,14 @@ def _slots(group: Sequence[Part]) -> list[int]:
     return [part.slot for part in group]
 
 
-def _not_finite(
-    tensors: Mapping[int, Tensor], name: Callable[[int], str]
-) -> dict[int, TrunkRefused]:
-    """Return the slots whose tensor holds NaN or Inf, each with its refusal; one look for all.
-
-    Args:
-        tensors: By slot.
-        name: Names a slot's tensor in the message.
-    """
+def _not_finite(tensors: Mapping[int, Tensor], name: str) -> dict[int, TrunkRefused]:
+    """Return the slots whose tensor holds NaN or Inf, each with its refusal; one look for all."""
     found: dict[int, TrunkRefused] = {}
     if math.isfinite(largest_magnitude(list(tensors.values()))):
         return found
     for slot, tensor in tensors.items():
         try:
-            check_finite(name(slot), tensor)
+            check_finite(f"slot {slot}: {name}", tensor)
         except TrunkRefused as refusal:
             found[slot] = refusal
     return found

@@ -41,7 +41,7 @@ class OperatorSide:
 
     def status(self) -> TrunkStatus:
         """Return where the trunk stands. Never waits for a forward or a backward."""
-        memory = resident_bytes(), accelerator_bytes()
+        memory = (resident_bytes(), *accelerator_bytes())
         with self._index.changed:
             now, current = self._clock(), self._index.round
             base = TrunkStatus(
@@ -86,7 +86,9 @@ class OperatorSide:
             silent_seconds=0.0 if seen is None else now - seen,
         )
 
-    def _process(self, current: Round | None, now: float, memory: tuple[int, int]) -> ProcessReport:
+    def _process(
+        self, current: Round | None, now: float, memory: tuple[int, int, int]
+    ) -> ProcessReport:
         totals = self._index.totals
         return ProcessReport(
             package_version=__version__,
@@ -95,6 +97,7 @@ class OperatorSide:
             queue_seconds=self._pulse.seconds,
             resident_bytes=memory[0],
             accelerator_bytes=memory[1],
+            accelerator_peak_bytes=memory[2],
             bytes_received=totals.bytes_received,
             bytes_sent=totals.bytes_sent,
             rounds_committed=totals.rounds_committed,

@@ -274,6 +274,7 @@ class SeveralExperiments(Closing):
     def _whole(self) -> TrunkStatus:
         """Return the status of the process."""
         each = [held.engine.status().process for held in self._held.values()]
+        now, peak = accelerator_bytes()
         return TrunkStatus(
             epoch=self.epoch,
             version=0,
@@ -283,7 +284,8 @@ class SeveralExperiments(Closing):
                 uptime_seconds=self._clock() - self._started,
                 queue_seconds=self.queue_seconds,
                 resident_bytes=resident_bytes(),
-                accelerator_bytes=accelerator_bytes(),
+                accelerator_bytes=now,
+                accelerator_peak_bytes=peak,
                 bytes_received=sum(item.bytes_received for item in each),
                 bytes_sent=sum(item.bytes_sent for item in each),
                 rounds_committed=sum(item.rounds_committed for item in each),

@@ -52,6 +52,10 @@ _GAUGES: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
 }
 _PROCESS_GAUGES: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
     "accelerator_bytes": ("allocated by torch", lambda s: s.process.accelerator_bytes),
+    "accelerator_peak_bytes": (
+        "allocated by torch at most",
+        lambda s: s.process.accelerator_peak_bytes,
+    ),
 }
 _COUNTERS: Mapping[str, tuple[str, Callable[[TrunkStatus], float]]] = {
     "received_bytes": ("in clients' calls", lambda s: s.process.bytes_received),

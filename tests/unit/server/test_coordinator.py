@@ -52,6 +52,7 @@ PROCESS = ProcessReport(
     queue_seconds=13.5,
     resident_bytes=14,
     accelerator_bytes=15,
+    accelerator_peak_bytes=16,
     bytes_received=16,
     bytes_sent=17,
     rounds_committed=18,
