@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flower_split.config import OptimizerConfig, RunConfig
 from flower_split.lora import adapter_state
-from flower_split.training.loss import Batch
-from tests.acceptance.federation import federation, make_batch, make_config, perturbed
+from flower_split.training.loss import Batch, causal_lm_loss
+from tests.acceptance.federation import Federation, federation, make_batch, make_config, perturbed
 
 pytestmark = [  # dynamo asks tensors for what warns
     pytest.mark.gpu,
@@ -62,9 +62,18 @@ def text_batches(path: Path, slots: int, steps: int) -> dict[int, list[Batch]]:
     return batches
 
 
+def compiled(run: Federation, batches: dict[int, list[Batch]]) -> Federation:
+    """Compile every client's layers before the round: several threads of a process cannot at once."""
+    for slot, (batch, *_) in batches.items():
+        model = run.client_model(slot).train()
+        causal_lm_loss(model, batch, 1, run.client_model(slot).device).backward()
+        model.zero_grad(set_to_none=True)
+    return run
+
+
 def losses(config: RunConfig, batches: dict[int, list[Batch]], steps: int) -> list[float]:
     with federation(config) as run:
-        start = adapter_state(run.client_model(0))
+        start = adapter_state(compiled(run, batches).client_model(0))
         _, results, _ = run.train(start, batches, num_steps=steps)
     return [step.loss for result in results.values() for step in result.steps]
 
@@ -99,7 +108,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def digest(config: RunConfig, batches: dict[int, list[Batch]], order: Sequence[int]) -> str:
     with federation(config) as run:
-        client0 = perturbed(adapter_state(run.client_model(0)), 7)
+        client0 = perturbed(adapter_state(compiled(run, batches).client_model(0)), 7)
         run.load_trunk(perturbed(run.engine.adapter(), 8))
         states, _, report = run.train(client0, batches, order=order, num_steps=3)
     return report.digest + "".join(
