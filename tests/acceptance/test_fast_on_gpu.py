@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from flower_split.config import OptimizerConfig, RunConfig
 from flower_split.lora import adapter_state
+from flower_split.split import set_trunk
 from flower_split.training.loss import Batch, causal_lm_loss
 from tests.acceptance.federation import Federation, federation, make_batch, make_config, perturbed
 
@@ -62,10 +63,18 @@ def text_batches(path: Path, slots: int, steps: int) -> dict[int, list[Batch]]:
     return batches
 
 
+class Through(torch.nn.Module):
+    """A trunk of no layers."""
+
+    def forward(self, hidden_states: torch.Tensor, **_: object) -> torch.Tensor:
+        return hidden_states
+
+
 def compiled(run: Federation, batches: dict[int, list[Batch]]) -> Federation:
     """Compile every client's layers before the round: several threads of a process cannot at once."""
     for slot, (batch, *_) in batches.items():
         model = run.client_model(slot).train()
+        set_trunk(model, Through())
         causal_lm_loss(model, batch, 1, run.client_model(slot).device).backward()
         model.zero_grad(set_to_none=True)
     return run
