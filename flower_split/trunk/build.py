@@ -242,7 +242,8 @@ def _compute(config: RunConfig, trunk: TrunkModel, share: DeviceShare | None) ->
         rows, length = config.train.batch_size, config.train.sequence_length
         if config.trunk.batch_positions:
             most = max(rows, config.trunk.batch_positions // length)
-            rows = min(rows * config.num_clients, most)
+            clients = -(-config.num_clients // config.trunk.replicas)  # that share a pass
+            rows = min(rows * clients, most)
         warm_up(compute, trunk.hidden_size, rows, length)
     return compute
 
