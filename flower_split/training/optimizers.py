@@ -26,12 +26,17 @@ def make_optimizer(
         fused: Step in one kernel, with other last bits than torch's default.
     """
     rate, decay = config.learning_rate, config.weight_decay
-    one_kernel = True if fused else None  # None: torch's default
+    # Over all parameters at a time: the bits of torch's loop over them, which takes half as long again.
+    foreach = not fused
     if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, fused=one_kernel)
+        return torch.optim.SGD(
+            parameters, lr=rate, weight_decay=decay, foreach=foreach, fused=fused
+        )
     if config.name == "adam":
-        return torch.optim.Adam(parameters, lr=rate, weight_decay=decay, fused=one_kernel)
-    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, fused=one_kernel)
+        return torch.optim.Adam(
+            parameters, lr=rate, weight_decay=decay, foreach=foreach, fused=fused
+        )
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, foreach=foreach, fused=fused)
 
 
 def optimizer_tensors(
