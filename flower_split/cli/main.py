@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from flower_split.cli.parser import make_parser
 from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.runtime.exit_codes import FAILED, STOPPED, WRONG_USE
+from flower_split.runtime.loading import loading_modules
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,10 +65,12 @@ def _dispatch(arguments: argparse.Namespace) -> int:
 
         return verify(arguments.files)
     if arguments.command == "generate":
-        from flower_split.cli.generate import generate
+        with loading_modules():
+            from flower_split.cli.generate import generate
 
         return generate(arguments)
-    from flower_split.cli.export import export
+    with loading_modules():
+        from flower_split.cli.export import export
 
     return export(arguments)
 

@@ -18,6 +18,7 @@ from flwr.clientapp.typing import ClientAppCallable, Mod
 
 from flower_split.errors import WorkerError
 from flower_split.messages.local_only import ACTION
+from flower_split.runtime.loading import loading_modules
 from flower_split.runtime.logs import log_to_stderr
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class _Later:
     @cached_property
     def answers(self) -> "Answers":
         """The handlers."""
-        from flower_split.client.handlers import Answers
+        with loading_modules():
+            from flower_split.client.handlers import Answers
 
         return Answers()
 

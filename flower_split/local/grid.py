@@ -4,13 +4,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run
 
 from flower_split.config import Scalar
 from flower_split.errors import FederationError
 from flower_split.local.nodes import RUN_ID, NodeLost, NodeProcess, NodeProcesses
+from flower_split.messages.orders import HandshakeOrder
 from flower_split.runtime.simulation import SIMULATED
 from flower_split.server.federation.handshake import SimulatedGrid
 
@@ -54,6 +55,16 @@ class LocalGrid(SimulatedGrid):
         self._last: dict[int, NodeProcess] = {}  # node -> who answered for it, and has its data
         for process in nodes.processes:
             threading.Thread(target=self._work, args=(process,), daemon=True).start()
+
+    def prepare(self) -> None:
+        """Have every node load its data now, while something else is waited for.
+
+        They are asked what the handshake asks, which loads it; nobody looks at the replies.
+        """
+        orders = [
+            Message(HandshakeOrder().write(), node, MessageType.QUERY) for node in self._contexts
+        ]
+        self.push_messages(orders)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return all nodes: they are there from the beginning."""
@@ -149,13 +160,18 @@ class LocalGrid(SimulatedGrid):
     def _hand_out(self) -> None:
         """Give waiting messages to idle processes; the caller holds the lock.
 
-        A node stays with the process that answered for it before, which has its data in memory,
-        where that one is idle: with as many processes as nodes it always is.
+        A node stays with the process that answered for it before, which has its data in memory, where
+        that one is idle; with as many processes as nodes its messages wait for it.
         """
-        while self._waiting and self._idle:
-            message = self._waiting.pop(0)
+        own = self._alive >= len(self._contexts)
+        for message in list(self._waiting):
+            if not self._idle:
+                break
             node = message.metadata.dst_node_id
             process = self._last.get(node)
+            if process is not None and process not in self._idle and own:
+                continue
+            self._waiting.remove(message)
             if process not in self._idle:
                 wanted = [self._last.get(other.metadata.dst_node_id) for other in self._waiting]
                 process = next((p for p in self._idle if p not in wanted), self._idle[0])

@@ -1,9 +1,10 @@
-"""A local run: node processes, then the app's own ServerApp in this process, over a grid of them.
+"""A local run: node processes and a trunk, then the app's own ServerApp in this process, over a grid.
 
 The same ServerApp and ClientApp as under ``flwr run``, and the same bits on a CPU. What is left out is
 Flower's SuperLink, Ray and the bundle that an app is packed into, which cost a quick run minutes.
 """
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
@@ -18,9 +19,17 @@ from flower_split.config import RunConfig, Scalar, parse_run_config
 from flower_split.errors import ConfigError
 from flower_split.local.grid import LocalGrid
 from flower_split.local.nodes import RUN_ID, ClientAppRef, NodeProcesses, identify
+from flower_split.local.trunk import ForkedTrunk
+from flower_split.runtime.loading import loading_modules
 from flower_split.server.federation.handshake import needs_all_at_once, num_participants
 
-LOADED_BEFORE = ("flower_split.server.app", "flower_split.client.handlers", "peft.tuners.lora")
+LOADED_BEFORE = (
+    "flower_split.server.app",
+    "flower_split.client.handlers",
+    "flower_split.trunk.build",
+    "flower_split.trunk.service.server",
+    "peft.tuners.lora",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,8 +44,9 @@ class LocalJob:
 
 def load_modules() -> None:
     """Load what every process of a run needs, once, before they are forked."""
-    for name in LOADED_BEFORE:
-        importlib.import_module(name)
+    with loading_modules():
+        for name in LOADED_BEFORE:
+            importlib.import_module(name)
 
 
 def processes_of(config: RunConfig) -> int:
@@ -60,7 +70,14 @@ def run_job(job: LocalJob, *, before: Callable[[], None] = lambda: None) -> None
     """
     config = parse_run_config(job.run_config)
     client_app = ClientAppRef(job.client_app, job.folder)
-    with NodeProcesses.fork(processes_of(config), client_app) as nodes:
+    with contextlib.ExitStack() as stack:
+        nodes = NodeProcesses.fork(processes_of(config), client_app)
+        stack.enter_context(nodes)
+        trunk = None
+        # One with replicas starts processes of its own, which a child of multiprocessing's may not.
+        if not config.trunk.address and config.trunk.replicas == 1:
+            trunk = ForkedTrunk.fork(nodes.processes)
+            stack.enter_context(trunk)
         identify(0)
         before()
         server_app = load_app(job.server_app, ConfigError, job.folder)
@@ -70,4 +87,6 @@ def run_job(job: LocalJob, *, before: Callable[[], None] = lambda: None) -> None
                 f"{type(server_app).__name__}. Correct the app's pyproject.toml."
             )
         grid = LocalGrid(nodes, config.num_clients, job.run_config)
+        grid.trunk = trunk
+        grid.prepare()
         server_app(grid, Context(RUN_ID, 0, {}, RecordDict(), dict(job.run_config)))

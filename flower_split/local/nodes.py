@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 RUN_ID = 1
 _END_SECONDS = 5.0  # for a process that was told to end
+_NICENESS = 5  # all clients wait for the trunk, so where cores are scarce it comes first
 
 
 class NodeLost(Exception):
@@ -71,8 +72,13 @@ class NodeProcess:
             after = context_from_proto(ProtoContext.FromString(self._connection.recv_bytes()))
         except (OSError, EOFError) as error:
             self._process.join(_END_SECONDS)
-            raise NodeLost(f"exit code {self._process.exitcode}") from error
+            raise NodeLost(f"exit code {self.exit_code}") from error
         return reply, after
+
+    @property
+    def exit_code(self) -> int | None:
+        """Return how it ended; None: it runs."""
+        return self._process.exitcode
 
     def tell_to_end(self) -> None:
         """Close the connection, which ends a process that waits for a message."""
@@ -137,6 +143,7 @@ def _serve(
     """Answer messages until the parent closes the connection, or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(_NICENESS)
     for end in not_mine:
         end.close()
     # As in a process of Flower's, the ClientApp says what it logs: warnings, to standard error.

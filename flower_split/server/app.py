@@ -33,6 +33,7 @@ from flower_split.server.baseline import run_local_only
 from flower_split.server.federation.client_keys import ClientKeys, key_notes
 from flower_split.server.federation.data_notes import data_notes
 from flower_split.server.federation.handshake import (
+    SimulatedGrid,
     describe_clients,
     is_simulation,
     shake_hands,
@@ -107,7 +108,8 @@ def _run(
     done = resumed.entry.server_round if resumed else 0
     start = starting_point(directory, resumed.entry if resumed else None)
     nodes = wait_for_nodes(grid, config)
-    with connect_trunk(config, checkpoints.directory) as trunk:
+    ready = grid.trunk if isinstance(grid, SimulatedGrid) else None
+    with connect_trunk(config, checkpoints.directory, ready) as trunk:
         if config.trunk.address:  # somebody else's, who may be at work for another run
             check_free(trunk, start, config.round_retries)
         federation, facts = shake_hands(grid, nodes, config, trunk.fingerprint)

@@ -19,6 +19,7 @@ from flower_split.runtime.version import __version__
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.heartbeat import Heartbeat
 from flower_split.server.trunk_access import Coordinator, TrunkAccess, TrunkHealth
+from flower_split.server.trunk_child import TrunkChild
 from flower_split.server.trunk_process import TrunkProcess
 from flower_split.server.trunk_rounds import StartingPoint, stand_at_base
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
@@ -40,12 +41,15 @@ class ConnectedTrunk:
 
 
 @contextlib.contextmanager
-def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTrunk]:
+def connect_trunk(
+    config: RunConfig, checkpoints: Path, ready: TrunkChild | None = None
+) -> Iterator[ConnectedTrunk]:
     """Start a trunk on loopback, or reach the one that ``trunk.address`` names.
 
     Args:
         config: The run's configuration.
         checkpoints: Where a trunk that is started here keeps its rounds.
+        ready: A process that waits to become a trunk that is started here; None: there is none.
 
     Yields:
         The trunk, which serves. One that was started here ends with the block.
@@ -65,7 +69,7 @@ def connect_trunk(config: RunConfig, checkpoints: Path) -> Iterator[ConnectedTru
             shown = ClientCertificate.of(config.trunk)
         else:
             logger.info("starting the trunk on loopback")
-            process = TrunkProcess.start(config, config.join_timeout, checkpoints)
+            process = TrunkProcess.start(config, config.join_timeout, checkpoints, ready)
             stack.callback(process.close)
             process.supervise()
             token, address, certificates = process.token, process.address, ""

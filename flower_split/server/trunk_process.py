@@ -1,7 +1,8 @@
 """The trunk as a child of this process: start it on loopback, supervise it, end it.
 
-The child is ``python -m flower_split.trunk.serve``; this module knows nothing else of it. It gets
-its order as one JSON line on standard input and answers with one on standard output.
+The child is ``python -m flower_split.trunk.serve``, or a process that was made ready to do the same; this
+module knows nothing else of it. It gets its order as one JSON line on standard input and answers with
+one on standard output.
 """
 
 import json
@@ -19,6 +20,7 @@ from typing import IO, Self
 
 from flower_split.config import RunConfig, resolved_run_config
 from flower_split.errors import TrunkUnavailable
+from flower_split.server.trunk_child import TrunkChild
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +37,7 @@ class TrunkProcess:
         given_up: It died, and could not be started again.
     """
 
-    def __init__(
-        self, process: "subprocess.Popen[str]", order: Mapping[str, object], timeout: float
-    ) -> None:
+    def __init__(self, process: TrunkChild, order: Mapping[str, object], timeout: float) -> None:
         self._process = process
         self._order = order
         self._timeout = timeout
@@ -48,13 +48,20 @@ class TrunkProcess:
         self.address = str(order["listen"])
 
     @classmethod
-    def start(cls, config: RunConfig, timeout: float, checkpoints: Path | None = None) -> Self:
+    def start(
+        cls,
+        config: RunConfig,
+        timeout: float,
+        checkpoints: Path | None = None,
+        ready: TrunkChild | None = None,
+    ) -> Self:
         """Start the trunk that ``config`` describes and wait until it serves.
 
         Args:
             config: The run's configuration.
             timeout: Seconds until it must serve.
             checkpoints: The directory of its checkpoints; None: it keeps none.
+            ready: The process that serves first; None: a new one.
 
         Raises:
             TrunkUnavailable: It did not start; carries the reason in words.
@@ -65,7 +72,8 @@ class TrunkProcess:
             "listen": "127.0.0.1:0",
             "checkpoints": str(checkpoints or ""),
         }
-        process, port = _launch(order, timeout)
+        process = ready or _new_process()
+        port = _port_of(process, order, timeout)
         return cls(process, {**order, "listen": f"127.0.0.1:{port}"}, timeout)
 
     def restart(self) -> None:
@@ -76,7 +84,8 @@ class TrunkProcess:
         """
         self._end(0.0)
         logger.warning("the trunk process ended; restarting it")
-        self._process, _ = _launch(self._order, self._timeout)
+        self._process = _new_process()
+        _port_of(self._process, self._order, self._timeout)
 
     def supervise(self) -> None:
         """Restart it whenever it dies, until :meth:`close`.
@@ -133,9 +142,9 @@ class TrunkProcess:
             self._process.stdout.close()
 
 
-def _launch(order: Mapping[str, object], timeout: float) -> "tuple[subprocess.Popen[str], int]":
-    """Start a child, give it its order, and wait for its port."""
-    process = subprocess.Popen(
+def _new_process() -> TrunkChild:
+    """Start a child, which waits for its order."""
+    return subprocess.Popen(
         [sys.executable, "-m", "flower_split.trunk.serve"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -143,6 +152,14 @@ def _launch(order: Mapping[str, object], timeout: float) -> "tuple[subprocess.Po
         text=True,
         env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
     )
+
+
+def _port_of(process: TrunkChild, order: Mapping[str, object], timeout: float) -> int:
+    """Give a child its order, and wait for its port.
+
+    Raises:
+        TrunkUnavailable: It does not serve; it has been ended.
+    """
     assert process.stdin and process.stdout and process.stderr
     tail: deque[str] = deque(maxlen=20)
     relay = threading.Thread(target=_relay, args=(process.stderr, tail), daemon=True)
@@ -154,7 +171,7 @@ def _launch(order: Mapping[str, object], timeout: float) -> "tuple[subprocess.Po
         pass  # it died at once; its answer, or its last log lines, say why
     answer = _read_answer(process.stdout, timeout)
     if "port" in answer:
-        return process, int(str(answer["port"]))
+        return int(str(answer["port"]))
     process.kill()
     process.wait()
     relay.join(timeout=5.0)

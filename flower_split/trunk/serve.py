@@ -21,6 +21,7 @@ from flower_split.errors import ConfigError, FlowerSplitError
 from flower_split.runtime import failpoints
 from flower_split.runtime.closing import Closing
 from flower_split.runtime.exit_codes import FAILED
+from flower_split.runtime.loading import loading_modules
 from flower_split.runtime.logs import quiet_libraries
 from flower_split.runtime.secret_files import TokenFile, check_token
 from flower_split.runtime.tracing import PROCESS_TRACING
@@ -96,10 +97,12 @@ class RunningTrunk(Closing):
 
     def __init__(self, config: RunConfig, serving: Serving) -> None:
         # Loading torch and the model takes seconds: only the process that serves pays for it.
-        from flower_split.trunk.follow import start_replicas
-        from flower_split.trunk.service.audit_log import AuditLog
-        from flower_split.trunk.service.client_certificates import MutualTls
-        from flower_split.trunk.service.server import TrunkServer
+        with loading_modules():
+            import flower_split.trunk.build  # noqa: F401, what makes the engine needs most of them
+            from flower_split.trunk.follow import start_replicas
+            from flower_split.trunk.service.audit_log import AuditLog
+            from flower_split.trunk.service.client_certificates import MutualTls
+            from flower_split.trunk.service.server import TrunkServer
 
         self._audit = AuditLog(Path(serving.audit_log)) if serving.audit_log else None
         directory = Path(serving.checkpoints) if serving.checkpoints else None
@@ -261,7 +264,8 @@ def _limits(config: RunConfig) -> "Limits":
 def main() -> int:
     """Serve as a child: see the module's docstring."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
-    quiet_libraries()
+    with loading_modules():
+        quiet_libraries()
     answer = sys.stdout
     sys.stdout = sys.stderr  # whatever a library prints must not stand where the answer is read
     line = sys.stdin.readline()

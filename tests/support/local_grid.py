@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flower_split.client.app import app
 from flower_split.config import RunConfig, Scalar
 from flower_split.runtime.simulation import SIMULATED
+from flower_split.server.trunk_child import TrunkChild
 from flower_split.trunk.serve import RunningTrunk, Serving
 from tests.support.fakes import FakeGrid
 
@@ -65,9 +66,15 @@ class TrunkHere:
         self.address = f"127.0.0.1:{self._running.port}"
 
     @classmethod
-    def start(cls, config: RunConfig, timeout: float, checkpoints: Path | None = None) -> Self:
-        """As the process's; ``timeout`` is not needed."""
-        del timeout
+    def start(
+        cls,
+        config: RunConfig,
+        timeout: float,
+        checkpoints: Path | None = None,
+        ready: TrunkChild | None = None,
+    ) -> Self:
+        """As the process's; neither ``timeout`` nor a process is needed."""
+        del timeout, ready
         return cls(config, checkpoints)
 
     def supervise(self) -> None:

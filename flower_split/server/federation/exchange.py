@@ -33,7 +33,7 @@ _LOSSES = (TRUNK_LOST, KEY_LOST, *_GONE)
 _ASKED_AGAIN = (KEY_LOST, *_GONE)  # before the next attempt
 
 # A reply is noticed after at most this share of the time that it took.
-_POLL_SHARE = 0.03
+_POLL_SHARE = 0.01
 _SHORTEST_POLL, _LONGEST_POLL = 0.01, 1.0  # seconds
 
 Watch = Callable[[Sequence[Message]], bool]

@@ -5,12 +5,12 @@ to time out.
 """
 
 import logging
+import sys
 import time
 from collections.abc import Collection, Mapping, Sequence
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
-from flwr.superlink.grid import InMemoryGrid
 
 from flower_split.config import RunConfig, resolved_run_config, run_config_keys
 from flower_split.errors import FederationError
@@ -23,6 +23,7 @@ from flower_split.runtime.simulation import pool_cap
 from flower_split.runtime.version import __version__
 from flower_split.server.federation.exchange import by_partition, exchange, lost_partitions
 from flower_split.server.federation.nodes import Federation, describe_nodes
+from flower_split.server.trunk_child import TrunkChild
 from flower_split.split import CutLayers
 
 logger = logging.getLogger(__name__)
@@ -46,12 +47,25 @@ def run_line(num_clients: int) -> str:
 
 
 class SimulatedGrid(Grid):
-    """A grid whose nodes are all of this machine, and all there from the beginning."""
+    """A grid whose nodes are all of this machine, and all there from the beginning.
+
+    Attributes:
+        trunk: A process that waits to become the run's trunk; None: there is none.
+    """
+
+    trunk: TrunkChild | None = None
 
 
 def is_simulation(grid: Grid) -> bool:
     """Return whether all nodes are simulated on this machine, by Flower or by a local run."""
-    return isinstance(grid, (InMemoryGrid, SimulatedGrid))
+    if isinstance(grid, SimulatedGrid):
+        return True
+    # Flower's simulation has loaded its grid; nobody else need spend the seconds that this takes.
+    if "flwr.superlink.grid.inmemory_grid" not in sys.modules:
+        return False
+    from flwr.superlink.grid import InMemoryGrid
+
+    return isinstance(grid, InMemoryGrid)
 
 
 def num_participants(num_nodes: int, fraction: float) -> int:
@@ -71,6 +85,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
     """
     wanted, simulated = config.num_clients, is_simulation(grid)
     start = time.monotonic()
+    settled = 0.3 if simulated and not isinstance(grid, SimulatedGrid) else 0.0
     deadline = start + (
         min(_NONE_SECONDS, config.join_timeout) if simulated else config.join_timeout
     )
@@ -80,7 +95,7 @@ def wait_for_nodes(grid: Grid, config: RunConfig) -> list[int]:
         before, nodes = nodes, sorted(grid.get_node_ids())
         now = time.monotonic()
         changed = now if nodes != before else changed
-        if len(nodes) >= wanted and now - changed >= (0.3 if simulated else 0.0):
+        if len(nodes) >= wanted and now - changed >= settled:
             return nodes
         if (simulated and nodes and now - changed >= _SETTLE_SECONDS) or now >= deadline:
             break

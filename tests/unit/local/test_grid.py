@@ -70,6 +70,27 @@ def test_grid_leaves_a_node_with_the_process_that_has_its_data() -> None:
             assert by == first[partition]
 
 
+def test_grid_that_is_prepared_has_every_node_wait_for_the_process_that_loads_its_data() -> None:
+    asked, free = threading.Barrier(3, timeout=SECONDS), threading.Event()
+
+    def load(_: Message) -> None:
+        if not free.is_set():
+            asked.wait()
+            free.wait(SECONDS)
+
+    grid = grid_of([FakeProcess(name, load) for name in "ab"], 2)
+    grid.prepare()
+    asked.wait()  # both load
+    nodes = list(grid.get_node_ids())
+    messages = [Message(RecordDict(), node, "query") for node in nodes]
+    names = list(grid.push_messages(messages))
+    assert list(grid.pull_messages(names)) == []
+    free.set()
+    first = ask(grid, nodes)
+    assert sorted(by for _, by, _ in first) == ["a", "b"]
+    assert [before for _, _, before in first] == [2, 2]  # each was asked by the same one before
+
+
 def test_grid_answers_for_a_process_that_died_and_goes_on_with_the_others() -> None:
     def die(_: Message) -> None:
         raise NodeLost("exit code -9")
