@@ -4,6 +4,7 @@ With ``-n auto`` the tests of a file run in one process (``--dist loadfile``), s
 is made once.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -17,20 +18,30 @@ from flower_split.runtime import failpoints
 from tests.support.flower_home import Flower, end, make_environment, processes_of
 
 torch.set_num_threads(1)  # the models are tiny, and sums must be repeatable
+gc.disable()  # until all tests are collected: 700,000 objects, which all live to the end
 
 PROCESSES = Path(__file__).parent / "processes"
 _GIB_PER_WORKER = 3  # a worker has about 1; real runs beside it have processes of their own
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the workers of ``-n auto``: one per core, as memory allows, and at most eight."""
+    """Return the workers of ``-n auto``: one more than cores, as memory allows, and at most eight.
+
+    Some tests wait, for a deadline or a process; another worker has the core meanwhile.
+    """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return max(1, min(len(os.sched_getaffinity(0)), int(memory / _GIB_PER_WORKER), 8))
+    return max(1, min(len(os.sched_getaffinity(0)) + 1, int(memory / _GIB_PER_WORKER), 8))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest files first, so that no worker is left with one at the end."""
     items.sort(key=lambda item: not item.path.is_relative_to(PROCESSES))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but never look again at what libraries and tests have made so far."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

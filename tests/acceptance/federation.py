@@ -232,8 +232,10 @@ class Federation:
                 server_round=1, num_server_rounds=1, num_steps=num_steps, partition_id=slot
             )
             try:
-                trunk.open(num_steps)
-                started.release()
+                try:
+                    trunk.open(num_steps)
+                finally:
+                    started.release()  # the next one begins even where the round is over already
                 result = train_round(model, iter(batches[slot]), self.config, position, trunk)
             finally:
                 trunk.close()

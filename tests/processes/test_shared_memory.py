@@ -1,7 +1,6 @@
 """Clients and trunks that are killed while they share memory: nothing of it is left."""
 
 import gc
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from tests.support.loopback import (
     plan,
     remote,
 )
+from tests.support.ready_processes import READY
 
 SECONDS = 240.0  # for a process to start or end on a busy machine
 STEPS = ("open", "forward", "backward")
@@ -61,9 +61,8 @@ def work(ours: Connection, port: int, token: str) -> None:
 @contextmanager
 def process(target: object, *arguments: object) -> Iterator[tuple[int, Connection]]:
     """A process and the pipe to it; it is killed at the end."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    started = context.Process(target=target, args=(theirs, *arguments), daemon=True)
+    ours, theirs = READY.Pipe()
+    started = READY.Process(target=target, args=(theirs, *arguments), daemon=True)
     started.start()
     theirs.close()
     try:

@@ -2,16 +2,16 @@
 
 import random
 import socket
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
 from flower_split.errors import RoundAborted, TrunkError, TrunkUnavailable
 from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
+from flower_split.trunk.service.server import TrunkServer
 from flower_split.wire.grpc_status import TrunkBusy
 from tests.support.loopback import (
     HIDDEN,
@@ -23,6 +23,7 @@ from tests.support.loopback import (
     remote,
     served,
 )
+from tests.support.ready_processes import READY
 
 
 def free_port() -> int:
@@ -155,25 +156,27 @@ def test_retried_backward_of_the_real_engine_counts_once() -> None:
     assert report.optimizer_steps == 1
 
 
+def serve_and_hang(pipe: Connection) -> None:
+    """A trunk whose forwards say that they have come, and never end."""
+
+    def on_call(method: str, number: int) -> None:
+        if method == "forward":
+            pipe.send("forward")
+            time.sleep(60)
+
+    server = TrunkServer(FakeEngine(on_call), coordinator_token="t")
+    pipe.send(server.start())
+    pipe.poll(None)
+
+
 def test_killed_trunk_mid_call_is_unavailable_and_never_hangs() -> None:
-    script = (
-        "import sys, time\n"
-        "from tests.support.loopback import FakeEngine\n"
-        "from flower_split.trunk.service.server import TrunkServer\n"
-        "def on_call(method, number):\n"
-        "    if method == 'forward':\n"
-        "        print('forward', flush=True)\n"
-        "        time.sleep(60)\n"
-        "server = TrunkServer(FakeEngine(on_call), coordinator_token='t')\n"
-        "print(server.start(), flush=True)\n"
-        "sys.stdin.read()\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    ours, theirs = READY.Pipe()
+    process = READY.Process(target=serve_and_hang, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
+        assert ours.poll(240)
+        port = ours.recv()
         with remote(port, call_timeout=4.0) as trunk:
             trunk.open(1)
             errors: list[BaseException] = []
@@ -187,7 +190,7 @@ def test_killed_trunk_mid_call_is_unavailable_and_never_hangs() -> None:
 
             call = threading.Thread(target=forward)
             call.start()
-            assert process.stdout.readline() == "forward\n", errors
+            assert ours.poll(60) and ours.recv() == "forward", errors
             process.kill()
             began = time.monotonic()
             call.join(10)
@@ -196,10 +199,9 @@ def test_killed_trunk_mid_call_is_unavailable_and_never_hangs() -> None:
             assert isinstance(error, TrunkUnavailable)
     finally:
         process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
+        process.join()
+        process.close()
+        ours.close()
 
 
 def test_trunk_that_comes_up_late_is_found_by_the_retries() -> None:
