@@ -231,6 +231,7 @@ class Client:
         adapter: Mapping[str, Tensor],
         order: EvaluateOrder,
         base_change: Mapping[str, Tensor] = NOTHING,
+        personal: Mapping[str, Tensor] | None = None,
     ) -> EvalResult:
         """Return the held-out loss of ``adapter``, with the trunk's current weights.
 
@@ -238,6 +239,8 @@ class Client:
             adapter: Full weights of the client's LoRA.
             order: How to reach the trunk.
             base_change: What the method adds to the frozen base weights.
+            personal: The client's own adapter, which is evaluated as well; empty: it has not trained
+                yet, so that the global one is its own; None: it is not asked for.
 
         Raises:
             TrunkError: The trunk refused or did not answer in time.
@@ -246,6 +249,11 @@ class Client:
         with self._trunk(order.trunk) as trunk:
             trunk.open(0, evaluate=True)
             result = self.held_out(self.model)
+            if personal:
+                self._load(personal, base_change)
+                result = replace(result, personal=self.held_out(self.model))
+            elif personal is not None:
+                result = replace(result, personal=result)
             wire = trunk.take_stats()
         return replace(result, bytes_sent=wire.bytes_sent, bytes_received=wire.bytes_received)
 

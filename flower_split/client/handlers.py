@@ -53,7 +53,7 @@ from flower_split.messages.orders import (
     read_query,
     sent_adapter,
 )
-from flower_split.messages.replies import BaseValuesReply, EvaluateReply, TrainReply
+from flower_split.messages.replies import LOSS_SUM, BaseValuesReply, EvaluateReply, TrainReply
 from flower_split.parties.client_ranks import own_lora
 from flower_split.parties.parts import client_cuts
 from flower_split.runs.private_factors import PrivateFolder, client_directory
@@ -130,9 +130,11 @@ class Handlers:
         """Evaluate the adapter in the message on held-out data, with the trunk."""
         client, order = self._client(context), EvaluateOrder.read(message.content)
         _begin(order, client)
-        own = self._kept(client, order, context).values
-        adapter = from_arrays(sent_adapter(message.content)) | own
-        result = client.evaluate(adapter, order, _base_change(order))
+        kept = self._kept(client, order, context)
+        adapter = from_arrays(sent_adapter(message.content)) | kept.values
+        personal = kept.personal if kept.keeps_personal else None
+        result = client.evaluate(adapter, order, _base_change(order), personal)
+        own = result.personal
         return EvaluateReply(
             loss_sum=result.loss_sum,
             num_tokens=result.num_tokens,
@@ -140,6 +142,7 @@ class Handlers:
             bytes_sent=result.bytes_sent,
             bytes_received=result.bytes_received,
             sums=result.sums,
+            personal={} if own is None else {LOSS_SUM: own.loss_sum, **own.sums},
         ).write()
 
     def train_local_only(self, message: Message, context: Context) -> RecordDict:
@@ -197,7 +200,11 @@ class Handlers:
         directory = client_directory(client.config, context.node_config, order.private.folder)
         folder = PrivateFolder.of(directory, order.trunk.experiment, client.partition_id)
         return KeptState(
-            frozenset(order.private.names), order.private.digest, folder, order.private.optimizer
+            frozenset(order.private.names),
+            order.private.digest,
+            folder,
+            order.private.optimizer,
+            order.private.personal,
         )
 
 

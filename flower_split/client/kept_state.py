@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from flower_split.runs.private_factors import OPTIMIZER, PrivateFolder
+from flower_split.runs.private_factors import OPTIMIZER, PERSONAL, PrivateFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,13 +16,21 @@ class KeptState:
     digest: str = ""  # of what it kept in its last committed round; empty: it has nothing yet
     folder: PrivateFolder | None = None  # None: it keeps nothing
     keeps_optimizer: bool = False
+    keeps_personal: bool = False  # the adapter as it was trained, before it was averaged
 
     @property
     def values(self) -> dict[str, Tensor]:
         """Its own weights by name; empty: it begins with those in the message."""
         if not self.names:
             return {}
-        return {name: v for name, v in self._read().items() if not name.startswith(OPTIMIZER)}
+        apart = (OPTIMIZER, PERSONAL)
+        return {name: v for name, v in self._read().items() if not name.startswith(apart)}
+
+    @property
+    def personal(self) -> dict[str, Tensor]:
+        """The adapter as its last committed training left it; empty: it has not trained."""
+        found = self._read().items()
+        return {n.removeprefix(PERSONAL): v for n, v in found if n.startswith(PERSONAL)}
 
     @property
     def optimizer_state(self) -> dict[str, Tensor] | None:
@@ -44,6 +52,8 @@ class KeptState:
             return ""
         own = {name: state[name] for name in self.names}
         own |= {OPTIMIZER + name: value for name, value in optimizer_state.items()}
+        if self.keeps_personal:
+            own |= {PERSONAL + name: value for name, value in state.items()}
         return self.folder.write(own, server_round=server_round, base=self.digest)
 
     def _read(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
-from flower_split.config.averaging import why_rate_as_it_is
+from flower_split.config.averaging import averages_factors, why_rate_as_it_is
 from flower_split.config.clipping import (
     is_guarded,
     same_max_grad_norm,
@@ -216,6 +216,18 @@ ALWAYS = (
             "evaluation.text-scores",
             "model.task",
             holds=lambda c: bool(c.evaluation.names) and c.model.task not in GENERATING,
+        ),
+    ),
+    Combination(
+        condition="`evaluation.personalised` with another method than `fedit` or `ffa-lora`",
+        reason="only where A and B are averaged as they are is a client's own adapter a model beside the "
+        "global one; methods that keep factors on the client evaluate each client's own model anyway",
+        remedy="Set evaluation.personalised = false",
+        keys=_when(
+            "evaluation.personalised",
+            "strategy.name",
+            "strategy.aggregator",
+            holds=lambda c: c.evaluation.personalised and not averages_factors(c),
         ),
     ),
     Combination(

@@ -20,6 +20,10 @@ class EvaluationConfig:
     """Held-out records of one client whose prompts are continued in one evaluation, the first ones; 0:
     all."""
 
+    personalised: bool = False
+    """Also evaluate each client's own model: its adapter as its last local training left it, before it was
+    averaged, with the trunk as it is now. It stays on the client's disk (train.client-dir)."""
+
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names in ``text_scores``."""

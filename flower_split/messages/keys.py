@@ -45,6 +45,7 @@ PRIVATE_DIGEST = PREFIX + "private-digest"  # also of a training reply
 PRIVATE_FOLDER = PREFIX + "private-folder"
 RATE_FACTOR = PREFIX + "rate-factor"
 KEEPS_OPTIMIZER = PREFIX + "keeps-optimizer"
+KEEPS_PERSONAL = PREFIX + "keeps-personal"
 PROXIMAL_MU = "proximal-mu"  # Flower's own: its FedProx writes it
 
 # Of a training reply: one key for each list, and for each module.
@@ -55,6 +56,7 @@ WEIGHT_NORMS = PREFIX + "weight-norms."
 TRAIN_LOSS = "train_loss"
 EVAL_LOSS = "eval_loss"
 LOSS_SUM = "loss-sum"
+PERSONAL = "personal-"  # begins the names of sums of a client's own model
 NUM_TOKENS = "num-tokens"
 NUM_EXAMPLES = "num-examples"
 BYTES_SENT = "bytes-sent"

@@ -66,6 +66,7 @@ class PrivateOrder:
     digest: str = ""  # of its values after its last committed round; empty: it has none yet
     folder: str = ""  # where a simulated client keeps them, unless its node config says otherwise
     optimizer: bool = False  # whether its optimizer goes on from the last committed round's state
+    personal: bool = False  # whether it keeps what it trained, and evaluates that as well
 
     def values(self) -> dict[str, Value]:
         """Return the keys that travel."""
@@ -74,6 +75,7 @@ class PrivateOrder:
             keys.PRIVATE_DIGEST: self.digest,
             keys.PRIVATE_FOLDER: self.folder,
             keys.KEEPS_OPTIMIZER: self.optimizer,
+            **({keys.KEEPS_PERSONAL: True} if self.personal else {}),
         }
 
     @classmethod
@@ -86,6 +88,7 @@ class PrivateOrder:
             digest=fields.text(keys.PRIVATE_DIGEST),
             folder=fields.text(keys.PRIVATE_FOLDER),
             optimizer=fields.flag(keys.KEEPS_OPTIMIZER),
+            personal=fields.flag(keys.KEEPS_PERSONAL),
         )
 
 

@@ -19,6 +19,7 @@ from flower_split.training.scores import sums_in
 # Metrics by name, for whoever weighs, checks or records them.
 TRAIN_LOSS, EVAL_LOSS, LOSS_SUM = keys.TRAIN_LOSS, keys.EVAL_LOSS, keys.LOSS_SUM
 NUM_TOKENS, NUM_EXAMPLES = keys.NUM_TOKENS, keys.NUM_EXAMPLES
+PERSONAL = keys.PERSONAL
 BYTES_SENT, BYTES_RECEIVED = keys.BYTES_SENT, keys.BYTES_RECEIVED
 UNIFORM_WEIGHT = keys.UNIFORM_WEIGHT  # 1, where a strategy weighs clients equally by a metric
 
@@ -99,6 +100,8 @@ class EvaluateReply:
     bytes_sent: int = 0  # to the trunk
     bytes_received: int = 0  # from the trunk
     sums: Mapping[str, float] = field(default_factory=dict)  # what the task's scores are made of
+    personal: Mapping[str, float] = field(default_factory=dict)
+    """Loss sum and sums of the client's own model, where it is asked for; of the same label tokens."""
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -110,6 +113,7 @@ class EvaluateReply:
             keys.BYTES_SENT: self.bytes_sent,
             keys.BYTES_RECEIVED: self.bytes_received,
             **self.sums,
+            **{keys.PERSONAL + name: value for name, value in self.personal.items()},
         }
         return RecordDict({keys.METRICS: MetricRecord(dict(metrics)), keys.REPLY: stamped({})})
 
@@ -127,6 +131,7 @@ class EvaluateReply:
             bytes_sent=metrics.count(keys.BYTES_SENT, 0),
             bytes_received=metrics.count(keys.BYTES_RECEIVED, 0),
             sums=sums_in(numbers),
+            personal=personal_of(numbers),
         )
 
 
@@ -216,6 +221,15 @@ def scalars(content: RecordDict) -> dict[str, float]:
         for record in content.metric_records.values()
         for name, value in record.items()
         if isinstance(value, (int, float))
+    }
+
+
+def personal_of(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return loss sum and sums of a client's own model among its metrics; empty: there is none."""
+    return {
+        name.removeprefix(keys.PERSONAL): float(value)
+        for name, value in metrics.items()
+        if name.startswith(keys.PERSONAL)
     }
 
 

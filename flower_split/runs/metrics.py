@@ -54,6 +54,11 @@ _SCORES = {
     "bleu": "of all generated texts together, 0 to 100",
 }
 
+_PERSONAL = {
+    f"personal_{name}": "of each client's own model, before averaging (evaluation.personalised)"
+    for name in ("perplexity", *_SCORES)
+}
+
 SCHEMA: Mapping[str, Kind] = {
     "step": Kind(
         "one local optimizer step of one client",
@@ -84,6 +89,8 @@ SCHEMA: Mapping[str, Kind] = {
             "perplexity": "exp(eval_loss)",
             **_SCORES,
             "sums": "what the scores are made of: they add up over clients",
+            **_PERSONAL,
+            "personal_sums": "loss sum and sums of the client's own model",
             "local_only": "true: of a model that one client trained alone (phase baseline)",
             "trained_by": "with local_only: the client that trained it",
             **_WIRE,
@@ -99,6 +106,7 @@ SCHEMA: Mapping[str, Kind] = {
             "eval_loss": "nats per held-out label token of the clients in evaluated",
             "perplexity": "exp(eval_loss)",
             **_SCORES,
+            **_PERSONAL,
             "evaluated": "partitions whose held-out data is in eval_loss",
             **_WIRE,
         },

@@ -49,6 +49,8 @@ _FORMAT = FileFormat(1, oldest=0)
 
 OPTIMIZER = "optimizer/"
 """Before the names of the optimizer's state in a client's file; other names are of the adapter."""
+PERSONAL = "personal/"
+"""Before the names of the adapter as the client has trained it, where its own model is evaluated."""
 
 
 def client_directory(config: RunConfig, node_config: Mapping[str, object], simulated: str) -> Path:

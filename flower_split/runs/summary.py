@@ -46,6 +46,7 @@ class ClientOutcome:
     after: HeldOut  # the federated model on the same data
     local_only: Mapping[int, HeldOut] = field(default_factory=dict)
     """This client's alone-trained model, by the partition whose held-out data it was tried on."""
+    personal: HeldOut | None = None  # its own model, before averaging, on the same data
     name: str = ""  # what the data is about, for people
 
 
@@ -59,6 +60,7 @@ class SummaryRow:
     federated: float
     local_own: float | None  # alone-trained, on its own held-out data
     local_others: float | None  # alone-trained, on the other clients' held-out data
+    personalised: float | None = None  # each client's own model, before averaging
     base_scores: Mapping[str, float] = field(
         default_factory=dict
     )  # name -> value, as the task has them
@@ -97,6 +99,7 @@ def summarize(outcomes: Sequence[ClientOutcome], model: ModelConfig = _CAUSAL) -
             federated=after.perplexity,
             base_scores=scores_of(before.sums, model),
             federated_scores=scores_of(after.sums, model),
+            personalised=_perplexity([o.personal for o in group if o.personal is not None]),
             local_own=_perplexity([result for mine, other, result in pairs if mine == other]),
             local_others=_perplexity([result for mine, other, result in pairs if mine != other]),
         )
@@ -149,10 +152,12 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
 
 def summary_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
     """Return header and rows as text, for any table; without the columns that nobody measured."""
+    personalised = any(row.personalised is not None for row in rows)
     with_local = any(row.local_own is not None or row.local_others is not None for row in rows)
     lines = [["client", "tokens", "base", "federated", "change"]]
     scores = list(rows[0].federated_scores) if rows else []
     lines[0] += [f"{name}: base, federated" for name in scores]
+    lines[0] += ["personalised"] if personalised else []
     if with_local:
         lines[0] += ["alone: own data", "alone: others' data"]
     for row in rows:
@@ -160,6 +165,7 @@ def summary_cells(rows: Sequence[SummaryRow]) -> list[list[str]]:
         cells = [row.client, f"{row.num_tokens:,}", _number(row.base), _number(row.federated)]
         cells.append(f"{change:+.1f} %")
         cells += [_scores(row, name) for name in scores]
+        cells += [_number(row.personalised)] if personalised else []
         if with_local:
             cells += [_number(row.local_own), _number(row.local_others)]
         lines.append(cells)

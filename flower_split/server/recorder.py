@@ -14,7 +14,6 @@ from flower_split.messages.replies import (
     BYTES_RECEIVED,
     BYTES_SENT,
     EVAL_LOSS,
-    LOSS_SUM,
     NUM_TOKENS,
     TRAIN_LOSS,
 )
@@ -23,9 +22,9 @@ from flower_split.runs.directory import RunDirectory
 from flower_split.runs.files import Json
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runs.run_facts import exclusions, lateness, truncation
-from flower_split.runs.summary import ClientOutcome, HeldOut, pool, print_summary, summarize
+from flower_split.runs.summary import ClientOutcome, HeldOut, print_summary, summarize
+from flower_split.server.held_out_results import HeldOutResults
 from flower_split.server.traffic import Traffic, trunk_calls
-from flower_split.training.scores import scores_of, sums_in
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ class Recorder:
             logger.warning("%s", BOTTOM_DOES_NOT_TRAIN)
         self.traffic = Traffic()  # since the last round's lines
         self._start = time.monotonic()
-        self._held_out: dict[int, dict[int, HeldOut]] = {}  # round -> partition
+        self._results = HeldOutResults(config.model)
         self._local_only: dict[int, dict[int, HeldOut]] = {}  # trained by -> evaluated on
         self._rounds: set[int] = set()
         self._round_metrics: dict[int, list[Mapping[str, float]]] = {}
@@ -78,13 +77,7 @@ class Recorder:
                     value = record.get(name)
                     self._totals[name] += value if isinstance(value, (int, float)) else 0.0
             elif record["kind"] == "evaluation" and isinstance(number, int):
-                loss, tokens = float(str(record["loss_sum"])), int(str(record["num_tokens"]))
-                partition_id = int(str(record["partition_id"]))
-                sums = record.get("sums")
-                known = dict(sums) if isinstance(sums, Mapping) else {}
-                self._held_out.setdefault(number, {})[partition_id] = HeldOut(
-                    loss, tokens, {name: float(str(value)) for name, value in known.items()}
-                )
+                self._results.load(number, record)
 
     def clients(self, facts: Mapping[int, ClientFacts]) -> None:
         """Record what every client says of its data, by partition, before it trains."""
@@ -180,22 +173,11 @@ class Recorder:
         self, server_round: int, partition_id: int, metrics: Mapping[str, float]
     ) -> None:
         """Record one client's held-out result after a round; round 0 is before the first."""
-        sums = sums_in(metrics)
-        held_out = HeldOut(metrics[LOSS_SUM], int(metrics[NUM_TOKENS]), sums)
-        self._held_out.setdefault(server_round, {})[partition_id] = held_out
         sent, received = metrics.get(BYTES_SENT, 0), metrics.get(BYTES_RECEIVED, 0)
         self.traffic.add(partition_id, "evaluation", up=sent, down=received)
-        self.run.append(
-            "evaluation",
-            {
-                "server_round": server_round,
-                "partition_id": partition_id,
-                "perplexity": held_out.perplexity,
-                **{name: value for name, value in metrics.items() if name not in sums},
-                **scores_of(sums, self.config.model),
-                **({"sums": sums} if sums else {}),
-            },
-        )
+        line = self._results.add(server_round, partition_id, metrics)
+        place = {"server_round": server_round, "partition_id": partition_id}
+        self.run.append("evaluation", {**place, **line})
 
     def central(
         self, server_round: int, metrics: Mapping[str, int | float], seconds: float
@@ -245,17 +227,17 @@ class Recorder:
             ):
                 self._totals[name] += value
             parts.append(f"train_loss {loss:.4f}")
-        held_out = self.pooled(server_round)
+        held_out = self._results.pooled(server_round)
         if held_out is not None:
             record[EVAL_LOSS] = self.eval_loss(server_round)
             record["perplexity"] = held_out.perplexity
-            evaluated = sorted(self._held_out[server_round])
+            evaluated = sorted(self._results.of_round(server_round))
             record["evaluated"] = evaluated
             missing = len(self.names) > len(evaluated)
             whose = f" (of partitions {', '.join(map(str, evaluated))} only)" if missing else ""
             parts.append(f"held-out perplexity {held_out.perplexity:.2f}{whose}")
             scores = self.scores(server_round)
-            record |= scores
+            record |= {**scores, **self._results.personal_fields(server_round)}
             parts += [f"{name} {value:.3f}" for name, value in scores.items()]
         if tokens:
             rate = tokens / max(outcome.seconds, 1e-9)
@@ -274,11 +256,6 @@ class Recorder:
                 "bytes", {"server_round": server_round, "partition_id": partition_id, **counts}
             )
 
-    def pooled(self, server_round: int) -> HeldOut | None:
-        """Return all clients' held-out results of a round together; None where nobody evaluated."""
-        results = self._held_out.get(server_round, {})
-        return pool(results.values()) if results else None
-
     def train_loss(self, server_round: int) -> float | None:
         """Return the mean loss of a round's training, in nats per label token; None: there was none."""
         clients = self._round_metrics.get(server_round, [])
@@ -289,24 +266,24 @@ class Recorder:
 
     def eval_loss(self, server_round: int) -> float | None:
         """Return a round's held-out loss, in nats per label token; None where nobody evaluated."""
-        held_out = self.pooled(server_round)
+        held_out = self._results.pooled(server_round)
         return None if held_out is None else held_out.loss_sum / max(held_out.num_tokens, 1)
 
     def scores(self, server_round: int) -> dict[str, float]:
         """Return a round's held-out scores over all clients that evaluated, by name."""
-        held_out = self.pooled(server_round)
-        return {} if held_out is None else scores_of(held_out.sums, self.config.model)
+        return self._results.scores(server_round)
 
     def finish(self, facts: Mapping[str, int | float | str]) -> None:
         """Write summary and report, and show the table in the log."""
-        first = self._held_out.get(0, {})
-        last = self._held_out.get(self.last_round, {})
+        first, last = self._results.of_round(0), self._results.of_round(self.last_round)
+        own = self._results.personal_of_round(self.last_round)
         outcomes = [
             ClientOutcome(
                 partition_id=partition_id,
                 before=first[partition_id],
                 after=last[partition_id],
                 local_only=self._by_own(partition_id),
+                personal=own.get(partition_id),
                 name=self.names.get(partition_id, ""),
             )
             for partition_id in sorted(first.keys() & last.keys())

@@ -82,6 +82,7 @@ def make_strategy(
         arrays = inner.initial_arrays()
         inner.private_folder = str(recorder.run.path / PRIVATE_FOLDER)
         inner.keeps_optimizer = config.keeps_optimizer
+        inner.keeps_personal = config.evaluation.personalised
         inner.scales_client_rate = config.scales_client_rate
     if resumed is not None:
         check_resumed(resumed.adapter, context.initial)

@@ -111,3 +111,4 @@ class EvalResult:
     bytes_sent: int = 0  # to a trunk that is elsewhere
     bytes_received: int = 0  # from it
     sums: Mapping[str, float] = field(default_factory=dict)  # see flower_split.training.scores
+    personal: "EvalResult | None" = None  # of the client's own model, where it is asked for

@@ -20,6 +20,11 @@ SCRIPTS = [
     pytest.param("block docs/scale.md simulate", [], marks=pytest.mark.slow),
     pytest.param("block docs/how-to/new-app.md new-app", ["job/job"], marks=pytest.mark.slow),
     pytest.param(
+        "block docs/how-to/new-app.md own-jsonl",
+        ["first/metrics.jsonl", "first/samples.json", "first/report.html"],
+        marks=pytest.mark.slow,
+    ),
+    pytest.param(
         "block docs/how-to/experiments.md experiments",
         ["sweeps/modes/runs"],
         marks=pytest.mark.slow,
@@ -71,6 +76,6 @@ def test_commands_of_a_page_run(
         check=False,
     )
     assert done.returncode == 0, done.stdout
-    assert all((clone / folder).is_dir() for folder in folders), done.stdout
+    assert all((clone / made).exists() for made in folders), done.stdout
     if "tutorial" in folders:
         assert "The harbour team." in done.stdout and "The orchard team." in done.stdout

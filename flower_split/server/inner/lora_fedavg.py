@@ -45,6 +45,7 @@ class LoraFedAvg(FedAvg):
         last_summary: Summary of the last aggregated round: which updates were used, who was excluded why.
         private_folder: Where simulated clients keep what stays with them, if anything does.
         keeps_optimizer: Whether a client's optimizer state stays with it from round to round.
+        keeps_personal: Whether clients keep what they trained, and evaluate it beside the global adapter.
         scales_client_rate: Whether a client's learning rate is multiplied by the square root of how many
             clients are averaged, as they weigh; see
             :func:`flower_split.config.averaging.why_rate_as_it_is`.
@@ -89,6 +90,7 @@ class LoraFedAvg(FedAvg):
         self.last_summary = RoundSummary(())
         self.private_folder = ""
         self.keeps_optimizer = False
+        self.keeps_personal = False
         self.scales_client_rate = False
         self.largest_weights: Mapping[int, float] = MappingProxyType({})
         self._digests: dict[int, str] = {}  # partition -> of what it keeps, last committed round
@@ -170,7 +172,8 @@ class LoraFedAvg(FedAvg):
             partition_id = self._partition_of(reply.metadata.src_node_id)
             try:
                 update = self._update(partition_id, reply.content)
-                keeps = self.keeps_optimizer or self.aggregator.method.private
+                keeps = self.keeps_optimizer or self.keeps_personal
+                keeps = keeps or bool(self.aggregator.method.private)
                 digest = kept_digest(partition_id, reply.content) if keeps else {}
                 if self._dora is not None:
                     norms[partition_id] = self._norms(partition_id, reply.content)
@@ -271,7 +274,7 @@ class LoraFedAvg(FedAvg):
         """Add what a method has the clients hold beside the adapter, or keep to themselves."""
         add_base_change(messages, self.aggregator, self._spec_of)
         private, optimizer = self.aggregator.private(), train and self.keeps_optimizer
-        for message in messages if private or optimizer else ():
+        for message in messages if private or optimizer or self.keeps_personal else ():
             leave_private(
                 message,
                 private,
@@ -279,6 +282,7 @@ class LoraFedAvg(FedAvg):
                 folder=self.private_folder,
                 arrays_key=self.arrayrecord_key,
                 optimizer=optimizer,
+                personal=self.keeps_personal,
             )
 
     def _spec_of(self, message: Message) -> AdapterSpec:

@@ -88,6 +88,7 @@ def leave_private(
     folder: str,
     arrays_key: str,
     optimizer: bool = False,
+    personal: bool = False,
 ) -> None:
     """Say what stays with a client, and from which of its own values it goes on.
 
@@ -98,11 +99,16 @@ def leave_private(
         folder: Where it keeps them if it is simulated.
         arrays_key: Key of the adapter's record.
         optimizer: Its optimizer's state stays with it, too.
+        personal: So does a copy of what it has trained, which it evaluates beside the global adapter.
     """
     arrays = message.content.array_records[arrays_key]
     private = set(names) & set(arrays)
     order = PrivateOrder(
-        names=tuple(sorted(private)), digest=digest, folder=folder, optimizer=optimizer
+        names=tuple(sorted(private)),
+        digest=digest,
+        folder=folder,
+        optimizer=optimizer,
+        personal=personal,
     )
     content = PhaseOrder(private=order).write(message.content)
     if digest and private:
