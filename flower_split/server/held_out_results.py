@@ -34,7 +34,7 @@ class HeldOutResults:
         }
         if sums:
             line["sums"] = sums
-        if personal:
+        if LOSS_SUM in personal:
             own = HeldOut(personal[LOSS_SUM], found.num_tokens, sums_in(personal))
             self._personal.setdefault(server_round, {})[partition_id] = own
             line |= {"personal_sums": personal, **self._personal_fields([own])}

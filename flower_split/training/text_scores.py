@@ -9,6 +9,7 @@ longest common subsequence; words of Latin letters and digits, in lower case). B
 """
 
 import importlib.util
+import math
 from collections.abc import Collection, Mapping, Sequence
 
 from flower_split.errors import ConfigError
@@ -20,6 +21,7 @@ ROUGE, BLEU, EXACT_MATCH = "rouge", "bleu", "exact-match"
 _RECORDS = COUNT + "records"
 _ROUGE_TYPES = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rouge_l"}  # theirs -> ours
 _ORDERS = (1, 2, 3, 4)
+_LARGEST = 2.0**53  # beyond which a float counts no words
 _LIBRARIES = {ROUGE: "rouge_score", BLEU: "sacrebleu"}
 
 
@@ -110,17 +112,19 @@ def _matches() -> list[str]:
 
 
 def _bleu(sums: Mapping[str, float]) -> float:
+    """Return the score; NaN where a client reported what cannot be counts."""
     from sacrebleu import BLEU as Bleu
 
-    matches, ngrams = (
-        [round(sums[f"{COUNT}{part}-{order}"]) for order in _ORDERS]
-        for part in ("matches", "ngrams")
-    )
+    names = [*_matches(), COUNT + "words", COUNT + "wanted-words"]
+    counts = [sums.get(name, math.nan) for name in names]
+    if not all(0 <= count < _LARGEST for count in counts):
+        return math.nan
+    *grams, words, wanted = (round(count) for count in counts)
     score = Bleu.compute_bleu(
-        matches,
-        ngrams,
-        round(sums[COUNT + "words"]),
-        round(sums[COUNT + "wanted-words"]),
+        grams[: len(_ORDERS)],
+        grams[len(_ORDERS) :],
+        words,
+        wanted,
         smooth_method="exp",  # sacrebleu's own default for a corpus
     )
     return float(score.score)

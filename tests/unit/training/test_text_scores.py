@@ -1,6 +1,7 @@
 """Scores of generated text are the libraries' own figures, whatever the records are divided into."""
 
 import json
+import math
 
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
@@ -44,6 +45,16 @@ def test_sums_of_clients_add_up_to_those_of_their_records_together() -> None:
     together = scores_of(total, ModelConfig())["bleu"]
     assert abs(together - (parts[0] + 3 * parts[1]) / 4) > 1
     assert json.loads(json.dumps(total)) == total  # as metrics.jsonl keeps them
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 1e300, None])
+def test_counts_that_a_client_cannot_have_leave_the_score_no_number(value: float | None) -> None:
+    sums = sums_of_texts(FOUND, WANTED, ["bleu"])
+    if value is None:
+        del sums["count-text-ngrams-2"]
+    else:
+        sums["count-text-ngrams-2"] = value
+    assert math.isnan(scores_of(sums, ModelConfig())["bleu"])
 
 
 def test_nothing_generated_has_no_score() -> None:
