@@ -55,6 +55,19 @@ def test_bench_step_has_the_split_step_beside_plain_peft(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_bench_step_has_two_replicas_beside_one(tmp_path: Path) -> None:
+    order = ["bench", "step", "--clients", "2", "--replicas", "2", "--steps", "1"]
+    assert main([*order, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "step.json").read_text())["rows"]
+    reference, one = "unsplit PEFT, 8 sequences", "split, exact, auto, 2 clients x 4"
+    assert [(row["what"], row["base"]) for row in rows] == [
+        (reference, reference),
+        (one, reference),
+        (f"{one}, 2 replicas", one),
+    ]
+
+
+@pytest.mark.slow
 def test_bench_experiments_takes_no_more_memory_than_base_and_states(tmp_path: Path) -> None:
     order = ["bench", "experiments", "--repeats", "1", "--micro-batches", "1", "--device", "cpu"]
     assert main([*order, "--out", str(tmp_path)]) == 0

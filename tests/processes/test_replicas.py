@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ WINDOWS = 2
 SECONDS = 30.0
 
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     root = tmp_path_factory.mktemp("replicas")
@@ -47,6 +51,12 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
             trunk__replicas=2,
         )
     )
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
+def placed(config: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+    """The trunk on the CPU, and on two GPUs."""
+    return replace(config, trunk=replace(config.trunk, device=request.param))
 
 
 class Run:
@@ -116,15 +126,16 @@ def numbers(slot: int, server_round: int, window: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture
-def serving(config: RunConfig, tmp_path: Path) -> Iterator[Serving]:
+def serving(tmp_path: Path) -> Iterator[Serving]:
     yield Serving(token=TOKEN, checkpoints=str(tmp_path / "checkpoints"))
     assert not multiprocessing.active_children(), "a follower outlived its trunk"
 
 
 def test_killed_follower_ends_the_trunk_and_the_round_is_done_again_with_the_same_bits(
-    config: RunConfig, serving: Serving
+    placed: RunConfig, serving: Serving
 ) -> None:
-    with RunningTrunk(config, serving) as trunk, closing(Run(config, trunk.port)) as run:
+    where = "cuda:1" if placed.trunk.device == "cuda" else "cpu"
+    with RunningTrunk(placed, serving) as trunk, closing(Run(placed, trunk.port)) as run:
         start = RoundBase(0)
         first = run.round(1, 0, start, SLOTS)
         base = RoundBase(1, first.digest)
@@ -140,9 +151,9 @@ def test_killed_follower_ends_the_trunk_and_the_round_is_done_again_with_the_sam
                 assert isinstance(future.exception(SECONDS), TrunkError)
         while not trunk.failure:
             assert time.monotonic() - began < 5.0, "nobody has noticed"
-        assert f"replica 1 (cpu), process {follower.pid}, ended with code -9" in trunk.failure
+        assert f"replica 1 ({where}), process {follower.pid}, ended with code -9" in trunk.failure
         assert health_of(f"127.0.0.1:{trunk.port}") == "NOT_SERVING"
-    with RunningTrunk(config, serving) as trunk, closing(Run(config, trunk.port)) as run:
+    with RunningTrunk(placed, serving) as trunk, closing(Run(placed, trunk.port)) as run:
         again = run.round(2, 2, base, (2, 0, 1))
     assert again.digest == undisturbed.digest != first.digest
 
