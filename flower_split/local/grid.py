@@ -59,8 +59,11 @@ class LocalGrid(SimulatedGrid):
     def prepare(self) -> None:
         """Have every node load its data now, while something else is waited for.
 
-        They are asked what the handshake asks, which loads it; nobody looks at the replies.
+        They are asked what the handshake asks, which loads it; nobody looks at the replies. With fewer
+        processes than nodes nothing is asked: another process might answer for the node next.
         """
+        if self._alive < len(self._contexts):
+            return
         orders = [
             Message(HandshakeOrder().write(), node, MessageType.QUERY) for node in self._contexts
         ]

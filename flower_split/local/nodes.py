@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 RUN_ID = 1
 _END_SECONDS = 5.0  # for a process that was told to end
-_NICENESS = 5  # all clients wait for the trunk, so where cores are scarce it comes first
 
 
 class NodeLost(Exception):
@@ -143,7 +142,6 @@ def _serve(
     """Answer messages until the parent closes the connection, or ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.nice(_NICENESS)
     for end in not_mine:
         end.close()
     # As in a process of Flower's, the ClientApp says what it logs: warnings, to standard error.
