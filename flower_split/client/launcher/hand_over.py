@@ -16,7 +16,7 @@ SOCKET = "launcher.sock"
 """In the launcher's folder."""
 
 _LENGTH = struct.Struct("!I")
-_SECONDS = 10.0  # for the launcher's word that it has taken the start
+_SECONDS = 60.0  # for the launcher's word that it has taken the start
 
 
 def main(argv: list[str]) -> int:

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from flower_split.client.launcher import hand_over
 from flower_split.client.worker.directory import WorkerDirectory
+from flower_split.client.worker.identity import NODE_VARIABLE
 from flower_split.errors import ConfigError, WorkerError
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
@@ -47,7 +48,9 @@ def run_supernode(arguments: Sequence[str]) -> NoReturn:
             f"the launcher of ClientApps cannot be started in {folder}: {error.strerror}. Set FLWR_HOME to "
             f"a directory where files may be made and run, or start {SUPERNODE} itself."
         ) from error
-    os.execve(supernode, [supernode, *arguments], environment_with(folder, os.environ))
+    environment = environment_with(folder, os.environ)
+    environment[NODE_VARIABLE] = str(os.getpid())  # its own from then on
+    os.execve(supernode, [supernode, *arguments], environment)
 
 
 def environment_with(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -25,6 +25,9 @@ from flower_split.runtime.version import __version__
 HANDLERS = "flower_split.client.handlers"
 """Loads torch and transformers, and what else a message takes."""
 
+NODE_VARIABLE = "FLOWER_SPLIT_NODE_PROCESS"
+"""Process id of the SuperNode, where a launcher and Flower itself both start its ClientApps."""
+
 _START = 19  # of the fields after the command in /proc/PID/stat: the start time
 
 
@@ -59,7 +62,7 @@ class WorkerIdentity:
             folder=str(folder),
             app_files=_digest(folder.rglob("*")),
             run=context.run_id,
-            node_process=process_mark(os.getppid()),
+            node_process=process_mark(int(os.environ.get(NODE_VARIABLE) or os.getppid())),
             interpreter=sys.executable,
             import_path=tuple(path for path in sys.path if path),
         )

@@ -72,6 +72,13 @@ def test_here_tells_the_app_by_the_object_that_flower_has_loaded(
     assert found.import_path[0] == str(tmp_path)
 
 
+def test_supernode_of_a_launcher_is_the_node_process_whoever_started_the_app(
+    app: ClientApp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLOWER_SPLIT_NODE_PROCESS", str(os.getpid()))
+    assert WorkerIdentity.here(app, context()).node_process == process_mark(os.getpid())
+
+
 def test_app_that_no_project_names_has_no_worker() -> None:
     with pytest.raises(WorkerError, match="names this object as its clientapp"):
         find_app(ClientApp(), sys.path)
