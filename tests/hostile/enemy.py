@@ -280,7 +280,8 @@ def http2_forwards(
 
 def _literal(name: str, value: str) -> bytes:
     """A header field of HPACK without indexing and without Huffman's code."""
-    return b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+    text = value.encode(errors="surrogateescape")  # bytes that are no UTF-8 come as they are
+    return b"\0" + bytes([len(name)]) + name.encode() + bytes([len(text)]) + text
 
 
 def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:

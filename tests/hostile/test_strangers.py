@@ -1,6 +1,7 @@
 """Somebody without a credential holds no worker, learns nothing, and leaves a trail."""
 
 import logging
+import logging.handlers
 import queue
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from flower_split.proto import trunk_pb2 as pb
 from flower_split.trunk.service.refusals import RefusalLog
 from flower_split.wire.grpc_options import SERVICE, bearer, open_channel
 from flower_split.wire.sending import Outgoing
+from tests.hostile.enemy import http2_forwards
 from tests.support.loopback import (
     COORDINATOR_TOKEN,
     HIDDEN,
@@ -199,3 +201,23 @@ def test_refusal_over_the_wire_is_in_the_log_with_its_peer(
                 stranger.status()
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("refused")]
     assert line.startswith("refused Status from ipv4:127.0.0.1:") and "a wrong token" not in line
+
+
+def test_header_that_is_no_utf8_writes_nothing_of_itself_into_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Else the header, which may be a token's, is logged by gRPC, with a traceback for every call."""
+    records: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    handler = logging.handlers.QueueHandler(records)
+    logging.getLogger("flower_split").addHandler(handler)
+    try:
+        with (
+            served(make_engine(TinyTrunk())) as port,
+            http2_forwards(port, "secret\udcff", [bytes(5)]),
+        ):
+            while "refused Forward" not in records.get(timeout=20).getMessage():
+                pass
+    finally:
+        logging.getLogger("flower_split").removeHandler(handler)
+    assert not any(record.exc_info for record in caplog.records)
+    assert "secret" not in caplog.text

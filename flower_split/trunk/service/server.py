@@ -33,6 +33,7 @@ from flower_split.trunk.service.client_calls import ClientCalls
 from flower_split.trunk.service.client_certificates import CertificateGate, MutualTls
 from flower_split.trunk.service.coordinator_calls import CoordinatorCalls
 from flower_split.trunk.service.following_health import FollowingHealth
+from flower_split.trunk.service.foreign_headers import ForeignHeaders
 from flower_split.trunk.service.handlers import FirstFrames, Quotas
 from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.refusals import RefusalLog
@@ -102,6 +103,7 @@ class TrunkServer(Closing):
         self._tls = _certificate_of(listen, tls_certificate, tls_key, mutual)
         self.health = FollowingHealth(lambda: experiments.queue_seconds, max_call_seconds)
         limits = limits or Limits()
+        self._foreign_headers = ForeignHeaders()
         refusals = self.refusals = RefusalLog(audit=audit, participant=limits.refusals)
         # Twice as many as workers: one that was given up reads until its peer has been told.
         first_frames = self._first_frames = FirstFrames(limits.first_frame_seconds, 2 * workers)
@@ -149,6 +151,7 @@ class TrunkServer(Closing):
             raise ConfigError(
                 f"the trunk cannot listen on {self._listen!r}: {error}. Is the port taken?"
             ) from error
+        self._foreign_headers.begin()
         self._server.start()
         for watch in self._watches:
             watch.start()
@@ -169,6 +172,7 @@ class TrunkServer(Closing):
             watch.close()
         self._first_frames.close()
         self.refusals.pace.close()
+        self._foreign_headers.end()
 
     def close(self) -> None:
         """Stop without grace."""
