@@ -64,8 +64,13 @@ CHECKS: tuple[tuple[object, str, str, Callable[..., object]], ...] = (
     (compute, "check_finite", "NaN and Inf", lambda *_: None),
     (compute, "check_all_finite", "NaN and Inf", lambda *_: None),
     (compute, "check_bounded", "size of gradients and weights", lambda *_: None),
-    (checks.InputSchema, "forward", "schema, NaN and Inf of a forward", lambda self, call, _: call),
-    (checks.InputSchema, "check_backward", "the same of a backward", lambda *_: None),
+    (
+        checks.InputSchema,
+        "forward",
+        "schema, NaN and Inf of a forward",
+        lambda self, call, *_, **__: call,
+    ),
+    (checks.InputSchema, "check_backward", "the same of a backward", lambda *_, **__: None),
     (settling, "faults", "bounds on numbers and norms", lambda *_, **__: {}),
     (settling, "outliers", "bounds on numbers and norms", lambda *_: {}),
     (
