@@ -4,6 +4,7 @@ What is expected is worked out by autograd on the trunk's own module in the orde
 defines, or by the module called for each client alone.
 """
 
+import gc
 import itertools
 import multiprocessing
 import time
@@ -129,6 +130,19 @@ class Rig:
         self.engine.close()
         self.replicas.close()
         self.pool.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_collecting() -> Iterator[None]:
+    """Keep the collector out of torch's random state, which followers as threads read at once.
+
+    torch holds a lock of its own there: a finalizer that gives up the interpreter's lets the other
+    thread in, which then waits for ever.
+    """
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture
