@@ -224,32 +224,34 @@ class WaitVersionReply(_message.Message):
     def __init__(self, version: _Optional[int] = ...) -> None: ...
 
 class ShareMemoryRequest(_message.Message):
-    __slots__ = ("boot_id", "user", "device", "device_bytes")
+    __slots__ = ("boot_id", "user", "devices", "device_bytes")
     BOOT_ID_FIELD_NUMBER: _ClassVar[int]
     USER_FIELD_NUMBER: _ClassVar[int]
-    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    DEVICES_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
     boot_id: str
     user: int
-    device: str
+    devices: _containers.RepeatedScalarFieldContainer[str]
     device_bytes: int
-    def __init__(self, boot_id: _Optional[str] = ..., user: _Optional[int] = ..., device: _Optional[str] = ..., device_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, boot_id: _Optional[str] = ..., user: _Optional[int] = ..., devices: _Optional[_Iterable[str]] = ..., device_bytes: _Optional[int] = ...) -> None: ...
 
 class ShareMemoryReply(_message.Message):
-    __slots__ = ("process", "descriptor", "num_bytes", "nonce", "device_handle", "device_bytes")
+    __slots__ = ("process", "descriptor", "num_bytes", "nonce", "device_handle", "device_bytes", "device")
     PROCESS_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTOR_FIELD_NUMBER: _ClassVar[int]
     NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_HANDLE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
     process: int
     descriptor: int
     num_bytes: int
     nonce: bytes
     device_handle: bytes
     device_bytes: int
-    def __init__(self, process: _Optional[int] = ..., descriptor: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ..., device_handle: _Optional[bytes] = ..., device_bytes: _Optional[int] = ...) -> None: ...
+    device: str
+    def __init__(self, process: _Optional[int] = ..., descriptor: _Optional[int] = ..., num_bytes: _Optional[int] = ..., nonce: _Optional[bytes] = ..., device_handle: _Optional[bytes] = ..., device_bytes: _Optional[int] = ..., device: _Optional[str] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("fingerprint", "planned_steps", "evaluate", "cuts")

@@ -1,9 +1,10 @@
-"""Memory of a GPU that a trunk and a client on it share: tensors go from one to the other on the GPU.
+"""Memory of a GPU that a trunk and a client share: tensors go from one to the other beside the host.
 
 The trunk allocates a buffer, apart from torch's own memory, and exports it by a handle of the CUDA
 driver (inter-process communication); the client opens that. Half of it is the client's to write, half
 the trunk's. A sender copies into a slot of its half, the receiver copies out of it, and a call's frames
-carry the slot instead of the bytes. The driver frees the memory of a process that ends, however it ends.
+carry the slot instead of the bytes. It lies on the trunk's GPU; a client on another one copies between the
+two. The driver frees the memory of a process that ends, however it ends.
 """
 
 import ctypes
@@ -69,6 +70,15 @@ def device_name(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+def named_devices(own: torch.device) -> dict[str, torch.device]:
+    """Return the GPUs that this process sees, by their names; ``own`` last."""
+    if own.type != "cuda":
+        return {}
+    seen = [torch.device(own.type, index) for index in range(torch.cuda.device_count())]
+    names = {device_name(device): device for device in seen if device != own}
+    return {**names, device_name(own): own}
+
+
 class DeviceBuffer:
     """A buffer on a GPU that two processes have. Made by :meth:`make` or :meth:`open`.
 
@@ -104,6 +114,11 @@ class DeviceBuffer:
     def open(cls, handle: bytes, num_bytes: int, device: torch.device) -> "DeviceBuffer":
         """Open the buffer of another process.
 
+        Args:
+            handle: Of the buffer.
+            num_bytes: Its size.
+            device: On which it lies, as this process calls it.
+
         Raises:
             OSError: The driver does not let this process have it.
         """
@@ -130,7 +145,7 @@ def _copying(device: torch.device, *, complete: bool = True) -> Iterator[None]:
     """Copy on a side stream, behind what this thread's stream has.
 
     Args:
-        device: Of both ends.
+        device: The one of this process; the other end may lie on another GPU.
         complete: Whether all is done at the block's end; False: this thread's stream waits for it.
     """
     if device.type != "cuda":
@@ -155,11 +170,13 @@ class DeviceHalf:
     Args:
         data: uint8, the half of the buffer.
         table: The table of its slots.
+        device: On which this process computes.
     """
 
-    def __init__(self, data: Tensor, table: SlotTable) -> None:
+    def __init__(self, data: Tensor, table: SlotTable, device: torch.device) -> None:
         self._data: Tensor | None = data
         self._table = table
+        self._device = device
         self._lock = threading.Lock()  # copies come one after the other, and none after the end
 
     def put(self, tensors: Sequence[Tensor]) -> Place | None:
@@ -172,7 +189,7 @@ class DeviceHalf:
             if place is None:
                 return None
             at = place.offset
-            with _copying(data.device):
+            with _copying(self._device):
                 for tensor in tensors:
                     flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
                     data[at : at + flat.nbytes].copy_(flat)
@@ -203,18 +220,18 @@ class DeviceHalf:
             (entry,) = self._table.enter(place, sum(aligned(size) for size in sizes), 1)
             try:
                 copies, at = [], place.offset
-                with _copying(data.device, complete=complete):
+                with _copying(self._device, complete=complete):
                     for size in sizes:
-                        copies.append(data[at : at + size].clone())
+                        copies.append(data[at : at + size].to(self._device, copy=True))
                         at += aligned(size)
             finally:
                 self._table.leave(entry)
-        if data.device.type == "cuda":
+        if self._device.type == "cuda":
             for (
                 copy
-            ) in copies:  # made on the side stream; the caller's, or the compute thread's, uses it
-                copy.record_stream(torch.cuda.default_stream(data.device))
-                copy.record_stream(torch.cuda.current_stream(data.device))
+            ) in copies:  # of the side stream; the caller's, or the compute thread's, uses it
+                copy.record_stream(torch.cuda.default_stream(self._device))
+                copy.record_stream(torch.cuda.current_stream(self._device))
         return copies
 
     def close(self) -> None:
@@ -229,21 +246,29 @@ class DeviceMemory:
     Args:
         buffer: The buffer that both have.
         tables: The table of the client's half, then that of the trunk's.
-        trunk: Whether this process is the trunk.
+        device: On which this process computes.
+        trunk: Whether it is the trunk.
 
     Attributes:
-        device: On which it lies.
+        device: On which this process computes.
         handle: By which the other process opens it.
         num_bytes: Size of both halves.
         sending: The half that this process writes.
         receiving: The half that it reads.
     """
 
-    def __init__(self, buffer: DeviceBuffer, tables: Sequence[SlotTable], *, trunk: bool) -> None:
+    def __init__(
+        self,
+        buffer: DeviceBuffer,
+        tables: Sequence[SlotTable],
+        device: torch.device,
+        *,
+        trunk: bool,
+    ) -> None:
         half = buffer.num_bytes // 2
-        client = DeviceHalf(buffer.data[:half], tables[0])
-        other = DeviceHalf(buffer.data[half : 2 * half], tables[1])
-        self.device = buffer.data.device
+        client = DeviceHalf(buffer.data[:half], tables[0], device)
+        other = DeviceHalf(buffer.data[half : 2 * half], tables[1], device)
+        self.device = device
         self.handle, self.num_bytes = buffer.handle, buffer.num_bytes
         self.sending, self.receiving = (other, client) if trunk else (client, other)
         self._buffer: DeviceBuffer | None = buffer

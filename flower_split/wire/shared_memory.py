@@ -147,14 +147,14 @@ class SharedMemory:
         finally:
             os.close(opened)
 
-    def share_device(self, buffer: DeviceBuffer) -> None:
-        """Let tensors of a GPU stay there, in a buffer that both processes have."""
+    def share_device(self, buffer: DeviceBuffer, device: torch.device) -> None:
+        """Let tensors of ``device``, this process's, go through a buffer that both processes have."""
         half = buffer.num_bytes // 2
         tables = [
             SlotTable(self._memory, _DEVICE_TABLES + index * _DEVICE.num_bytes, _DEVICE, half)
             for index in range(2)
         ]
-        self.device = DeviceMemory(buffer, tables, trunk=self._is_trunk)
+        self.device = DeviceMemory(buffer, tables, device, trunk=self._is_trunk)
 
     def close_device(self) -> None:
         """Let go of the memory of a GPU; a call that still needs it fails. Idempotent."""

@@ -16,7 +16,7 @@ from flower_split.errors import TrunkError
 from flower_split.proto import trunk_pb2 as pb
 from flower_split.runtime.closing import Closing
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
-from flower_split.wire.device_memory import DeviceBuffer, device_name
+from flower_split.wire.device_memory import DeviceBuffer, named_devices
 from flower_split.wire.grpc_transport import TrunkChannel
 from flower_split.wire.placed_payloads import in_memory
 from flower_split.wire.possession import ClientKey
@@ -105,7 +105,7 @@ class AutomaticChannel(Closing):
         return result
 
     def takes(self, tensor: Tensor) -> bool:
-        """Return whether the trunk computes on the same GPU and shares memory of it."""
+        """Return whether the trunk shares memory of its GPU with a client on the tensor's."""
         memory = self._shared(tensor)
         device = None if memory is None else memory.device
         return device is not None and device.device == tensor.device
@@ -150,7 +150,7 @@ class AutomaticChannel(Closing):
             raise OSError("this host has no Linux kernel that tells its boot id")
         request = pb.ShareMemoryRequest(boot_id=boot_id, user=user)
         if like is not None:
-            request.device = device_name(like.device)
+            request.devices.extend(named_devices(like.device))
             request.device_bytes = _DEVICE_SLOTS * aligned(like.nbytes)
         offer = self._grpc.unary(
             "ShareMemory",
@@ -166,8 +166,9 @@ class AutomaticChannel(Closing):
         )
         if like is not None and offer.device_handle:
             handle, num_bytes = offer.device_handle, offer.device_bytes
+            there = named_devices(like.device).get(offer.device, like.device)
             try:
-                memory.share_device(DeviceBuffer.open(handle, num_bytes, like.device))
+                memory.share_device(DeviceBuffer.open(handle, num_bytes, there), like.device)
             except OSError as error:
                 logger.debug("tensors go to the trunk through the host's memory: %s", error)
         return memory

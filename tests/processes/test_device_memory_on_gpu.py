@@ -26,6 +26,8 @@ from tests.support.loopback import (
 
 pytestmark = pytest.mark.gpu
 
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
 
 def make_trunk() -> TinyTrunk:
     torch.manual_seed(3)
@@ -68,12 +70,15 @@ def puts(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return found
 
 
-def test_gpu_tensors_stay_on_the_gpu_with_the_bits_of_one_process(puts: list[bool]) -> None:
+@pytest.mark.parametrize("device", ["cuda:0", pytest.param("cuda:1", marks=two_gpus)])
+def test_gpu_tensors_stay_on_gpus_with_the_bits_of_one_process(
+    device: str, puts: list[bool]
+) -> None:
     torch.manual_seed(0)
-    features = torch.randn(3, 64, HIDDEN, device="cuda")
-    mask = torch.ones(3, 64, dtype=torch.int64, device="cuda")
+    features = torch.randn(3, 64, HIDDEN, device=device)
+    mask = torch.ones(3, 64, dtype=torch.int64, device=device)
     mask[0, :9] = 0
-    bottom, local = torch.nn.Linear(HIDDEN, HIDDEN).cuda(), make_trunk()
+    bottom, local = torch.nn.Linear(HIDDEN, HIDDEN).to(device), make_trunk().to(device)
     wired_bottom = copy.deepcopy(bottom)
     expected = local(bottom(features), mask, None).square().mean()
     expected.backward()

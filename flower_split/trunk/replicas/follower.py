@@ -114,9 +114,9 @@ class Follower:
         return Forwards(headers, slots, failures, layout), buffer
 
     def _load(self, given: Iterator[Tensor], version: int) -> None:
+        parameters = list(self._compute.parameters)
         with torch.no_grad():
-            for parameter in self._compute.parameters:
-                parameter.copy_(next(given))
+            torch._foreach_copy_(parameters, [next(given) for _ in parameters])
         self._compute.version = version
 
     def _keep(self, one: JointPass) -> None:

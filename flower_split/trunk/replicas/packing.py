@@ -47,8 +47,8 @@ def pack(tensors: Sequence[Tensor], device: torch.device) -> tuple[Layout, Tenso
         first += places[-1].num_bytes
     layout = tuple(places)
     buffer = torch.empty(length_of(layout), dtype=torch.uint8, device=device)
-    for view, tensor in zip(unpack(layout, buffer), tensors, strict=True):
-        view.copy_(tensor.detach())
+    if tensors:  # hundreds of small ones: a few kernels for all, not one for each
+        torch._foreach_copy_(unpack(layout, buffer), [tensor.detach() for tensor in tensors])
     return layout, buffer
 
 

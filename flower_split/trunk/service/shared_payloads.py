@@ -69,15 +69,17 @@ class SharedPayloads:
             nonce=piece.nonce,
             device_handle=b"" if device is None else device.handle,
             device_bytes=0 if device is None else device.num_bytes,
+            device="" if device is None else device_name(device.device),
         )
 
     def _share_device(self, piece: SharedMemory, request: pb.ShareMemoryRequest) -> None:
-        """Share memory of the GPU as well, where the client computes on the trunk's."""
-        if not request.device or request.device != device_name(self._device):
+        """Share memory of the GPU as well, where the client sees the trunk's."""
+        own = device_name(self._device)
+        if not own or own not in request.devices:
             return
         half = aligned(min(request.device_bytes, DEVICE_BYTES))
         try:
-            piece.share_device(DeviceBuffer.make(2 * half, self._device))
+            piece.share_device(DeviceBuffer.make(2 * half, self._device), self._device)
         except OSError as error:
             logger.warning("no memory of the GPU can be shared with a client: %s", error)
 

@@ -19,6 +19,7 @@ from flower_split.wire.sending import Outgoing
 from flower_split.wire.shared_memory import SharedFrames, SharedMemory
 from flower_split.wire.shared_slots import Place, SlotTable, TableSize
 
+CPU = torch.device("cpu")
 HALF = 1 << 14
 SIZE = TableSize(slots=4, uses=8)
 
@@ -47,7 +48,7 @@ def ends() -> Iterator[Ends]:
     client = SharedMemory.of_process(os.getpid(), trunk.descriptor, trunk.num_bytes, trunk.nonce)
     data = torch.zeros(2 * HALF, dtype=torch.uint8)
     for end in (trunk, client):
-        end.share_device(Buffer(data))  # type: ignore[arg-type]
+        end.share_device(Buffer(data), CPU)  # type: ignore[arg-type]
     yield trunk, client
     trunk.close_file()
 
@@ -56,7 +57,7 @@ def halves() -> tuple[DeviceHalf, DeviceHalf]:
     """One direction, as its sender and as its receiver see it."""
     memory = mmap.mmap(-1, 4096)
     data = torch.zeros(HALF, dtype=torch.uint8)
-    sender, receiver = (DeviceHalf(data, SlotTable(memory, 0, SIZE, HALF)) for _ in range(2))
+    sender, receiver = (DeviceHalf(data, SlotTable(memory, 0, SIZE, HALF), CPU) for _ in range(2))
     return sender, receiver
 
 
@@ -151,7 +152,7 @@ def test_a_message_that_lies_in_memory_of_nobody_is_refused(ends: Ends) -> None:
 def test_closing_gives_the_buffer_back_once(ends: Ends) -> None:
     trunk, _ = ends
     buffer = Buffer(torch.zeros(2 * HALF, dtype=torch.uint8))
-    trunk.share_device(buffer)  # type: ignore[arg-type]
+    trunk.share_device(buffer, CPU)  # type: ignore[arg-type]
     for _ in range(2):
         trunk.close_device()
     assert buffer.closed == 1
