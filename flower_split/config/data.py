@@ -50,7 +50,7 @@ class DataConfig:
     """How one data set is split over clients: a partitioner of flwr-datasets, none (every client reads
     all of its own file), a plug-in's name, or an import path."""
     partition_by: str = ""
-    """The field that dirichlet, natural-id and shard divide by."""
+    """The field that dirichlet, natural-id and shard divide by; of stdlib-docs "area"."""
     dirichlet_alpha: float = 0.5
     """Concentration of dirichlet, above 0; smaller is more unequal."""
     eval_fraction: float = 0.2

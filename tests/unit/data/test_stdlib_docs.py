@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from flower_split.config import RunConfig
+from flower_split.config import DataConfig, RunConfig
 from flower_split.data import load_client_data, load_tokenizer
+from flower_split.data.source import SourceRequest
+from flower_split.data.sources.documentation import DocumentationSource
 from flower_split.data.stdlib_docs import AREAS, Area, area_docstrings, library_files
+from flower_split.data.tally import Tally
 from flower_split.errors import DataError
 
 LONG = "{} is documented here in a sentence of more than a dozen words, {} says why."
@@ -71,6 +74,29 @@ def test_areas_for_three_and_five_join_the_smallest_and_halve_the_largest(librar
 def test_areas_for_too_many_clients_are_refused(library: Path) -> None:
     with pytest.raises(DataError, match="not enough for 20 clients"):
         area_docstrings(0, 20, library)
+
+
+def request(**settings: object) -> SourceRequest:
+    return SourceRequest(
+        config=DataConfig(**settings),  # type: ignore[arg-type]
+        partition_id=1,
+        num_partitions=4,
+        tally=Tally(),
+    )
+
+
+def test_source_gives_a_clients_area_or_all_areas_for_a_partitioner(
+    library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(library))
+    own = DocumentationSource().read(request())
+    assert (own.own, own.name) == (True, "data types")
+    shared = DocumentationSource().read(request(partitioner="dirichlet", partition_by="area"))
+    assert not shared.own and len(shared.records) == 15
+    names = {record.content["area"] for record in shared.records}
+    assert names == {"networking", "data types", "tools", "system"}
+    mine = [r.content["text"] for r in shared.records if r.content["area"] == "data types"]
+    assert mine == [record.content["text"] for record in own.records]
 
 
 def test_library_without_source_is_refused(tmp_path: Path) -> None:
