@@ -56,7 +56,20 @@ _FEDBUFF: dict[str, Scalar] = {
     "strategy.buffer-size": 3,
     "strategy.max-staleness": 0,
 }
+_FAST: dict[str, Scalar] = {  # a process that starts on a GPU has layers to compile
+    "train.device": "cuda",
+    "train.compute": "fast",
+    "trunk.device": "cuda",
+    "trunk.compute": "fast",
+    "trunk.window-batches": "on",
+    "join-timeout": 300.0,
+    "round-timeout": 600.0,
+    "trunk.join-timeout": 120.0,
+    "trunk.window-timeout": 120.0,
+    "trunk.call-timeout": 120.0,
+}
 _RUN_SECONDS = 240.0  # one run must end by then, whatever is done to it
+_FAST_RUN_SECONDS = 600.0
 
 
 @dataclass
@@ -90,16 +103,24 @@ class Chaos:
         faults: How many faults to inject; 0: none.
         kinds: Of "random" (kills at random times), "failpoint" (kills at named places) and "network".
         places: Failpoints still to be fired, shared by all runs; the rarest come first.
+        seconds: By which the run must end, whatever is done to it.
     """
 
     def __init__(
-        self, job: Job, chance: random.Random, faults: int, kinds: list[str], places: Counter[str]
+        self,
+        job: Job,
+        chance: random.Random,
+        faults: int,
+        kinds: list[str],
+        places: Counter[str],
+        seconds: float,
     ) -> None:
         self.job = job
         self.chance = chance
         self.left = faults
         self.kinds = kinds
         self.places = places
+        self.seconds = seconds
         self.outcome = Outcome(0, "", 0.0)
         self._killed: float | None = None  # when the last process died that no commit has followed
         self._committed = 0  # time stamp of the manifest
@@ -120,8 +141,8 @@ class Chaos:
             while not self._finished():
                 now = time.monotonic()
                 self._watch_commits(now)
-                if now - started > _RUN_SECONDS:
-                    self.outcome.problem = f"not done after {_RUN_SECONDS:g} s"
+                if now - started > self.seconds:
+                    self.outcome.problem = f"not done after {self.seconds:g} s"
                     break
                 self._start_again()
                 if self.outcome.problem:
@@ -249,6 +270,11 @@ def main() -> int:
         action="store_true",
         help="rounds are buffers of arrivals, of which none is late, so that runs are repeatable",
     )
+    parser.add_argument(
+        "--fast-on-gpu",
+        action="store_true",
+        help="clients and trunk compute as train.compute = fast does, on the first GPU",
+    )
     parser.add_argument("--keep", type=Path, help="where the runs' directories stay")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -257,8 +283,12 @@ def main() -> int:
     config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
     if arguments.fedbuff:
         config |= _FEDBUFF
+    if arguments.fast_on_gpu:
+        config |= _FAST
+    seconds = _FAST_RUN_SECONDS if arguments.fast_on_gpu else _RUN_SECONDS
     places: Counter[str] = Counter()
-    expected = Chaos(Job(root / "reference", config), random.Random(0), 0, [], places).run()
+    reference = Job(root / "reference", config)
+    expected = Chaos(reference, random.Random(0), 0, [], places, seconds).run()
     if expected.problem:
         print(f"the fault-free run failed: {expected.problem}", file=sys.stderr)
         return 1
@@ -278,7 +308,7 @@ def main() -> int:
             dedupe=not arguments.no_dedupe,
             supervised=arguments.supervised,
         )
-        outcome = Chaos(job, random.Random(seed), left, kinds, places).run()
+        outcome = Chaos(job, random.Random(seed), left, kinds, places, seconds).run()
         outcome.seed = seed
         outcomes.append(outcome)
         done += outcome.faults

@@ -60,7 +60,7 @@ class Deployed(Machines):
     def start_node(self, name: str, *before: str) -> Process:
         """Start a clinic's SuperNode with its key; ``before`` stands before the command."""
         command = [
-            *("flower-supernode", "--root-certificates", self.ca),
+            *("flower-split", "supernode", "--root-certificates", self.ca),
             *("--superlink", f"127.0.0.1:{self._link_port}"),
             *("--host", "127.0.0.1", "--port", str(free_port())),
             *("--auth-supernode-private-key", str(self.certificates / f"{name}.node")),

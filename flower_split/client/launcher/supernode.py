@@ -2,8 +2,8 @@
 
 Flower starts the command ``flwr-clientapp`` for every message of a node, and finds it on the PATH. A
 directory of this SuperNode's own comes first there, with a ``flwr-clientapp`` that hands the start over to
-the launcher (:mod:`flower_split.client.launcher.serve`). This process then becomes ``flower-supernode``,
-with the same id, so that whoever supervises it sees one service.
+the launcher (:mod:`flower_split.client.launcher.serve`). This process then becomes Flower's SuperNode,
+run by :mod:`flower_split.client.launcher.node`, with the same id: whoever supervises it sees one service.
 """
 
 import os
@@ -24,12 +24,13 @@ from flower_split.errors import ConfigError, WorkerError
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
 CLIENTAPP, SUPERNODE = "flwr-clientapp", "flower-supernode"
+_NODE = ("-P", "-m", "flower_split.client.launcher.node")
 _POLL_VARIABLE, _POLL_SECONDS = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2"  # Flower's own: 1 s
 _BACKLOG = 16
 
 
 def run_supernode(arguments: Sequence[str]) -> NoReturn:
-    """Become ``flower-supernode``, whose ClientApp processes a launcher starts.
+    """Become Flower's SuperNode, whose ClientApp processes a launcher starts.
 
     Args:
         arguments: The options of ``flower-supernode``.
@@ -38,7 +39,7 @@ def run_supernode(arguments: Sequence[str]) -> NoReturn:
         ConfigError: Flower's commands are not installed beside this one, or the launcher cannot be
             started.
     """
-    supernode, clientapp = _command(SUPERNODE), _command(CLIENTAPP)
+    clientapp = _command(CLIENTAPP)
     folder = _own_folder()
     try:
         start_launcher(folder, clientapp, os.getpid())
@@ -50,7 +51,7 @@ def run_supernode(arguments: Sequence[str]) -> NoReturn:
         ) from error
     environment = environment_with(folder, os.environ)
     environment[NODE_VARIABLE] = str(os.getpid())  # its own from then on
-    os.execve(supernode, [supernode, *arguments], environment)
+    os.execve(sys.executable, [sys.executable, *_NODE, *arguments], environment)
 
 
 def environment_with(folder: Path, environment: Mapping[str, str]) -> dict[str, str]:
