@@ -61,7 +61,7 @@ def config() -> Spec:
         "background": "transparent",
         "font": "system-ui, sans-serif",
         "axis": lines,
-        "legend": {**legend, "columns": 3, "labelLimit": 220},
+        "legend": {**legend, "columns": 2, "labelLimit": 220},
         "header": {"labelColor": "currentColor", "titleColor": "currentColor"},
         "range": {"category": list(_COLOURS)},
         "view": {"stroke": "currentColor", "strokeOpacity": 0.15},
