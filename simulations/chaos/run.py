@@ -22,6 +22,7 @@ import argparse
 import hashlib
 import os
 import random
+import socket
 import sys
 import tempfile
 import time
@@ -138,6 +139,8 @@ class Chaos:
         try:
             for role in self.job.roles:
                 self._start(role)
+                if role is self.job.trunk and self.seconds > _RUN_SECONDS:
+                    self._wait_for_trunk()
             while not self._finished():
                 now = time.monotonic()
                 self._watch_commits(now)
@@ -198,6 +201,8 @@ class Chaos:
                 place = role.failpoint.partition("=")[0]
                 self.places[place] += 1
                 self._count(f"{role.name.partition('-')[0]} failpoint")
+            elif role is self.job.server and self._found_no_trunk():
+                self._wait_for_trunk()
             else:
                 last = "\n".join(role.log.read_text(errors="replace").splitlines()[-40:])
                 self.outcome.problem = (
@@ -205,6 +210,20 @@ class Chaos:
                 )
                 return
             self._start(role)
+
+    def _found_no_trunk(self) -> bool:
+        """Whether the ServerApp has ended because the trunk, on a GPU, was still starting."""
+        lines = self.job.server.log.read_text(errors="replace").splitlines()
+        return self.seconds > _RUN_SECONDS and "errors.TrunkUnavailable" in "".join(lines[-1:])
+
+    def _wait_for_trunk(self) -> None:
+        deadline = time.monotonic() + self.seconds / 4
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection(("127.0.0.1", self.job.trunk_port), 1.0).close()
+                return
+            except OSError:
+                time.sleep(0.2)
 
     def _inject(self, proxy: Proxy) -> None:
         kind = self.chance.choice([kind for kind in self.kinds if kind != "failpoint"] or [""])
