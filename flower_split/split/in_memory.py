@@ -16,9 +16,9 @@ from flower_split.split.checking.self_check import (
 from flower_split.split.client_side.model import client_replacements, set_trunk, wire_client
 from flower_split.split.client_side.trunk_slot import IdentityTrunk
 from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.host_call import LayerOutput
 from flower_split.split.structure.probe import probe_batches, quiet, same_bits, trace
 from flower_split.split.structure.stack import LayerStack, find_stack
-from flower_split.split.structure.stand_in import LayerOutput
 from flower_split.split.trunk_side.carve import (
     constant_embeddings,
     drop_outer_weights,

@@ -17,7 +17,8 @@ from flower_split.split.client_side.model import trunk_slot
 from flower_split.split.client_side.rehearsal import Rehearsal
 from flower_split.split.client_side.trunk_slot import TrunkSlot
 from flower_split.split.structure.cuts import CutLayers
-from flower_split.split.structure.host_call import forbid_cache
+from flower_split.split.structure.host_call import LayerOutput, StandIn, hidden_states_of
+from flower_split.split.structure.kv_cache import forbid_cache
 from flower_split.split.structure.layer_arguments import nested_tensors
 from flower_split.split.structure.probe import (
     Trace,
@@ -28,7 +29,6 @@ from flower_split.split.structure.probe import (
     with_other_content,
 )
 from flower_split.split.structure.stack import LayerStack
-from flower_split.split.structure.stand_in import LayerOutput, StandIn, hidden_states_of
 
 
 def check_splittable(model: PreTrainedModel, stack: LayerStack, cuts: CutLayers) -> None:
@@ -170,7 +170,7 @@ def check_client(
         SplitError: The family's layers cannot be stood in for.
     """
     name, slot = type(client).__name__, trunk_slot(client)
-    slot.learned = []
+    slot.others.learned = []
     with quiet(client):
         batches = probe_batches(client)
         for batch in batches:
@@ -182,16 +182,16 @@ def check_client(
             if cuts.first == 0:
                 check_made_in_trunk(found, stack, cuts, output, name, known_form)
         try:
-            slot.rehearsal = Rehearsal(client, stack, cuts, output, constants)
+            slot.others.rehearsal = Rehearsal(client, stack, cuts, output, constants)
             compared = [_compare_arguments(client, stack, cuts, batch) for batch in batches]
             other = _compare_arguments(client, stack, cuts, with_other_content(batches[-1]))
         except SplitError:
-            slot.rehearsal = None
+            slot.others.rehearsal = None
             if not known_form:
                 raise
             return
         finally:
-            slot.learned = None
+            slot.others.learned = None
     _settle(slot, compared, other, None if known_form else (name, cuts.first))
 
 
@@ -234,8 +234,8 @@ def _settle(
             "depends on more than the padding mask and the position ids, which is all that a "
             "trunk receives beside the hidden states. This family cannot be split there."
         )
-    slot.carried = tuple(sorted(carried))
-    slot.ignored = frozenset(different - carried)
+    slot.others.carried = tuple(sorted(carried))
+    slot.others.ignored = frozenset(different - carried)
 
 
 def _compare_arguments(
@@ -244,7 +244,7 @@ def _compare_arguments(
     cuts: CutLayers,
     batch: dict[str, Tensor],
 ) -> _Compared:
-    learned = trunk_slot(client).learned = []
+    learned = trunk_slot(client).others.learned = []
     found = trace(client, stack, batch)
     prepared = learned[-1] if learned else {}
     calls = [call for call in found.calls if cuts.part_of(call.index) == "trunk"]

@@ -8,13 +8,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
-from flower_split.split.client_side.running_call import forget_call, note_call
 from flower_split.split.client_side.saving import refuse_plain_saving
-from flower_split.split.client_side.trunk_slot import CachingTrunk, PassThrough, TrunkSlot
+from flower_split.split.client_side.trunk_slot import (
+    CachingTrunk,
+    PassThrough,
+    TrunkSlot,
+    forget_call,
+    note_call,
+)
 from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.host_call import LayerOutput
 from flower_split.split.structure.kv_cache import keeps_only_keys_and_values
 from flower_split.split.structure.stack import LayerStack
-from flower_split.split.structure.stand_in import LayerOutput
 
 
 def client_replacements(

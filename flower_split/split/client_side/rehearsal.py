@@ -21,11 +21,16 @@ from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
 from flower_split.split.structure.cuts import CutLayers
-from flower_split.split.structure.host_call import Mask, embedding_width, host_inputs
+from flower_split.split.structure.host_call import (
+    LayerOutput,
+    Mask,
+    StandIn,
+    host_inputs,
+    take_hidden_states,
+)
 from flower_split.split.structure.layer_arguments import tensors_of
 from flower_split.split.structure.probe import same_bits
-from flower_split.split.structure.stack import LayerStack
-from flower_split.split.structure.stand_in import LayerOutput, StandIn, take_hidden_states
+from flower_split.split.structure.stack import LayerStack, embedding_width
 from flower_split.split.trunk_side.carve import drop_outer_weights, trunk_replacements
 
 

@@ -1,40 +1,27 @@
-"""The running call of a model around the trunk: what the trunk needs of it.
+"""The running call of a model around the trunk, and what of it the trunk cannot make for itself.
+
+What the trunk's layers compute must be what the unsplit model's would, whatever the model is called
+with. So every call is checked for what the trunk cannot know: if the model is given tensors that the
+trunk is not, a rehearsal of the trunk's forward tells whether they make a difference to its layers.
 
 Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
 """
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import StaticLayer
 
 from flower_split.errors import SplitError
-from flower_split.split.structure.host_call import Mask
-from flower_split.split.structure.kv_cache import keeps_only_keys_and_values
-from flower_split.split.structure.layer_arguments import nested_tensors
+from flower_split.split.client_side.rehearsal import Rehearsal
+from flower_split.split.structure.host_call import Mask, argument_names
+from flower_split.split.structure.layer_arguments import by_place, tensors_of
 from flower_split.split.structure.probe import same_bits
 
-# Arguments of the model that no layer computes with, or that the trunk is given or builds itself.
-_KNOWN_ARGUMENTS = frozenset(
-    {
-        "input_ids",
-        "inputs_embeds",
-        "hidden_states",
-        "attention_mask",
-        "position_ids",
-        "use_cache",
-        "cache_position",
-        "labels",
-        "num_items_in_batch",
-    }
-)
-# Where packed sequences begin: told by the position ids as well, which the trunk is given.
-_PACKING_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+# Arguments that a trunk's forward may have: see TrunkModel.forward.
+LAYER_ARGUMENTS, HOST_ARGUMENTS = "layer_arguments", "host_arguments"
 
 
 @dataclass(slots=True)
@@ -74,90 +61,6 @@ class ModelCall:
 running_call: ContextVar[ModelCall | None] = ContextVar("call", default=None)
 
 
-@functools.lru_cache(maxsize=64)
-def _signature(forward: Callable[..., object]) -> inspect.Signature:
-    return inspect.signature(forward)
-
-
-def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-    """Keep a model's mask and positions for the trunk, before it runs.
-
-    Raises:
-        SplitError: It is called with what no model in two places can do.
-    """
-    bound = _signature(type(model).forward).bind(model, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.update(named.pop("kwargs", {}))
-    named.pop("self", None)
-    config = getattr(model, "config", None)
-    routing = named.get("output_router_logits", getattr(config, "output_router_logits", False))
-    if routing:
-        raise SplitError(
-            "the model was called with output_router_logits, for an auxiliary loss over all layers, "
-            "of which the client has some. Set output_router_logits to False."
-        )
-    cache = named.pop("past_key_values", None)
-    layers = getattr(cache, "layers", ())  # a pair, of encoder and decoder, has none itself
-    if any(isinstance(layer, StaticLayer) for layer in layers):
-        raise SplitError(
-            f"the model was called with a {type(cache).__name__} of a fixed length, and the trunk's "
-            'grows with the positions it is sent. Generate with cache_implementation="dynamic" (the '
-            "default), or with use_cache=False."
-        )
-    use_cache = named.get("use_cache")
-    if use_cache is None and getattr(model.config, "use_cache", None) is False:
-        use_cache = False
-    known = _KNOWN_ARGUMENTS | {model.main_input_name}
-    if _PACKING_ARGUMENTS & named.keys() and isinstance(named.get("position_ids"), Tensor):
-        # Layers of other kinds, such as linear attention, need them themselves.
-        if keeps_only_keys_and_values(model.config):
-            known |= _PACKING_ARGUMENTS
-    unknown = {n: v for n, v in named.items() if n not in known and nested_tensors(v)}
-    running_call.set(
-        ModelCall(
-            attention_mask=named.get("attention_mask"),
-            position_ids=named.get("position_ids"),
-            use_cache=use_cache,
-            has_past=isinstance(cache, Cache) and bool(cache.get_seq_length() > 0),
-            unknown=unknown,
-            outer=running_call.get(),
-        )
-    )
-
-
-def forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> None:
-    """Forget a model's call, after it has run."""
-    call = running_call.get()
-    running_call.set(None if call is None else call.outer)
-
-
-def mask_for_trunk(call: ModelCall) -> Mask:
-    """Return the mask that the trunk is given in a call of the module that owns the layers.
-
-    A model may hand that module a mask that it made; then the padding mask it was given itself
-    counts, as long as it made the other from that alone.
-
-    Raises:
-        SplitError: The mask is of no form that there is.
-    """
-    around: ModelCall | None = call
-    while around is not None:
-        mask = around.attention_mask
-        if around is not call and around.unknown:
-            break  # which may have gone into the mask
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            return mask
-        around = around.outer
-    made = call.attention_mask
-    masks = made.values() if isinstance(made, Mapping) else [made]
-    if not all(m is None or (isinstance(m, Tensor) and m.dim() in (2, 4)) for m in masks):
-        raise SplitError(
-            "a split model takes a padding mask of shape [batch, seq], or the whole mask, [batch, 1, "
-            f"seq, seq]; it was given {list(made.shape) if isinstance(made, Tensor) else made!r}."
-        )
-    return made  # type: ignore[return-value]
-
-
 def padding_mask(call: ModelCall) -> Tensor | None:
     """Return the padding mask of a call, or of the nearest one around it that has one."""
     around: ModelCall | None = call
@@ -167,3 +70,147 @@ def padding_mask(call: ModelCall) -> Tensor | None:
             return mask
         around = around.outer
     return None
+
+
+class OtherArguments:
+    """What a client model is called with beside padding mask and positions: passed on, or refused.
+
+    Args:
+        index: The index of the trunk's first layer.
+
+    Attributes:
+        carried: Places of layer arguments that the trunk is given, because it cannot make them.
+        ignored: Places of layer arguments that the trunk is not given and has no need of.
+        rehearsal: Rehearses the trunk's forward; None where there is none.
+        learned: While the client model is being made: what the layers would be given, per call.
+    """
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self.carried: tuple[str, ...] = ()
+        self.ignored: frozenset[str] = frozenset()
+        self.rehearsal: Rehearsal | None = None
+        self.learned: list[dict[int, dict[str, Tensor]]] | None = None
+
+    def rehearse(
+        self,
+        call: ModelCall,
+        hidden_states: Tensor,
+        mask: Mask,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+    ) -> None:
+        """Find out what the trunk's layers will be given, and check that of the first one.
+
+        Args:
+            call: The running call, where it is noted.
+            hidden_states: The smashed data.
+            mask: As the trunk is given it.
+            args: Positional arguments of the first layer's call.
+            kwargs: Named arguments of the first layer's call.
+
+        Raises:
+            SplitError: The trunk's layers would be given something else.
+        """
+        if self.rehearsal is None:
+            if self.learned is not None:
+                return
+            raise SplitError(
+                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
+                f"receive. Call the split model without {next(iter(call.unknown))}."
+            )
+        beside = (mask, call.position_ids, call.use_cache)
+        if self.learned is not None:
+            self.learned.append(self.rehearsal.arguments(hidden_states, *beside).arguments)
+            return
+        whole = self.rehearsal.arguments(hidden_states, *beside, call.unknown)
+        call.shared = whole.changes
+        if not call.shared:
+            whole = self.rehearsal.arguments(hidden_states, *beside)
+        call.rehearsed = Expected(whole.arguments, frozenset(self.carried) | self.ignored)
+        check_arguments(self._index, args, kwargs, call, call.rehearsed)
+
+    def given(
+        self,
+        call: ModelCall,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        trunk: nn.Module,
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return what the trunk is given beside mask and positions, by its forward's argument.
+
+        Raises:
+            SplitError: ``trunk`` takes none of it, or it may be token ids.
+        """
+        given: dict[str, dict[str, Tensor]] = {}
+        if self.carried:
+            _check_takes(trunk, LAYER_ARGUMENTS, self.carried)
+            there = tensors_of(args, kwargs)
+            given[LAYER_ARGUMENTS] = {place: there[place] for place in self.carried}
+        if call.shared and (shared := _shared_arguments(call, trunk)):
+            given[HOST_ARGUMENTS] = shared
+        return given
+
+
+def _shared_arguments(call: ModelCall, trunk: nn.Module) -> dict[str, Tensor]:
+    """Return what the trunk's forward needs to add to the hidden states between its layers."""
+    _check_takes(trunk, HOST_ARGUMENTS, tuple(call.unknown))
+    shared = by_place(call.unknown)
+    for place, tensor in shared.items():
+        if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
+            raise SplitError(
+                f"the model adds something of {place} to the hidden states between layers of the "
+                "trunk, and integers, which may be token ids, do not leave the client. Choose "
+                "other cut layers."
+            )
+    return shared
+
+
+def whole_mask(mask: Mask, trunk: nn.Module) -> dict[str, Tensor]:
+    """Return a mask that does not follow from padding, as an argument beside the padding mask.
+
+    Raises:
+        SplitError: ``trunk`` takes none, or the model made some of the masks alone.
+    """
+    if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+        return {}
+    _check_takes(trunk, HOST_ARGUMENTS, ("attention_mask",))
+    if isinstance(mask, Mapping) and any(part is None for part in mask.values()):
+        raise SplitError(
+            "with a key-value cache the trunk takes a mask for every kind of layer, or none; the "
+            "model made some. Call the model, or its generate, with use_cache=False."
+        )
+    return by_place({"attention_mask": mask})
+
+
+def _check_takes(trunk: nn.Module, argument: str, places: tuple[str, ...]) -> None:
+    """Check that a trunk's forward has an argument.
+
+    Raises:
+        SplitError: It has not; ``places`` are what it would be given by it.
+    """
+    if argument not in argument_names(type(trunk).forward):
+        raise SplitError(
+            f"the trunk's layers need what this client makes ({', '.join(places)}), and "
+            f"{type(trunk).__name__} takes none of it: its forward has no argument "
+            f"{argument}. Use TrunkModel or RemoteTrunk, or other cut layers."
+        )
+
+
+def check_arguments(
+    index: int,
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
+    call: ModelCall,
+    rehearsed: Expected,
+) -> None:
+    """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
+    there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
+    for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
+        one, other = there.get(place), expected.get(place)
+        if one is None or other is None or not rehearsed.same(one, other):
+            raise SplitError(
+                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
+                f"receive, so its layers would compute something else: layer {index} is given another "
+                f"{place}. Call the split model without {next(iter(call.unknown))}."
+            )

@@ -1,41 +1,143 @@
 """The stand-ins for the trunk's layers on a client: the first calls the trunk, the others pass by.
 
-Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
+Hooks on the models around the layers (:func:`note_call`, :func:`forget_call`) keep what the slot needs
+of the running call: its padding mask and its positions.
 
-What the trunk's layers compute must be what the unsplit model's would, whatever the model is called
-with. So every call is checked for what the trunk cannot know: if the model is given tensors that the
-trunk is not, a rehearsal of the trunk's forward tells whether they make a difference to its layers.
+Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
 """
 
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import StaticLayer
 
 from flower_split.errors import SplitError
-from flower_split.split.client_side.rehearsal import Rehearsal
 from flower_split.split.client_side.running_call import (
-    Expected,
+    HOST_ARGUMENTS,
+    LAYER_ARGUMENTS,
     ModelCall,
-    mask_for_trunk,
+    OtherArguments,
+    check_arguments,
     padding_mask,
     running_call,
+    whole_mask,
 )
-from flower_split.split.structure.host_call import Mask, argument_names
+from flower_split.split.structure.host_call import LayerOutput, Mask, StandIn, take_hidden_states
 from flower_split.split.structure.kv_cache import (
     CacheBook,
     CacheStep,
     enter_place_holder,
     find_cache,
+    keeps_only_keys_and_values,
 )
-from flower_split.split.structure.layer_arguments import by_place, tensors_of
+from flower_split.split.structure.layer_arguments import nested_tensors
 from flower_split.split.structure.probe import same_bits
-from flower_split.split.structure.stand_in import LayerOutput, StandIn, take_hidden_states
 
-# Arguments that a trunk's forward may have: see TrunkModel.forward.
-LAYER_ARGUMENTS, HOST_ARGUMENTS = "layer_arguments", "host_arguments"
+# Arguments of the model that no layer computes with, or that the trunk is given or builds itself.
+_KNOWN_ARGUMENTS = frozenset(
+    {
+        "input_ids",
+        "inputs_embeds",
+        "hidden_states",
+        "attention_mask",
+        "position_ids",
+        "use_cache",
+        "cache_position",
+        "labels",
+        "num_items_in_batch",
+    }
+)
+# Where packed sequences begin: told by the position ids as well, which the trunk is given.
+_PACKING_ARGUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
+
+
+@functools.lru_cache(maxsize=64)
+def _signature(forward: Callable[..., object]) -> inspect.Signature:
+    return inspect.signature(forward)
+
+
+def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Keep a model's mask and positions for the trunk, before it runs.
+
+    Raises:
+        SplitError: It is called with what no model in two places can do.
+    """
+    bound = _signature(type(model).forward).bind(model, *args, **kwargs)
+    named = dict(bound.arguments)
+    named.update(named.pop("kwargs", {}))
+    named.pop("self", None)
+    config = getattr(model, "config", None)
+    routing = named.get("output_router_logits", getattr(config, "output_router_logits", False))
+    if routing:
+        raise SplitError(
+            "the model was called with output_router_logits, for an auxiliary loss over all layers, "
+            "of which the client has some. Set output_router_logits to False."
+        )
+    cache = named.pop("past_key_values", None)
+    layers = getattr(cache, "layers", ())  # a pair, of encoder and decoder, has none itself
+    if any(isinstance(layer, StaticLayer) for layer in layers):
+        raise SplitError(
+            f"the model was called with a {type(cache).__name__} of a fixed length, and the trunk's "
+            'grows with the positions it is sent. Generate with cache_implementation="dynamic" (the '
+            "default), or with use_cache=False."
+        )
+    use_cache = named.get("use_cache")
+    if use_cache is None and getattr(model.config, "use_cache", None) is False:
+        use_cache = False
+    known = _KNOWN_ARGUMENTS | {model.main_input_name}
+    if _PACKING_ARGUMENTS & named.keys() and isinstance(named.get("position_ids"), Tensor):
+        # Layers of other kinds, such as linear attention, need them themselves.
+        if keeps_only_keys_and_values(model.config):
+            known |= _PACKING_ARGUMENTS
+    unknown = {n: v for n, v in named.items() if n not in known and nested_tensors(v)}
+    running_call.set(
+        ModelCall(
+            attention_mask=named.get("attention_mask"),
+            position_ids=named.get("position_ids"),
+            use_cache=use_cache,
+            has_past=isinstance(cache, Cache) and bool(cache.get_seq_length() > 0),
+            unknown=unknown,
+            outer=running_call.get(),
+        )
+    )
+
+
+def forget_call(model: nn.Module, args: tuple[object, ...], output: object) -> None:
+    """Forget a model's call, after it has run."""
+    call = running_call.get()
+    running_call.set(None if call is None else call.outer)
+
+
+def mask_for_trunk(call: ModelCall) -> Mask:
+    """Return the mask that the trunk is given in a call of the module that owns the layers.
+
+    A model may hand that module a mask that it made; then the padding mask it was given itself
+    counts, as long as it made the other from that alone.
+
+    Raises:
+        SplitError: The mask is of no form that there is.
+    """
+    around: ModelCall | None = call
+    while around is not None:
+        mask = around.attention_mask
+        if around is not call and around.unknown:
+            break  # which may have gone into the mask
+        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
+            return mask
+        around = around.outer
+    made = call.attention_mask
+    masks = made.values() if isinstance(made, Mapping) else [made]
+    if not all(m is None or (isinstance(m, Tensor) and m.dim() in (2, 4)) for m in masks):
+        raise SplitError(
+            "a split model takes a padding mask of shape [batch, seq], or the whole mask, [batch, 1, "
+            f"seq, seq]; it was given {list(made.shape) if isinstance(made, Tensor) else made!r}."
+        )
+    return made  # type: ignore[return-value]
 
 
 @runtime_checkable
@@ -80,10 +182,7 @@ class TrunkSlot(StandIn):
         trunk: The module that is called.
 
     Attributes:
-        carried: Places of layer arguments that the trunk is given, because it cannot make them.
-        ignored: Places of layer arguments that the trunk is not given and has no need of.
-        rehearsal: Rehearses the trunk's forward; None where there is none.
-        learned: While the client model is being made: what the layers would be given, per call.
+        others: What the model is called with that the trunk cannot make for itself.
     """
 
     def __init__(self, layer: nn.Module, output: LayerOutput, index: int, trunk: nn.Module) -> None:
@@ -92,10 +191,7 @@ class TrunkSlot(StandIn):
         self._book = CacheBook()
         self.runs_with_cache = True  # whether the family's cache takes the place holders
         self._index = index
-        self.carried: tuple[str, ...] = ()
-        self.ignored: frozenset[str] = frozenset()
-        self.rehearsal: Rehearsal | None = None
-        self.learned: list[dict[int, dict[str, Tensor]]] | None = None
+        self.others = OtherArguments(index)
 
     @property
     def trunk(self) -> nn.Module:
@@ -114,31 +210,27 @@ class TrunkSlot(StandIn):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrunkSlot":
-        if self.rehearsal is not None:
-            self.rehearsal.move(fn)
+        if self.others.rehearsal is not None:
+            self.others.rehearsal.move(fn)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def forward(self, *args: object, **kwargs: object) -> object:
         """Call the trunk with the hidden states and the running call's mask and positions."""
-        call = running_call.get()
+        call, trunk = running_call.get(), self._trunk[0]
         if call is None:
             raise SplitError(
                 "the trunk was reached outside a call of the model that owns its layers. Call the "
                 "client model, not its layers."
             )
-        hidden_states = take_hidden_states(args, kwargs)
+        mask, hidden_states = mask_for_trunk(call), take_hidden_states(args, kwargs)
         if torch.is_grad_enabled() and not hidden_states.requires_grad:
             # With nothing trainable below, autograd would skip a remote trunk's backward.
             hidden_states = hidden_states.detach().requires_grad_()
-        mask = mask_for_trunk(call)
-        if call.unknown or self.learned is not None:
-            self._rehearse(call, hidden_states, mask)
-            if call.rehearsed is not None:
-                _check_arguments(self._index, args, kwargs, call, call.rehearsed)
-        given = {
-            LAYER_ARGUMENTS: self._carried_arguments(args, kwargs),
-            HOST_ARGUMENTS: self._shared_arguments(call),
-        }
+        if call.unknown or self.others.learned is not None:
+            self.others.rehearse(call, hidden_states, mask, args, kwargs)
+        given: dict[str, dict[str, Tensor]] = {}
+        if call.shared or self.others.carried:
+            given = self.others.given(call, args, kwargs, trunk)
         # With autograd no call goes on with a cache, so there is nothing to keep count of.
         cache = None if torch.is_grad_enabled() else find_cache(args, kwargs)
         step = None if cache is None else self._step(cache, hidden_states)
@@ -150,102 +242,41 @@ class TrunkSlot(StandIn):
                 "use_cache=False."
             )
         # Families with several streams of hidden states send them side by side.
-        smashed = hidden_states.flatten(2)
-        result = self._call_trunk(call, smashed, mask, step, given).reshape(hidden_states.shape)
+        smashed, positions = hidden_states.flatten(2), call.position_ids
+        result: Tensor
+        if step is not None:
+            result = self._go_on(call, smashed, mask, step, given)
+        elif isinstance(trunk, CachingTrunk):
+            result = trunk(smashed, mask, positions, use_cache=call.use_cache, **given)
+        else:
+            result = trunk(smashed, attention_mask=mask, position_ids=positions, **given)
+        result = result.reshape(hidden_states.shape)
         call.returned = result, result._version
         return self._layer_output.wrap(result, args, kwargs)
 
-    def _call_trunk(
+    def _go_on(
         self,
         call: ModelCall,
         smashed: Tensor,
         mask: Mask,
-        step: CacheStep | None,
+        step: CacheStep,
         given: dict[str, dict[str, Tensor]],
     ) -> Tensor:
-        trunk, positions = self.trunk, call.position_ids
-        options = {argument: tensors for argument, tensors in given.items() if tensors}
-        result: Tensor
-        if not isinstance(trunk, CachingTrunk):
-            result = trunk(smashed, attention_mask=mask, position_ids=positions, **options)
-        elif step is None:
-            result = trunk(smashed, mask, positions, use_cache=call.use_cache, **options)
-        else:
-            more = {**given[HOST_ARGUMENTS], **self._whole_mask(mask)}
-            padding = padding_mask(call)
-            if given[LAYER_ARGUMENTS]:
-                raise SplitError(
-                    "with a key-value cache the trunk takes nothing that the client's weights make "
-                    "for its layers. Call the model, or its generate, with use_cache=False."
-                )
-            if padding is not None:
-                padding = padding[:, step.past_length :]
-            extra = {HOST_ARGUMENTS: more} if more else {}
-            result = trunk(smashed, padding, positions, use_cache=True, cache=step, **extra)
+        """Call the trunk with the new positions of a key-value cache."""
+        trunk, padding = self._trunk[0], padding_mask(call)
+        more = {**given.get(HOST_ARGUMENTS, {}), **whole_mask(mask, trunk)}
+        if given.get(LAYER_ARGUMENTS):
+            raise SplitError(
+                "with a key-value cache the trunk takes nothing that the client's weights make "
+                "for its layers. Call the model, or its generate, with use_cache=False."
+            )
+        if padding is not None:
+            padding = padding[:, step.past_length :]
+        extra = {HOST_ARGUMENTS: more} if more else {}
+        result: Tensor = trunk(
+            smashed, padding, call.position_ids, use_cache=True, cache=step, **extra
+        )
         return result
-
-    def _whole_mask(self, mask: Mask) -> dict[str, Tensor]:
-        """Return a mask that does not follow from padding, as an argument beside the padding mask."""
-        if mask is None or (isinstance(mask, Tensor) and mask.dim() == 2):
-            return {}
-        self._check_takes(HOST_ARGUMENTS, ("attention_mask",))
-        if isinstance(mask, Mapping) and any(part is None for part in mask.values()):
-            raise SplitError(
-                "with a key-value cache the trunk takes a mask for every kind of layer, or none; the "
-                "model made some. Call the model, or its generate, with use_cache=False."
-            )
-        return by_place({"attention_mask": mask})
-
-    def _rehearse(self, call: ModelCall, hidden_states: Tensor, mask: Mask) -> None:
-        """Find out what the trunk's layers will be given."""
-        if self.rehearsal is None:
-            if self.learned is not None:
-                return
-            raise SplitError(
-                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
-                f"receive. Call the split model without {next(iter(call.unknown))}."
-            )
-        beside = (mask, call.position_ids, call.use_cache)
-        if self.learned is not None:
-            self.learned.append(self.rehearsal.arguments(hidden_states, *beside).arguments)
-            return
-        whole = self.rehearsal.arguments(hidden_states, *beside, call.unknown)
-        call.shared = whole.changes
-        if not call.shared:
-            whole = self.rehearsal.arguments(hidden_states, *beside)
-        call.rehearsed = Expected(whole.arguments, frozenset(self.carried) | self.ignored)
-
-    def _shared_arguments(self, call: ModelCall) -> dict[str, Tensor]:
-        """Return what the trunk's forward needs to add to the hidden states between its layers."""
-        if not call.shared:
-            return {}
-        self._check_takes(HOST_ARGUMENTS, tuple(call.unknown))
-        shared = by_place(call.unknown)
-        for place, tensor in shared.items():
-            if not (tensor.is_floating_point() or tensor.dtype == torch.bool):
-                raise SplitError(
-                    f"the model adds something of {place} to the hidden states between layers of the "
-                    "trunk, and integers, which may be token ids, do not leave the client. Choose "
-                    "other cut layers."
-                )
-        return shared
-
-    def _check_takes(self, argument: str, places: tuple[str, ...]) -> None:
-        if argument not in argument_names(type(self.trunk).forward):
-            raise SplitError(
-                f"the trunk's layers need what this client makes ({', '.join(places)}), and "
-                f"{type(self.trunk).__name__} takes none of it: its forward has no argument "
-                f"{argument}. Use TrunkModel or RemoteTrunk, or other cut layers."
-            )
-
-    def _carried_arguments(
-        self, args: tuple[object, ...], kwargs: dict[str, object]
-    ) -> dict[str, Tensor]:
-        if not self.carried:
-            return {}
-        self._check_takes(LAYER_ARGUMENTS, self.carried)
-        there = tensors_of(args, kwargs)
-        return {place: there[place] for place in self.carried}
 
     def _step(self, cache: Cache, hidden_states: Tensor) -> CacheStep | None:
         """Return the call with the trunk's side of ``cache``; None if the trunk keeps nothing."""
@@ -279,7 +310,7 @@ class PassThrough(StandIn):
         call = running_call.get()
         if call is not None and call.returned is not None:
             if call.rehearsed is not None:
-                _check_arguments(self._index, args, kwargs, call, call.rehearsed)
+                check_arguments(self._index, args, kwargs, call, call.rehearsed)
             if call.shared:  # what the client's forward added, the trunk's has added itself
                 return self._layer_output.wrap(call.returned[0], args, kwargs)
             hidden_states, (returned, version) = take_hidden_states(args, kwargs), call.returned
@@ -298,22 +329,3 @@ def _check_unchanged(hidden_states: Tensor, returned: Tensor, version: int, inde
         f"the first layers). Choose cut layers with first >= {index}, or call the model without "
         "what it adds there."
     )
-
-
-def _check_arguments(
-    index: int,
-    args: tuple[object, ...],
-    kwargs: dict[str, object],
-    call: ModelCall,
-    rehearsed: Expected,
-) -> None:
-    """Check that the trunk's layer ``index`` is given what the client's forward gives it."""
-    there, expected = tensors_of(args, kwargs), rehearsed.prepared.get(index, {})
-    for place in sorted((there.keys() | expected.keys()) - rehearsed.apart):
-        one, other = there.get(place), expected.get(place)
-        if one is None or other is None or not rehearsed.same(one, other):
-            raise SplitError(
-                f"the model was called with {', '.join(call.unknown)}, which the trunk does not "
-                f"receive, so its layers would compute something else: layer {index} is given another "
-                f"{place}. Call the split model without {next(iter(call.unknown))}."
-            )

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from flower_split.split.structure.stand_in import PLACE_HOLDERS
+from flower_split.split.structure.host_call import StandIn
+from flower_split.split.structure.place_holders import Absent, AbsentEmbedding
+
+_PLACE_HOLDERS = (StandIn, Absent, AbsentEmbedding)  # of another party's modules
 
 Carve = Callable[[PreTrainedModel], None]  # takes out, in place, what another party owns
 
@@ -36,7 +39,7 @@ def holed(
 
     def initialize(self: PreTrainedModel, module: nn.Module) -> None:
         # What is around stand-ins has no weights of its own, but a family may reach into it.
-        if not any(isinstance(part, PLACE_HOLDERS) for part in module.modules()):
+        if not any(isinstance(part, _PLACE_HOLDERS) for part in module.modules()):
             model_class._init_weights(self, module)  # type: ignore[no-untyped-call]
 
     body = {

@@ -19,12 +19,13 @@ from flower_split.split.loading.checkpoint import Checkpoint
 from flower_split.split.loading.device_map import DeviceMap
 from flower_split.split.loading.model_source import ModelSource, as_source
 from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.host_call import LayerOutput
+from flower_split.split.structure.place_holders import replace_in_place
 from flower_split.split.structure.probe import probe_batches, quiet
 from flower_split.split.structure.quantization import (
     Quantization,
     float_dtype,
 )
-from flower_split.split.structure.stand_in import LayerOutput, replace_in_place
 from flower_split.split.trunk_side.carve import carve_trunk, constant_embeddings
 from flower_split.split.trunk_side.model import TrunkModel
 

@@ -13,8 +13,8 @@ from typing import cast
 import torch
 from torch import nn
 
+from flower_split.split.structure.host_call import StandIn
 from flower_split.split.structure.quantization import float_dtype
-from flower_split.split.structure.stand_in import StandIn
 
 _HALF = (torch.bfloat16, torch.float16)
 

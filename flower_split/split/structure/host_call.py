@@ -1,25 +1,28 @@
-"""A call of the trunk: what it is given, and how the model's own forward runs its layers.
+"""A model's own forward around a trunk: what it is given, which layers stand in, where the trunk is.
 
-The whole model's forward is called with the smashed data as its input embeddings, so that it prepares
+A trunk runs the whole model's forward with the smashed data as its input embeddings, so that it prepares
 its layers' inputs itself. A hook on the first trunk layer puts the smashed data in the place of whatever
-the prologue made; a hook on the last one takes its output and ends the forward.
+the prologue made; a hook on the last one takes its output and ends the forward. Where another party's
+layer would be, on either side, a :class:`StandIn` is, so that indices and names never change.
 
 Shapes: hidden states ``[batch, seq, hidden]``; padding mask and position ids ``[batch, seq]``.
 """
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
-from flower_split.split.structure.layer_arguments import with_tensors
-from flower_split.split.structure.stand_in import hidden_states_of, take_hidden_states
+from flower_split.split.structure.kv_cache import enter_place_holder, find_cache
+from flower_split.split.structure.layer_arguments import tensors_of, with_tensors
+from flower_split.split.structure.place_holders import plain_attributes
 
 # A padding mask ``[batch, seq]``; or, where layers need another one (images that see themselves whole),
 # the mask that the model made, ``[batch or 1, heads or 1, seq, seq]``; or one of those per kind of layer.
@@ -94,32 +97,6 @@ class TrunkInputs:
         )
 
 
-def forbid_cache(host: nn.Module) -> None:
-    """Let a model run without a cache unless it is told otherwise."""
-    config = getattr(host, "config", None)
-    if config is not None:
-        config.use_cache = False
-
-
-def embedding_width(model: PreTrainedModel | nn.Module) -> int:
-    """Return the width of a model's input embeddings.
-
-    Raises:
-        SplitError: Its configuration names none: its layers have widths of their own.
-    """
-    config = getattr(model, "config", None)
-    width = None
-    if config is not None:
-        width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
-    if not isinstance(width, int):
-        raise SplitError(
-            f"{type(model).__name__} has no one width of hidden states (hidden_size in its "
-            "configuration), so its layers are no chain that a trunk could be a part of. This "
-            "family cannot be split."
-        )
-    return width
-
-
 def host_inputs(
     host: nn.Module,
     hidden_states: Tensor,
@@ -175,6 +152,117 @@ def argument_names(forward: Callable[..., object]) -> frozenset[str]:
 @functools.lru_cache(maxsize=64)
 def _is_required(forward: Callable[..., object], name: str) -> bool:
     return inspect.signature(forward).parameters[name].default is inspect.Parameter.empty
+
+
+class LayerOutput:
+    """What a family's layers return: the hidden states alone, or first in a tuple.
+
+    Args:
+        length: Number of entries of the tuple; None if a layer returns a bare tensor.
+
+    Attributes:
+        handed_on: Entry of the tuple -> place of the argument that a layer hands on to the next
+            one in it, such as a position bias that the first layer makes for all.
+    """
+
+    def __init__(self, length: int | None = None) -> None:
+        self.length = length
+        self.handed_on: dict[int, str] = {}
+
+    def learn(self, output: object) -> None:
+        """Take the form of a real layer's output."""
+        self.length = len(output) if isinstance(output, (tuple, list)) else None
+
+    def learn_handed_on(self, output: object, following: Mapping[str, Tensor]) -> None:
+        """See which entries of a real layer's output the layer after it is given.
+
+        Args:
+            output: What the layer returned.
+            following: The tensors among the next layer's arguments, by place.
+        """
+        if isinstance(output, (tuple, list)):
+            for entry, value in enumerate(output[1:], start=1):
+                for place, tensor in following.items():
+                    if tensor is value:
+                        self.handed_on[entry] = place
+
+    def wrap(
+        self, hidden_states: Tensor, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> object:
+        """Return ``hidden_states`` in the family's form; other entries are handed on, or None.
+
+        Args:
+            hidden_states: To be returned.
+            args: Positional arguments of the layer's call.
+            kwargs: Named arguments of the layer's call.
+        """
+        if self.length is None:
+            return hidden_states
+        given = tensors_of(args, kwargs) if self.handed_on else {}
+        others = (self.handed_on.get(entry, "") for entry in range(1, self.length))
+        return (hidden_states, *[given.get(place) for place in others])
+
+
+def hidden_states_of(output: object) -> Tensor:
+    """Return the hidden states in a layer's output.
+
+    Raises:
+        SplitError: The output is neither a tensor nor a tuple that begins with one.
+    """
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    if not isinstance(first, Tensor):
+        raise SplitError(
+            f"a layer returned {type(output).__name__} where a tensor of hidden states, or a "
+            "tuple that begins with one, was expected. This family cannot be cut between layers."
+        )
+    return first
+
+
+def take_hidden_states(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    """Return the hidden states among the arguments of a layer's call: the first, or by name."""
+    return hidden_states_of(args[0] if args else kwargs.get("hidden_states"))
+
+
+class StandIn(nn.Module):
+    """Stands where another party's layer is, and passes the hidden states through.
+
+    It keeps the plain attributes of the layer and of its submodules (``attention_type`` and the
+    like), because a model's forward may read them. It has no parameters and no submodules.
+
+    Args:
+        layer: The layer that it replaces; nothing of its weights is kept.
+        output: The form of the family's layer outputs, shared by all stand-ins of a model.
+        index: The layer's index in the model, if it is to enter positions into key-value caches.
+    """
+
+    def __init__(self, layer: nn.Module, output: LayerOutput, index: int | None = None) -> None:
+        super().__init__()
+        self._layer_class: type[nn.Module] = type(layer)
+        self._copied = dict(vars(plain_attributes(layer)))
+        if isinstance(layer, StandIn):  # of a layer that is replaced already
+            self._layer_class, self._copied = layer._layer_class, layer._copied
+        self.__dict__.update(self._copied)
+        self._layer_output = output
+        self._layer_index = index
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a class attribute of the replaced layer; methods are not carried over."""
+        with contextlib.suppress(AttributeError):
+            return super().__getattr__(name)
+        value = getattr(self.__dict__.get("_layer_class", object), name)
+        if name == "gradient_checkpointing" or callable(value):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return value
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Return the first argument, in the form of the family's layer outputs."""
+        hidden_states = take_hidden_states(args, kwargs)
+        # With autograd no call goes on with a cache, so there is nothing to keep count of.
+        counting = self._layer_index is not None and not torch.is_grad_enabled()
+        cache = find_cache(args, kwargs) if counting else None
+        if cache is not None and self._layer_index is not None:
+            enter_place_holder(cache, self._layer_index, hidden_states)
+        return self._layer_output.wrap(hidden_states, args, kwargs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -46,6 +46,13 @@ def keeps_only_keys_and_values(config: PreTrainedConfig) -> bool:
     """Return whether a model's layers keep keys and values between calls, and nothing else."""
     layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
     return all(type(layer) in _KNOWN_LAYERS for layer in layers)
+
+
+def forbid_cache(host: nn.Module) -> None:
+    """Let a model run without a cache unless it is told otherwise."""
+    config = getattr(host, "config", None)
+    if config is not None:
+        config.use_cache = False
 
 
 def find_cache(args: tuple[object, ...], kwargs: dict[str, object]) -> Cache | None:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
-from flower_split.split.structure.host_call import argument_names
+from flower_split.split.structure.host_call import StandIn, argument_names, take_hidden_states
 from flower_split.split.structure.layer_arguments import tensors_of
 from flower_split.split.structure.stack import LayerStack
-from flower_split.split.structure.stand_in import StandIn, take_hidden_states
 
 _SEQUENCE = 6
 _CHARACTERS = 128  # of a model that reads text without a vocabulary

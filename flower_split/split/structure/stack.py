@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
-from flower_split.split.structure.stand_in import StandIn
+from flower_split.split.structure.host_call import StandIn
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,3 +91,22 @@ def _host_path(root: nn.Module, path: str) -> str:
             return ".".join(parts)
         parts.pop()
     return ""
+
+
+def embedding_width(model: PreTrainedModel | nn.Module) -> int:
+    """Return the width of a model's input embeddings.
+
+    Raises:
+        SplitError: Its configuration names none: its layers have widths of their own.
+    """
+    config = getattr(model, "config", None)
+    width = None
+    if config is not None:
+        width = getattr(config.get_text_config(decoder=True), "hidden_size", None)
+    if not isinstance(width, int):
+        raise SplitError(
+            f"{type(model).__name__} has no one width of hidden states (hidden_size in its "
+            "configuration), so its layers are no chain that a trunk could be a part of. This "
+            "family cannot be split."
+        )
+    return width

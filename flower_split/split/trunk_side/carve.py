@@ -4,14 +4,9 @@ import torch
 from torch import nn
 
 from flower_split.split.structure.cuts import CutLayers
+from flower_split.split.structure.host_call import LayerOutput, StandIn
+from flower_split.split.structure.place_holders import Absent, AbsentEmbedding, replace_in_place
 from flower_split.split.structure.stack import LayerStack
-from flower_split.split.structure.stand_in import (
-    Absent,
-    AbsentEmbedding,
-    LayerOutput,
-    StandIn,
-    replace_in_place,
-)
 
 
 def carve_trunk(

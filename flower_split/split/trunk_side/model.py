@@ -19,13 +19,13 @@ from transformers import DynamicCache, PreTrainedModel
 from flower_split.errors import SplitError
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import (
+    LayerOutput,
     Mask,
     Smashed,
+    StandIn,
     TrunkInput,
     TrunkOutput,
-    embedding_width,
     enter_trunk,
-    forbid_cache,
     give_arguments,
     host_inputs,
     leave_trunk,
@@ -33,11 +33,10 @@ from flower_split.split.structure.host_call import (
     random_state_of,
     running,
 )
-from flower_split.split.structure.kv_cache import CacheStep, TrunkCache
+from flower_split.split.structure.kv_cache import CacheStep, TrunkCache, forbid_cache
 from flower_split.split.structure.layer_arguments import from_places
 from flower_split.split.structure.quantization import float_dtype
-from flower_split.split.structure.stack import LayerStack
-from flower_split.split.structure.stand_in import LayerOutput, StandIn
+from flower_split.split.structure.stack import LayerStack, embedding_width
 
 _PROBE_SHAPE = (5, 3)  # batch, sequence; no layer returns five things, which a batch could pass for
 

@@ -18,7 +18,7 @@ from flower_split.protocol.values import (
     RoundBase,
 )
 from flower_split.split import CutLayers, TrunkModel, split_model
-from flower_split.split.structure.stand_in import hidden_states_of
+from flower_split.split.structure.host_call import hidden_states_of
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import Reduction, SlotGradient
 from flower_split.trunk.engine.checkpoint_store import CheckpointStore
