@@ -24,8 +24,8 @@ from flower_split.trunk.compute.joint_pass import Given, JointCompute, JointPass
 from flower_split.trunk.compute.window_sum import Counted, WindowSum
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.contributions import Contribution, naming
-from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, contribution_hash
+from flower_split.trunk.engine.round_index import RoundIndex, contribution_hash
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.window_batches import Batch, Stage, Waiting, WindowBatches
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,8 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallName, reply_of
-from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, contribution_hash
+from flower_split.trunk.engine.round_index import RoundIndex, contribution_hash
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.sessions import Session
 from flower_split.trunk.engine.shares import Shares
 

@@ -36,7 +36,8 @@ from flower_split.trunk.compute.weight_versions import Versions, Weights
 from flower_split.trunk.compute.weights_state import Snapshot
 from flower_split.trunk.engine.ledger import CallName
 from flower_split.trunk.engine.phases import Phase
-from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.engine.round_index import hashed
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.windows import WindowMachine
 
 logger = logging.getLogger(__name__)

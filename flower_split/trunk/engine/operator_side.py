@@ -5,19 +5,31 @@ None of the calls waits for the compute thread, but the one that counts key-valu
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from flower_split.protocol.values import ProcessReport, SlotReport, TrunkStatus
 from flower_split.runtime.memory import accelerator_bytes, resident_bytes
 from flower_split.runtime.version import __version__
+from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.weight_versions import Versions
 from flower_split.trunk.engine.committed_weights import CommittedWeights
-from flower_split.trunk.engine.round_index import Inspection, RoundIndex
+from flower_split.trunk.engine.round_index import RoundIndex
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.unrecorded import UnrecordedForwards
 from flower_split.trunk.engine.watching import Pulse, Waits
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What the engine keeps, to look at."""
+
+    deadline: float  # when the open window expires, on the engine's clock
+    num_replies: int  # that the ledger keeps
+    activations: ActivationCache | None  # of the round begun last; None: none was
+    weight_versions: Versions  # copies for dispatches
 
 
 class OperatorSide:
@@ -66,7 +78,13 @@ class OperatorSide:
     def inspect(self) -> Inspection:
         """Return what the engine keeps, for figures and tests; it must not be changed."""
         with self._index.changed:
-            return self._index.inspect()
+            current = self._index.round
+            return Inspection(
+                self._index.deadline,
+                0 if current is None else len(current.ledger) + len(current.step_ends),
+                None if current is None else current.activations,
+                self._index.dispatches.versions,
+            )
 
     def look(self) -> None:
         """Note who is waited for, and log it where it lasts; the deadline thread calls it."""

@@ -9,8 +9,8 @@ import logging
 from collections.abc import Sequence
 
 from flower_split.errors import RefusalReason, TrunkRefused
-from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.engine.round_index import RoundIndex, hashed
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.settling import Settling
 
 logger = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The trunk's round and dispatches, the lock that guards them, and which one a call is of.
+"""Which round or dispatch a call is of, what it may do there, and the lock that guards them.
 
 Lock discipline, for the whole engine:
 
@@ -9,31 +9,156 @@ Lock discipline, for the whole engine:
 - A thread that holds ``changed`` takes no other lock, and lets go of it while it waits.
 """
 
-import math
+import hashlib
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from flower_split.errors import RefusalReason, TrunkRefused, TrunkUnavailable
+from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.protocol.step_every import StepEvery
+from flower_split.protocol.values import CallResult, ContributionKey, RoundPlan
 from flower_split.trunk.compute.activations import ActivationCache
-from flower_split.trunk.compute.weight_versions import Versions
-from flower_split.trunk.engine.dispatches import Dispatches
-from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.compute.compute import TrunkCompute
+from flower_split.trunk.compute.weight_versions import Weights
+from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
+from flower_split.trunk.engine.phases import Phase
+from flower_split.trunk.engine.round_waits import RoundWaits
 from flower_split.trunk.engine.sessions import Session
 from flower_split.trunk.engine.watching import Totals
+from flower_split.trunk.engine.windows import WindowMachine
+
+if TYPE_CHECKING:  # a round is one of these
+    from flower_split.trunk.engine.dispatches import Dispatches
+    from flower_split.trunk.engine.round_state import Round
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What the engine keeps, to look at."""
+class RoundCalls:
+    """What a call asks of its round: whether it may run now, under which name, with which weights.
 
-    deadline: float  # when the open window expires, on the engine's clock
-    num_replies: int  # that the ledger keeps
-    activations: ActivationCache | None  # of the round begun last; None: none was
-    weight_versions: Versions  # copies for dispatches
+    :class:`~flower_split.trunk.engine.round_state.Round` has the state. The engine's lock is held around
+    every method, but for those that say otherwise.
+    """
+
+    plan: RoundPlan
+    compute: TrunkCompute
+    trains: bool
+    windows: WindowMachine
+    activations: ActivationCache
+    ledger: Ledger[CallResult]
+    open_contribution: tuple[int, int, int] | None
+    open_since: float
+    last_activity: float
+    last_seen: dict[int, float]
+    retired: bool
+
+    @property
+    def version(self) -> int:
+        """The version of the weights that its calls compute with. Needs no lock."""
+        return self.compute.version
+
+    @property
+    def weights(self) -> Weights | None:
+        """The copies that its calls compute with; None: the trunk's own weights."""
+        return None
+
+    def require_open(self) -> None:
+        """Check that calls may still have an effect in this round.
+
+        Raises:
+            RoundAborted: It was given up.
+            TrunkRefused: It is no longer the trunk's round (WRONG_ATTEMPT).
+        """
+        if self.windows.phase is Phase.ABORTED:
+            raise RoundAborted(f"{self} was given up: {self.windows.problem}")
+        if self.retired:
+            raise TrunkRefused(RefusalReason.WRONG_ATTEMPT, f"{self} is no longer the open round.")
+
+    def may_forward(self, name: CallName, version: int, now: float) -> bool:
+        """Return whether a training forward may run now; if not, ask again after a change.
+
+        Args:
+            name: The forward.
+            version: The version that the client expects.
+            now: On the engine's clock.
+
+        Raises:
+            TrunkRefused: The weights have moved on (STALE_VERSION), or the slot is not in the window.
+        """
+        if name in self.ledger.calls:
+            return True  # a retry: it gets the reply of the first arrival
+        self.windows.check_planned(name.slot, name.window)
+        if not self.trains:
+            return True
+        if self.windows.step_every is StepEvery.CONTRIBUTION:
+            return self._take_turn(name, now)
+        if self.compute.version < version:
+            return False
+        self.windows.check(name.slot, name.window)
+        if version != self.compute.version:
+            raise TrunkRefused(
+                RefusalReason.STALE_VERSION,
+                f"slot {name.slot} asks for version {version} of the weights; they are at "
+                f"{self.compute.version}.",
+            )
+        return True
+
+    def awaited(self, version: int) -> str:
+        """Say what a forward at ``version`` waits for."""
+        if self.windows.step_every is StepEvery.CONTRIBUTION:
+            return "its turn (trunk.step-every contribution)"
+        return f"version {version} of the trunk's weights; {self.windows.waiting_for()}"
+
+    def after_contribution(self) -> None:
+        """Free what nobody needs after a backward that counted."""
+
+    def touch(self, slot: int, now: float) -> None:
+        """Note a call of ``slot``, so that a client at work is told from one that has gone."""
+        self.last_activity = self.last_seen[slot] = now
+
+    def name_of(self, member: Session, key: ContributionKey | None, kind: CallKind) -> CallName:
+        """Return a training call's name in the ledger; its slot is the session's, never the key's.
+
+        Raises:
+            TrunkRefused: There is no key, the round only evaluates, or the key is of another attempt.
+        """
+        plan = self.plan
+        if plan.evaluate or key is None:
+            raise TrunkRefused(
+                RefusalReason.INVALID_REQUEST,
+                "a training call needs a contribution key, and a session of a training round.",
+            )
+        if (key.experiment, key.server_round, key.attempt) != (
+            plan.experiment,
+            plan.server_round,
+            plan.attempt,
+        ):
+            raise TrunkRefused(
+                RefusalReason.WRONG_ATTEMPT,
+                f"slot {member.slot} sends a contribution to round {key.server_round} (attempt "
+                f"{key.attempt}); {self} is open.",
+            )
+        return CallName(member.slot, key.window, key.micro_batch, kind)
+
+    def seed_name(self, name: CallName) -> str:
+        """Name a micro-batch for its dropout seed: the same in every attempt and every run."""
+        return f"{self.plan.server_round}/{name.window}/{name.slot}/{name.micro_batch}"
+
+    def _take_turn(self, name: CallName, now: float) -> bool:
+        mine = (name.slot, name.window, name.micro_batch)
+        self.touch(name.slot, now)  # a client that waits for its turn is not silent
+        if self.open_contribution not in (None, mine) and (
+            now > self.open_since + self.plan.window_seconds
+        ):
+            assert self.open_contribution is not None
+            self.activations.release(self.open_contribution)
+            self.open_contribution = None
+        if self.open_contribution not in (None, mine):
+            return False
+        self.open_contribution, self.open_since = mine, now
+        return True
 
 
-class RoundIndex:
+class RoundIndex(RoundWaits):
     """The open round and the dispatches at work. ``changed`` is held around every method but two.
 
     Args:
@@ -49,7 +174,7 @@ class RoundIndex:
             the lock.
     """
 
-    def __init__(self, dispatches: Dispatches, epoch: int, clock: Callable[[], float]) -> None:
+    def __init__(self, dispatches: "Dispatches", epoch: int, clock: Callable[[], float]) -> None:
         self.changed = threading.Condition()
         self._counting = threading.Lock()  # of bytes; taken last
         self.dispatches = dispatches
@@ -60,7 +185,7 @@ class RoundIndex:
         self.revoked: frozenset[int] = frozenset()
         self._heard = clock()  # from the coordinator
 
-    def replace(self, current: Round) -> None:
+    def replace(self, current: "Round") -> None:
         """Make ``current`` the trunk's round; calls of the former one are refused from now on."""
         if self.round is not None:
             self.round.retired = True
@@ -68,7 +193,7 @@ class RoundIndex:
         self.round = current
         self.changed.notify_all()
 
-    def open_round(self) -> Round:
+    def open_round(self) -> "Round":
         """Return the round that is open for calls.
 
         Raises:
@@ -79,7 +204,7 @@ class RoundIndex:
         current.require_open()
         return current
 
-    def named_round(self, experiment: str, server_round: int, attempt: int) -> Round:
+    def named_round(self, experiment: str, server_round: int, attempt: int) -> "Round":
         """Return the round that the coordinator names, which must be the last begun.
 
         Raises:
@@ -98,7 +223,7 @@ class RoundIndex:
             )
         return current
 
-    def member(self, session: str, epoch: int) -> tuple[Round, Session]:
+    def member(self, session: str, epoch: int) -> "tuple[Round, Session]":
         """Return the open round and the client that ``session`` belongs to, and note its call.
 
         Raises:
@@ -123,7 +248,7 @@ class RoundIndex:
             self.round.last_activity = now
         return current, member
 
-    def touch(self, current: Round, slot: int) -> None:
+    def touch(self, current: "Round", slot: int) -> None:
         """Note a call of ``slot``; a dispatch's call keeps its asynchronous round alive, too."""
         now = self.clock()
         current.touch(slot, now)
@@ -157,7 +282,7 @@ class RoundIndex:
                 current.usage.received[slot] += received
                 current.usage.sent[slot] += sent
 
-    def of_token(self, token: str) -> Round:
+    def of_token(self, token: str) -> "Round":
         """Return what a token opens a session of: its dispatch, or else the open round.
 
         Raises:
@@ -171,7 +296,7 @@ class RoundIndex:
         current.require_open()
         return current
 
-    def of_session(self, session: str) -> Round | None:
+    def of_session(self, session: str) -> "Round | None":
         """Return what a session belongs to, open or not; None: nothing that is still there."""
         current = self._dispatch_of(session) or self.round
         return current if current is not None and session in current.sessions else None
@@ -186,85 +311,7 @@ class RoundIndex:
             and session not in current.closed
         )
 
-    def hear_coordinator(self) -> None:
-        """Note a word of the coordinator's."""
-        self._heard = self.clock()
-
-    @property
-    def coordinator_deadline(self) -> float:
-        """When the open round ends for want of its coordinator; a prepared one waits for ever."""
-        current = self.round
-        if current is None or current.over or current.report is not None:
-            return math.inf
-        seconds = current.plan.coordinator_seconds
-        return self._heard + seconds if seconds > 0 else math.inf
-
-    @property
-    def deadline(self) -> float:
-        """When something ends next in the open round; infinite where nothing is awaited."""
-        current = self.round
-        if current is None or current.over:
-            return math.inf
-        return min(current.windows.deadline, self.coordinator_deadline)
-
-    def has_silent(self) -> bool:
-        """Return whether the lease of a client at work has ended."""
-        current = self.round
-        return current is not None and bool(
-            current.silent(self.clock()) or self.dispatches.silent()
-        )
-
-    def inspect(self) -> Inspection:
-        """Return what is kept for the round begun last, and for dispatches."""
-        current = self.round
-        return Inspection(
-            self.deadline,
-            0 if current is None else len(current.ledger) + len(current.step_ends),
-            None if current is None else current.activations,
-            self.dispatches.versions,
-        )
-
-    def wait(
-        self,
-        current: Round,
-        reached: Callable[[float], bool],
-        deadline: float,
-        what: Callable[[], str],
-    ) -> None:
-        """Wait until ``reached``; the lock is free meanwhile.
-
-        Args:
-            current: The call's round.
-            reached: Asked after every change, and once a second; given the time.
-            deadline: When to give up.
-            what: Says what is waited for.
-
-        Raises:
-            RoundAborted: The round was given up.
-            TrunkUnavailable: The deadline passed first.
-        """
-        while True:
-            current.require_open()
-            if reached(self.clock()):
-                return
-            self.pause(deadline, what)
-
-    def pause(self, deadline: float, what: Callable[[], str]) -> None:
-        """Wait for the next change, or a second; the lock is free meanwhile.
-
-        Args:
-            deadline: When to give up.
-            what: Says what is waited for.
-
-        Raises:
-            TrunkUnavailable: The deadline has passed.
-        """
-        left = deadline - self.clock()
-        if left <= 0:
-            raise TrunkUnavailable(f"the deadline passed while waiting for {what()}.")
-        self.changed.wait(min(left, 1.0))
-
-    def _begun(self) -> Round:
+    def _begun(self) -> "Round":
         """Return the round begun last, which may have been given up since.
 
         Raises:
@@ -277,6 +324,17 @@ class RoundIndex:
             )
         return self.round
 
-    def _dispatch_of(self, session: str) -> Round | None:
+    def _dispatch_of(self, session: str) -> "Round | None":
         at_work = list(self.dispatches.at_work.values())  # a copy: see count_bytes
         return next((item for item in at_work if session in item.sessions), None)
+
+
+def hashed(token: str) -> bytes:
+    """Return a token's SHA-256, by which it is looked up: no comparison leaks its bytes."""
+    return hashlib.sha256(token.encode()).digest()
+
+
+def contribution_hash(name: CallName, digest: bytes) -> int:
+    """Return a contribution as a number; see :attr:`Round.ledger_hash`."""
+    text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
+    return int.from_bytes(hashlib.sha256(text).digest(), "big")

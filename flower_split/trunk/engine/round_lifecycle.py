@@ -21,8 +21,8 @@ from flower_split.trunk.engine.buffer_round import BufferRound
 from flower_split.trunk.engine.committed_weights import CommittedWeights
 from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.revocations import Revocations
-from flower_split.trunk.engine.round_index import RoundIndex
-from flower_split.trunk.engine.round_state import Round, hashed
+from flower_split.trunk.engine.round_index import RoundIndex, hashed
+from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.settling import Settling
 from flower_split.trunk.engine.window_batches import WindowBatches
 from flower_split.trunk.engine.window_rules import WindowRule

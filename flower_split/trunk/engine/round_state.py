@@ -1,5 +1,8 @@
 """One attempt of one server round on the trunk, and the questions that its kind answers.
 
+Those that every call asks have a base class beside the index that finds the round:
+:class:`~flower_split.trunk.engine.round_index.RoundCalls`.
+
 Three kinds share one interface, so that whoever handles a call need not know which one it is of:
 :class:`Round` here, where windows of all participants make the optimizer steps;
 :class:`~flower_split.trunk.engine.buffer_round.BufferRound`, one step of an asynchronous run; and
@@ -9,17 +12,15 @@ The engine's lock (:class:`~flower_split.trunk.engine.round_index.RoundIndex`) g
 is held around every method, but for the methods that say otherwise.
 """
 
-import hashlib
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flower_split.errors import RefusalReason, RoundAborted, TrunkRefused
+from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import (
     Arrival,
     CallResult,
-    ContributionKey,
     FinishResult,
     RoundBase,
     RoundPlan,
@@ -29,10 +30,10 @@ from flower_split.split import CutLayers
 from flower_split.trunk.compute.activations import ActivationCache
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.gradients import SlotGradient
-from flower_split.trunk.compute.weight_versions import Weights
 from flower_split.trunk.compute.weights_state import Snapshot
-from flower_split.trunk.engine.ledger import CallKind, CallName, Ledger
+from flower_split.trunk.engine.ledger import Ledger
 from flower_split.trunk.engine.phases import Phase
+from flower_split.trunk.engine.round_index import RoundCalls, hashed
 from flower_split.trunk.engine.round_reports import RoundReports
 from flower_split.trunk.engine.sessions import Session, StepEnd
 from flower_split.trunk.engine.shares import Usage
@@ -41,7 +42,7 @@ from flower_split.trunk.engine.windows import WindowMachine
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
-class Round(RoundReports):
+class Round(RoundCalls, RoundReports):
     """State of one attempt, from BeginRound until another round begins."""
 
     plan: RoundPlan
@@ -78,75 +79,9 @@ class Round(RoundReports):
         """Whether nothing more can happen in it."""
         return self.committed or self.windows.phase is Phase.ABORTED
 
-    @property
-    def version(self) -> int:
-        """The version of the weights that its calls compute with. Needs no lock."""
-        return self.compute.version
-
-    @property
-    def weights(self) -> Weights | None:
-        """The copies that its calls compute with; None: the trunk's own weights."""
-        return None
-
     def waited_for(self) -> list[int]:
         """Return the slots that all others wait for now."""
         return [] if self.plan.evaluate or self.over else self.windows.waited_for()
-
-    # ------------------------------------------------------------------ calls
-
-    def require_open(self) -> None:
-        """Check that calls may still have an effect in this round.
-
-        Raises:
-            RoundAborted: It was given up.
-            TrunkRefused: It is no longer the trunk's round (WRONG_ATTEMPT).
-        """
-        if self.windows.phase is Phase.ABORTED:
-            raise RoundAborted(f"{self} was given up: {self.windows.problem}")
-        if self.retired:
-            raise TrunkRefused(RefusalReason.WRONG_ATTEMPT, f"{self} is no longer the open round.")
-
-    def may_forward(self, name: CallName, version: int, now: float) -> bool:
-        """Return whether a training forward may run now; if not, ask again after a change.
-
-        Args:
-            name: The forward.
-            version: The version that the client expects.
-            now: On the engine's clock.
-
-        Raises:
-            TrunkRefused: The weights have moved on (STALE_VERSION), or the slot is not in the window.
-        """
-        if name in self.ledger.calls:
-            return True  # a retry: it gets the reply of the first arrival
-        self.windows.check_planned(name.slot, name.window)
-        if not self.trains:
-            return True
-        if self.windows.step_every is StepEvery.CONTRIBUTION:
-            return self._take_turn(name, now)
-        if self.compute.version < version:
-            return False
-        self.windows.check(name.slot, name.window)
-        if version != self.compute.version:
-            raise TrunkRefused(
-                RefusalReason.STALE_VERSION,
-                f"slot {name.slot} asks for version {version} of the weights; they are at "
-                f"{self.compute.version}.",
-            )
-        return True
-
-    def awaited(self, version: int) -> str:
-        """Say what a forward at ``version`` waits for."""
-        if self.windows.step_every is StepEvery.CONTRIBUTION:
-            return "its turn (trunk.step-every contribution)"
-        return f"version {version} of the trunk's weights; {self.windows.waiting_for()}"
-
-    def after_contribution(self) -> None:
-        """Free what nobody needs after a backward that counted."""
-
-    def touch(self, slot: int, now: float) -> None:
-        """Note a call of ``slot``, so that a client at work is told from one that has gone."""
-        self.last_activity = self.last_seen[slot] = now
 
     def silent(self, now: float) -> list[int]:
         """Return the slots whose lease has ended: joined, not finished, and without a call.
@@ -260,62 +195,9 @@ class Round(RoundReports):
             )
         return slot
 
-    def name_of(self, member: Session, key: ContributionKey | None, kind: CallKind) -> CallName:
-        """Return a training call's name in the ledger; its slot is the session's, never the key's.
-
-        Raises:
-            TrunkRefused: There is no key, the round only evaluates, or the key is of another attempt.
-        """
-        plan = self.plan
-        if plan.evaluate or key is None:
-            raise TrunkRefused(
-                RefusalReason.INVALID_REQUEST,
-                "a training call needs a contribution key, and a session of a training round.",
-            )
-        if (key.experiment, key.server_round, key.attempt) != (
-            plan.experiment,
-            plan.server_round,
-            plan.attempt,
-        ):
-            raise TrunkRefused(
-                RefusalReason.WRONG_ATTEMPT,
-                f"slot {member.slot} sends a contribution to round {key.server_round} (attempt "
-                f"{key.attempt}); {self} is open.",
-            )
-        return CallName(member.slot, key.window, key.micro_batch, kind)
-
-    def seed_name(self, name: CallName) -> str:
-        """Name a micro-batch for its dropout seed: the same in every attempt and every run."""
-        return f"{self.plan.server_round}/{name.window}/{name.slot}/{name.micro_batch}"
-
     def __str__(self) -> str:
         plan = self.plan
         kind = "evaluation" if plan.evaluate else "round"
         return (
             f"{kind} {plan.server_round} (attempt {plan.attempt}) of experiment {plan.experiment}"
         )
-
-    def _take_turn(self, name: CallName, now: float) -> bool:
-        mine = (name.slot, name.window, name.micro_batch)
-        self.touch(name.slot, now)  # a client that waits for its turn is not silent
-        if self.open_contribution not in (None, mine) and (
-            now > self.open_since + self.plan.window_seconds
-        ):
-            assert self.open_contribution is not None
-            self.activations.release(self.open_contribution)
-            self.open_contribution = None
-        if self.open_contribution not in (None, mine):
-            return False
-        self.open_contribution, self.open_since = mine, now
-        return True
-
-
-def hashed(token: str) -> bytes:
-    """Return a token's SHA-256, by which it is looked up: no comparison leaks its bytes."""
-    return hashlib.sha256(token.encode()).digest()
-
-
-def contribution_hash(name: CallName, digest: bytes) -> int:
-    """Return a contribution as a number; see :attr:`Round.ledger_hash`."""
-    text = f"{name.slot}/{name.window}/{name.micro_batch}/".encode() + digest
-    return int.from_bytes(hashlib.sha256(text).digest(), "big")

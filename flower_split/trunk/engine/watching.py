@@ -8,9 +8,12 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from flower_split.trunk.engine.phases import Phase
-from flower_split.trunk.engine.round_state import Round
+
+if TYPE_CHECKING:  # a round's index keeps these totals
+    from flower_split.trunk.engine.round_state import Round
 
 _FIRST_LINE = 10.0  # seconds of waiting until the log says so; then after twice as long each time
 
@@ -39,10 +42,10 @@ class _Wait:
 class Waits:
     """Since when the open round waits for whom. The engine's lock is held around every method."""
 
-    _of: Round | None = None
+    _of: "Round | None" = None
     _waits: dict[int, _Wait] = field(default_factory=dict)
 
-    def look(self, current: Round | None, now: float) -> list[tuple[int, str]]:
+    def look(self, current: "Round | None", now: float) -> list[tuple[int, str]]:
         """Note who is waited for now; return slots with a line for the log, where one is due.
 
         Args:
