@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -75,14 +74,17 @@ def train_round(
     for optimizer in optimizers:
         optimizer.forget_gradients()
     steps, num_examples, accumulate = [], 0, config.train.gradient_accumulation_steps
-    with pinned_pool(min(config.train.micro_batches_in_flight, accumulate), "micro-batch") as pool:
+    at_once = min(config.train.micro_batches_in_flight, accumulate)
+    with pinned_pool(at_once, "micro-batch") as pool:
         trainer = _StepTrainer(model, parameters, config, position, trunk, pool)
+        if trunk is not None:  # one alone has nobody to give its turn to
+            trunk.waiting = trainer.turns.waiting if at_once > 1 else nullcontext
         trainer.proximity = _Proximity(parameters, proximal_mu) if proximal_mu else None
         for step in range(position.num_steps):
             count = position.micro_batches_in(step, accumulate)
             micro_batches = [next(batches) for _ in range(count)]
-            steps.append(trainer.step(step, micro_batches, optimizers))
             num_examples += sum(len(batch["labels"]) for batch in micro_batches)
+            steps.append(trainer.step(step, micro_batches, optimizers))
             logger.debug(
                 "partition=%d round=%d step=%d loss=%.4f",
                 position.partition_id,
@@ -135,7 +137,6 @@ class _StepTrainer:
             AuxiliaryHead(model, trunk) if config.train.auxiliary_head and trunk else None
         )
         if trunk is not None:
-            trunk.waiting = self.turns.waiting
             trunk.take_stats()
 
     def step(
@@ -151,13 +152,25 @@ class _StepTrainer:
         whole_norm = self._clip_together(step, len(micro_batches))
         at = self.first_step + step
         taken = [optimizer.step(at, clip=whole_norm is None) for optimizer in optimizers]
-        wire = None if self.trunk is None else self.trunk.take_stats()
-        loss = sum((float(part) for part in losses), 0.0)  # on a GPU this waits: last
+        norms, rates = zip(*taken, strict=True)
+        wire = CallStats() if self.trunk is None else self.trunk.take_stats()
+        loss = sum(map(float, losses), 0.0)  # on a GPU this waits: last
         seconds = time.perf_counter() - started
-        return replace(
-            _metrics(step, loss, sum(tokens), seconds, wire),
-            learning_rate=taken[0][1],
-            grad_norm=math.hypot(*(n for n, _ in taken)) if whole_norm is None else whole_norm,
+        away = wire.wire_seconds + wire.trunk_queue_seconds + wire.trunk_compute_seconds
+        return StepMetrics(
+            step=step,
+            loss=loss,
+            num_tokens=sum(tokens),
+            compute_seconds=max(0.0, seconds - away),
+            wait_seconds=wire.trunk_queue_seconds,
+            trunk_seconds=wire.trunk_compute_seconds,
+            wire_seconds=wire.wire_seconds,
+            bytes_sent=wire.bytes_sent,
+            bytes_received=wire.bytes_received,
+            gradient_bytes_sent=wire.gradient_bytes_sent,
+            gradient_bytes_received=wire.gradient_bytes_received,
+            learning_rate=rates[0],
+            grad_norm=math.hypot(*norms) if whole_norm is None else whole_norm,
         )
 
     def _clip_together(self, step: int, num_micro_batches: int) -> float | None:
@@ -290,38 +303,6 @@ class ComputeTurns:
         torch.set_rng_state(state[0])
         if self._cuda and state[1] is not None:
             torch.cuda.set_rng_state(state[1], self._cuda)
-
-
-def _metrics(
-    step: int, loss: float, num_tokens: int, seconds: float, wire: CallStats | None
-) -> StepMetrics:
-    """Return the measures of a step; ``wire``: None where the whole model is here."""
-    if wire is None:
-        return StepMetrics(
-            step=step,
-            loss=loss,
-            num_tokens=num_tokens,
-            compute_seconds=seconds,
-            wait_seconds=0.0,
-            trunk_seconds=0.0,
-            wire_seconds=0.0,
-            bytes_sent=0,
-            bytes_received=0,
-        )
-    away = wire.wire_seconds + wire.trunk_queue_seconds + wire.trunk_compute_seconds
-    return StepMetrics(
-        step=step,
-        loss=loss,
-        num_tokens=num_tokens,
-        compute_seconds=max(0.0, seconds - away),
-        wait_seconds=wire.trunk_queue_seconds,
-        trunk_seconds=wire.trunk_compute_seconds,
-        wire_seconds=wire.wire_seconds,
-        bytes_sent=wire.bytes_sent,
-        bytes_received=wire.bytes_received,
-        gradient_bytes_sent=wire.gradient_bytes_sent,
-        gradient_bytes_received=wire.gradient_bytes_received,
-    )
 
 
 def micro_batch_seed(seed: int, position: RoundPosition, step: int, index: int) -> int:
