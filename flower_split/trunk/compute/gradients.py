@@ -147,6 +147,13 @@ def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
     return ""
 
 
+def given_by(
+    slots: Sequence[int], gradients: Mapping[int, SlotGradient]
+) -> dict[int, SlotGradient]:
+    """Return the gradients of the slots that make a step; each must have one."""
+    return {slot: gradients[slot] for slot in slots}
+
+
 def faults(gradients: Mapping[int, SlotGradient], *, whole_step: bool = True) -> dict[int, str]:
     """Return the slots whose gradients may not enter a step, each with the reason."""
     found: dict[int, str] = {}

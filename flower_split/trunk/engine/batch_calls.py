@@ -151,7 +151,7 @@ class BatchCalls:
         self, current: Round, calls: Sequence[Waiting], outcomes: Outcomes, seconds: float
     ) -> None:
         """Note who had how much of the time, what counted, and what may be tried again."""
-        sizes = [waiting.item.num_elements for waiting in calls]
+        sizes = [_num_elements(waiting.item.call) for waiting in calls]
         with self._changed:
             current.compute_seconds += seconds
             spent = current.usage.compute_seconds
@@ -254,6 +254,13 @@ class BatchCalls:
             current.after_contribution()
             self._changed.notify_all()
         return outcomes
+
+
+def _num_elements(call: ForwardCall | BackwardCall) -> int:
+    """Return the elements of a call's smashed data, or of its gradient."""
+    if isinstance(call, ForwardCall):
+        return call.tensors["hidden_states"].numel()
+    return call.grad.numel()
 
 
 def _give_up(calls: Sequence[Waiting]) -> None:

@@ -1,11 +1,13 @@
-"""Training calls with one effect each: a forward that is kept, and a backward that counts.
+"""Training calls with one effect each: a forward that is kept, a backward that counts, and its step.
 
 A call's first arrival claims its name in the ledger and runs on the compute thread; a repetition
 waits for the same reply. Everything is checked before anything is accumulated, so that a call that
-is refused leaves no trace.
+is refused leaves no trace. The contribution that completes a window lets the trunk step, within the
+same transaction of the compute thread.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -17,13 +19,17 @@ from flower_split.protocol.step_every import StepEvery
 from flower_split.protocol.values import BackwardCall, CallResult, ForwardCall
 from flower_split.runtime import failpoints
 from flower_split.trunk.compute.compute import TrunkCompute
-from flower_split.trunk.compute.gradients import SlotGradient
+from flower_split.trunk.compute.gradients import Reduction, SlotGradient, faults, given_by, outliers
 from flower_split.trunk.engine.compute_thread import ComputeThread
 from flower_split.trunk.engine.ledger import CallName, reply_of
+from flower_split.trunk.engine.phases import Phase
 from flower_split.trunk.engine.round_index import RoundIndex, contribution_hash
 from flower_split.trunk.engine.round_state import Round
 from flower_split.trunk.engine.sessions import Session
 from flower_split.trunk.engine.shares import Shares
+from flower_split.trunk.engine.step_ends import step_end_faults, step_together
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,13 +46,6 @@ class Contribution:
     def place(self) -> tuple[int, int, int]:
         """Slot, window and micro-batch: the key of its activations."""
         return (self.name.slot, self.name.window, self.name.micro_batch)
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of its smashed data, or of its gradient."""
-        if isinstance(self.call, ForwardCall):
-            return self.call.tensors["hidden_states"].numel()
-        return self.call.grad.numel()
 
 
 Admit = Callable[[Contribution, "Future[CallResult]"], None]
@@ -262,3 +261,87 @@ def naming(error: BaseException, slot: int) -> BaseException:
     if isinstance(error, TrunkRefused) and error.reason is RefusalReason.NON_FINITE:
         return TrunkRefused(error.reason, f"slot {slot}: {error}")
     return error
+
+
+class WindowSteps:
+    """Steps with complete windows, and rolls back aborted rounds.
+
+    Args:
+        index: Finds the open round; holds the engine's lock.
+        compute: The trunk module and its optimizer.
+        reduction: How the clients' gradients of a window become one.
+    """
+
+    def __init__(self, index: RoundIndex, compute: TrunkCompute, reduction: Reduction) -> None:
+        self._index = index
+        self._compute = compute
+        self._reduction = reduction
+
+    def settle(self, current: Round) -> None:
+        """Step with every complete window, or roll back an aborted round.
+
+        The engine's lock is held while it steps: nobody sees a window that is complete and has not.
+        """
+        with self._index.changed:
+            if current is not self._index.round:
+                return
+            try:
+                self._step(current)
+            except Exception as error:
+                logger.exception("the optimizer step failed in %s", current)
+                current.windows.abort(f"the trunk's optimizer step failed: {error}")
+            if current.windows.phase is Phase.ABORTED and not current.rolled_back:
+                current.rolled_back = True
+                self._index.totals.rounds_aborted += not current.plan.evaluate
+                self._compute.restore(current.before)
+                current.forget_work()
+                level = logging.INFO if current.plan.evaluate else logging.WARNING
+                logger.log(level, "%s aborted: %s", current, current.windows.problem)
+            if current.batches is not None:
+                current.go_on()
+            self._index.changed.notify_all()
+
+    def _step(self, current: Round) -> None:
+        """Step while a window is complete; where somebody is at fault, take them out and look again."""
+        windows = current.windows
+        alone = windows.step_every is StepEvery.CONTRIBUTION
+        while slots := windows.due(current.gradients):
+            if current.trains:
+                rule = current.plan.finish
+                total = None if current.batches is None else current.batches.total
+                each = {} if total is not None else given_by(slots, current.gradients)
+                bad = total.faults(slots) if total else faults(each, whole_step=not alone)
+                if rule is not None and not bad:
+                    bad = step_end_faults(current, slots)
+                factor = self._reduction.outlier_factor
+                bad = bad or (total.outliers(slots, factor) if total else outliers(each, factor))
+                if bad:
+                    self._blame(current, bad)
+                    continue
+                reduced = self._reduction(total.gradients(slots) if total else each)
+                if rule is None:
+                    self._compute.step(reduced)
+                else:
+                    step_together(current, slots, reduced, rule, self._compute, self._index.clock)
+            current.gradients.clear()
+            if current.batches is not None:
+                current.batches.next_window()
+            if not alone:
+                current.activations.release_before(windows.window + 1)
+                windows.seal(self._index.clock())
+            logger.debug("%s: step %d with slots %s", current, self._compute.version - 1, slots)
+
+    def _blame(self, current: Round, bad: Mapping[int, str]) -> None:
+        """Go on without the slots whose gradients may not enter the step, or give the round up."""
+        for slot, why in bad.items():
+            logger.warning("%s: slot %d is at fault: %s", current, slot, why)
+        if not self._reduction.exclude_bad:
+            named = "; ".join(f"slot {slot}: {why}" for slot, why in bad.items())
+            current.windows.abort(
+                f'{named}. trunk.on-bad-client = "abort" gives the round up for it; "exclude" goes on '
+                "without the client where trunk.quorum allows."
+            )
+            return
+        for slot, why in bad.items():
+            current.windows.exclude(slot, why)
+        current.release_dropped()
