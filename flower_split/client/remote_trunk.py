@@ -29,8 +29,9 @@ from flower_split.errors import TrunkError
 from flower_split.protocol.values import FinishResult, FinishRule, ForwardMode, SessionGrant
 from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
-from flower_split.split.structure.host_call import Mask, TrunkInputs
+from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.split.trunk_side.model import TrunkInputs
 from flower_split.training.trunk_protocol import CallStats
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.possession import ClientKey

@@ -8,9 +8,9 @@ takes the place of whatever the prologue made, and where the last one ends, the 
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,87 @@ from flower_split.split.structure.host_call import (
     Mask,
     Smashed,
     StandIn,
-    TrunkInput,
     TrunkOutput,
     enter_trunk,
     give_arguments,
     host_inputs,
     leave_trunk,
-    probing,
     random_state_of,
     running,
 )
-from flower_split.split.structure.kv_cache import CacheStep, TrunkCache, forbid_cache
+from flower_split.split.structure.kv_cache import CacheStep, TrunkCache
 from flower_split.split.structure.layer_arguments import from_places
 from flower_split.split.structure.quantization import float_dtype
 from flower_split.split.structure.stack import LayerStack, embedding_width
+from flower_split.split.trunk_side.first_input import first_input
 
-_PROBE_SHAPE = (5, 3)  # batch, sequence; no layer returns five things, which a batch could pass for
+_MASK, _POSITIONS = "attention_mask", "position_ids"
+_LAYER, _HOST = "layer_argument", "host_argument"
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkInputs:
+    """The arguments of a trunk's call beside the hidden states, as tensors by name for a network.
+
+    Names: ``attention_mask`` (the padding mask ``[batch, seq]``, or the whole mask ``[batch or 1,
+    heads or 1, seq, seq]``), ``attention_mask/KIND`` (one whole mask per kind of layer; an empty tensor
+    where that kind needs none), ``position_ids`` (``[batch or 1, seq]``, with an axis before them where
+    the model has several), ``layer_argument/PLACE`` and ``host_argument/PLACE``
+    (:mod:`flower_split.split.structure.layer_arguments`): see ``TrunkModel.forward``.
+    """
+
+    attention_mask: Mask = None
+    position_ids: Tensor | None = None
+    layer_arguments: Mapping[str, Tensor] = field(default_factory=dict)
+    host_arguments: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by name.
+
+        Raises:
+            SplitError: A layer's or a host's argument is made by weights that are trained: a network
+                returns no gradient of it.
+        """
+        places = {**self.layer_arguments, **self.host_arguments}
+        trained = [place for place, tensor in places.items() if tensor.requires_grad]
+        if trained:
+            raise SplitError(
+                f"the client trains weights that make a tensor for the trunk's layers (argument "
+                f"{', '.join(trained)}, such as a relative position bias or features of images), and "
+                "a remote trunk returns no gradient of that. Freeze those weights: adapters on the "
+                "layers' linear modules leave them frozen."
+            )
+        tensors: dict[str, Tensor] = {}
+        if isinstance(self.attention_mask, Mapping):
+            for kind, mask in self.attention_mask.items():
+                nothing = torch.empty(0, dtype=torch.bool)
+                tensors[f"{_MASK}/{kind}"] = nothing if mask is None else mask
+        elif self.attention_mask is not None:
+            tensors[_MASK] = self.attention_mask
+        if self.position_ids is not None:
+            tensors[_POSITIONS] = self.position_ids
+        for kind, arguments in ((_LAYER, self.layer_arguments), (_HOST, self.host_arguments)):
+            tensors.update({f"{kind}/{place}": tensor for place, tensor in arguments.items()})
+        return tensors
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "TrunkInputs":
+        """Return the arguments that :meth:`named` gave these tensors for, on ``device``."""
+        masks: dict[str, Tensor | None] = {}
+        arguments: dict[str, dict[str, Tensor]] = {_LAYER: {}, _HOST: {}}
+        for name, tensor in tensors.items():
+            head, _, rest = name.partition("/")
+            if head == _MASK and rest:
+                masks[rest] = tensor.to(device) if tensor.numel() else None
+            elif head in arguments:
+                arguments[head][rest] = tensor.to(device)
+        mask, positions = tensors.get(_MASK), tensors.get(_POSITIONS)
+        return cls(
+            masks if masks else (None if mask is None else mask.to(device)),
+            None if positions is None else positions.to(device),
+            arguments[_LAYER],
+            arguments[_HOST],
+        )
 
 
 class TrunkModel(nn.Module):
@@ -78,7 +143,9 @@ class TrunkModel(nn.Module):
         self._hook_ends()
         self._takes_arguments = False  # whether the layers have been hooked for them
         # The shape of one position's hidden states; families with several streams have two sizes.
-        self._position_shape = tuple(self._probe(output).shape[2:])
+        like = torch.zeros(0, dtype=float_dtype(self), device=next(self.parameters()).device)
+        found = first_input(host, like, self._width, cuts.first, output)
+        self._position_shape = tuple(found.shape[2:])
         self._caches: dict[int, TrunkCache] = {}  # of clients in this process
         self._spans: dict[CutLayers, TrunkModel] = {}
 
@@ -146,37 +213,6 @@ class TrunkModel(nn.Module):
     def hidden_size(self) -> int:
         """Return the width of the hidden states as they cross the cut layer."""
         return math.prod(self._position_shape)
-
-    def _probe(self, output: LayerOutput) -> Tensor:
-        """Return what reaches the first trunk layer; find the form of the stand-ins' outputs."""
-        host = self._host[0]
-        device, dtype = next(self.parameters()).device, float_dtype(self)
-        width = self._width
-        smashed = torch.zeros(*_PROBE_SHAPE, width, dtype=dtype, device=device)
-        problems: dict[str, Exception] = {}
-        token = probing.set(True)
-        try:
-            for use_cache, length in itertools.product((None, False), (None, 1, 2, 3, 4)):
-                output.length = length
-                try:
-                    with torch.no_grad():
-                        host(**host_inputs(host, smashed, width, None, None, use_cache))
-                except TrunkInput as reached:
-                    found = reached.hidden_states
-                    if found.dim() >= 3 and found.shape[:2] == _PROBE_SHAPE:
-                        if use_cache is False:  # its stand-ins cannot fill the family's cache
-                            forbid_cache(host)
-                        return found
-                except Exception as error:
-                    problems.setdefault(f"{type(error).__name__}: {error}", error)
-        finally:
-            probing.reset(token)
-        raise SplitError(
-            f"{type(host).__name__}'s forward does not bring hidden states of shape [batch, seq, "
-            f"...] from its input embeddings to layer {self.cuts.first}"
-            + (f" ({'; or '.join(problems)})" if problems else "")
-            + ". This family cannot be split."
-        ) from next(iter(problems.values()), None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "TrunkModel":
         self._spans.clear()  # they have buffers of their own; span() makes them anew

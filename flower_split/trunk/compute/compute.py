@@ -21,8 +21,8 @@ from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.lora import adapter_name
 from flower_split.runtime import failpoints
 from flower_split.split import CutLayers, TrunkModel
-from flower_split.split.structure.host_call import TrunkInputs
 from flower_split.split.structure.quantization import float_dtype
+from flower_split.split.trunk_side.model import TrunkInputs
 from flower_split.training.optimizers import LearningRate, make_optimizer
 from flower_split.trunk.compute.activations import Activation
 from flower_split.trunk.compute.checks import check_all_finite, check_bounded, check_finite

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from flower_split.errors import RefusalReason, SplitError, TrunkRefused
 from flower_split.split import CutLayers, TrunkModel
-from flower_split.split.structure.host_call import TrunkInputs
 from flower_split.split.structure.kv_cache import (
     CacheStep,
     TrunkCache,
     keeps_only_keys_and_values,
 )
+from flower_split.split.trunk_side.model import TrunkInputs
 from flower_split.trunk.compute.checks import check_finite
 from flower_split.trunk.compute.compute import TrunkCompute
 

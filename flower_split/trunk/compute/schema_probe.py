@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from flower_split.data.model_limits import max_positions
 from flower_split.split import TrunkModel
-from flower_split.split.structure.host_call import TrunkInputs, argument_names
+from flower_split.split.structure.host_call import argument_names
 from flower_split.split.structure.layer_arguments import tensors_of
 from flower_split.split.structure.probe import quiet
 from flower_split.split.structure.quantization import float_dtype
+from flower_split.split.trunk_side.model import TrunkInputs
 from flower_split.trunk.compute.checks import (
     FEATURES,
     FLOATS,

@@ -13,7 +13,7 @@ from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import OptimizerConfig
 from flower_split.errors import SplitError, TrunkRefused
 from flower_split.split import CutLayers, TrunkModel, set_trunk, split_model
-from flower_split.split.structure.host_call import TrunkInputs
+from flower_split.split.trunk_side.model import TrunkInputs
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
 from tests.support.loopback import FINGERPRINT, coordinator, plan, remote, served
