@@ -114,7 +114,7 @@ class Follower:
         return Forwards(headers, slots, failures, layout), buffer
 
     def _load(self, given: Iterator[Tensor], version: int) -> None:
-        parameters = list(self._compute.parameters)
+        parameters: list[Tensor] = list(self._compute.parameters)
         with torch.no_grad():
             torch._foreach_copy_(parameters, [next(given) for _ in parameters])
         self._compute.version = version
