@@ -9,7 +9,7 @@ from flower_split.cli.app_config import load_app_config
 from flower_split.cli.overrides import parse_overrides
 from flower_split.cli.plan.command import PlanCommand, micro_batch_seconds
 from flower_split.cli.plan.dry_run import CLIENT, TRUNK, dry_run
-from flower_split.cli.plan.wire_bytes import step_bytes
+from flower_split.cli.plan.wire_bytes import experiment_name, step_bytes
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError
 from flower_split.runs.directory import RunDirectory
@@ -21,7 +21,6 @@ from flower_split.scale.prediction import Job, Prediction, predict
 from flower_split.scale.setting import Link, Pace, Prices, Setting, Work
 from flower_split.server.step_ends import finish_rule
 
-_NAME = "20260101-000000-abcdef"  # as long as that of a run without a run-dir
 _MEGA, _HOUR = 1e6, 3600.0
 HEADER = (
     "clients", "cohort", "s a round", "held up by", "trunk computes", "trunk link", "a client computes",
@@ -105,7 +104,7 @@ def costs_of_plan(config: RunConfig, command: PlanCommand) -> Costs:
     """
     run = dry_run(config)
     client, trunk = micro_batch_seconds(config, run, command)
-    moved = step_bytes(config, run, Path(config.run_dir).name or _NAME)
+    moved = step_bytes(config, run, experiment_name(config))
     count = config.train.gradient_accumulation_steps
     return Costs(
         client_seconds=client,

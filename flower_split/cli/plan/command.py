@@ -9,7 +9,7 @@ from pathlib import Path
 from flower_split.cli.app_config import load_app_config
 from flower_split.cli.plan.dry_run import CLIENT, TRUNK, DryRun, PartRun, dry_run
 from flower_split.cli.plan.speed import probe_flops
-from flower_split.cli.plan.wire_bytes import StepBytes, step_bytes
+from flower_split.cli.plan.wire_bytes import StepBytes, experiment_name, step_bytes
 from flower_split.config import OptimizerConfig, RunConfig
 from flower_split.errors import ConfigError
 from flower_split.runtime.exit_codes import COMPLETED
@@ -18,7 +18,6 @@ from flower_split.runtime.memory import resident_bytes
 _GIB, _MIB = 1 << 30, 1 << 20
 _GIGA, _MEGA = 1e9, 1e6
 _FP32 = 4  # bytes
-_NAME = "20260101-000000-abcdef"  # as long as that of a run without a run-dir
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +91,7 @@ def plan(command: PlanCommand) -> int:
         client=client_memory(config, run),
         trunk=trunk_memory(config, run),
         process=resident_bytes(),
-        wire=step_bytes(config, run, Path(config.run_dir).name or _NAME),
+        wire=step_bytes(config, run, experiment_name(config)),
         seconds=step_seconds(config, run, command),
     )
     if command.as_json:
@@ -159,7 +158,7 @@ def step_seconds(config: RunConfig, run: DryRun, command: PlanCommand) -> Second
     """Return the seconds of one optimizer step; where no rate is given, by a probe of this machine."""
     client, trunk = micro_batch_seconds(config, run, command)
     micro_batches = config.train.gradient_accumulation_steps
-    moved = step_bytes(config, run, Path(config.run_dir).name or _NAME)
+    moved = step_bytes(config, run, experiment_name(config))
     calls = micro_batches * (1 if config.mode == "forward-only" else 2)
     bits = 8 * (moved.sent + moved.received)
     return Seconds(

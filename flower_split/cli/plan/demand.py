@@ -1,11 +1,10 @@
 """What a run or a baseline asks of a client and of the trunk: memory and arithmetic, for a sweep."""
 
 from dataclasses import replace
-from pathlib import Path
 
 from flower_split.cli.plan.command import client_memory, moments_bytes, trunk_memory
 from flower_split.cli.plan.dry_run import CLIENT, TRUNK, DryRun, dry_run
-from flower_split.cli.plan.wire_bytes import step_bytes
+from flower_split.cli.plan.wire_bytes import experiment_name, step_bytes
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.experiments.baselines import BASELINES
@@ -54,7 +53,7 @@ def demand_of(config: RunConfig, baseline: str) -> Demand | None:
 
 def _wire_bytes(config: RunConfig, run: DryRun) -> int:
     """Return the bytes of all clients' calls in the whole run; 0 where steps are counted in epochs."""
-    step = step_bytes(config, run, Path(config.run_dir).name)
+    step = step_bytes(config, run, experiment_name(config))
     steps = config.train.local_steps * config.num_server_rounds
     clients = max(1, int(config.num_clients * config.fraction_train + 1e-9))
     return clients * steps * (step.sent + step.received)

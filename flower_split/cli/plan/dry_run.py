@@ -3,7 +3,8 @@
 The unsplit model with LoRA runs forward and backward on fake tensors, which have shapes and dtypes and
 no storage. What is made between the two cut layers is the trunk's, the rest the client's.
 
-Shapes: input ids, padding mask and labels ``[batch, seq]``; hidden states ``[batch, seq, hidden]``.
+Shapes: input ids and padding mask ``[batch, seq]``; labels ``[batch, seq]``, of a record's class
+``[batch]``, of an answer's ends ``[batch, 2]``; hidden states ``[batch, seq, hidden]``.
 """
 
 import weakref
@@ -20,15 +21,23 @@ from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from flower_split.config import RunConfig
-from flower_split.config.model import CAUSAL_LM
+from flower_split.config.model import (
+    CAUSAL_LM,
+    MASKED_LM,
+    QUESTION_ANSWERING,
+    SEQUENCE_CLASSIFICATION,
+    TOKEN_CLASSIFICATION,
+)
 from flower_split.errors import ConfigError
 from flower_split.lora import attach_lora, embedding_names, part_of, stack_of
 from flower_split.parties.parts import model_cuts, trained_parts
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.parts import empty_model
-from flower_split.training.loss import causal_lm_loss
+from flower_split.training.loss import task_loss
 
 CLIENT, TRUNK = "client", "trunk"
+PLANNED = (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, TOKEN_CLASSIFICATION, QUESTION_ANSWERING)
+"""The tasks whose micro-batches are one sequence of tokens, with labels, for each row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +75,11 @@ def dry_run(config: RunConfig, *, whole: bool = False) -> DryRun:
         ConfigError: The base is quantised (fake weights have no quantised form), or the task is none whose
             micro-batches are made here.
     """
-    if config.model.task != CAUSAL_LM:
+    if config.model.task not in PLANNED:
         raise ConfigError(
-            f'plan makes the micro-batches of model.task = "{CAUSAL_LM}" alone, and this job\'s is '
-            f'"{config.model.task}". Plan the same model with "{CAUSAL_LM}": what a head of classes adds '
-            "to it is small beside an output embedding."
+            f"plan makes micro-batches of text in one sequence (model.task = {', '.join(PLANNED)}), and "
+            f'this job\'s model.task is "{config.model.task}". Plan a model of the same size with one of '
+            "these."
         )
     if config.model.quantization not in ("", "dequantize"):
         raise ConfigError(
@@ -78,6 +87,7 @@ def dry_run(config: RunConfig, *, whole: bool = False) -> DryRun:
             'with model.quantization = "", and take the saving off the base weights.'
         )
     model = empty_model(ModelSource.of(config.model))
+    _set_dtype(model, getattr(torch, config.model.dtype))
     attach_lora(model, model_cuts(config), trained_parts(config), seed=config.seed)
     owners = _owners(config, model)
     if whole:
@@ -86,11 +96,13 @@ def dry_run(config: RunConfig, *, whole: bool = False) -> DryRun:
         model.to_empty(device="cpu")
         model.train()
         watch = _Watch(forward_only=config.mode == "forward-only")
+        watch.pass_over(model)
         hidden = [] if whole else watch.follow(config, model)
         batch = _batch(config)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with watch:
-            loss = causal_lm_loss(model, batch, batch["labels"].numel(), torch.device("cpu"))
+            count, task = batch["labels"].numel(), config.model.task
+            loss = task_loss(model, batch, count, torch.device("cpu"), task)
             torch.autograd.grad(loss, trained, allow_unused=True)
     text = model.config.get_text_config(decoder=True)
     return DryRun(
@@ -106,12 +118,21 @@ def dry_run(config: RunConfig, *, whole: bool = False) -> DryRun:
     )
 
 
+def _set_dtype(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a model without weights those of the dtype that a run loads, before LoRA is attached."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def _batch(config: RunConfig) -> dict[str, Tensor]:
-    shape = config.train.batch_size, config.train.sequence_length
+    rows, positions = config.train.batch_size, config.train.sequence_length
+    labels: dict[str, tuple[int, ...]] = {SEQUENCE_CLASSIFICATION: (), QUESTION_ANSWERING: (2,)}
     return {
-        "input_ids": torch.zeros(shape, dtype=torch.int64),
-        "attention_mask": torch.ones(shape, dtype=torch.int64),
-        "labels": torch.zeros(shape, dtype=torch.int64),
+        "input_ids": torch.zeros(rows, positions, dtype=torch.int64),
+        "attention_mask": torch.ones(rows, positions, dtype=torch.int64),
+        "labels": torch.zeros(
+            rows, *labels.get(config.model.task, (positions,)), dtype=torch.int64
+        ),
     }
 
 
@@ -152,6 +173,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak = {CLIENT: 0, TRUNK: 0}
         self._waiting = {CLIENT: 0, TRUNK: 0}
         self._seen: set[int] = set()
+        self._weights: list[
+            torch.UntypedStorage
+        ] = []  # held, so that none of their ids is used again
 
     def __torch_dispatch__(
         self,
@@ -169,6 +193,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage())
         return made
+
+    def pass_over(self, model: PreTrainedModel) -> None:
+        """Leave a model's weights and buffers out, of which operations make views."""
+        self._weights = [
+            tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())
+        ]
+        self._seen.update(map(id, self._weights))
 
     def follow(self, config: RunConfig, model: PreTrainedModel) -> list[Tensor]:
         """Have the layers at the cuts tell when the other party begins.

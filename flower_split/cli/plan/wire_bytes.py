@@ -3,11 +3,13 @@
 Exact for micro-batches of full rows in a run's first round, whose gradients have no rows of zeros but,
 in causal language modelling, that of every row's last position, which has no label. Later rounds'
 version numbers take a byte or two more in each message, and micro-batches that overlap two less in
-some; shorter rows have less payload. Inputs that only some families send (biases by relative position)
-are not counted, nor the outlier channels of codec int8, which take up to 3 % more.
+some; shorter rows have less payload. Not counted are inputs that only some families send (biases by
+relative position), and the outlier channels of codec int8, which take up to 3 % more; nor that a
+classification's gradient has few rows where no layer follows the trunk.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from flower_split.wire.sending import Outgoing
 
 _SESSION = "0" * 32  # as long as a trunk's, as are the epoch and the run's name
 _EPOCH = (1 << 63) - 1
+_DIRECTORY = "20260101-000000-abcdef"  # as long as that of a run without a run-dir
+_SUFFIX = "-01234567"  # as long as what a run puts behind its directory's name
 _SECONDS = 0.1  # of a reply; a double takes the same bytes, whatever it is but 0
 
 
@@ -63,6 +67,11 @@ def step_bytes(config: RunConfig, run: DryRun, experiment: str, step: int = 1) -
         there, back = calls.finish(calls.key(step, per_step))
         sent, received = sent + there.num_bytes, received + back.num_bytes
     return StepBytes(sent, received)
+
+
+def experiment_name(config: RunConfig) -> str:
+    """Return a name as long as the one that a run's calls to the trunk will bear."""
+    return (Path(config.run_dir).name or _DIRECTORY) + _SUFFIX
 
 
 class _Calls:

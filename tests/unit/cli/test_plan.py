@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from flower_split.cli.main import main
 from flower_split.cli.plan.command import PlanCommand, client_memory, step_seconds, trunk_memory
@@ -22,6 +23,7 @@ from tests.acceptance.federation import (
     write_checkpoint,
 )
 from tests.support.sampling import sampled
+from tests.support.task_runs import make_base
 from tests.support.tiny_app import make_app
 
 ROWS, POSITIONS, STEPS = 2, 7, 2
@@ -47,6 +49,7 @@ SETTINGS: Mapping[str, Mapping[str, Scalar]] = {
         "train.gradient-accumulation-steps": 2,
         "train.micro-batches-in-flight": 1,
     },
+    "bfloat16 base": {"model.dtype": "bfloat16"},
     "clipped together": {
         "train.max-grad-norm-over": "model",
         "train.optimizer.max-grad-norm": 1.0,
@@ -120,7 +123,7 @@ def test_seconds_are_by_the_rates_and_the_link(checkpoint: Path, plain: DryRun) 
     )
     found, moved = (
         step_seconds(config, run, command),
-        step_bytes(config, run, "20260101-000000-abcdef"),
+        step_bytes(config, run, "20260101-000000-abcdef-01234567"),
     )
     assert found.client == pytest.approx(run.parts[CLIENT].flops / 2e9)
     assert found.trunk == pytest.approx(3 * run.parts[TRUNK].flops / 4e9)
@@ -149,14 +152,53 @@ def test_command_prints_a_plan_and_json(
         dry_run(job(checkpoint, {"model.quantization": "bnb-8bit"}))
 
 
-def test_another_task_is_refused_by_name(checkpoint: Path) -> None:
-    with pytest.raises(ConfigError, match="sequence-classification"):
-        dry_run(
-            job(
-                checkpoint,
-                {"model.task": "sequence-classification", "model.labels": "yes, no"},
-            )
-        )
+def test_weights_are_of_the_dtype_that_the_run_loads(checkpoint: Path, plain: DryRun) -> None:
+    half = dry_run(job(checkpoint, {"model.dtype": "bfloat16"}))
+    for name in (CLIENT, TRUNK):
+        assert 2 * half.parts[name].base_bytes == plain.parts[name].base_bytes
+        assert half.parts[name].trained_bytes == plain.parts[name].trained_bytes  # LoRA stays fp32
+
+
+def test_activations_do_not_hold_the_base_weights(tmp_path: Path) -> None:
+    """Of two tokens next to nothing is kept, however wide the layers are."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    wide = LlamaConfig(**sizes, vocab_size=VOCAB_SIZE, num_attention_heads=8)
+    wide.save_pretrained(tmp_path)
+    run = dry_run(job(tmp_path, {"model.second-cut": 3, "train.sequence-length": 2}))
+    part = run.parts[TRUNK]
+    assert part.base_bytes == 4 * (4 * 512 * 512 + 3 * 2048 * 512 + 2 * 512)
+    assert 0 < part.waiting_bytes < part.base_bytes / 10
+
+
+TASKS: Mapping[str, list[tuple[int, int]]] = {  # task -> matrices that train whole
+    "sequence-classification": [(32, 32), (3, 32)],  # BERT's pooler is part of the head
+    "token-classification": [(3, 32)],
+    "question-answering": [(2, 32)],
+    "masked-lm": [],
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tasks_of_an_encoder_are_planned_with_their_heads(tmp_path: Path, task: str) -> None:
+    model = make_base(tmp_path / "base", "bert")
+    changes: dict[str, Scalar] = {"model.task": task, "model.first-cut": 1, "model.second-cut": 3}
+    changes["model.labels"] = "a, b, c" if "classification" in task else ""
+    run = dry_run(job(model, changes))
+    assert run.hidden_shape == (ROWS, POSITIONS, 32)
+    # Queries, keys, values, the attention's output, both matrices of the MLP, their biases, two norms.
+    layer = 4 * (32 * 32 + 32) + 2 * 48 * 32 + 48 + 32 + 4 * 32
+    assert run.parts[TRUNK].base_bytes == 4 * 2 * layer
+    heads = [
+        shape for name, shape in run.trained.items() if ".lora_" not in name and len(shape) > 1
+    ]
+    assert heads == TASKS[task]
+
+
+@pytest.mark.parametrize("task", ["seq2seq", "image-classification"])
+def test_another_task_is_refused_by_name(checkpoint: Path, task: str) -> None:
+    labels = "yes, no" if task == "image-classification" else ""
+    with pytest.raises(ConfigError, match=task):
+        dry_run(job(checkpoint, {"model.task": task, "model.labels": labels}))
 
 
 def test_probe_tells_a_rate_and_leaves_the_threads_as_they_are() -> None:
