@@ -17,6 +17,7 @@ SCRIPTS = [
     pytest.param("block docs/how-to/doctor.md doctor", []),
     pytest.param("block docs/how-to/doctor.md certs", ["certificates"]),
     pytest.param("block docs/how-to/plan.md plan", [], marks=pytest.mark.slow),
+    pytest.param("block docs/how-to/hub-models.md hub-models", [], marks=pytest.mark.slow),
     pytest.param("block docs/scale.md simulate", [], marks=pytest.mark.slow),
     pytest.param("block docs/how-to/new-app.md new-app", ["job/job"], marks=pytest.mark.slow),
     pytest.param(
