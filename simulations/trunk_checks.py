@@ -49,7 +49,7 @@ from flower_split.runtime.logs import quiet_libraries
 from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.trunk.build import make_engine
 from flower_split.trunk.compute import checks, compute
-from flower_split.trunk.engine import settling
+from flower_split.trunk.engine import contributions
 from flower_split.trunk.service import admission, handlers
 from flower_split.trunk.service.audit_log import AuditLog
 from flower_split.trunk.service.server import TrunkServer
@@ -71,8 +71,8 @@ CHECKS: tuple[tuple[object, str, str, Callable[..., object]], ...] = (
         lambda self, call, *_, **__: call,
     ),
     (checks.InputSchema, "check_backward", "the same of a backward", lambda *_, **__: None),
-    (settling, "faults", "bounds on numbers and norms", lambda *_, **__: {}),
-    (settling, "outliers", "bounds on numbers and norms", lambda *_: {}),
+    (contributions, "faults", "bounds on numbers and norms", lambda *_, **__: {}),
+    (contributions, "outliers", "bounds on numbers and norms", lambda *_: {}),
     (
         admission.Admission,
         "intercept_service",
