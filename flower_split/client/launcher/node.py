@@ -1,21 +1,22 @@
 """Flower's SuperNode, which looks for messages more often while a run goes on.
 
 Flower's asks the SuperLink again three seconds after it has found no message, and looks for its own app's
-reply twice a second: a round of a few seconds waits about as long for its messages. There is no option for
-it, so the clock of that loop is exchanged; where a release of Flower has no such loop, nothing changes.
+reply twice a second, and a round waits for both with each of its messages. There is no option for it, so
+the clock of that loop is exchanged; where a release of Flower has no such loop, nothing changes.
 """
 
 import importlib
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
-from flwr.supernode.cli.flower_supernode import flower_supernode
+from flower_split.errors import ConfigError
 
+SUPERNODE = "flower-supernode"
 _LOOP = "flwr.supernode.start_client_internal"
-_IDLE = (
-    1.0  # Flower sleeps longer where there is no message, and shorter where it waits for a reply
-)
+# Seconds: Flower sleeps longer where there is no message, and shorter where it waits for a reply.
+_IDLE = 1.0
 _BUSY_SECONDS = 60.0  # after a message: so long another one is expected
 _SHORTEST = 0.1  # seconds between two looks for a reply, which are this process's own
 _SHORT = 0.3  # between two questions to the SuperLink
@@ -53,13 +54,41 @@ class Pace:
 
 
 def main() -> None:
-    """Run ``flower-supernode`` with this process's arguments."""
-    loop = importlib.import_module(_LOOP)
-    if getattr(loop, "time", None) is time:
-        vars(loop)["time"] = Pace()
-    flower_supernode()
+    """Run ``flower-supernode`` with this process's arguments.
+
+    Raises:
+        ConfigError: Flower's command is not installed beside this package.
+    """
+    exchange_clock(_LOOP)
+    sys.argv[0] = SUPERNODE
+    flowers_command()()
+
+
+def exchange_clock(module: str) -> bool:
+    """Give Flower's loop the shorter pauses; return whether there is such a loop."""
+    try:
+        loop = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return False
+    if getattr(loop, "time", None) is not time:
+        return False
+    vars(loop)["time"] = Pace()
+    return True
+
+
+def flowers_command() -> Callable[[], object]:
+    """Return what the console script ``flower-supernode`` runs.
+
+    Raises:
+        ConfigError: It is not installed beside this package.
+    """
+    for found in entry_points(group="console_scripts", name=SUPERNODE):
+        command: Callable[[], object] = found.load()
+        return command
+    raise ConfigError(
+        f"{SUPERNODE} is not there. Install Flower into this environment: pip install 'flwr>=1.41'."
+    )
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "flower-supernode"
     main()

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from flower_split.client.launcher import hand_over
+from flower_split.client.launcher.node import SUPERNODE
 from flower_split.client.worker.directory import WorkerDirectory
 from flower_split.client.worker.identity import NODE_VARIABLE
 from flower_split.errors import ConfigError, WorkerError
 from flower_split.runtime.secret_files import PRIVATE_DIRECTORY
 
-CLIENTAPP, SUPERNODE = "flwr-clientapp", "flower-supernode"
+CLIENTAPP = "flwr-clientapp"
 _NODE = ("-P", "-m", "flower_split.client.launcher.node")
 _POLL_VARIABLE, _POLL_SECONDS = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.2"  # Flower's own: 1 s
 _BACKLOG = 16
