@@ -19,6 +19,7 @@ from flower_split.scale.calibration import Calibration, calibrate
 from flower_split.scale.costs import Costs
 from flower_split.scale.prediction import Job, Prediction, predict
 from flower_split.scale.setting import Link, Pace, Prices, Setting, Work
+from flower_split.server.federation.handshake import num_participants
 from flower_split.server.step_ends import finish_rule
 
 _MEGA, _HOUR = 1e6, 3600.0
@@ -91,7 +92,7 @@ def simulate(command: SimulateCommand) -> int:
 
 def _cohorts(command: SimulateCommand, config: RunConfig, clients: int) -> list[int]:
     """Return how many of the clients train in a round: as asked for, as far as there are so many."""
-    asked = command.cohort or (max(1, int(clients * config.fraction_train + 1e-9)),)
+    asked = command.cohort or (num_participants(clients, config.fraction_train),)
     return list(dict.fromkeys(min(clients, count) for count in asked))
 
 

@@ -18,6 +18,7 @@ from flower_split.cli.plan.dry_run import CLIENT, TRUNK, DryRun, dry_run
 from flower_split.cli.plan.wire_bytes import experiment_name, step_bytes
 from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
+from flower_split.server.federation.handshake import num_participants
 
 FOLDER = Path(__file__).parent
 APP = FOLDER.parent / "quickstart"
@@ -89,7 +90,7 @@ def row(name: str) -> list[str]:
 
 def clients_at_once(config: RunConfig) -> int:
     """Return how many clients train in a round."""
-    return max(1, int(config.num_clients * config.fraction_train + 1e-9))
+    return num_participants(config.num_clients, config.fraction_train)
 
 
 def check_activation_memory(config: RunConfig, run: DryRun) -> None:

@@ -14,6 +14,7 @@ from flower_split.config import OptimizerConfig, RunConfig
 from flower_split.errors import ConfigError
 from flower_split.runtime.exit_codes import COMPLETED
 from flower_split.runtime.memory import resident_bytes
+from flower_split.server.federation.handshake import num_participants
 
 _GIB, _MIB = 1 << 30, 1 << 20
 _GIGA, _MEGA = 1e9, 1e6
@@ -174,7 +175,7 @@ def _probe(run: DryRun, threads: int) -> float:
 
 
 def _at_once(config: RunConfig) -> int:
-    return max(1, int(config.num_clients * config.fraction_train + 1e-9))
+    return num_participants(config.num_clients, config.fraction_train)
 
 
 def moments_bytes(part: PartRun, optimizer: OptimizerConfig) -> int:

@@ -9,6 +9,7 @@ from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.experiments.baselines import BASELINES
 from flower_split.experiments.results import Demand
+from flower_split.server.federation.handshake import num_participants
 
 
 def demand_of(config: RunConfig, baseline: str) -> Demand | None:
@@ -55,5 +56,5 @@ def _wire_bytes(config: RunConfig, run: DryRun) -> int:
     """Return the bytes of all clients' calls in the whole run; 0 where steps are counted in epochs."""
     step = step_bytes(config, run, experiment_name(config))
     steps = config.train.local_steps * config.num_server_rounds
-    clients = max(1, int(config.num_clients * config.fraction_train + 1e-9))
+    clients = num_participants(config.num_clients, config.fraction_train)
     return clients * steps * (step.sent + step.received)

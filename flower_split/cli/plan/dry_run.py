@@ -173,9 +173,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._peak = {CLIENT: 0, TRUNK: 0}
         self._waiting = {CLIENT: 0, TRUNK: 0}
         self._seen: set[int] = set()
-        self._weights: list[
-            torch.UntypedStorage
-        ] = []  # held, so that none of their ids is used again
+        # Held, so that none of their ids is used again.
+        self._weights: list[torch.UntypedStorage] = []
 
     def __torch_dispatch__(
         self,
