@@ -104,7 +104,7 @@ class Chaos:
         faults: How many faults to inject; 0: none.
         kinds: Of "random" (kills at random times), "failpoint" (kills at named places) and "network".
         places: Failpoints still to be fired, shared by all runs; the rarest come first.
-        seconds: By which the run must end, whatever is done to it.
+        on_gpu: Whether processes start on a GPU, where a trunk takes longer than a ServerApp waits.
     """
 
     def __init__(
@@ -114,14 +114,15 @@ class Chaos:
         faults: int,
         kinds: list[str],
         places: Counter[str],
-        seconds: float,
+        on_gpu: bool,
     ) -> None:
         self.job = job
         self.chance = chance
         self.left = faults
         self.kinds = kinds
         self.places = places
-        self.seconds = seconds
+        self.on_gpu = on_gpu
+        self.seconds = _FAST_RUN_SECONDS if on_gpu else _RUN_SECONDS
         self.outcome = Outcome(0, "", 0.0)
         self._killed: float | None = None  # when the last process died that no commit has followed
         self._committed = 0  # time stamp of the manifest
@@ -139,7 +140,7 @@ class Chaos:
         try:
             for role in self.job.roles:
                 self._start(role)
-                if role is self.job.trunk and self.seconds > _RUN_SECONDS:
+                if role is self.job.trunk and self.on_gpu:
                     self._wait_for_trunk()
             while not self._finished():
                 now = time.monotonic()
@@ -214,9 +215,10 @@ class Chaos:
     def _found_no_trunk(self) -> bool:
         """Whether the ServerApp has ended because the trunk, on a GPU, was still starting."""
         lines = self.job.server.log.read_text(errors="replace").splitlines()
-        return self.seconds > _RUN_SECONDS and "errors.TrunkUnavailable" in "".join(lines[-1:])
+        return self.on_gpu and "errors.TrunkUnavailable" in "".join(lines[-1:])
 
     def _wait_for_trunk(self) -> None:
+        """Wait until the trunk listens, at most a quarter of the run's time; the ServerApp says if not."""
         deadline = time.monotonic() + self.seconds / 4
         while time.monotonic() < deadline:
             try:
@@ -302,12 +304,12 @@ def main() -> int:
     config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
     if arguments.fedbuff:
         config |= _FEDBUFF
-    if arguments.fast_on_gpu:
+    on_gpu: bool = arguments.fast_on_gpu
+    if on_gpu:
         config |= _FAST
-    seconds = _FAST_RUN_SECONDS if arguments.fast_on_gpu else _RUN_SECONDS
     places: Counter[str] = Counter()
     reference = Job(root / "reference", config)
-    expected = Chaos(reference, random.Random(0), 0, [], places, seconds).run()
+    expected = Chaos(reference, random.Random(0), 0, [], places, on_gpu).run()
     if expected.problem:
         print(f"the fault-free run failed: {expected.problem}", file=sys.stderr)
         return 1
@@ -327,7 +329,7 @@ def main() -> int:
             dedupe=not arguments.no_dedupe,
             supervised=arguments.supervised,
         )
-        outcome = Chaos(job, random.Random(seed), left, kinds, places, seconds).run()
+        outcome = Chaos(job, random.Random(seed), left, kinds, places, on_gpu).run()
         outcome.seed = seed
         outcomes.append(outcome)
         done += outcome.faults
