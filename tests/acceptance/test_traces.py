@@ -57,8 +57,9 @@ def test_micro_batch_is_one_trace_through_client_wire_and_trunk(
     train_round(checkpoint)
     spans = exporter.get_finished_spans()
     roots = [span for span in spans if span.name == "micro-batch"]
-    assert [(s.attributes or {})["flower_split.micro_batch"] for s in roots] == [0, 1]
-    assert len({root.context.trace_id for root in roots}) == 2
+    # Two are in flight at a time, and a span is told of when it ends: either may be the first.
+    assert {(s.attributes or {})["flower_split.micro_batch"] for s in roots} == {0, 1}
+    assert len(roots) == len({root.context.trace_id for root in roots}) == 2
     for root in roots:
         trace = [span for span in spans if span.context.trace_id == root.context.trace_id]
         assert sorted((span.name, parent_of(span, trace)) for span in trace) == [
