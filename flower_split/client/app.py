@@ -12,12 +12,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, Message
+from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from flwr.common.constant import ErrorCode
 
-from flower_split.errors import WorkerError
+from flower_split.errors import FederationError, WorkerError
 from flower_split.messages.local_only import ACTION
+from flower_split.messages.packing import is_packed, packed, unpacked
 from flower_split.runtime.loading import loading_modules
 from flower_split.runtime.logs import log_to_stderr
 
@@ -39,7 +41,21 @@ class SplitClientApp(ClientApp):
         reply = None
         if Path(sys.argv[0]).name == _PROCESS_OF_A_MESSAGE and wants_worker(context):
             reply = self._by_worker(message, context)
-        return super().__call__(message, context) if reply is None else reply
+        return self._here(message, context) if reply is None else reply
+
+    def _here(self, message: Message, context: Context) -> Message:
+        """Answer in this process, a packed message with a packed reply."""
+        if not (message.has_content() and is_packed(message)):
+            return super().__call__(message, context)
+        try:
+            order = unpacked(message)
+        except FederationError as error:
+            logger.error("node=%d %s", context.node_id, error)
+            return Message(
+                Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error)), reply_to=message
+            )
+        reply = super().__call__(order, context)
+        return packed(reply) if reply.has_content() else reply
 
     def _by_worker(self, message: Message, context: Context) -> Message | None:
         """Return the worker's reply; None: this process has to answer, and the log says why."""

@@ -77,6 +77,9 @@ _LOSSES = (
 )
 
 
+PROCESS_CACHE = ClientCache()
+"""Lives as long as the process: a simulation unpickles the app anew for every message."""
+
 Handler = Callable[[Message, Context], RecordDict]
 
 
@@ -278,7 +281,7 @@ class Answers:
     """Flower's side of the handlers: each makes a whole reply, and never raises."""
 
     def __init__(self) -> None:
-        cache = ClientCache()  # lives as long as the app, which Flower loads once in a process
+        cache = PROCESS_CACHE
         handlers = Handlers(cache)
         self.query = _replies(handlers.query)
         self.train = _replies(handlers.train)

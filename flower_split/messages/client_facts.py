@@ -15,6 +15,7 @@ from flower_split.split import CutLayers
 
 _IGNORED = "ignored-keys"
 _PUBLIC_KEY = "public-key"
+_PACKS = "packs-arrays"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +39,7 @@ class ClientFacts:
     too_little: str = ""  # why its data is too little to take part; empty: it is enough
     ignored_keys: tuple[str, ...] = ()  # of the run config that its version does not know, sorted
     public_key: bytes = b""  # that its tokens shall name; empty: its version makes none
+    packs_arrays: bool = True  # understands packed messages; not said: its version does not
 
     def write(self) -> RecordDict:
         """Return the content that travels."""
@@ -59,6 +61,7 @@ class ClientFacts:
             _PUBLIC_KEY: self.public_key.hex(),
         }
         values: dict[str, Value] = {keys.PREFIX + name: value for name, value in facts.items()}
+        values[keys.PREFIX + _PACKS] = self.packs_arrays
         values[keys.PREFIX + _IGNORED] = list(self.ignored_keys)
         return RecordDict({keys.REPLY: stamped(values)})
 
@@ -96,6 +99,7 @@ class ClientFacts:
                 package_version=fields.text(keys.VERSION),
                 too_little=text("too-little-data"),
                 ignored_keys=fields.names(keys.PREFIX + _IGNORED),
+                packs_arrays=fields.flag(keys.PREFIX + _PACKS),
                 public_key=bytes.fromhex(fields.text(keys.PREFIX + _PUBLIC_KEY, "")),
             )
         except (ValueError, AttributeError, SplitError) as error:

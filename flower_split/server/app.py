@@ -24,6 +24,7 @@ from flower_split.runs.loggers.run_loggers import logged
 from flower_split.runs.manifest import FOLDER, Resumed, RunCheckpoints
 from flower_split.runs.outcome import RoundOutcome
 from flower_split.runtime import failpoints
+from flower_split.runtime.flower_pulls import pull_sooner
 from flower_split.runtime.log_fields import PROCESS_FIELDS
 from flower_split.runtime.logs import log_to_stderr, quiet_libraries, shorten_flowers_errors
 from flower_split.runtime.tracing import PROCESS_TRACING
@@ -45,6 +46,7 @@ from flower_split.server.global_model import global_model, read_trunk_adapter
 from flower_split.server.inner.fedbuff import FedBuff
 from flower_split.server.inner.flower_strategies import InnerFactory, check_flower
 from flower_split.server.inner.lora_fedavg import LoraFedAvg
+from flower_split.server.packed_grid import PackedGrid
 from flower_split.server.privacy.accounting import privacy_spent
 from flower_split.server.privacy.mechanisms import check_privacy
 from flower_split.server.recorder import Recorder
@@ -119,7 +121,8 @@ def _run(
         _note(recorder, [*data_notes(federation, facts), *versions, *key_notes(facts)])
         client_keys = ClientKeys({slot: item.public_key for slot, item in facts.items()})
         trunk = _awaiting_clients(trunk, grid, config, client_keys)
-        grid = MeteredGrid(grid, recorder.traffic, federation.nodes)
+        packing = [federation.nodes[slot] for slot, item in facts.items() if item.packs_arrays]
+        grid = MeteredGrid(PackedGrid(grid, packing), recorder.traffic, federation.nodes)
         parts = RunParts(
             grid=grid,
             config=config,
@@ -299,6 +302,7 @@ def make_server_app(
         log_to_stderr()
         PROCESS_FIELDS.bind(run=context.run_id)
         shorten_flowers_errors()
+        pull_sooner()
         quiet_libraries()
         PROCESS_TRACING.switch_on_from(os.environ, "flower-split-server")
         failpoints.switch_on_from(os.environ.get(failpoints.VARIABLE, ""))

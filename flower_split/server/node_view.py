@@ -2,16 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 
-from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from flower_split.errors import FederationError
+from flower_split.server.wrapped_grid import WrappedGrid
 
 _MAX_QUERIES = 4  # a strategy that asks more often waits for nodes that never come
 
 
-class NodeView(Grid):
+class NodeView(WrappedGrid):
     """``grid``, restricted to ``nodes``; everything else passes through.
 
     Flower's strategies wait without an end for more nodes than they see. Here the wait ends in an
@@ -23,7 +22,7 @@ class NodeView(Grid):
     """
 
     def __init__(self, grid: Grid, nodes: Sequence[int]) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._nodes = list(nodes)
         self._queries = 0
 
@@ -42,37 +41,3 @@ class NodeView(Grid):
                 "samples the clients."
             )
         return list(self._nodes)
-
-    def set_run(self, run: Run) -> None:
-        """Pass through."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """Pass through."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Pass through."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass through."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass through."""
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Pass through."""
-        return self._grid.send_and_receive(messages, timeout=timeout)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+
+from flower_split.server.wrapped_grid import WrappedGrid
 
 KINDS = ("activations", "gradients", "evaluation", "adapters", "baseline")
 _KIND_OF_MESSAGE = {"train": "adapters", "evaluate": "evaluation"}  # by the type before a dot
@@ -43,8 +44,8 @@ class Traffic:
         return {client: counts for client, counts in taken.items() if counts}
 
 
-class MeteredGrid(Grid):
-    """A grid that counts what passes through it.
+class MeteredGrid(WrappedGrid):
+    """A grid that counts what passes through it, but for ``send_and_receive``.
 
     Args:
         grid: Flower's.
@@ -53,34 +54,10 @@ class MeteredGrid(Grid):
     """
 
     def __init__(self, grid: Grid, traffic: Traffic, nodes: Mapping[int, int]) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._traffic = traffic
         self._partitions = {node: partition_id for partition_id, node in nodes.items()}
         self._asked: dict[str, tuple[int, str]] = {}  # message id -> partition, kind
-
-    def set_run(self, run: Run) -> None:
-        """See Flower's Grid."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Run:
-        """See Flower's Grid."""
-        return self._grid.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See Flower's Grid."""
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """See Flower's Grid."""
-        return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send messages, and count them for their clients."""
@@ -102,12 +79,6 @@ class MeteredGrid(Grid):
             if asked is not None and reply.has_content():
                 self._traffic.add(asked[0], asked[1], up=content_bytes(reply.content))
         return replies
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """See Flower's Grid; what is sent so is not counted."""
-        return self._grid.send_and_receive(messages, timeout=timeout)
 
 
 def kind_of(message_type: str) -> str:

@@ -12,18 +12,21 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from flower_split.errors import ConfigError
+from flower_split.runtime.flower_pulls import pull_sooner
 
 SUPERNODE = "flower-supernode"
 _LOOP = "flwr.supernode.start_client_internal"
 # Seconds: Flower sleeps longer where there is no message, and shorter where it waits for a reply.
 _IDLE = 1.0
-_BUSY_SECONDS = 60.0  # after a message: so long another one is expected
-_SHORTEST = 0.1  # seconds between two looks for a reply, which are this process's own
-_SHORT = 0.3  # between two questions to the SuperLink
+_SHARE = 0.05  # of the time that is waited already: so long is the next pause
+_SHORTEST = 0.05  # seconds
+_LONGEST_FOR_REPLY = 0.1  # which this process has itself
 
 
 class Pace:
-    """Stands for the module ``time`` in Flower's loop: pauses are shorter while a run goes on.
+    """Stands for the module ``time`` in Flower's loop: pauses are short after a message, and then longer.
+
+    A minute after the last message the SuperLink is asked as often as Flower does.
 
     Args:
         sleep: Waits so many seconds.
@@ -36,17 +39,17 @@ class Pace:
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sleep, self._now = sleep, now
-        self._busy_until = -1.0
+        self._answered = now()  # when a message was last being answered
 
     def sleep(self, seconds: float) -> None:
         """Wait as Flower asks to, or shorter."""
         now = self._now()
         if seconds < _IDLE:  # a message is being answered
-            self._busy_until = now + _BUSY_SECONDS
-            seconds = min(seconds, _SHORTEST)
-        elif now < self._busy_until:
-            seconds = min(seconds, _SHORT)
-        self._sleep(seconds)
+            self._answered = now
+            pause = min(seconds, _LONGEST_FOR_REPLY)
+        else:
+            pause = min(seconds, max(_SHORTEST, _SHARE * (now - self._answered)))
+        self._sleep(pause)
 
     def __getattr__(self, name: str) -> object:
         """Return whatever else the module has."""
@@ -60,6 +63,7 @@ def main() -> None:
         ConfigError: Flower's command is not installed beside this package.
     """
     exchange_clock(_LOOP)
+    pull_sooner()
     sys.argv[0] = SUPERNODE
     flowers_command()()
 

@@ -28,6 +28,7 @@ import flower_split.client.worker.asking
 from flower_split.client.worker.directory import check_peer
 from flower_split.client.worker.identity import code_mark
 from flower_split.errors import WorkerError
+from flower_split.runtime.flower_pulls import pull_sooner
 
 _LENGTH = struct.Struct("!I")
 _MAX_START = 1 << 22  # bytes
@@ -211,6 +212,7 @@ def main(arguments: list[str]) -> int:
     listener, node, folder = int(arguments[0]), int(arguments[1]), Path(arguments[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its SuperNode decides what Ctrl-C means
     os.set_inheritable(listener, False)
+    pull_sooner()
     gc.collect()
     gc.freeze()  # a collection in a forked process would copy every page of what is loaded
     try:

@@ -32,8 +32,10 @@ _GONE = (  # the node, or the client's process on it
 _LOSSES = (TRUNK_LOST, KEY_LOST, *_GONE)
 _ASKED_AGAIN = (KEY_LOST, *_GONE)  # before the next attempt
 
-# A reply is noticed after at most this share of the time that it took.
+# A reply is noticed after at most this share of the time that it took, and a look that brings nothing is
+# followed by a pause of so many times its own length: over a network it costs the machines' processors.
 _POLL_SHARE = 0.01
+_PAUSE_OF_A_LOOK = 10.0
 _SHORTEST_POLL, _LONGEST_POLL = 0.01, 1.0  # seconds
 
 Watch = Callable[[Sequence[Message]], bool]
@@ -81,7 +83,9 @@ def exchange(
     began = time.monotonic()
     deadline = began + timeout
     while waiting:
+        looked = time.monotonic()
         new = list(grid.pull_messages(waiting))
+        look = 0.0 if new else time.monotonic() - looked
         waiting -= {reply.metadata.reply_to_message_id for reply in new}
         replies += new
         if watch is not None and watch(new):
@@ -89,8 +93,8 @@ def exchange(
         if not waiting or time.monotonic() >= deadline:
             break
         now = time.monotonic()
-        pause = min(max(_SHORTEST_POLL, _POLL_SHARE * (now - began)), _LONGEST_POLL)
-        time.sleep(min(pause, max(deadline - now, 0.0)))
+        pause = max(_SHORTEST_POLL, _POLL_SHARE * (now - began), _PAUSE_OF_A_LOOK * look)
+        time.sleep(min(pause, _LONGEST_POLL, max(deadline - now, 0.0)))
     return replies
 
 

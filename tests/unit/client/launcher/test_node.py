@@ -21,15 +21,27 @@ class Clock:
         self.now += seconds
 
 
-def test_pauses_are_short_for_a_minute_after_a_message_and_flowers_own_otherwise() -> None:
+def test_pauses_are_a_share_of_the_time_since_the_last_message_up_to_flowers_own() -> None:
     clock = Clock()
     pace = node.Pace(clock.sleep, lambda: clock.now)
-    for asked in (3, 3, 0.5, 0.5, 3, 3):  # no message twice, an answer that takes two looks, none
-        pace.sleep(asked)
-    assert clock.slept == [3, 3, 0.1, 0.1, 0.3, 0.3]
-    clock.now += 60.0
     pace.sleep(3)
-    assert clock.slept[-1] == 3
+    clock.now += 100.0
+    for asked in (3, 0.5, 0.5, 3):  # long no message, an answer that takes two looks, none again
+        pace.sleep(asked)
+    assert clock.slept == [0.05, 3, 0.1, 0.1, pytest.approx(0.05)]
+    for passed in (10.0, 60.0):
+        clock.now += passed
+        pace.sleep(3)
+    assert clock.slept[-2:] == [pytest.approx(0.05 * 10.15, rel=1e-3), 3]
+
+
+def test_a_minute_without_a_message_takes_about_a_hundred_questions() -> None:
+    clock = Clock()
+    pace = node.Pace(clock.sleep, lambda: clock.now)
+    pace.sleep(0.5)
+    while clock.now < 1060.0:
+        pace.sleep(3)
+    assert len(clock.slept) < 110 and clock.slept[-1] == pytest.approx(3, abs=0.2)
 
 
 LOOP = "flwr.supernode.start_client_internal"
