@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from flower_split.client.app import app
 from flower_split.config import RunConfig, Scalar
+from flower_split.messages.packing import unpacked
 from flower_split.runtime.simulation import SIMULATED
 from flower_split.server.trunk_child import TrunkChild
 from flower_split.trunk.serve import RunningTrunk, Serving
@@ -21,13 +22,17 @@ from tests.support.fakes import FakeGrid
 
 
 class LocalGrid(FakeGrid):
-    """Nodes 100, 101, ... with partitions 0, 1, ...; the last answers first."""
+    """Nodes 100, 101, ... with partitions 0, 1, ...; the last answers first.
+
+    Messages reach the clients as they are sent, which is packed; who watches here sees what is in them.
+    """
 
     def __init__(
         self, num_clients: int, config: Mapping[str, Scalar], client_app: ClientApp = app
     ) -> None:
         super().__init__(range(100, 100 + num_clients), lambda _: None)
         self.client_app = client_app  # called as Flower does: with its mods
+        self._travelling: dict[str, Message] = {}
         self.contexts = {
             node: Context(
                 run_id=1,
@@ -43,14 +48,21 @@ class LocalGrid(FakeGrid):
             for node in self.nodes
         }
 
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        sent = list(messages)
+        ids = list(super().push_messages([unpacked(message) for message in sent]))
+        self._travelling.update(zip(ids, sent, strict=True))
+        return ids
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """One reply at a time, as a slow simulation would give them."""
         for name in sorted(message_ids, reverse=True):
             message = self._waiting.pop(name, None)
             if message is not None:
-                reply = self.client_app(message, self.contexts[message.metadata.dst_node_id])
+                sent = self._travelling.pop(name)
+                reply = self.client_app(sent, self.contexts[message.metadata.dst_node_id])
                 reply.metadata.__dict__["_src_node_id"] = message.metadata.dst_node_id
-                return [reply]
+                return [unpacked(reply) if reply.has_content() else reply]
         return []
 
 
