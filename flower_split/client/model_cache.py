@@ -32,6 +32,9 @@ from flower_split.split.structure.stack import find_stack
 
 logger = logging.getLogger(__name__)
 
+MOST_IDS = 5_000_000
+"""Token ids and labels that a process keeps, about 200 MB; of one client, as many as it has."""
+
 
 class NoTrunk(nn.Module):
     """Stands in the trunk's place until a round names its address."""
@@ -74,7 +77,7 @@ class RunCache:
         self.config = config
         self._models: dict[OwnLora, _Models] = {}
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self._data: dict[tuple[int, int], ClientData] = {}
+        self._data: dict[tuple[int, int], ClientData] = {}  # the one used last is last
         self._fingerprint: Mapping[str, str] = {}
 
     @property
@@ -97,17 +100,20 @@ class RunCache:
         return self._fingerprint
 
     def data(self, partition_id: int, num_partitions: int) -> ClientData:
-        """Return the examples of a partition.
+        """Return the examples of a partition; those used longest ago go where there are too many.
 
         Raises:
             DataError: They are missing, empty or malformed.
         """
         key = (partition_id, num_partitions)
-        if key not in self._data:
-            self._data[key] = load_client_data(
-                self.config, self.tokenizer, partition_id, num_partitions
-            )
-        return self._data[key]
+        if key in self._data:
+            self._data[key] = self._data.pop(key)
+            return self._data[key]
+        data = load_client_data(self.config, self.tokenizer, partition_id, num_partitions)
+        self._data[key] = data
+        while len(self._data) > 1 and sum(map(_ids, self._data.values())) > MOST_IDS:
+            del self._data[next(iter(self._data))]
+        return data
 
     def client_model(self, own: OwnLora, cuts: CutLayers) -> PreTrainedModel:
         """Return the bottom and the top, with LoRA; its adapter is that of whoever used it last.
@@ -177,6 +183,12 @@ class RunCache:
         self, parts: dict[str, LoraPartConfig], own: OwnLora
     ) -> dict[str, LoraPartConfig]:
         return at_own_rank(parts, own, self.config.lora.client_scale)
+
+
+def _ids(data: ClientData) -> int:
+    """Return how many token ids and labels a client's data has."""
+    examples = (*data.train, *data.evaluate)
+    return sum(len(example.input_ids) + len(example.labels) for example in examples)
 
 
 class ClientCache:

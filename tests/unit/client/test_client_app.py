@@ -7,9 +7,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 import flower_split.client.client
+from flower_split.client import model_cache
 from flower_split.client.app import app, make_client_app
 from flower_split.client.client import planned_steps
-from flower_split.config import Scalar, parse_run_config
+from flower_split.config import RunConfig, Scalar, parse_run_config
+from flower_split.data import ClientData, load_client_data
 from flower_split.messages.arrays import to_arrays
 from flower_split.messages.client_facts import ClientFacts
 from flower_split.messages.error_codes import KEY_LOST
@@ -189,3 +191,29 @@ def test_client_app_travels_to_a_simulations_actors() -> None:
     """Flower's simulation hands the app to Ray, which pickles it with all that its handlers name."""
     pickle = pytest.importorskip("ray.cloudpickle", reason="the simulation's own")
     assert len(pickle.dumps(make_client_app())) > 0
+
+
+def test_client_app_unpickled_for_every_message_loads_its_data_once(
+    config: dict[str, Scalar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simulation's actor unpickles the app anew for each message."""
+    pickle = pytest.importorskip("ray.cloudpickle", reason="the simulation's own")
+    loaded: list[int] = []
+
+    def load(config: RunConfig, tokenizer: object, partition: int, number: int) -> ClientData:
+        loaded.append(partition)
+        return load_client_data(config, tokenizer, partition, number)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model_cache, "load_client_data", load)
+    sent = pickle.dumps(make_client_app())
+    for _ in range(3):
+        context = Context(
+            run_id=1,
+            node_id=7,
+            node_config={"partition-id": 0, "num-partitions": 2},
+            state=RecordDict(),
+            run_config={**config, "seed": 77},  # another run than the other tests'
+        )
+        message = Message(HandshakeOrder().write(), 7, "query")
+        assert not pickle.loads(sent)(message, context).has_error()
+    assert loaded == [0]
