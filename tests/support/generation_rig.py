@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from flower_split.split import CutLayers
+from flower_split.split.structure.host_call import cache_argument
 from tests.support.sampling import sampled
 from tests.support.tiny_models import tiny_model
 
@@ -25,6 +26,11 @@ MODES: dict[str, dict[str, object]] = {
     "sampling": {"do_sample": True, "temperature": 1.5, "top_k": 0},
     "beam": {"num_beams": 3, "do_sample": False},
 }
+
+
+def going_on(model: PreTrainedModel, cache: Cache) -> dict[str, Cache]:
+    """The argument with which a model goes on from a cache, as its transformers calls it."""
+    return {cache_argument(type(model).forward): cache}
 
 
 def lively_model(family: str) -> PreTrainedModel:

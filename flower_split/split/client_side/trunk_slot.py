@@ -27,7 +27,13 @@ from flower_split.split.client_side.running_call import (
     running_call,
     whole_mask,
 )
-from flower_split.split.structure.host_call import LayerOutput, Mask, StandIn, take_hidden_states
+from flower_split.split.structure.host_call import (
+    CACHE_ARGUMENTS,
+    LayerOutput,
+    Mask,
+    StandIn,
+    take_hidden_states,
+)
 from flower_split.split.structure.kv_cache import (
     CacheBook,
     CacheStep,
@@ -78,7 +84,8 @@ def note_call(model: PreTrainedModel, args: tuple[object, ...], kwargs: dict[str
             "the model was called with output_router_logits, for an auxiliary loss over all layers, "
             "of which the client has some. Set output_router_logits to False."
         )
-    cache = named.pop("past_key_values", None)
+    caches = [named.pop(name, None) for name in CACHE_ARGUMENTS]
+    cache = next((given for given in caches if given is not None), None)
     layers = getattr(cache, "layers", ())  # a pair, of encoder and decoder, has none itself
     if any(isinstance(layer, StaticLayer) for layer in layers):
         raise SplitError(

@@ -24,6 +24,9 @@ from flower_split.split.structure.kv_cache import enter_place_holder, find_cache
 from flower_split.split.structure.layer_arguments import tensors_of, with_tensors
 from flower_split.split.structure.place_holders import plain_attributes
 
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What a model's forward calls its cache: transformers' name from 5.24 on, and the one before."""
+
 # A padding mask ``[batch, seq]``; or, where layers need another one (images that see themselves whole),
 # the mask that the model made, ``[batch or 1, heads or 1, seq, seq]``; or one of those per kind of layer.
 Mask = Tensor | Mapping[str, Tensor | None] | None
@@ -79,6 +82,12 @@ def host_inputs(
 def argument_names(forward: Callable[..., object]) -> frozenset[str]:
     """Return the names of a forward's own arguments."""
     return frozenset(inspect.signature(forward).parameters)
+
+
+def cache_argument(forward: Callable[..., object]) -> str:
+    """Return the name under which a model's forward takes its cache; empty: it takes none."""
+    names = argument_names(forward)
+    return next((name for name in CACHE_ARGUMENTS if name in names), "")
 
 
 @functools.lru_cache(maxsize=64)

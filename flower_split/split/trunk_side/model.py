@@ -24,6 +24,7 @@ from flower_split.split.structure.host_call import (
     Smashed,
     StandIn,
     TrunkOutput,
+    cache_argument,
     enter_trunk,
     give_arguments,
     host_inputs,
@@ -327,7 +328,7 @@ class TrunkModel(nn.Module):
         inputs = host_inputs(host, hidden_states, width, attention_mask, position_ids, use_cache)
         inputs.update(host_arguments)
         if past is not None:
-            inputs["past_key_values"] = past
+            inputs[cache_argument(type(host).forward)] = past
         begin = hidden_states.view(*hidden_states.shape[:2], *self._position_shape)
         if layer_arguments and not self._takes_arguments:
             self._hook_layers()

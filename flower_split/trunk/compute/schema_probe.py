@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flower_split.data.model_limits import max_positions
 from flower_split.split import TrunkModel
-from flower_split.split.structure.host_call import argument_names
+from flower_split.split.structure.host_call import argument_names, cache_argument
 from flower_split.split.structure.layer_arguments import tensors_of
 from flower_split.split.structure.probe import quiet
 from flower_split.split.structure.quantization import float_dtype
@@ -191,7 +191,7 @@ def _features(trunk: TrunkModel) -> dict[str, tuple[Form, ...]]:
 
 def _takes_cache(trunk: TrunkModel) -> bool:
     """Return whether the model goes on from keys and values that it is given."""
-    return "past_key_values" in argument_names(type(trunk.host).forward)
+    return bool(cache_argument(type(trunk.host).forward))
 
 
 def _beside_cache(

@@ -23,6 +23,7 @@ from tests.support.generation_rig import (
     MODES,
     NEW_TOKENS,
     generated,
+    going_on,
     lively_model,
     prompts,
 )
@@ -167,10 +168,10 @@ def test_cache_of_an_abandoned_session_is_freed_when_its_lease_ends() -> None:
         )
         assert 0 < fed.engine.cache_bytes() == both // 2
         step = {"input_ids": torch.ones(2, 1, dtype=torch.int64), "use_cache": True}
-        fed.client(**step, past_key_values=at_work)
+        fed.client(**step, **going_on(fed.client, at_work))
         set_trunk(fed.client, one)
         with pytest.raises(TrunkRefused) as refused:
-            fed.client(**step, past_key_values=kept)
+            fed.client(**step, **going_on(fed.client, kept))
         assert refused.value.reason is RefusalReason.UNKNOWN_CACHE
         fed.engine.begin_round(evaluation(2))
         assert fed.engine.cache_bytes() == 0
@@ -197,7 +198,7 @@ def test_cache_over_the_budget_is_refused_and_what_is_there_stays() -> None:
             fed.client(input_ids=torch.ones(4, 30, dtype=torch.int64), use_cache=True)
         assert refused.value.reason is RefusalReason.OVER_BUDGET
         assert fed.engine.cache_bytes() == held
-        step = {"input_ids": torch.ones(2, 1, dtype=torch.int64), "past_key_values": cache}
+        step = {"input_ids": torch.ones(2, 1, dtype=torch.int64), **going_on(fed.client, cache)}
         assert fed.client(**step, use_cache=True).logits.shape == (2, 1, 64)
 
 
@@ -208,7 +209,8 @@ def test_cache_begun_before_the_trunk_was_replaced_is_refused() -> None:
         cache = fed.client(**prompts(), use_cache=True).past_key_values
         second = fed.connect(1)
         with pytest.raises(SplitError, match="another|before"):
-            fed.client(input_ids=torch.ones(2, 1, dtype=torch.int64), past_key_values=cache)
+            step = {"input_ids": torch.ones(2, 1, dtype=torch.int64)}
+            fed.client(**step, **going_on(fed.client, cache))
         first.close()
         second.close()
 
@@ -221,7 +223,7 @@ def test_manual_loop_with_a_cache_of_ones_own_equals_unsplit() -> None:
             cache, step = DynamicCache(config=model.config), dict(prompts())
             found = []
             for _ in range(12):
-                output = subject(**step, past_key_values=cache, use_cache=True)
+                output = subject(**step, **going_on(subject, cache), use_cache=True)
                 found.append(output.logits[:, -1])
                 mask = torch.nn.functional.pad(step["attention_mask"], (0, 1), value=1)
                 step = {"input_ids": output.logits[:, -1:].argmax(-1), "attention_mask": mask}

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from flower_split.errors import SplitError
 from flower_split.split import CutLayers, set_trunk, split_model
+from tests.support.generation_rig import going_on
 from tests.support.tiny_models import assert_same_bits, loss_and_gradients, padded_batch, tiny_model
 
 CUTS = CutLayers(1, 3)
@@ -113,7 +114,7 @@ def test_client_with_a_filled_cache_is_refused() -> None:
     ids = padded_batch()["input_ids"]
     cache = client(input_ids=ids, use_cache=True).past_key_values
     with pytest.raises(SplitError, match="use_cache=False"):
-        client(input_ids=ids[:, :1], past_key_values=cache)
+        client(input_ids=ids[:, :1], **going_on(client, cache))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

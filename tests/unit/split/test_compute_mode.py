@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flower_split.split import CutLayers, split_model
 from flower_split.split.structure.compute_mode import compute_fast
+from flower_split.split.structure.kv_cache import find_cache
 
 CUTS = CutLayers(1, 3)
 
@@ -65,7 +66,7 @@ def test_fast_in_training_keeps_no_keys_and_values(compiled: list[object]) -> No
     compute_fast(trunk, trunk.stack.layers(trunk))
     seen: list[bool] = []
     trunk.stack.layers(trunk)[1].register_forward_pre_hook(
-        lambda _module, _args, kwargs: seen.append(kwargs.get("past_key_values") is None),
+        lambda _module, args, kwargs: seen.append(find_cache(args, kwargs) is None),
         with_kwargs=True,
     )
     for training in (True, False):
