@@ -68,10 +68,11 @@ def look(status: TrunkStatus, before: TrunkStatus | None = None, seconds: float 
         before: Its answer before; None: there is none.
         seconds: Between the two.
     """
+    done, time_taken = status.num_tokens, status.process.round_seconds
+    # A round is evaluated under its own number, and counts from zero again.
     if before is not None and seconds > 0 and _same_round(before, status):
-        done, time_taken = status.num_tokens - before.num_tokens, seconds
-    else:
-        done, time_taken = status.num_tokens, status.process.round_seconds
+        since = status.num_tokens - before.num_tokens
+        done, time_taken = (since, seconds) if since >= 0 else (done, time_taken)
     return Seen(status=status, tokens_per_second=done / time_taken if time_taken > 0 else 0.0)
 
 

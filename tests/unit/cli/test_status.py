@@ -46,6 +46,8 @@ def test_rate_is_of_the_round_and_then_between_two_looks() -> None:
     assert look(status(900.0, 15.0), first, 5.0).tokens_per_second == 60.0
     assert look(status(700.0, 15.0), first, 5.0).tokens_per_second == 20.0
     assert look(status(80.0, 2.0, server_round=4), first, 5.0).tokens_per_second == 40.0
+    evaluated = status(80.0, 2.0)  # the same round, which counts anew
+    assert look(evaluated, first, 5.0).tokens_per_second == 40.0
 
 
 def test_picture_says_who_is_waited_for_and_since_when() -> None:
