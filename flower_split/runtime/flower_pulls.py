@@ -8,17 +8,19 @@ and the later ones double as before; where a release of Flower has no such defau
 import importlib
 
 _MODULE = "flwr.supercore.inflatable.inflatable_utils"
-_FUNCTION = "pull_objects"
+_FUNCTIONS = ("pull_objects", "pull_and_inflate_object_from_tree")  # each has a default of its own
 _FIRST_PAUSE = "initial_backoff"
 _SECONDS = 0.05
 
 
 def pull_sooner(module: str = _MODULE) -> bool:
-    """Shorten the first pause in this process; return whether there is one to shorten."""
+    """Shorten the first pause in this process; return whether all the functions that pull have one."""
     try:
-        pull = getattr(importlib.import_module(module), _FUNCTION)
-        before = pull.__kwdefaults__[_FIRST_PAUSE]
-    except (ImportError, AttributeError, KeyError, TypeError):
+        loaded = importlib.import_module(module)
+    except ImportError:
         return False
-    pull.__kwdefaults__[_FIRST_PAUSE] = min(before, _SECONDS)
-    return True
+    found = [getattr(getattr(loaded, name, None), "__kwdefaults__", None) for name in _FUNCTIONS]
+    defaults = [named for named in found if named and _FIRST_PAUSE in named]
+    for named in defaults:
+        named[_FIRST_PAUSE] = min(named[_FIRST_PAUSE], _SECONDS)
+    return len(defaults) == len(_FUNCTIONS)
