@@ -9,6 +9,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from flower_split.errors import FederationError
+from flower_split.messages.arrays import check_readable
 from flower_split.messages.packing import packed, unpacked
 from flower_split.server.wrapped_grid import WrappedGrid
 
@@ -35,7 +36,7 @@ class PackedGrid(WrappedGrid):
         )
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Fetch replies; one that cannot be unpacked is its node's failure."""
+        """Fetch replies; one whose arrays cannot be read is its node's failure."""
         return [_unpacked(reply) for reply in self._grid.pull_messages(message_ids)]
 
 
@@ -43,10 +44,13 @@ def _unpacked(reply: Message) -> Message:
     if not reply.has_content():
         return reply
     try:
-        return unpacked(reply)
+        whole = unpacked(reply)
+        for name, record in whole.content.array_records.items():
+            check_readable(record, f"record {name!r}")
     except FederationError as error:
         logger.warning("the reply of node %d: %s", reply.metadata.src_node_id, error)
         failed = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, str(error))
         refused = copy.copy(reply)
         vars(refused).update(_content=None, _error=failed)  # with its metadata
         return refused
+    return whole

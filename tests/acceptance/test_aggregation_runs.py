@@ -159,6 +159,17 @@ def test_malformed_update_is_refused_by_name_unless_it_may_be_excluded(
     assert not (job.root / "run" / "adapters" / "client.safetensors").exists()
 
 
+def test_update_that_cannot_be_read_ends_the_run_in_words_that_name_its_client(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(message: Message) -> None:
+        message.content["arrays"] = ArrayRecord({"a": Array("float32", (1,), "noise", b"x")})
+
+    tampered(monkeypatch, unreadable)
+    with pytest.raises(FederationError, match="partition 1 .*cannot be read"):
+        job.run("product-delta", num_server_rounds=1)
+
+
 def stop_in_round_two(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Training fails in round 2 until the function that is returned is called."""
     failing = [True]

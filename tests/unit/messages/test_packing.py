@@ -131,6 +131,22 @@ def test_reply_that_cannot_be_unpacked_is_its_nodes_failure() -> None:
     assert not replies[0].has_content()
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array("float32", (2,), "pickle", b"1234"),
+        Array("float32", (2,), "numpy.ndarray", b""),
+        Array("float32", (2,), "numpy.ndarray", b"noise that is no array"),
+        Array("float32", (2,), "numpy.ndarray", Array(np.ones(99)).data[:-9]),
+    ],
+)
+def test_reply_with_an_array_that_cannot_be_read_is_its_nodes_failure(array: Array) -> None:
+    content = RecordDict({"arrays": ArrayRecord({"a": Array(np.ones(2)), "bad": array})})
+    for sent in (content, packed(message(content)).content):
+        replies = ask(PackedGrid(FakeGrid([NODE], lambda _, sent=sent: sent), [NODE]), [message()])
+        assert "array 'bad' of record 'arrays' cannot be read" in replies[0].error.reason
+
+
 def context() -> Context:
     return Context(run_id=1, node_id=NODE, node_config={}, state=RecordDict(), run_config={})
 
