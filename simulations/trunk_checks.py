@@ -244,7 +244,7 @@ def measure(
 
 
 def step(clients: list[RemoteTrunk], window: int, shape: tuple[int, int, int]) -> None:
-    """Take one step with every client's micro-batch."""
+    """Take one step with every client's micro-batch; return when the weights have been stepped."""
     count = float(shape[0] * shape[1])
     for slot, client in enumerate(clients):
         generator = torch.Generator().manual_seed(slot)
@@ -252,6 +252,7 @@ def step(clients: list[RemoteTrunk], window: int, shape: tuple[int, int, int]) -
         with client.micro_batch(window, 0, num_tokens=count, loss_denominator=count, last=True):
             output = client(hidden)
         (output.square().sum() / count).backward()
+    clients[0].wait_version(window + 1)  # a backward is answered before the optimizer steps
 
 
 @contextlib.contextmanager

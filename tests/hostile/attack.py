@@ -14,6 +14,8 @@ from typing import IO, Protocol
 
 from tests.hostile.enemy import Enemy
 
+ANSWERED_WITHIN = 10.0  # seconds, for the calls of an attack of which none may stay open
+
 
 @dataclass(frozen=True, slots=True)
 class Attack:
@@ -105,9 +107,9 @@ class AttackerHere:
 
     def end(self) -> Told:
         self.pause()
-        if self._enemy is None:
+        if self._enemy is None or self._attack is None:
             return Told()
-        self._enemy.close()
+        self._enemy.close(0.0 if "OPEN" in self._attack.codes else ANSWERED_WITHIN)
         return Told(dict(self._enemy.answers), self._enemy.texts, self._problems)
 
     def _run(self) -> None:

@@ -3,6 +3,7 @@
 import queue
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -159,8 +160,15 @@ class Enemy:
             call = channel.stream_stream(path)(held, timeout=timeout, metadata=metadata)
             self._held.append((held, call))
 
-    def let_go(self) -> None:
-        """Count how held calls were answered, and end those that were not."""
+    def let_go(self, patience: float = 0.0) -> None:
+        """Count how held calls were answered, and end those that were not.
+
+        Args:
+            patience: Seconds to wait, for all of them together, until each is answered.
+        """
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline and not all(call.done() for _, call in self._held):
+            time.sleep(0.01)
         for held, call in self._held:
             code = str(call.code().name) if call.done() else "OPEN"
             self.answers[code] += 1
@@ -170,9 +178,9 @@ class Enemy:
             held.end()
         self._held.clear()
 
-    def close(self) -> None:
-        """Leave the trunk alone."""
-        self.let_go()
+    def close(self, patience: float = 0.0) -> None:
+        """Leave the trunk alone, after so many seconds of waiting for answers."""
+        self.let_go(patience)
         for channel in self._channels:
             channel.close()
         self.disconnect()
