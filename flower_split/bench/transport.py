@@ -6,12 +6,17 @@ The trunk is an echo in another process, so what is timed is the wire: framing o
 checks, the digest of a training call. ``memcpy`` copies the same bytes there and back within this
 process, into memory that has been used before. All run in turns, because loopback varies by a third
 between runs.
+
+Over a :class:`~flower_split.bench.shaped_link.Link` raw TCP and gRPC each pass through it, and neither
+shared memory nor codecs are timed: they do not depend on a link.
 """
 
 import multiprocessing
 import socket
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
 from types import MappingProxyType
@@ -23,16 +28,35 @@ from torch import Tensor
 from flower_split.bench.codec_rows import codec_rows
 from flower_split.bench.figures import Figures, Row
 from flower_split.bench.machine import describe_machine
+from flower_split.bench.shaped_link import Link, serve_link
 from flower_split.bench.turns import in_turns
 from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.protocol.values import CallResult, ForwardCall, SessionGrant
 from flower_split.split import CutLayers
 from flower_split.trunk.engine.engine import TrunkEngine
+from flower_split.trunk.service.limits import Limits
 from flower_split.trunk.service.server import TrunkServer
 
 SIZES = (0.39, 8.4, 67.0)  # MB: one short sequence, a small batch, 8 x 512 tokens of width 4096
 
 _HIDDEN = 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransportBench:
+    """What to time.
+
+    Args:
+        sizes: In MB.
+        repeats: Of each kind that count.
+        link: Between client and trunk; None: loopback as it is.
+        stream_window: As ``trunk.stream-window`` says.
+    """
+
+    sizes: Sequence[float] = SIZES
+    repeats: int = 15
+    link: Link | None = None
+    stream_window: int = Limits().stream_window
 
 
 class _EchoEngine:
@@ -78,10 +102,12 @@ class _EchoEngine:
         """Count nothing."""
 
 
-def _serve_trunk(ready: Connection) -> None:
+def _serve_trunk(ready: Connection, stream_window: int) -> None:
     """Serve an echo trunk until the other end of the pipe closes."""
     torch.set_num_threads(1)
-    with TrunkServer(cast(TrunkEngine, _EchoEngine()), coordinator_token="none") as server:
+    limits = Limits(stream_window=stream_window)
+    engine = cast(TrunkEngine, _EchoEngine())
+    with TrunkServer(engine, coordinator_token="none", limits=limits) as server:
         ready.send(server.start())
         _until_closed(ready)
 
@@ -120,7 +146,7 @@ def _fill(connection: socket.socket, target: memoryview) -> bool:
     return True
 
 
-def _start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
+def start_apart(serve: Callable[[Connection], None], stack: ExitStack) -> int:
     """Run ``serve`` in a fresh process until ``stack`` ends; return its port."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -132,34 +158,36 @@ def _start(serve: Callable[[Connection], None], stack: ExitStack) -> int:
     return int(ours.recv())
 
 
-def measure_transport(sizes: Sequence[float], repeats: int) -> Figures:
-    """Time round trips of every size, all kinds in turns.
-
-    Args:
-        sizes: In MB.
-        repeats: Of each kind that count.
-    """
+def measure_transport(bench: TransportBench) -> Figures:
+    """Time round trips of every size, all kinds in turns."""
     torch.set_num_threads(1)
     rows: list[Row] = []
     with ExitStack() as stack:
-        tcp_port, trunk_port = _start(_serve_tcp, stack), _start(_serve_trunk, stack)
+        tcp_port = start_apart(_serve_tcp, stack)
+        trunk_port = start_apart(partial(_serve_trunk, stream_window=bench.stream_window), stack)
+        transports = {"gRPC": "grpc", "shared memory": "shared-memory"}
+        if bench.link is not None:
+            del transports["shared memory"]
+            tcp_port, trunk_port = (
+                start_apart(partial(serve_link, link=bench.link, target=port), stack)
+                for port in (tcp_port, trunk_port)
+            )
         connection = stack.enter_context(socket.create_connection(("127.0.0.1", tcp_port)))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        trunks = {
-            name: _client(trunk_port, transport)
-            for name, transport in (("gRPC", "grpc"), ("shared memory", "shared-memory"))
-        }
+        trunks = {name: _client(trunk_port, kind) for name, kind in transports.items()}
         for trunk in trunks.values():
             stack.callback(trunk.close)
-        for size in sizes:
+        for size in bench.sizes:
             smashed = torch.randn(1, max(1, round(size * 1e6 / 4 / _HIDDEN)), _HIDDEN)
-            rows += _rows(size, smashed, connection, trunks, repeats)
-            rows += codec_rows(f"{size:g} MB: ", smashed, repeats)
+            rows += _rows(size, smashed, connection, trunks, bench)
+            if bench.link is None:
+                rows += codec_rows(f"{size:g} MB: ", smashed, bench.repeats)
+    over = "on loopback" if bench.link is None else f"over a link of {bench.link}"
     return Figures(
         name="transport",
-        title="Round trips to a trunk's server on loopback",
+        title=f"Round trips to a trunk's server {over}",
         machine=describe_machine(),
-        settings={"sizes": list(sizes), "repeats": repeats},
+        settings=asdict(bench),
         rows=rows,
     )
 
@@ -183,7 +211,7 @@ def _rows(
     smashed: Tensor,
     connection: socket.socket,
     trunks: Mapping[str, RemoteTrunk],
-    repeats: int,
+    bench: TransportBench,
 ) -> list[Row]:
     """Time all ways in turns."""
     data = smashed.numpy().tobytes()
@@ -207,15 +235,24 @@ def _rows(
         with trunk.micro_batch(0, 0, num_tokens=1, loss_denominator=1.0, last=True):
             trunk(smashed)
 
-    ways: dict[str, Callable[[], None]] = {"raw TCP": tcp, "memcpy": memcpy}
+    ways: dict[str, Callable[[], object]] = {"raw TCP": tcp}
+    if bench.link is None:
+        ways["memcpy"] = memcpy
     for name, trunk in trunks.items():
         ways[f"{name}, evaluation"] = partial(evaluate, trunk)
         ways[f"{name}, training call"] = partial(train, trunk)
+    least = 0.0 if bench.link is None else 2 * size * 1e6 / bench.link.bytes_per_second
     return [
-        Row(
-            what=f"{size:g} MB: {name}",
-            seconds=kept,
-            base=f"{size:g} MB: {'memcpy' if 'memory' in name else 'raw TCP'}",
-        )
-        for name, kept in in_turns(ways, repeats).items()
+        _row(size, name, seconds, least) for name, seconds in in_turns(ways, bench.repeats).items()
     ]
+
+
+def _row(size: float, name: str, seconds: tuple[float, ...], least: float = 0.0) -> Row:
+    """Return a row; ``least`` are the seconds that a link takes for its bytes there and back."""
+    base = "memcpy" if "memory" in name else "raw TCP"
+    return Row(
+        what=f"{size:g} MB: {name}",
+        seconds=seconds,
+        base=f"{size:g} MB: {base}",
+        beside={"of the link": least / statistics.median(seconds)} if least else {},
+    )

@@ -34,12 +34,22 @@ def _add_transport(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
         help="round trips to a trunk on loopback, beside raw TCP and memcpy; codecs",
         description="Calls of gRPC and of shared memory with a trunk that echoes, in turns with raw TCP "
         "and memcpy of the same bytes. A training call also digests its content. Then what the codecs "
-        "take at one end of the wire, in turns with a copy.",
+        "take at one end of the wire, in turns with a copy. With --link, TCP and gRPC over a link of that "
+        "rate, through a proxy in a process of its own.",
     )
     transport.add_argument(
         "--sizes", type=float, nargs="+", default=[0.39, 8.4, 67.0], metavar="MB"
     )
     transport.add_argument("--repeats", type=int, default=15, help="timed round trips per size")
+    transport.add_argument(
+        "--link", type=float, metavar="MBIT/S", help="each way; default: loopback"
+    )
+    transport.add_argument(
+        "--round-trip", type=float, default=0.0, metavar="MS", help="of the link; with --link"
+    )
+    transport.add_argument(
+        "--stream-window", type=int, default=1 << 17, metavar="BYTES", help="as trunk.stream-window"
+    )
     _add_out(transport)
     transport.set_defaults(handler=_transport)
 
@@ -195,10 +205,16 @@ def _console() -> "Console":
 
 def _transport(arguments: argparse.Namespace) -> int:
     # Torch takes seconds to load: only the command that needs it does.
-    from flower_split.bench.transport import measure_transport
+    from flower_split.bench.shaped_link import Link
+    from flower_split.bench.transport import TransportBench, measure_transport
 
-    figures = measure_transport(arguments.sizes, arguments.repeats)
-    figures.tell(_console(), arguments.out)
+    bench = TransportBench(
+        sizes=tuple(arguments.sizes),
+        repeats=arguments.repeats,
+        link=Link(arguments.link, arguments.round_trip / 1e3) if arguments.link else None,
+        stream_window=arguments.stream_window,
+    )
+    measure_transport(bench).tell(_console(), arguments.out)
     return 0
 
 

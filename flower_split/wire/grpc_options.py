@@ -28,6 +28,8 @@ def channel_options(proxy: str = "") -> list[tuple[str, int | str]]:
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.enable_http_proxy", 1 if proxy else 0),
+        # The caller's own thread waits for a reply to one message: 0.3 ms less than another one's.
+        ("SingleThreadedUnaryStream", 1),
         ("grpc.enable_retries", 0),  # retries are counted and bounded by grpc_transport, not below
         ("grpc.use_local_subchannel_pool", 1),  # control calls get a connection of their own
         ("grpc.keepalive_time_ms", 30_000),

@@ -123,6 +123,8 @@ class TrunkChannel(Closing):
         self, method: str, message: Outgoing, read: Callable[[Iterator[bytes]], Result]
     ) -> Result:
         """Make one call that sends and reads frames; see ``Transport``. ``read`` may raise, too."""
+        if message.is_one_frame:
+            return self._ask_once(method, next(message.frames()), read)
         start: grpc.StreamStreamMultiCallable[bytes, bytes] = self._data.stream_stream(
             f"/{SERVICE}/{method}"
         )
@@ -139,16 +141,21 @@ class TrunkChannel(Closing):
         self, method: str, request: Message, read: Callable[[Iterator[bytes]], Result]
     ) -> Result:
         """Make one call that sends a message and reads frames; see :meth:`stream`."""
+        return self._ask_once(method, request.SerializeToString(), read)
+
+    def _ask_once(
+        self, method: str, request: bytes, read: Callable[[Iterator[bytes]], Result]
+    ) -> Result:
+        """Make one call of one message, which needs no thread beside the caller's."""
         start: grpc.UnaryStreamMultiCallable[bytes, bytes] = self._data.unary_stream(
             f"/{SERVICE}/{method}"
         )
-        payload = request.SerializeToString()
         return self._until_answered(
             method,
             None,
             True,
             lambda left: _consume(
-                start(payload, timeout=left, metadata=self._metadata(method)), read
+                start(request, timeout=left, metadata=self._metadata(method)), read
             ),
         )
 

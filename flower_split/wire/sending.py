@@ -142,6 +142,11 @@ class Outgoing:
             here = sum(part.nbytes for part in self.payloads)
             self.num_bytes = framed_bytes(len(serialized), here + there)
 
+    @property
+    def is_one_frame(self) -> bool:
+        """Whether :meth:`frames` yields one."""
+        return len(self._plan) == 1
+
     def frames(self) -> Iterator[bytes]:
         """Yield the frames, each made when it is asked for."""
         parts = iter(self.payloads)
@@ -205,12 +210,10 @@ def _planned(header: bytes, payload_bytes: int) -> list[tuple[bytes, int]]:
     overhead = 1 + 5  # the tag and the longest length
     size = min(payload_bytes, max(0, FRAME_BYTES - len(header) - overhead))
     plan = [(header + (PAYLOAD_TAG + _varint(size) if size else b""), size)]
-    left = payload_bytes - size
-    while left:
-        size = min(left, FRAME_BYTES - overhead)
-        plan.append((PAYLOAD_TAG + _varint(size), size))
-        left -= size
-    return plan
+    whole = FRAME_BYTES - overhead
+    count, rest = divmod(payload_bytes - size, whole)
+    plan += [(PAYLOAD_TAG + _varint(whole), whole)] * count
+    return plan + [(PAYLOAD_TAG + _varint(rest), rest)] * (rest > 0)
 
 
 def _varint(value: int) -> bytes:

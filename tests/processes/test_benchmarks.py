@@ -41,6 +41,23 @@ def test_bench_transport_has_grpc_beside_tcp_and_shared_memory_beside_memcpy(
 
 
 @pytest.mark.slow
+def test_bench_transport_over_a_link_has_grpc_beside_tcp_and_the_share_of_the_link(
+    tmp_path: Path,
+) -> None:
+    order = ["bench", "transport", "--repeats", "2", "--sizes", "0.5", "--out", str(tmp_path)]
+    assert main([*order, "--link", "100", "--round-trip", "10"]) == 0
+    rows = json.loads((tmp_path / "transport.json").read_text())["rows"]
+    assert [(row["what"], row["base"]) for row in rows] == [
+        ("0.5 MB: raw TCP", "0.5 MB: raw TCP"),
+        ("0.5 MB: gRPC, evaluation", "0.5 MB: raw TCP"),
+        ("0.5 MB: gRPC, training call", "0.5 MB: raw TCP"),
+    ]
+    # 0.04 s for each way at 12.5 MB/s, and 0.01 s there and back.
+    assert all(row["of the link"] <= 0.08 / 0.09 + 0.01 for row in rows)
+    assert all(row["median_seconds"] >= 0.089 for row in rows)
+
+
+@pytest.mark.slow
 def test_bench_step_has_the_split_step_beside_plain_peft(tmp_path: Path) -> None:
     order = ["bench", "step", "--clients", "1", "2", "--steps", "1", "--device", "cpu"]
     assert main([*order, "--out", str(tmp_path)]) == 0
