@@ -72,7 +72,7 @@ def _windows(
                 with trunk.micro_batch(
                     step, 0, num_tokens=num_tokens, loss_denominator=num_tokens, last=True
                 ):
-                    output = trunk(leaf)
+                    output = trunk(leaf, use_cache=False)
                 torch.autograd.grad(output, [leaf, trunk.always], gradient, allow_unused=True)
                 times.append(time.perf_counter())
             begun.wait(config.trunk.call_timeout)  # nobody leaves before all are done
@@ -99,7 +99,7 @@ def run_arithmetic(pipe: Connection, config: RunConfig) -> None:
     seconds = []
     for step in range(5 * config.train.local_steps + WARM_UP):
         began = time.perf_counter()
-        _, activation = compute.forward_train(tensors, seed_of=str(step))
+        _, activation = compute.forward_train(tensors, seed_of=str(step), use_cache=False)
         compute.backward(activation, gradient)
         seconds.append(time.perf_counter() - began)
     pipe.send(Answer(seconds[WARM_UP:]))

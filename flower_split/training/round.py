@@ -262,7 +262,11 @@ class ComputeTurns:
         """Compute one micro-batch, with random numbers from ``seed``."""
         self._acquire()
         outside = self._random_state()
-        torch.manual_seed(seed)
+        # As torch.manual_seed, which notes its caller's whole stack where CUDA has not been used: 0.4 ms.
+        torch.default_generator.manual_seed(seed)
+        if self._cuda is not None:
+            with torch.cuda.device(self._cuda):
+                torch.cuda.manual_seed(seed)
         try:
             yield
         finally:

@@ -123,8 +123,9 @@ class TrunkChannel(Closing):
         self, method: str, message: Outgoing, read: Callable[[Iterator[bytes]], Result]
     ) -> Result:
         """Make one call that sends and reads frames; see ``Transport``. ``read`` may raise, too."""
-        if message.is_one_frame:
-            return self._ask_once(method, next(message.frames()), read)
+        if len(message.plan) == 1:
+            ((prefix, _),) = message.plan
+            return self._ask_once(method, b"".join((prefix, *message.payloads)), read)
         start: grpc.StreamStreamMultiCallable[bytes, bytes] = self._data.stream_stream(
             f"/{SERVICE}/{method}"
         )

@@ -105,6 +105,7 @@ class Outgoing:
     Attributes:
         num_bytes: Bytes of all frames, as if everything went in them.
         tensor_bytes: Bytes of the tensors in memory.
+        plan: Of every frame, the bytes before its payload and the payload's size.
         payloads: Those of the tensors that have one on the CPU, in their order.
         staying: The tensors that stay on a GPU, in their order.
 
@@ -134,24 +135,19 @@ class Outgoing:
         self._serialized = serialized
         header_bytes = HEADER_TAG + _varint(len(serialized)) + serialized
         self.payloads = [item.data for item in encoded if item.data.nbytes]
-        self._plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
+        self.plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
         self.tensor_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        self.num_bytes = sum(len(prefix) + size for prefix, size in self._plan)
+        self.num_bytes = sum(len(prefix) + size for prefix, size in self.plan)
         if self.staying:
             there = sum(tensor.nbytes for tensor in self.staying)
             here = sum(part.nbytes for part in self.payloads)
             self.num_bytes = framed_bytes(len(serialized), here + there)
 
-    @property
-    def is_one_frame(self) -> bool:
-        """Whether :meth:`frames` yields one."""
-        return len(self._plan) == 1
-
     def frames(self) -> Iterator[bytes]:
         """Yield the frames, each made when it is asked for."""
         parts = iter(self.payloads)
         part, used = memoryview(b""), 0
-        for prefix, size in self._plan:
+        for prefix, size in self.plan:
             pieces: list[bytes | memoryview] = [prefix]
             while size:
                 if used == part.nbytes:
@@ -169,7 +165,7 @@ class Outgoing:
         message = copy.copy(self)
         message._serialized = serialized
         header_bytes = HEADER_TAG + _varint(len(serialized)) + serialized
-        message._plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
+        message.plan = _planned(header_bytes, sum(part.nbytes for part in self.payloads))
         return message
 
     def on_host(self) -> "Outgoing":
@@ -190,7 +186,7 @@ class Outgoing:
         serialized = self._serialized + pb.Header(shared=shared).SerializeToString()
         message = copy.copy(self)
         message.payloads = []
-        message._plan = [(HEADER_TAG + _varint(len(serialized)) + serialized, 0)]
+        message.plan = [(HEADER_TAG + _varint(len(serialized)) + serialized, 0)]
         return message
 
 

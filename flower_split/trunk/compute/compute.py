@@ -307,7 +307,11 @@ class TrunkCompute:
         own = nullcontext() if one.weights is None else self._slots.holding(one.weights)
         with own, torch.random.fork_rng(devices=self._cuda):
             if train:
-                torch.manual_seed(seed)
+                # As torch.manual_seed, which notes its caller's stack where CUDA has not been used.
+                torch.default_generator.manual_seed(seed)
+                for device in self._cuda:
+                    with torch.cuda.device(device):
+                        torch.cuda.manual_seed(seed)
             output: Tensor = trunk(
                 hidden,
                 attention_mask=given.attention_mask,

@@ -252,7 +252,8 @@ class Contributions:
             current.open_contribution = None
             current.activations.release(place)
             current.after_contribution()
-            self._changed.notify_all()
+            if current.windows.step_every is StepEvery.CONTRIBUTION:  # else they wait for the step
+                self._changed.notify_all()
         return smashed_grad, version
 
 
@@ -295,17 +296,18 @@ class WindowSteps:
                 self._index.totals.rounds_aborted += not current.plan.evaluate
                 self._compute.restore(current.before)
                 current.forget_work()
+                self._index.changed.notify_all()
                 level = logging.INFO if current.plan.evaluate else logging.WARNING
                 logger.log(level, "%s aborted: %s", current, current.windows.problem)
             if current.batches is not None:
                 current.go_on()
-            self._index.changed.notify_all()
 
     def _step(self, current: Round) -> None:
         """Step while a window is complete; where somebody is at fault, take them out and look again."""
         windows = current.windows
         alone = windows.step_every is StepEvery.CONTRIBUTION
         while slots := windows.due(current.gradients):
+            self._index.changed.notify_all()  # they look once the lock is free
             if current.trains:
                 rule = current.plan.finish
                 total = None if current.batches is None else current.batches.total

@@ -3,7 +3,8 @@
 Lock discipline, for the whole engine:
 
 - ``changed`` is the one lock. It guards rounds with all they hold (windows, ledgers, sessions,
-  activations), dispatches, and this index. It is re-entrant, and notified at every transition.
+  activations), dispatches, and this index. It is re-entrant, and notified at every
+  transition, but not of a contribution that ends no window.
 - Weights, optimizer, gradients and key-value caches belong to the compute thread. It takes
   ``changed`` inside what it runs; nobody waits for it while holding ``changed``.
 - A thread that holds ``changed`` takes no other lock, and lets go of it while it waits.
