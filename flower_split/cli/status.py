@@ -12,7 +12,7 @@ from rich.text import Text
 
 from flower_split.cli.trunk_login import TrunkLogin
 from flower_split.errors import ConfigError, TrunkError
-from flower_split.protocol.values import SlotReport, TrunkStatus
+from flower_split.protocol.values import EVALUATION_ENDED, SlotReport, TrunkStatus
 from flower_split.runtime.exit_codes import COMPLETED
 
 _MIB = 1 << 20
@@ -86,7 +86,9 @@ def picture(address: str, seen: Seen) -> Group:
     status, process, kept = seen.status, seen.status.process, seen.status.activations
     if status.max_experiments > 1 and not status.experiment:
         return _of_several(address, status)
-    head = Text(f"trunk {address}  {status.phase}", style="bold")
+    problem = "" if status.problem == EVALUATION_ENDED else status.problem
+    phase = status.phase if problem == status.problem else "evaluated"
+    head = Text(f"trunk {address}  {phase}", style="bold")
     if status.experiment:
         head.append(
             f"  experiment {status.experiment}  round {status.server_round}  attempt {status.attempt}"
@@ -108,8 +110,8 @@ def picture(address: str, seen: Seen) -> Group:
             f"batches {status.batches.batches} in {status.batches.passes} passes, "
             f"{status.batches.partial} without somebody"
         )
-    if status.problem:
-        lines.append(f"problem: {status.problem}")
+    if problem:
+        lines.append(f"problem: {problem}")
     return Group(head, *map(Text, lines), _slots(status.slots))
 
 

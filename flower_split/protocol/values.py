@@ -268,6 +268,11 @@ class ExperimentReport:
     silent_seconds: float = 0.0  # since its coordinator spoke
 
 
+EVALUATION_ENDED = (
+    "the evaluation ended"  # why its coordinator gives such a round up: nothing stays of it
+)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrunkStatus:
     """A snapshot for progress displays and health checks."""

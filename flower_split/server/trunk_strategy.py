@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import Strategy
 from flower_split.config import RunConfig
 from flower_split.errors import FederationError, RoundLost
 from flower_split.messages.replies import WEIGHT_METRICS, scalars, take_steps, with_uniform_weight
-from flower_split.protocol.values import RoundReport
+from flower_split.protocol.values import EVALUATION_ENDED, RoundReport
 from flower_split.runtime import failpoints
 from flower_split.server.federation.client_keys import ClientKeys
 from flower_split.server.federation.handshake import num_participants
@@ -178,7 +178,7 @@ class TrunkStrategy(Strategy):
             return None
         phase = self._close(server_round, evaluate=True)
         good, problems = phase.sort(replies)
-        self.trunk_rounds.abort("the evaluation ended")
+        self.trunk_rounds.abort(EVALUATION_ENDED)
         if not good:
             raise (RoundLost if phase.is_lost(problems) else FederationError)(
                 f"round {server_round}: no client could evaluate. "

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from flower_split.cli.main import main
 from flower_split.cli.status import look, picture
-from flower_split.protocol.values import ProcessReport, SlotReport, TrunkStatus
+from flower_split.protocol.values import EVALUATION_ENDED, ProcessReport, SlotReport, TrunkStatus
 from tests.support.loopback import (
     COORDINATOR_TOKEN,
     TinyTrunk,
@@ -60,6 +61,28 @@ def test_picture_says_who_is_waited_for_and_since_when() -> None:
     assert "not joined" in absent
     assert "60 tokens/s" in shown and "round 3" in shown and "3.0 MiB" in shown
     assert "1 aborted" in shown and "100.0 MiB" in shown
+
+
+@pytest.mark.parametrize(
+    ("why", "first_line", "problem"),
+    [
+        (EVALUATION_ENDED, "evaluated", ""),  # how every evaluation ends is no problem of anybody's
+        ("slot 1 left", "aborted", "problem: slot 1 left"),
+    ],
+)
+def test_evaluation_that_ended_is_told_from_a_round_that_was_given_up(
+    why: str, first_line: str, problem: str
+) -> None:
+    engine = make_engine(TinyTrunk())
+    with served(engine) as port, coordinator(port) as link:
+        begun = replace(plan(2), evaluate=True)
+        link.begin_round(begun)
+        link.abort_round(begun.experiment, begun.server_round, begun.attempt, why)
+        found = link.status()
+    text = io.StringIO()
+    Console(file=text, width=120).print(picture("trunk.example:9500", look(found)))
+    assert text.getvalue().splitlines()[0].startswith(f"trunk trunk.example:9500  {first_line} ")
+    assert problem in text.getvalue() and ("problem" in text.getvalue()) == bool(problem)
 
 
 def test_status_of_a_serving_trunk_as_json(
