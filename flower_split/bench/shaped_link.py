@@ -3,11 +3,13 @@
 A proxy in a process of its own carries bytes between a client and a server. Each way is a token bucket
 with a delay behind it: a piece leaves when the pieces before it have left and its own bytes are
 through, and arrives half a round trip later. All connections through one link share its two ways, and
-a sender that is too fast is stopped by TCP after 2 ms of the rate. Nothing is lost or reordered, and
+a sender that is too fast is stopped by TCP after 2 ms of the rate; what the receiver does not take waits
+in the proxy. Nothing is lost or reordered, and
 no congestion control runs beyond loopback's: raw TCP uses such a link fully, so it is the strictest
 reference.
 """
 
+import math
 import queue
 import socket
 import threading
@@ -15,6 +17,8 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+
+from flower_split.errors import ConfigError
 
 _AHEAD = 0.002  # seconds of the rate that a sender may be ahead
 _SMALLEST, _LARGEST = 16 << 10, 1 << 20  # bytes of a piece
@@ -27,10 +31,21 @@ class Link:
     Args:
         megabits: A second, each way.
         round_trip: Seconds there and back of a byte.
+
+    Raises:
+        ConfigError: No bytes pass, or they arrive before they are sent.
     """
 
     megabits: float
     round_trip: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 < self.megabits < math.inf and 0 <= self.round_trip < math.inf):
+            raise ConfigError(
+                "--link must be above 0 Mbit/s and --round-trip 0 ms or more; they are "
+                f"{self.megabits:g} Mbit/s and {1e3 * self.round_trip:g} ms. Leave both out for loopback "
+                "as it is."
+            )
 
     @property
     def bytes_per_second(self) -> float:
@@ -112,7 +127,11 @@ def _accept(listener: socket.socket, target: int, there: _Way, back: _Way) -> No
             near, _ = listener.accept()
         except OSError:
             return
-        far = socket.create_connection(("127.0.0.1", target))
+        try:
+            far = socket.create_connection(("127.0.0.1", target))
+        except OSError:  # nobody is behind the link: its client learns that, and waits for nothing
+            near.close()
+            continue
         for one in (near, far):
             one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         there.carry(near, far)

@@ -31,6 +31,7 @@ from flower_split.bench.machine import describe_machine
 from flower_split.bench.shaped_link import Link, serve_link
 from flower_split.bench.turns import in_turns
 from flower_split.client.remote_trunk import RemoteTrunk
+from flower_split.config import TrunkConfig
 from flower_split.protocol.values import CallResult, ForwardCall, SessionGrant
 from flower_split.split import CutLayers
 from flower_split.trunk.engine.engine import TrunkEngine
@@ -51,12 +52,27 @@ class TransportBench:
         repeats: Of each kind that count.
         link: Between client and trunk; None: loopback as it is.
         stream_window: As ``trunk.stream-window`` says.
+
+    Raises:
+        ConfigError: A window that a trunk refuses.
     """
 
     sizes: Sequence[float] = SIZES
     repeats: int = 15
     link: Link | None = None
     stream_window: int = Limits().stream_window
+
+    def __post_init__(self) -> None:
+        TrunkConfig(stream_window=self.stream_window)  # refuses what a trunk does
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for one round trip: ten times what the link needs for it, and a minute."""
+        return 60.0 + 10 * self.least_seconds(max(self.sizes))
+
+    def least_seconds(self, size: float) -> float:
+        """Seconds that the link takes for so many MB there and back; 0 where there is none."""
+        return 0.0 if self.link is None else 2 * size * 1e6 / self.link.bytes_per_second
 
 
 class _EchoEngine:
@@ -172,9 +188,13 @@ def measure_transport(bench: TransportBench) -> Figures:
                 start_apart(partial(serve_link, link=bench.link, target=port), stack)
                 for port in (tcp_port, trunk_port)
             )
-        connection = stack.enter_context(socket.create_connection(("127.0.0.1", tcp_port)))
+        connection = stack.enter_context(
+            socket.create_connection(("127.0.0.1", tcp_port), timeout=bench.patience)
+        )
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        trunks = {name: _client(trunk_port, kind) for name, kind in transports.items()}
+        trunks = {
+            name: _client(trunk_port, kind, bench.patience) for name, kind in transports.items()
+        }
         for trunk in trunks.values():
             stack.callback(trunk.close)
         for size in bench.sizes:
@@ -192,14 +212,14 @@ def measure_transport(bench: TransportBench) -> Figures:
     )
 
 
-def _client(port: int, transport: str) -> RemoteTrunk:
+def _client(port: int, transport: str, patience: float) -> RemoteTrunk:
     """Return an open session of its own with the echo trunk."""
     trunk = RemoteTrunk(
         f"127.0.0.1:{port}",
         token=f"benchmark-{transport}",
         fingerprint={},
         mode="joint",
-        call_timeout=60.0,
+        call_timeout=2 * patience,  # an attempt gets half of it
         transport=transport,
     )
     trunk.open(1)
@@ -221,7 +241,8 @@ def _rows(
     def tcp() -> None:
         connection.sendall(len(data).to_bytes(8, "little"))
         connection.sendall(data)
-        _fill(connection, back)
+        if not _fill(connection, back):
+            raise ConnectionError("the TCP server of the benchmark has closed its connection.")
 
     def memcpy() -> None:
         there[:] = data
@@ -241,7 +262,7 @@ def _rows(
     for name, trunk in trunks.items():
         ways[f"{name}, evaluation"] = partial(evaluate, trunk)
         ways[f"{name}, training call"] = partial(train, trunk)
-    least = 0.0 if bench.link is None else 2 * size * 1e6 / bench.link.bytes_per_second
+    least = bench.least_seconds(size)
     return [
         _row(size, name, seconds, least) for name, seconds in in_turns(ways, bench.repeats).items()
     ]

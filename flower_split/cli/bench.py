@@ -45,7 +45,10 @@ def _add_transport(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]")
         "--link", type=float, metavar="MBIT/S", help="each way; default: loopback"
     )
     transport.add_argument(
-        "--round-trip", type=float, default=0.0, metavar="MS", help="of the link; with --link"
+        "--round-trip",
+        type=float,
+        metavar="MS",
+        help="of the link; default: 0, and with --link alone",
     )
     transport.add_argument(
         "--stream-window", type=int, default=1 << 17, metavar="BYTES", help="as trunk.stream-window"
@@ -207,11 +210,20 @@ def _transport(arguments: argparse.Namespace) -> int:
     # Torch takes seconds to load: only the command that needs it does.
     from flower_split.bench.shaped_link import Link
     from flower_split.bench.transport import TransportBench, measure_transport
+    from flower_split.errors import ConfigError
 
+    link = None
+    if arguments.link is not None:
+        link = Link(arguments.link, (arguments.round_trip or 0.0) / 1e3)
+    elif arguments.round_trip is not None:
+        raise ConfigError(
+            f"--round-trip {arguments.round_trip:g} is of a link, and none is named. Give its rate as "
+            "--link, in Mbit/s."
+        )
     bench = TransportBench(
         sizes=tuple(arguments.sizes),
         repeats=arguments.repeats,
-        link=Link(arguments.link, arguments.round_trip / 1e3) if arguments.link else None,
+        link=link,
         stream_window=arguments.stream_window,
     )
     measure_transport(bench).tell(_console(), arguments.out)

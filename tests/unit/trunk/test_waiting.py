@@ -61,3 +61,23 @@ def test_prepare_past_its_deadline_says_so_and_its_retry_succeeds(
     busy.join(timeout=20)
     assert engine.prepare_round("test", 1, 0, time.monotonic() + 20).optimizer_steps == 1
     engine.close()
+
+
+def test_contribution_that_ends_no_window_wakes_nobody_and_the_step_wakes_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of many clients all wait for the step: each would look, and wait again, at every backward."""
+    engine = make_engine()
+    engine.begin_round(make_plan((0, 1, 2)))
+    clients = [ToyClient(engine, slot, 2) for slot in (0, 1, 2)]
+    changed, told = engine._index.changed, []
+    wake = changed.notify_all
+    monkeypatch.setattr(changed, "notify_all", lambda: (told.append(1), wake()))
+    contribute(clients[0], 0)
+    contribute(clients[1], 1)
+    engine._thread.do(lambda: None)  # a reply comes before the window is looked at
+    assert told == []
+    contribute(clients[2], 2)
+    engine._thread.do(lambda: None)
+    assert told and engine.status().version == 1
+    engine.close()
