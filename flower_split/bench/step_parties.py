@@ -163,7 +163,8 @@ def run_client(pipe: Connection, config: RunConfig, address: str, slot: int, tok
     )
     attach_lora(model, cuts, client_parts(config), seed=0)
     if config.train.compute == "fast":
-        compute_fast(model, find_stack(model).layers(model))
+        one_at_a_time = config.train.gradient_accumulation_steps == 1
+        compute_fast(model, find_stack(model).layers(model), one_at_a_time=one_at_a_time)
     pipe.send(Answer(()))
     pipe.recv()
     steps = config.train.local_steps + WARM_UP

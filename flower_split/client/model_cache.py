@@ -140,8 +140,10 @@ class RunCache:
                 seed=self.config.seed,
                 incomplete=("trunk",),
             )
-            if self.config.train.compute == "fast":
-                compute_fast(model, find_stack(model).layers(model))
+            train = self.config.train
+            if train.compute == "fast":
+                one_at_a_time = train.gradient_accumulation_steps == 1
+                compute_fast(model, find_stack(model).layers(model), one_at_a_time=one_at_a_time)
             models.parts[cuts] = model
         return models.parts[cuts]
 

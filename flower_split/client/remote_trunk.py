@@ -31,7 +31,7 @@ from flower_split.runtime.closing import Closing
 from flower_split.split import CutLayers
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep
-from flower_split.split.trunk_side.model import TrunkInputs
+from flower_split.split.trunk_side.model import MASK, POSITIONS, TrunkInputs
 from flower_split.training.trunk_protocol import CallStats
 from flower_split.wire.client_certificate import NO_CERTIFICATE, ClientCertificate
 from flower_split.wire.possession import ClientKey
@@ -242,20 +242,22 @@ class RemoteTrunk(nn.Module, Closing):
             TrunkRefused: The trunk answered no; the reason is typed.
             RoundAborted: The round was given up.
         """
-        mask = attention_mask
-        if isinstance(mask, Tensor) and mask.ndim != 4:
-            mask = _padding_mask(mask)
-        positions = None if position_ids is None else position_ids.to(torch.int64)
+        given = TrunkInputs(
+            attention_mask, position_ids, layer_arguments or {}, host_arguments or {}
+        )
+        on_host, extras = hidden_states.device.type == "cpu", given.named()
+        if not on_host:
+            extras = tensors_to_host(extras)
+        if MASK in extras and extras[MASK].ndim != 4:
+            extras[MASK] = _padding_mask(extras[MASK])
+        if POSITIONS in extras:
+            extras[POSITIONS] = extras[POSITIONS].to(torch.int64)
         if self._session.evaluate or not torch.is_grad_enabled():
             mode, micro_batch = ForwardMode.EVALUATE, None
         else:
             train = self._mode != "forward-only"
             mode = ForwardMode.TRAIN if train else ForwardMode.NO_GRAD
             micro_batch = self._current.take()
-        given = TrunkInputs(mask, positions, layer_arguments or {}, host_arguments or {})
-        on_host, extras = hidden_states.device.type == "cpu", given.named()
-        if not on_host:
-            extras = tensors_to_host(extras)
         if cache is not None and cache.rows is not None:
             extras["cache_rows"] = cache.rows
         allocate = pooled if on_host else allocator(hidden_states.device)

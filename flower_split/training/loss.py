@@ -25,9 +25,13 @@ def causal_lm_loss(
     model: PreTrainedModel, batch: Batch, denominator: int, device: torch.device
 ) -> Tensor:
     """Return the summed token loss of ``batch`` over ``denominator``, by the model's loss function."""
-    inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "labels"}
+    inputs = {
+        name: tensor.to(device, non_blocking=True)
+        for name, tensor in batch.items()
+        if name != "labels"
+    }
     logits = model(**inputs, use_cache=False).logits
-    labels = batch["labels"].to(device)
+    labels = batch["labels"].to(device, non_blocking=True)
     if logits.dtype == torch.float64 and model.loss_function is ForCausalLMLoss:
         # The same loss, which transformers computes in fp32 whatever the logits are.
         summed = cross_entropy(
@@ -50,7 +54,10 @@ def task_loss(
     if task in tasks.NEXT_TOKEN:
         return causal_lm_loss(model, batch, denominator, device)
     return loss_of(
-        logits_of(model, batch, device, task), batch["labels"].to(device), denominator, task
+        logits_of(model, batch, device, task),
+        batch["labels"].to(device, non_blocking=True),
+        denominator,
+        task,
     )
 
 
@@ -61,7 +68,7 @@ def logits_of(model: PreTrainedModel, batch: Batch, device: torch.device, task: 
         ``[batch, seq, classes]`` of tokens, ``[batch, classes]`` of records, or ``[batch, 2, seq]``
         of the first and the last token of an answer.
     """
-    given = {name: tensor.to(device) for name, tensor in batch.items()}
+    given = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     labels = given.pop("labels")
     if task == tasks.SEQ2SEQ:
         given["labels"] = labels  # of which the model makes what its decoder reads
@@ -139,7 +146,7 @@ def evaluate(
         else:
             logits, labels = (
                 logits_of(model, batch, device, config.task),
-                batch["labels"].to(device),
+                batch["labels"].to(device, non_blocking=True),
             )
             loss_sum += float(loss_of(logits, labels, 1, config.task))
             add(sums, sums_of(logits, labels, config))

@@ -174,7 +174,7 @@ class PartOptimizer:
         """Drop gradients that a round which was lost may have left behind."""
         self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, step: int, *, clip: bool = True) -> tuple[float, float]:
+    def step(self, step: int, *, clip: bool = True) -> tuple[Tensor, float]:
         """Take optimizer step ``step``, counted from 0 over the whole run, with ``.grad`` as it is.
 
         Args:
@@ -182,10 +182,10 @@ class PartOptimizer:
             clip: Clip this part's gradient by itself; False: it has been clipped with the others.
 
         Returns:
-            ``(L2 norm of the part's gradient before clipping, learning rate)``; the norm is 0 where
-            it was clipped with the others.
+            ``(L2 norm of the part's gradient before clipping, learning rate)``; the norm, of no
+            dimensions and on the parameters' device, is 0 where it was clipped with the others.
         """
-        norm: Tensor | None = None
+        norm = torch.zeros((), device=self.parameters[0].device)
         if clip and self._max_grad_norm > 0:
             norm = nn.utils.clip_grad_norm_(self.parameters, self._max_grad_norm)
         elif clip:
@@ -194,5 +194,4 @@ class PartOptimizer:
         self._rate.apply(self._optimizer, step)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        # The norm is read last: on a GPU that waits, and the step need not be launched behind it.
-        return 0.0 if norm is None else float(norm), self._rate(step)
+        return norm, self._rate(step)

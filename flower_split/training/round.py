@@ -154,7 +154,8 @@ class _StepTrainer:
         taken = [optimizer.step(at, clip=whole_norm is None) for optimizer in optimizers]
         norms, rates = zip(*taken, strict=True)
         wire = CallStats() if self.trunk is None else self.trunk.take_stats()
-        loss = sum(map(float, losses), 0.0)  # on a GPU this waits: last
+        values = torch.stack([*losses, *norms]).tolist()  # on a GPU this waits: last, and once
+        loss, part_norms = sum(values[: len(losses)]), values[len(losses) :]
         seconds = time.perf_counter() - started
         away = wire.wire_seconds + wire.trunk_queue_seconds + wire.trunk_compute_seconds
         return StepMetrics(
@@ -170,7 +171,7 @@ class _StepTrainer:
             gradient_bytes_sent=wire.gradient_bytes_sent,
             gradient_bytes_received=wire.gradient_bytes_received,
             learning_rate=rates[0],
-            grad_norm=math.hypot(*norms) if whole_norm is None else whole_norm,
+            grad_norm=math.hypot(*part_norms) if whole_norm is None else whole_norm,
         )
 
     def _clip_together(self, step: int, num_micro_batches: int) -> float | None:

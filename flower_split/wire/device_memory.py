@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flower_split.errors import CodecError
 from flower_split.wire.shared_slots import Place, SlotTable, aligned
-from flower_split.wire.staging import side_stream
+from flower_split.wire.staging import side_stream, to_host
 
 _ROW = 4096  # 32-bit words that one row of a digest has
 _LAZY_PEER_ACCESS = 1  # flag of cuIpcOpenMemHandle; the one there is
@@ -312,4 +312,6 @@ def device_digest(data: Tensor) -> bytes:
     rows = whole.view(torch.int32).view(-1, _ROW)
     sums = (rows * _weights(data.device)).sum(2)
     sums = sums ^ (sums >> 29)  # so that equal rows do not simply add up
-    return (sums * _row_weights(data.device, len(rows))).sum(1).cpu().numpy().tobytes()
+    found = (sums * _row_weights(data.device, len(rows))).sum(1)
+    # Not cpu(): a copy to pageable memory keeps the other threads from launching until it is done.
+    return to_host(found).numpy().tobytes()

@@ -104,25 +104,35 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` on the CPU: itself, or a pinned copy that is complete on return.
+    """Return ``tensor`` on the CPU; see :func:`tensors_to_host`."""
+    return tensors_to_host({"": tensor})[""]
 
-    The copy runs on a side stream behind what computes ``tensor``, so that the kernels which other
-    micro-batches launch meanwhile do not wait for it. The caller must have ``tensor``'s stream as
+
+def tensors_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return every tensor on the CPU: itself, or a pinned copy that is complete on return; one wait.
+
+    The copies run on a side stream behind what computes them, so that the kernels which other
+    micro-batches launch meanwhile do not wait for them. The caller must have the tensors' stream as
     the current one.
     """
-    if tensor.device.type != "cuda":
-        return tensor.detach().cpu()
-    source = tensor.detach().contiguous()
-    stream = side_stream(source.device)
-    stream.wait_stream(torch.cuda.current_stream(source.device))
-    with torch.cuda.stream(stream):
-        host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
-        host.copy_(source, non_blocking=True)
-        copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        copied.record(stream)
-    source.record_stream(stream)
-    copied.synchronize()
-    return host
+    found: dict[str, Tensor] = {}
+    copied: dict[torch.device, torch.cuda.Event] = {}
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cuda":
+            found[name] = tensor.detach().cpu()
+            continue
+        source = tensor.detach().contiguous()
+        stream = side_stream(source.device)
+        stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(stream):
+            found[name] = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+            found[name].copy_(source, non_blocking=True)
+            copied[source.device] = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            copied[source.device].record(stream)
+        source.record_stream(stream)
+    for event in copied.values():
+        event.synchronize()
+    return found
 
 
 def aside(device: torch.device) -> AbstractContextManager[object]:
@@ -145,11 +155,6 @@ def arrived(host: Tensor, device: torch.device) -> Tensor:
     copied.record(torch.cuda.current_stream(device))
     copied.synchronize()
     return tensor
-
-
-def tensors_to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return every tensor on the CPU; see :func:`to_host`."""
-    return {name: to_host(tensor) for name, tensor in tensors.items()}
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:

@@ -3,7 +3,8 @@
 ``fast`` compiles every decoder layer on its own (regional ``torch.compile``: one compilation serves all
 layers of a kind) and, where the base weights have 16 bits, computes under autocast, with LoRA in fp32
 weights and 16-bit arithmetic, as an ordinary PEFT training loop does. In training nothing is put into a
-key-value cache. Results differ from those of ``exact`` by the rounding of the dtype.
+key-value cache. Results differ from those of ``exact`` by the rounding of the dtype. On a GPU a client's
+small layers may run as CUDA graphs.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from flower_split.split.structure.host_call import StandIn
+from flower_split.split.structure.layer_graphs import GraphedForward
 from flower_split.split.structure.quantization import float_dtype
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -21,17 +23,26 @@ _HALF = (torch.bfloat16, torch.float16)
 Forward = Callable[..., object]
 
 
-def compute_fast(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+def compute_fast(
+    model: nn.Module, layers: Iterable[nn.Module], *, one_at_a_time: bool = False
+) -> None:
     """Let ``model`` compute in mode ``fast``, in place.
 
     Args:
         model: A client's model or a trunk, with its adapter attached.
         layers: Its decoder layers; stand-ins for another party's layers are left as they are.
+        one_at_a_time: Whether every forward has its backward, and the gradients their use, before the
+            next forward begins: then layers on a GPU may be graphs, as
+            :class:`~flower_split.split.structure.layer_graphs.GraphedForward` says.
     """
     for layer in layers:
         if not isinstance(layer, StandIn):
             # The forward and not the module: the hooks that begin and end a trunk's pass stay outside.
-            vars(layer)["forward"] = torch.compile(layer.forward)
+            forward = torch.compile(layer.forward)
+            on_gpu = next(layer.parameters()).is_cuda
+            vars(layer)["forward"] = (
+                GraphedForward(layer, forward) if one_at_a_time and on_gpu else forward
+            )
     vars(model)["forward"] = _without_cache(model, under_autocast(model, model.forward))
 
 
@@ -44,7 +55,8 @@ def under_autocast(model: nn.Module, forward: Forward) -> Forward:
 
     @functools.wraps(forward)  # transformers reads the signature
     def run(*args: object, **named: object) -> object:
-        with torch.autocast(device, dtype=dtype):
+        # Without its cache, which graphs cannot have: every weight is used once in a forward.
+        with torch.autocast(device, dtype=dtype, cache_enabled=False):
             return forward(*args, **named)
 
     return cast(Forward, run)

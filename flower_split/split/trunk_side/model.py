@@ -38,7 +38,7 @@ from flower_split.split.structure.quantization import float_dtype
 from flower_split.split.structure.stack import LayerStack, embedding_width
 from flower_split.split.trunk_side.first_input import first_input
 
-_MASK, _POSITIONS = "attention_mask", "position_ids"
+MASK, POSITIONS = "attention_mask", "position_ids"
 _LAYER, _HOST = "layer_argument", "host_argument"
 
 
@@ -78,11 +78,11 @@ class TrunkInputs:
         if isinstance(self.attention_mask, Mapping):
             for kind, mask in self.attention_mask.items():
                 nothing = torch.empty(0, dtype=torch.bool)
-                tensors[f"{_MASK}/{kind}"] = nothing if mask is None else mask
+                tensors[f"{MASK}/{kind}"] = nothing if mask is None else mask
         elif self.attention_mask is not None:
-            tensors[_MASK] = self.attention_mask
+            tensors[MASK] = self.attention_mask
         if self.position_ids is not None:
-            tensors[_POSITIONS] = self.position_ids
+            tensors[POSITIONS] = self.position_ids
         for kind, arguments in ((_LAYER, self.layer_arguments), (_HOST, self.host_arguments)):
             tensors.update({f"{kind}/{place}": tensor for place, tensor in arguments.items()})
         return tensors
@@ -94,14 +94,14 @@ class TrunkInputs:
         arguments: dict[str, dict[str, Tensor]] = {_LAYER: {}, _HOST: {}}
         for name, tensor in tensors.items():
             head, _, rest = name.partition("/")
-            if head == _MASK and rest:
-                masks[rest] = tensor.to(device) if tensor.numel() else None
+            if head == MASK and rest:
+                masks[rest] = tensor.to(device, non_blocking=True) if tensor.numel() else None
             elif head in arguments:
-                arguments[head][rest] = tensor.to(device)
-        mask, positions = tensors.get(_MASK), tensors.get(_POSITIONS)
+                arguments[head][rest] = tensor.to(device, non_blocking=True)
+        mask, positions = tensors.get(MASK), tensors.get(POSITIONS)
         return cls(
-            masks if masks else (None if mask is None else mask.to(device)),
-            None if positions is None else positions.to(device),
+            masks if masks else (None if mask is None else mask.to(device, non_blocking=True)),
+            None if positions is None else positions.to(device, non_blocking=True),
             arguments[_LAYER],
             arguments[_HOST],
         )

@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from flower_split.aggregation.core.client_updates import ClientUpdate
 from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.aggregation.rules.rule import Rule
 from flower_split.errors import ConfigError
 from flower_split.trunk.compute.checks import largest_magnitude
+from flower_split.trunk.compute.rule_groups import as_clients, groups_of
 
 # Of one entry of a client's token-mean gradient, and of one trained weight. No training that works
 # comes near it, and an fp32 norm over a trillion of such entries is still finite.
@@ -82,10 +82,7 @@ class SlotGradient:
             self.denominator, self.total = denominator, gradients
             return
         scale = denominator / self.denominator
-        self.total = [
-            sum_of(total, gradient, scale)
-            for total, gradient in zip(self.total, gradients, strict=True)
-        ]
+        self.total = sums_of(self.total, gradients, [scale] * len(gradients))
 
     def passes(self, index: int) -> bool:
         """Return whether the slot's calls pass through parameter ``index``."""
@@ -108,12 +105,38 @@ def widened(gradient: Tensor) -> Tensor:
     return gradient if gradient.dtype == torch.float64 else gradient.float()
 
 
-def sum_of(total: Tensor | None, gradient: Tensor | None, scale: float) -> Tensor | None:
-    """Return ``total + scale · gradient``; None counts as 0."""
-    if gradient is None:
-        return total
-    scaled = gradient if scale == 1.0 else gradient * scale
-    return scaled if total is None else total + scaled
+def sums_of(
+    totals: Sequence[Tensor | None], gradients: Sequence[Tensor | None], scales: Sequence[float]
+) -> list[Tensor | None]:
+    """Return ``total + scale · gradient`` of every parameter; None counts as 0.
+
+    Scaled and then added, each rounded, as tensor by tensor; a GPU gets one kernel for many tensors.
+
+    Args:
+        totals: By parameter.
+        gradients: By parameter.
+        scales: By parameter.
+    """
+    result = list(totals)
+    by_scale: dict[float, list[tuple[int, Tensor]]] = {}
+    for index, (gradient, scale) in enumerate(zip(gradients, scales, strict=True)):
+        if gradient is not None:
+            by_scale.setdefault(scale, []).append((index, gradient))
+    for scale, given in by_scale.items():
+        tensors = [gradient for _, gradient in given]
+        scaled = tensors if scale == 1.0 else torch._foreach_mul(tensors, scale)
+        adding: list[tuple[int, Tensor, Tensor]] = []
+        for (index, _), tensor in zip(given, scaled, strict=True):
+            total = totals[index]
+            if total is None:
+                result[index] = tensor
+            else:
+                adding.append((index, total, tensor))
+        if adding:
+            added = torch._foreach_add([total for _, total, _ in adding], [t for _, _, t in adding])
+            for (index, _, _), tensor in zip(adding, added, strict=True):
+                result[index] = tensor
+    return result
 
 
 def fault(gradient: SlotGradient, *, whole_step: bool = True) -> str:
@@ -213,12 +236,11 @@ def reduce_in_slot_order(slots: Mapping[int, SlotGradient]) -> list[Tensor | Non
     result: list[Tensor | None] = [None] * count
     for slot in sorted(slots):
         given = slots[slot]
-        result = [
-            sum_of(total, gradient, given.denominator / tokens[index])
-            if given.passes(index)
-            else total
-            for index, (total, gradient) in enumerate(zip(result, given.total, strict=True))
+        passing = [
+            total if given.passes(index) else None for index, total in enumerate(given.total)
         ]
+        scales = [given.denominator / number if number else 0.0 for number in tokens]
+        result = sums_of(result, passing, scales)
     return result
 
 
@@ -281,8 +303,8 @@ class Reduction:
         if not self.rules:
             return reduce_in_slot_order(clipped)
         result: list[Tensor | None] = [None] * len(next(iter(slots.values())).total)
-        for members, indices in _groups(clipped).items():
-            clients = _as_clients({slot: clipped[slot] for slot in members}, indices)
+        for members, indices in groups_of(clipped).items():
+            clients = as_clients({slot: clipped[slot] for slot in members}, indices)
             for rule in self.rules:
                 clients = rule(clients)
             total = math.fsum(client.weight for client in clients)
@@ -314,37 +336,3 @@ def _times(gradient: SlotGradient, factor: float) -> SlotGradient:
         num_tokens=gradient.num_tokens,
         total=gradient.total,
     )
-
-
-def _groups(slots: Mapping[int, SlotGradient]) -> dict[tuple[int, ...], list[int]]:
-    """Group the parameters that one of them has a gradient of by the slots that pass through them."""
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index in range(len(next(iter(slots.values())).total)):
-        members = tuple(slot for slot in sorted(slots) if slots[slot].passes(index))
-        if any(slots[slot].total[index] is not None for slot in members):
-            groups.setdefault(members, []).append(index)
-    return groups
-
-
-def _as_clients(slots: Mapping[int, SlotGradient], names: Sequence[int]) -> list[ClientUpdate]:
-    """Return the slots' token-mean gradients as the rules take them: changes from zero, in fp64.
-
-    Args:
-        slots: Slot -> its gradient.
-        names: The parameters to look at; of each, some slot has a gradient.
-    """
-    shapes = {
-        index: next(g.total[index] for g in slots.values() if g.total[index] is not None)
-        for index in names
-    }
-    clients = []
-    for slot, gradient in slots.items():
-        scale = gradient.denominator / gradient.num_tokens
-        others = {}
-        for index in names:
-            like, mine = shapes[index], gradient.total[index]
-            assert like is not None
-            zero = torch.zeros_like(like, dtype=torch.float64)
-            others[str(index)] = (zero, zero if mine is None else mine.double() * scale)
-        clients.append(ClientUpdate(slot, gradient.num_tokens, {}, others))
-    return clients

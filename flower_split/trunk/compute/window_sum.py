@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flower_split.aggregation.core.outliers import above_median, median
 from flower_split.split import CutLayers
-from flower_split.trunk.compute.gradients import SlotGradient, fault, outliers, sum_of, widened
+from flower_split.trunk.compute.gradients import SlotGradient, fault, outliers, sums_of, widened
 from flower_split.trunk.compute.joint import Joint
 from flower_split.trunk.compute.joint_pass import JointPass, PassGradient
 
@@ -178,11 +178,7 @@ class WindowSum:
             same = [one for one in gradients if one.cuts == cuts]
             total = _wide(same[0])
             for one in same[1:]:
-                scale = one.unit / same[0].unit
-                total = [
-                    sum_of(mine, other, scale)
-                    for mine, other in zip(total, _wide(one), strict=True)
-                ]
+                total = sums_of(total, _wide(one), [one.unit / same[0].unit] * len(total))
             if cuts not in sums:
                 sums[cuts] = SlotGradient(None if cuts is None else self.covers(cuts))
             sums[cuts].add(
