@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flower_split.errors import RefusalReason, TrunkRefused
 from flower_split.protocol.values import BackwardCall, ForwardCall, ForwardMode
+from flower_split.training.optimizers import total_norm
 
 HIDDEN, MASK, POSITIONS = "hidden_states", "attention_mask", "position_ids"
 WHOLE = "host_argument/attention_mask"  # beside a key-value cache: over its positions as well
@@ -289,7 +290,7 @@ def largest_magnitude(tensors: Sequence[Tensor]) -> float:
     """
     held = [tensor for tensor in tensors if tensor.numel()]
     if {tensor.device.type for tensor in held} - {"cpu"}:
-        return float(nn.utils.get_total_norm(held, norm_type=math.inf))
+        return float(total_norm(held, math.inf))
     largest = 0.0
     for tensor in held:
         low, high = torch.aminmax(tensor)  # NaN in, NaN out
@@ -327,7 +328,7 @@ def check_bounded(what: str, tensors: Mapping[str, Tensor], limit: float = math.
     Raises:
         TrunkRefused: One is not (NON_FINITE).
     """
-    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype.is_floating_point}
     if _is_bounded(largest_magnitude(list(floats.values())), limit):
         return
     for name, tensor in floats.items():

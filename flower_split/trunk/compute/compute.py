@@ -23,7 +23,7 @@ from flower_split.runtime import failpoints
 from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.structure.quantization import float_dtype
 from flower_split.split.trunk_side.model import TrunkInputs
-from flower_split.training.optimizers import LearningRate, make_optimizer
+from flower_split.training.optimizers import LearningRate, clip_by_norm, make_optimizer
 from flower_split.trunk.compute.activations import Activation
 from flower_split.trunk.compute.checks import check_all_finite, check_bounded, check_finite
 from flower_split.trunk.compute.clipping import Beside, Clipping, clip_together
@@ -213,7 +213,9 @@ class TrunkCompute:
         if self._optimizer is None:
             return Clipping()
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.to(parameter.dtype)
+            if gradient is not None and gradient.dtype != parameter.dtype:
+                gradient = gradient.to(parameter.dtype)
+            parameter.grad = gradient
         given = {name: p.grad for name, p in self.named if p.grad is not None}
         self._rate.apply(self._optimizer, self.version)
         check_bounded("the reduced gradient of", given, MAX_ENTRY)
@@ -221,7 +223,7 @@ class TrunkCompute:
         if beside is not None and beside.max_grad_norm > 0:
             clipping = clip_together(self.parameters, beside)
         elif self._config.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(self.parameters, self._config.max_grad_norm)
+            clip_by_norm(self.parameters, self._config.max_grad_norm)
         if failpoints.armed:
             failpoints.reach("trunk.step.before")
         self._optimizer.step()

@@ -65,7 +65,7 @@ class SlotGradient:
         loss_denominator: float,
     ) -> None:
         """Add micro-batch ``micro_batch``; one that comes early waits for those before it."""
-        wide = [None if g is None else widened(g.detach()) for g in gradients]
+        wide = [None if g is None else widened(g) for g in gradients]
         if micro_batch != self.following:
             self.waiting_bytes += sum(g.nbytes for g in wide if g is not None)
         self._waiting[micro_batch] = (wide, num_tokens, loss_denominator)
@@ -102,7 +102,7 @@ class SlotGradient:
 
 def widened(gradient: Tensor) -> Tensor:
     """Return a gradient in the dtype in which sums are kept: fp32, or its own fp64."""
-    return gradient if gradient.dtype == torch.float64 else gradient.float()
+    return gradient if gradient.dtype in (torch.float32, torch.float64) else gradient.float()
 
 
 def sums_of(
