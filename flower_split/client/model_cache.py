@@ -126,12 +126,14 @@ class RunCache:
             SplitError: The model cannot be loaded or cut.
         """
         models = self._models.setdefault(own, _Models())
+        train = self.config.train
         if cuts not in models.parts:
             model = load_client_model(
                 ModelSource.of(self.config.model),
                 cuts,
                 NoTrunk(),
-                device=self.device,
+                device=None if train.device_map else self.device,
+                device_map=train.device_map or None,
             )
             attach_lora(
                 model,
@@ -140,9 +142,9 @@ class RunCache:
                 seed=self.config.seed,
                 incomplete=("trunk",),
             )
-            train = self.config.train
             if train.compute == "fast":
-                one_at_a_time = train.gradient_accumulation_steps == 1
+                # On several GPUs a layer's forward also moves what it is given, which no graph can.
+                one_at_a_time = train.gradient_accumulation_steps == 1 and not train.device_map
                 compute_fast(model, find_stack(model).layers(model), one_at_a_time=one_at_a_time)
             models.parts[cuts] = model
         return models.parts[cuts]

@@ -19,8 +19,8 @@ from flower_split.config.parse import (
 from flower_split.config.privacy import MECHANISMS, PrivacyConfig
 from flower_split.config.run import MODES, RunConfig
 from flower_split.config.strategy import STRATEGIES, StrategyConfig
-from flower_split.config.train import OPTIMIZERS, OptimizerConfig, TrainConfig
-from flower_split.config.trunk import DEVICE_MAPS, STEP_EVERY, TrunkConfig
+from flower_split.config.train import DEVICE_MAPS, OPTIMIZERS, OptimizerConfig, TrainConfig
+from flower_split.config.trunk import STEP_EVERY, TrunkConfig
 from flower_split.config.validation import Scalar
 
 __all__ = [

@@ -12,6 +12,26 @@ SYNC = ("rounds", "gradients")
 OPTIMIZER_STATES = ("auto", "reset", "keep")
 CLIENT_WORKERS = ("auto", "off")
 RATE_SCALES = ("auto", "none", "sqrt-clients")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
+
+
+def check_device_map(part: str, device_map: str, device: str) -> None:
+    """Check a device map that is set, and that no device is named beside it.
+
+    Args:
+        part: The keys' first name: train, or trunk.
+        device_map: The value of its key.
+        device: That of the key beside it.
+
+    Raises:
+        ConfigError: The map has no such name, or a device is named.
+    """
+    one_of(f"{part}.device-map", device_map, DEVICE_MAPS)
+    if device != "auto":
+        raise ConfigError(
+            f"{part}.device-map places layers on this host's GPUs, so {part}.device must stay "
+            f'"auto"; it is {device!r}.'
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,6 +88,9 @@ class TrainConfig:
     """Tokens per sequence; longer examples are cut."""
     device: str = "auto"
     """Device of the client: auto (CUDA if there is one), cpu, cuda, cuda:1, ..."""
+    device_map: str = ""
+    """The client's own modules over this host's GPUs: auto, balanced, balanced_low_0 or sequential; empty:
+    one device."""
     compute: str = "exact"
     """How the client computes: exact (the unsplit model's own operations; equal bits on a CPU), or fast
     (compiled layers, 16-bit autocast where the base has 16 bits; other last bits)."""
@@ -111,6 +134,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Check ranges and that exactly one of local-steps and local-epochs is used."""
         one_of("train.compute", self.compute, COMPUTE_MODES)
+        if self.device_map:
+            check_device_map("train", self.device_map, self.device)
         for name in self.loggers:
             plug_in_name("train.report-to", name)
         for name in ("local_steps", "local_epochs"):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from flower_split.config.train import COMPUTE_MODES, OptimizerConfig
+from flower_split.config.train import COMPUTE_MODES, OptimizerConfig, check_device_map
 from flower_split.config.validation import (
     above,
     at_least,
@@ -19,7 +19,6 @@ STEP_EVERY = ("local-step", "server-round", "contribution")
 WINDOW_BATCHES = ("off", "on")
 ON_BAD_CLIENT = ("exclude", "abort")
 MIN_STREAM_WINDOW, MAX_STREAM_WINDOW = 1 << 16, 1 << 24
-DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # as transformers names them
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,16 +204,11 @@ class TrunkConfig:
         """Check what a device map goes together with."""
         if not self.device_map:
             return
-        one_of("trunk.device-map", self.device_map, DEVICE_MAPS)
+        check_device_map("trunk", self.device_map, self.device)
         if self.max_experiments > 1:
             raise ConfigError(
                 "trunk.max-experiments serves several experiments on one device, and trunk.device-map "
                 f"= {self.device_map!r} places layers on several. Leave one of them out."
-            )
-        if self.device != "auto":
-            raise ConfigError(
-                "trunk.device-map places the trunk's layers on this host's GPUs, so trunk.device "
-                f'must stay "auto"; it is {self.device!r}.'
             )
 
     def _check_replicas(self) -> None:

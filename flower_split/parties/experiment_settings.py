@@ -51,6 +51,7 @@ _KEYS = frozenset(
 _NOT_BROUGHT = frozenset(
     {
         "train.device",
+        "train.device-map",
         "train.num-threads",
         "train.compute",
         "train.client-dir",

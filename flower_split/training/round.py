@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 
@@ -130,7 +130,7 @@ class _StepTrainer:
         self.trunk = trunk
         self.pool = pool
         self.device = next(iter(parameters)).device
-        self.turns = ComputeTurns(self.device)
+        self.turns = ComputeTurns({parameter.device for parameter in model.parameters()})
         self.proximity: _Proximity | None = None
         self.num_micro_batches = 0  # of the steps that are done; they need not be equally long
         self.auxiliary = (
@@ -250,11 +250,11 @@ class ComputeTurns:
     same however the waits fall.
 
     Args:
-        device: The client's model's device; its generator is kept too.
+        devices: The client's model's; their generators are kept too.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cuda = sorted({d for d in devices if d.type == "cuda"}, key=str)
         self._lock = threading.Lock()
         self._holder: int | None = None  # thread id
 
@@ -265,8 +265,8 @@ class ComputeTurns:
         outside = self._random_state()
         # As torch.manual_seed, which notes its caller's whole stack where CUDA has not been used: 0.4 ms.
         torch.default_generator.manual_seed(seed)
-        if self._cuda is not None:
-            with torch.cuda.device(self._cuda):
+        for device in self._cuda:
+            with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         try:
             yield
@@ -300,14 +300,13 @@ class ComputeTurns:
         self._holder = None
         self._lock.release()
 
-    def _random_state(self) -> tuple[Tensor, Tensor | None]:
-        cuda = torch.cuda.get_rng_state(self._cuda) if self._cuda else None
-        return torch.get_rng_state(), cuda
+    def _random_state(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *map(torch.cuda.get_rng_state, self._cuda)]
 
-    def _set_random_state(self, state: tuple[Tensor, Tensor | None]) -> None:
-        torch.set_rng_state(state[0])
-        if self._cuda and state[1] is not None:
-            torch.cuda.set_rng_state(state[1], self._cuda)
+    def _set_random_state(self, states: Sequence[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for state, device in zip(states[1:], self._cuda, strict=True):
+            torch.cuda.set_rng_state(state, device)
 
 
 def micro_batch_seed(seed: int, position: RoundPosition, step: int, index: int) -> int:

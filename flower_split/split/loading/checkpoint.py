@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,9 +126,19 @@ class Checkpoint:
         carve: Carve,
         device: torch.device | str | None,
         device_map: DeviceMap | None = None,
-        cuts: CutLayers | None = None,
+        indices: Sequence[int] = (),
+        *,
+        beside: bool = False,
     ) -> PreTrainedModel:
-        """Read the tensors that are left when ``carve`` has taken out the others."""
+        """Read the tensors that are left when ``carve`` has taken out the others.
+
+        Args:
+            carve: Takes them out.
+            device: Where the weights go; None: the CPU, or where ``device_map`` says.
+            device_map: As :func:`resolve_device_map` takes it.
+            indices: Of the layers that are left, for ``device_map``.
+            beside: Whether modules beside the layers are left, too.
+        """
         # Quantised weights cannot all be moved afterwards: they are made where they stay.
         places: object = {"": torch.device(device or "cpu")}
         whole_modules = frozenset(
@@ -147,8 +157,10 @@ class Checkpoint:
             # A checkpoint that is quantised says so in its configuration, and there alone.
             self.config.quantization_config, asked = self.quantization.to_dict(), None
         carve(self.skeleton)
-        if device_map is not None and cuts is not None:
-            places = resolve_device_map(device_map, self.skeleton, self.stack, cuts)
+        if device_map is not None:
+            places = resolve_device_map(
+                device_map, self.skeleton, self.stack, indices, beside=beside
+            )
         placed = device_map is not None or self.quantization is not None
         owned = set(self.skeleton.state_dict())
         with self._owned_shards(owned) as directory, quiet_loading():
@@ -177,8 +189,8 @@ class Checkpoint:
         model.__class__ = self.model_class
         model.config.name_or_path = self.name_or_path
         model.name_or_path = self.name_or_path
-        if device_map is not None and cuts is not None:
-            check_placed(model, self.stack, cuts)
+        if device_map is not None:
+            check_placed(model, self.stack, indices, beside=beside)
         return model if placed or device is None else nn.Module.to(model, device)
 
     def _settle_missing(self, model: PreTrainedModel, missing_keys: Iterable[str]) -> None:

@@ -11,6 +11,7 @@ from flower_split.split.structure.host_call import StandIn
 from flower_split.split.structure.place_holders import Absent, AbsentEmbedding
 
 _PLACE_HOLDERS = (StandIn, Absent, AbsentEmbedding)  # of another party's modules
+_REPORTS = ("transformers.modeling_utils", "transformers.distributed.tensor_parallel")  # loggers
 
 Carve = Callable[[PreTrainedModel], None]  # takes out, in place, what another party owns
 
@@ -54,11 +55,13 @@ def holed(
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' report of the tensors that this part leaves."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence transformers' reports of the tensors, and of rules for them, that this part leaves."""
+    loggers = [logging.getLogger(name) for name in _REPORTS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -41,6 +41,7 @@ def load_client_model(
     device: torch.device | str | None = None,
     auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
     quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """Load a client's model: bottom and top of a checkpoint, with ``trunk`` called in between.
 
@@ -62,6 +63,9 @@ def load_client_model(
             checkpoint lacks is initialised anew, as by the auto class itself.
         quantization: That of the base weights, as :func:`~flower_split.split.structure.quantization.
             resolve_quantization` takes it: a name, a JSON object, or an object of transformers.
+        device_map: Which module goes to which of this host's devices, instead of ``device``, as
+            :func:`load_trunk_model` takes it; a module beside the layers that is not named goes with the
+            first of them.
 
     Returns:
         A model of the class that ``auto_class`` would load, in evaluation mode.
@@ -69,8 +73,10 @@ def load_client_model(
     Raises:
         SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
             missing from the checkpoint, a family that cannot be split, a quantisation that
-            cannot be had or cannot be trained, or a setting beside a source.
+            cannot be had or cannot be trained, or a setting beside a source; or the modules cannot
+            be placed as asked.
     """
+    _check_one_place(device, device_map)
     output = LayerOutput()
     source = as_source(name_or_path, revision, attn_implementation, dtype, quantization)
     checkpoint = Checkpoint.open(source, cuts, auto_class)
@@ -81,7 +87,9 @@ def load_client_model(
             root, client_replacements(root, checkpoint.stack, cuts, output, IdentityTrunk())
         )
 
-    client = checkpoint.load(carve, device)
+    layers = range(len(checkpoint.stack.layers(checkpoint.skeleton)))
+    outside = [index for index in layers if not cuts.first <= index < cuts.second]
+    client = checkpoint.load(carve, device, device_map, outside, beside=True)
     wire_client(client, checkpoint.stack)
     check_client(client, checkpoint.stack, cuts, output, constants)
     settle_cache(client, checkpoint.stack)
@@ -126,10 +134,7 @@ def load_trunk_model(
     Raises:
         SplitError: As for :func:`load_client_model`; or the layers cannot be placed as asked.
     """
-    if device is not None and device_map is not None:
-        raise SplitError(
-            f"device_map places the trunk's layers, so device must be left out; it is {device!r}."
-        )
+    _check_one_place(device, device_map)
     output = LayerOutput()
     source = as_source(name_or_path, revision, attn_implementation, dtype, quantization)
     checkpoint = Checkpoint.open(source, cuts, auto_class)
@@ -138,7 +143,7 @@ def load_trunk_model(
     def carve(root: PreTrainedModel) -> None:
         carve_trunk(root, checkpoint.stack, cuts, output, constants)
 
-    root = checkpoint.load(carve, device, device_map, cuts)
+    root = checkpoint.load(carve, device, device_map, range(cuts.first, cuts.second))
     trunk = TrunkModel(root, checkpoint.stack, cuts, output).eval()
     if checkpoint.quantization is not None:
         weight = next(trunk.parameters())
@@ -147,6 +152,18 @@ def load_trunk_model(
         leaf = leaf.to(weight.device).requires_grad_()
         checkpoint.check_trains(trunk, leaf, trunk)
     return trunk
+
+
+def _check_one_place(device: torch.device | str | None, device_map: DeviceMap | None) -> None:
+    """Check that a device and a device map are not asked for at once.
+
+    Raises:
+        SplitError: Both are.
+    """
+    if device is not None and device_map is not None:
+        raise SplitError(
+            f"device_map places the part's layers, so device must be left out; it is {device!r}."
+        )
 
 
 def load_whole_model(

@@ -1,10 +1,12 @@
-"""What a client's process keeps: the data of those that it served last, as much as there is room for."""
+"""What a client's process keeps: models where the config says, and as much data as there is room for."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flower_split.client import model_cache
+from flower_split.client.client import Client
 from flower_split.client.model_cache import RunCache
 from flower_split.config import parse_run_config
 from tests.support.tiny_app import make_data, make_model, tiny_config
@@ -17,6 +19,35 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> RunCache:
     root: Path = tmp_path_factory.mktemp("cache")
     config = tiny_config(make_model(root / "model"), make_data(root / "data", PARTITIONS))
     return RunCache(parse_run_config(config))
+
+
+@pytest.mark.parametrize("compute", ["exact", "fast"])
+def test_clients_model_is_placed_by_its_device_map(
+    compute: str, cache: RunCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, object]] = []
+    load = model_cache.load_client_model
+
+    def note_load(*args: object, **options: object) -> object:
+        seen.append(options)
+        return load(*args, **options)  # type: ignore[arg-type]
+
+    def note_fast(*args: object, **options: object) -> None:
+        seen.append(options)  # nothing is compiled here
+
+    monkeypatch.setattr(model_cache, "load_client_model", note_load)
+    monkeypatch.setattr(model_cache, "compute_fast", note_fast)
+    train = replace(cache.config.train, device="auto", compute=compute)
+    for device_map in ("", "balanced"):
+        placed = RunCache(replace(cache.config, train=replace(train, device_map=device_map)))
+        client = Client(placed, 0, PARTITIONS)
+        assert client.model.training is False
+        options, *of_fast = seen
+        assert options["device_map"] == (device_map or None)
+        assert (options["device"] is None) == bool(device_map)
+        graphs = [{"one_at_a_time": not device_map}] if compute == "fast" else []
+        assert of_fast == graphs
+        seen.clear()
 
 
 def test_data_of_all_partitions_is_loaded_once_where_there_is_room(cache: RunCache) -> None:

@@ -125,6 +125,17 @@ def test_loading_reads_the_owned_tensors_only(
     assert tensors_read == set(model.state_dict())
 
 
+def test_loading_a_part_says_nothing_of_the_others(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    capfd.readouterr()
+    load_trunk_model(str(tmp_path), CUTS)
+    load_client_model(str(tmp_path), CUTS, IdentityTrunk())
+    told = capfd.readouterr()
+    assert "transformers" not in told.err and not told.out
+
+
 def test_loaded_client_of_tied_embeddings_keeps_them_tied(tmp_path: Path) -> None:
     model = tiny_model("gpt2").eval()
     model.save_pretrained(tmp_path)

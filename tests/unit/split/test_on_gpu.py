@@ -213,6 +213,22 @@ def test_gpu_trunk_over_two_gpus_equals_unsplit(
 
 
 @two_gpus
+@pytest.mark.parametrize("device_map", ["balanced", {"": 0, "model.layers.11": 1, "lm_head": 1}])
+def test_gpu_client_over_two_gpus_equals_unsplit(
+    device_map: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(tmp_path)
+    options = {"dtype": "bfloat16"}
+    whole, _, trunk = parts_of(path, {"device": "cuda:0"}, **options)
+    client = load_client_model(path, CUTS, trunk, device_map=device_map, **options)
+    with_lora(client, "bottom", "top")
+    assert {parameter.device.index for parameter in client.parameters()} == {0, 1}
+    difference = largest_difference(whole, client, trunk)
+    report(capsys, f"a client over two GPUs, {device_map}", difference)
+    assert difference < 1e-2
+
+
+@two_gpus
 def test_gpu_trunk_over_two_gpus_answers_on_the_device_it_was_asked_on(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
     trunk = load_trunk_model(path, CUTS, device_map="balanced")

@@ -19,7 +19,7 @@ def test_micro_batch_draws_as_after_manual_seed_and_leaves_the_state_alone(
         torch.manual_seed(seed)
         wanted = dropout(ones), torch.randperm(99)
         torch.manual_seed(3)
-        with ComputeTurns(torch.device(device)).computing(seed):
+        with ComputeTurns([torch.device(device)]).computing(seed):
             found = dropout(ones), torch.randperm(99)
         assert torch.equal(dropout(ones), after)
     assert all(torch.equal(one, other) for one, other in zip(wanted, found, strict=True))
