@@ -118,17 +118,17 @@ def _check_shared(skeleton: PreTrainedModel, places: Mapping[str, torch.device])
         SplitError: It gets several.
     """
     for names in find_tied_parameters(skeleton):
-        shared = {name: places[_around(name, places)] for name in names}
+        shared = {
+            name: device
+            for name in names
+            for place, device in places.items()
+            if name.startswith(place + ".")
+        }
         if len(set(shared.values())) > 1:
             told = " and ".join(f"{name} on {device}" for name, device in shared.items())
             raise SplitError(
                 f"the device map puts {told}, and they are one weight. Put these modules on one device."
             )
-
-
-def _around(name: str, places: Mapping[str, torch.device]) -> str:
-    """Return the module among ``places`` that a parameter is in; it is in one."""
-    return next(place for place in places if name.startswith(place + "."))
 
 
 def _device(name: str, place: int | str | torch.device) -> torch.device:

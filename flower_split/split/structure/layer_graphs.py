@@ -22,6 +22,7 @@ Capture = Callable[[nn.Module, tuple[Tensor, ...]], Forward]
 
 MAX_POSITIONS = 1024  # rows times positions; longer passes are bound by arithmetic
 MAX_GRAPHS = 4  # of one layer: each keeps memory of its own
+_MAX_SEEN = 256  # kinds of calls that a layer remembers to have had once
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
@@ -70,6 +71,8 @@ class GraphedForward:
             return graph(*tensors)
         output = self._forward(*args, **named)
         if isinstance(output, Tensor):  # a graph returns nothing else
+            if len(self._seen) == _MAX_SEEN:
+                self._seen.clear()
             self._seen.add(kind)
         return output
 

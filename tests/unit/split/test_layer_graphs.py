@@ -111,6 +111,17 @@ def test_other_arguments_are_another_kind_and_kinds_have_a_limit(
     assert forward.num_graphs == MAX_GRAPHS
 
 
+def test_kinds_that_come_once_are_not_remembered_for_ever(layer: Layer, captures: Captures) -> None:
+    forward = GraphedForward(layer, layer.forward, captures)
+    call(forward, 1)
+    for positions in range(2, 2 + 300):
+        call(forward, positions)
+    call(forward, 1)
+    assert forward.num_graphs == 0
+    call(forward, 1)
+    assert forward.num_graphs == 1
+
+
 def test_weights_that_moved_and_hooks_are_not_replayed(layer: Layer, captures: Captures) -> None:
     forward = GraphedForward(layer, layer.forward, captures)
     for _ in range(2):
