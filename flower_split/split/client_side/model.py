@@ -11,6 +11,7 @@ from flower_split.errors import SplitError
 from flower_split.split.client_side.saving import refuse_plain_saving
 from flower_split.split.client_side.trunk_slot import (
     CachingTrunk,
+    IdentityTrunk,
     PassThrough,
     TrunkSlot,
     forget_call,
@@ -19,6 +20,7 @@ from flower_split.split.client_side.trunk_slot import (
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import LayerOutput
 from flower_split.split.structure.kv_cache import keeps_only_keys_and_values
+from flower_split.split.structure.place_holders import replace_in_place
 from flower_split.split.structure.stack import LayerStack
 
 
@@ -38,6 +40,11 @@ def client_replacements(
     first = layers[cuts.first]
     replacements[stack.layer_path(cuts.first)] = TrunkSlot(first, output, cuts.first, trunk)
     return replacements
+
+
+def carve_client(root: nn.Module, stack: LayerStack, cuts: CutLayers, output: LayerOutput) -> None:
+    """Leave the bottom's and the top's weights alone in ``root``, in place; its trunk is the identity."""
+    replace_in_place(root, client_replacements(root, stack, cuts, output, IdentityTrunk()))
 
 
 def wire_client(client: PreTrainedModel, stack: LayerStack) -> None:

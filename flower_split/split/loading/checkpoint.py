@@ -8,7 +8,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +140,39 @@ class Checkpoint:
             beside: Whether modules beside the layers are left, too.
         """
         # Quantised weights cannot all be moved afterwards: they are made where they stay.
-        places: object = {"": torch.device(device or "cpu")}
+        places: dict[str, torch.device] | str = {"": torch.device(device or "cpu")}
+        asked = self._settle_quantization(places)
         whole_modules = frozenset(
             type(layer).__name__ for layer in self.stack.layers(self.skeleton)
         )
+        carve(self.skeleton)
+        if device_map is not None:
+            places = resolve_device_map(
+                device_map, self.skeleton, self.stack, indices, beside=beside
+            )
+        placed = device_map is not None or self.quantization is not None
+        part = holed(self.model_class, carve, whole_modules)
+        owned = set(self.skeleton.state_dict())
+        model, missing_keys = self._read(part, owned, asked, places if placed else None)
+        keep_trainable(model)
+        if asked is not self.quantization and self.dtype is not None:
+            settle_dtype(model, owned, self.dtype)
+        self._settle_missing(model, missing_keys)
+        model.__class__ = self.model_class
+        model.config.name_or_path = self.name_or_path
+        model.name_or_path = self.name_or_path
+        if device_map is not None:
+            check_placed(model, self.stack, indices, beside=beside)
+        return model if placed or device is None else nn.Module.to(model, device)
+
+    def _settle_quantization(
+        self, places: dict[str, torch.device] | str
+    ) -> QuantizationConfigMixin | None:
+        """Settle what the weights are quantised with; return what ``from_pretrained`` is told.
+
+        Raises:
+            SplitError: It cannot be had here.
+        """
         self.quantization = resolve_quantization(
             self.name_or_path,
             self.config,
@@ -152,28 +181,35 @@ class Checkpoint:
             self.dtype,
             places,
         )
-        asked = self.quantization
-        if quantization_of(self.config) is not None and self.quantization is not None:
-            # A checkpoint that is quantised says so in its configuration, and there alone.
-            self.config.quantization_config, asked = self.quantization.to_dict(), None
-        carve(self.skeleton)
-        if device_map is not None:
-            places = resolve_device_map(
-                device_map, self.skeleton, self.stack, indices, beside=beside
-            )
-        placed = device_map is not None or self.quantization is not None
-        owned = set(self.skeleton.state_dict())
+        if quantization_of(self.config) is None or self.quantization is None:
+            return self.quantization
+        # A checkpoint that is quantised says so in its configuration, and there alone.
+        self.config.quantization_config = self.quantization.to_dict()
+        return None
+
+    def _read(
+        self,
+        part: type[PreTrainedModel],
+        owned: set[str],
+        quantization: QuantizationConfigMixin | None,
+        device_map: dict[str, torch.device] | str | None,
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """Read the owned tensors; return the part and the names that the checkpoint lacks.
+
+        Raises:
+            SplitError: They cannot be read.
+        """
         with self._owned_shards(owned) as directory, quiet_loading():
             try:
-                loaded: Any = holed(self.model_class, carve, whole_modules).from_pretrained(
+                loaded: Any = part.from_pretrained(
                     str(directory),
                     config=self.config,
                     dtype=self.dtype if self.dtype is not None else "auto",
                     revision=self.revision or "main",
                     use_safetensors=True,
                     output_loading_info=True,
-                    quantization_config=asked,
-                    device_map=places if placed else None,
+                    quantization_config=quantization,
+                    device_map=device_map,
                 )
             except (OSError, RuntimeError, ValueError, ImportError) as error:
                 raise SplitError(
@@ -181,25 +217,14 @@ class Checkpoint:
                     "They must be complete and in safetensors (model.safetensors, or shards with "
                     f"{INDEX_FILE})."
                 ) from error
-        model: PreTrainedModel = loaded[0]
-        keep_trainable(model)
-        if asked is not self.quantization and self.dtype is not None:
-            settle_dtype(model, owned, self.dtype)
-        self._settle_missing(model, loaded[1]["missing_keys"])
-        model.__class__ = self.model_class
-        model.config.name_or_path = self.name_or_path
-        model.name_or_path = self.name_or_path
-        if device_map is not None:
-            check_placed(model, self.stack, indices, beside=beside)
-        return model if placed or device is None else nn.Module.to(model, device)
+        return loaded[0], list(loaded[1]["missing_keys"])
 
-    def _settle_missing(self, model: PreTrainedModel, missing_keys: Iterable[str]) -> None:
+    def _settle_missing(self, model: PreTrainedModel, missing_keys: list[str]) -> None:
         """Begin a head that the checkpoint lacks, and refuse one that lacks anything else.
 
         Raises:
             SplitError: It does.
         """
-        missing_keys = list(missing_keys)
         heads = head_modules(self.skeleton) if self.new_head else []
         missing = sorted(
             name

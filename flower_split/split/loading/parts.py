@@ -13,14 +13,12 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from flower_split.errors import SplitError
 from flower_split.split.checking.self_check import check_client, settle_cache
-from flower_split.split.client_side.model import client_replacements, trunk_slot, wire_client
-from flower_split.split.client_side.trunk_slot import IdentityTrunk
+from flower_split.split.client_side.model import carve_client, trunk_slot, wire_client
 from flower_split.split.loading.checkpoint import Checkpoint
 from flower_split.split.loading.device_map import DeviceMap
 from flower_split.split.loading.model_source import ModelSource, as_source
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import LayerOutput
-from flower_split.split.structure.place_holders import replace_in_place
 from flower_split.split.structure.probe import probe_batches, quiet
 from flower_split.split.structure.quantization import (
     Quantization,
@@ -45,36 +43,31 @@ def load_client_model(
 ) -> PreTrainedModel:
     """Load a client's model: bottom and top of a checkpoint, with ``trunk`` called in between.
 
-    Only the bottom's and the top's tensors are read. A tiny batch is then run to check that the
-    family's layers can be stood in for (the trunk itself is not called).
+    Only their tensors are read. A tiny batch is then run to check that the family's layers can be
+    stood in for (the trunk itself is not called).
 
     Args:
-        name_or_path: Local directory or hub id of a causal language model in safetensors; or a
-            :class:`~flower_split.split.loading.model_source.ModelSource`, which says ``dtype``,
-            ``attn_implementation``, ``revision`` and ``quantization`` itself.
+        name_or_path: Local directory or hub id of a model in safetensors; or a source, which says
+            ``dtype``, ``attn_implementation``, ``revision`` and ``quantization`` itself.
         cuts: The cut layers.
-        trunk: Any module called as ``trunk(hidden_states, attention_mask=None,
-            position_ids=None) -> hidden_states``; ``set_trunk`` replaces it later.
+        trunk: Called as ``trunk(hidden_states, attention_mask=None, position_ids=None)``, and
+            returns hidden states; ``set_trunk`` replaces it later.
         dtype: Dtype of the weights, such as ``"bfloat16"``; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
         revision: Hub revision; None: the default branch.
         device: Where the weights go; None: the CPU.
-        auto_class: Which kind of model, as one of transformers' auto classes. A head that the
-            checkpoint lacks is initialised anew, as by the auto class itself.
-        quantization: That of the base weights, as :func:`~flower_split.split.structure.quantization.
-            resolve_quantization` takes it: a name, a JSON object, or an object of transformers.
-        device_map: Which module goes to which of this host's devices, instead of ``device``, as
-            :func:`load_trunk_model` takes it; a module beside the layers that is not named goes with the
-            first of them.
+        auto_class: Which kind of model; a head that the checkpoint lacks is initialised anew.
+        quantization: That of the base weights: a name, a JSON object, or transformers' object.
+        device_map: Instead of ``device``, as :func:`load_trunk_model` takes it; a module beside
+            the layers that is not named goes with the first of them.
 
     Returns:
         A model of the class that ``auto_class`` would load, in evaluation mode.
 
     Raises:
         SplitError: Not a causal language model, no safetensors, cuts that do not fit, tensors
-            missing from the checkpoint, a family that cannot be split, a quantisation that
-            cannot be had or cannot be trained, or a setting beside a source; or the modules cannot
-            be placed as asked.
+            missing, a family that cannot be split, a quantisation that cannot be had or trained,
+            a setting beside a source, or modules that cannot be placed as asked.
     """
     _check_one_place(device, device_map)
     output = LayerOutput()
@@ -83,12 +76,10 @@ def load_client_model(
     constants = constant_embeddings(checkpoint.skeleton)
 
     def carve(root: PreTrainedModel) -> None:
-        replace_in_place(
-            root, client_replacements(root, checkpoint.stack, cuts, output, IdentityTrunk())
-        )
+        carve_client(root, checkpoint.stack, cuts, output)
 
-    layers = range(len(checkpoint.stack.layers(checkpoint.skeleton)))
-    outside = [index for index in layers if not cuts.first <= index < cuts.second]
+    count = len(checkpoint.stack.layers(checkpoint.skeleton))
+    outside = [index for index in range(count) if cuts.part_of(index) != "trunk"]
     client = checkpoint.load(carve, device, device_map, outside, beside=True)
     wire_client(client, checkpoint.stack)
     check_client(client, checkpoint.stack, cuts, output, constants)
@@ -210,10 +201,7 @@ def empty_model(name_or_path: str | ModelSource, cuts: CutLayers | None = None) 
     checkpoint = Checkpoint.open(as_source(name_or_path), cuts)
     model = checkpoint.skeleton
     if cuts is not None:
-        replace_in_place(
-            model,
-            client_replacements(model, checkpoint.stack, cuts, LayerOutput(), IdentityTrunk()),
-        )
+        carve_client(model, checkpoint.stack, cuts, LayerOutput())
     return model
 
 
