@@ -7,9 +7,11 @@ bits; and the same with compiled layers. The models have random weights.
 """
 
 import tempfile
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from flower_split.bench.figures import Figures, Row
 from flower_split.bench.machine import describe_machine
@@ -59,6 +61,13 @@ class StepBench:
     activation_memory: float = 60.0  # GiB
     compiled: bool = False  # whether the reference runs compiled as well
     replicas: int = 1  # of the trunk; more: beside one, and clients over as many devices
+    tensor_parallel: int = 1  # processes that divide the trunk's layers; more: the same
+
+    @property
+    def trunks(self) -> list[dict[str, int]]:
+        """Return the kinds of trunk that are timed, by what they set of a ``TrunkConfig``."""
+        several = {"replicas": self.replicas, "tensor_parallel": self.tensor_parallel}
+        return [{}, *({key: count} for key, count in several.items() if count > 1)]
 
     def rows_of(self, clients: int) -> int:
         """Return the sequences of one client's micro-batch."""
@@ -77,8 +86,8 @@ def measure_step(bench: StepBench) -> Figures:
         for mode in bench.compute:
             for transport in bench.transports:
                 for count in bench.clients:
-                    for replicas in sorted({1, bench.replicas}):
-                        rows.append(_split(bench, path, mode, transport, count, replicas))
+                    for trunk in bench.trunks:
+                        rows.append(_split(bench, path, mode, transport, count, trunk))
     return Figures(
         name="step",
         title=f"{bench.preset}: one step of {bench.accumulate} micro-batches, {preset.dtype}, "
@@ -90,9 +99,23 @@ def measure_step(bench: StepBench) -> Figures:
 
 
 def make_config(
-    bench: StepBench, path: Path, mode: str, transport: str, clients: int, replicas: int = 1
+    bench: StepBench,
+    path: Path,
+    mode: str,
+    transport: str,
+    clients: int,
+    trunk: Mapping[str, int] = MappingProxyType({}),
 ) -> RunConfig:
-    """Return the run config of one split."""
+    """Return the run config of one split.
+
+    Args:
+        bench: What is timed.
+        path: Of the checkpoint.
+        mode: How all parts compute.
+        transport: Its name.
+        clients: How many.
+        trunk: One of :attr:`StepBench.trunks`.
+    """
     preset = PRESETS[bench.preset]
     part = LoraPartConfig(r=RANK, alpha=float(ALPHA))
     return RunConfig(
@@ -126,7 +149,8 @@ def make_config(
             gradient_wire_dtype=bench.gradient_wire_dtype,
             window_batches=bench.window_batches,
             window_batch_positions=bench.batch_positions,
-            replicas=replicas,
+            replicas=trunk.get("replicas", 1),
+            tensor_parallel=trunk.get("tensor_parallel", 1),
         ),
     )
 
@@ -156,25 +180,26 @@ def _references(bench: StepBench, path: Path, rows: int) -> list[Row]:
     return found
 
 
-def _on(config: RunConfig, slot: int, replicas: int) -> RunConfig:
-    """Return the configuration of a client, which shares a device with one of the replicas."""
-    if replicas == 1 or not config.train.device.startswith("cuda"):
+def _on(config: RunConfig, slot: int) -> RunConfig:
+    """Return the configuration of a client, which shares a device with one of the trunk's processes."""
+    count = config.trunk.processes
+    if count == 1 or not config.train.device.startswith("cuda"):
         return config
-    return replace(config, train=replace(config.train, device=f"cuda:{slot % replicas}"))
+    return replace(config, train=replace(config.train, device=f"cuda:{slot % count}"))
 
 
 def _split(
-    bench: StepBench, path: Path, mode: str, transport: str, count: int, replicas: int
+    bench: StepBench, path: Path, mode: str, transport: str, count: int, kind: Mapping[str, int]
 ) -> Row:
-    """Return the row of ``count`` clients that train at once."""
+    """Return the row of ``count`` clients that train at once with one kind of trunk."""
     rows = bench.rows_of(count)
-    config = make_config(bench, path, mode, transport, count, replicas)
+    config = make_config(bench, path, mode, transport, count, kind)
     with closing(TrunkProcess.start(config, START_SECONDS)) as trunk:
         tokens = {slot: f"benchmark-token-{slot}" for slot in range(count)}
         workers = [
             Worker(
                 run_client,
-                (_on(config, slot, replicas), trunk.address, slot, token),
+                (_on(config, slot), trunk.address, slot, token),
                 bench.num_threads,
             )
             for slot, token in tokens.items()
@@ -204,8 +229,9 @@ def _split(
     clients = f"{count} client{'s' * (count > 1)} x {rows}"
     what = f"split, {mode}, {transport}, {clients}"
     base = _eager(rows * count)
-    if replicas > 1:
-        what, base = f"{what}, {replicas} replicas", what
+    for key, number in kind.items():
+        several = f"{number} replicas" if key == "replicas" else f"layers over {number} processes"
+        what, base = f"{what}, {several}", what
     row = _row(what, base, answers[0], rows * count, bench)
     return replace(row, beside={**row.beside, "trunk peak GiB": held / 2**30}) if held else row
 

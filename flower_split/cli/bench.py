@@ -84,7 +84,14 @@ def _add_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         type=int,
         default=1,
         metavar="N",
-        help="of the trunk, beside one; more than 1: with --window-batches on, and a GPU for each",
+        help="of the trunk, beside one; with window batches, and a GPU for each",
+    )
+    step.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that divide the trunk's layers, beside one; a GPU for each",
     )
     step.add_argument("--batch-positions", type=int, default=8192, metavar="N")
     step.add_argument("--activation-memory", type=float, default=60.0, metavar="GiB")
@@ -255,6 +262,7 @@ def _step(arguments: argparse.Namespace) -> int:
         batch_positions=arguments.batch_positions,
         activation_memory=arguments.activation_memory,
         replicas=arguments.replicas,
+        tensor_parallel=arguments.tensor_parallel,
         compiled=arguments.compiled,
     )
     measure_step(bench).tell(_console(), arguments.out)

@@ -121,6 +121,9 @@ class TrunkConfig:
     replicas: int = 1
     """Processes that compute the trunk, each with all its layers on a device of its own (cuda:0, cuda:1,
     ...; or all on the CPU); they share every window batch."""
+    tensor_parallel: int = 1
+    """Processes that divide every layer of the trunk, each on a device of its own (cuda:0, cuda:1, ...; or
+    all on the CPU), and compute every call together."""
     compute: str = "exact"
     """How the trunk computes: exact (the unsplit model's own operations; equal bits on a CPU), or fast
     (compiled layers, 16-bit autocast where the base has 16 bits; other last bits)."""
@@ -134,6 +137,11 @@ class TrunkConfig:
         if self.quorum_count:
             return min(1.0, self.quorum_count / num_participants)
         return self.quorum
+
+    @property
+    def processes(self) -> int:
+        """Return how many processes compute the trunk."""
+        return max(self.replicas, self.tensor_parallel)
 
     @property
     def batch_positions(self) -> int:
@@ -150,8 +158,8 @@ class TrunkConfig:
         plug_in_name("trunk.window-rule", self.window_rule)
         one_of("trunk.window-batches", self.window_batches, WINDOW_BATCHES)
         one_of("trunk.on-bad-client", self.on_bad_client, ON_BAD_CLIENT)
-        self._check_device_map()
-        self._check_replicas()
+        for check in (self._check_device_map, self._check_replicas, self._check_tensor_parallel):
+            check()
         share("trunk.quorum", self.quorum)
         for name in (
             "quorum_count",
@@ -184,6 +192,7 @@ class TrunkConfig:
             "window_batch_positions",
             "max_experiments",
             "replicas",
+            "tensor_parallel",
         ):
             at_least(f"trunk.{kebab(name)}", getattr(self, name), 1)
         if not MIN_STREAM_WINDOW <= self.stream_window <= MAX_STREAM_WINDOW:
@@ -232,3 +241,21 @@ class TrunkConfig:
                 f"{given} computes for one experiment, and trunk.max-experiments = "
                 f"{self.max_experiments} takes turns on one device. Leave one of them out."
             )
+
+    def _check_tensor_parallel(self) -> None:
+        """Check what divided layers go together with."""
+        if self.tensor_parallel <= 1:
+            return
+        given = f"trunk.tensor-parallel = {self.tensor_parallel}"
+        others = {
+            f"trunk.replicas = {self.replicas}": self.replicas > 1,
+            f"trunk.device-map = {self.device_map!r}": bool(self.device_map),
+            f"trunk.max-experiments = {self.max_experiments}": self.max_experiments > 1,
+            'trunk.train = "full"': self.train == "full",
+        }
+        for other, there in others.items():
+            if there:
+                raise ConfigError(
+                    f"{given} divides the layers of one trunk with LoRA over processes, which does not go "
+                    f"together with {other}. Leave one of them out."
+                )

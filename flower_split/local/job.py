@@ -74,8 +74,8 @@ def run_job(job: LocalJob, *, before: Callable[[], None] = lambda: None) -> None
         nodes = NodeProcesses.fork(processes_of(config), client_app)
         stack.enter_context(nodes)
         trunk = None
-        # One with replicas starts processes of its own, which a child of multiprocessing's may not.
-        if not config.trunk.address and config.trunk.replicas == 1:
+        # One of several processes starts its own, which a child of multiprocessing's may not.
+        if not config.trunk.address and config.trunk.processes == 1:
             trunk = ForkedTrunk.fork(nodes.processes)
             stack.enter_context(trunk)
         identify(0)

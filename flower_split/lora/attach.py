@@ -32,6 +32,7 @@ from flower_split.lora.model_parts import (
     some,
     stack_of,
 )
+from flower_split.lora.shards import fill, settle_shards
 from flower_split.lora.state import (
     ADAPTER_NAME,
     adapter_parameters,
@@ -85,13 +86,16 @@ def attach_lora(
     for plan in plans:
         if plan.targets:
             _inject(model, plan.config, plan.targets, meta)
+    settle_shards(model)
     init_of = Inits(model, stack_of(model), cuts, parts)
     for name, parameter in lora_parameters(model):
-        if parameter.dtype != torch.float64:  # PEFT gives them the base's dtype
+        if parameter.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):  # PEFT gives them the base's dtype
             parameter.data = parameter.data.to(torch.float32)
         if not meta and not name.endswith(MAGNITUDE):
-            with torch.no_grad():
-                parameter.copy_(initial_value(seed, name, parameter.shape, init_of(name)))
+            fill(parameter, initial_value(seed, name, parameter.shape, init_of(name)))
     if not meta:
         renew_magnitudes(model)
     train_whole(model, [slot for plan in plans for slot in plan.whole])

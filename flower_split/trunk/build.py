@@ -1,6 +1,7 @@
 """The trunk that a run config describes: model, LoRA, optimizer, engine; or several over one base."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from flower_split.runtime.devices import resolve_device
 from flower_split.split import CutLayers, TrunkModel, load_trunk_model
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.structure.compute_mode import compute_fast
+from flower_split.trunk.compute.checks import InputSchema
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.fair_device import DeviceShare, FairDevice
 from flower_split.trunk.compute.gradients import Reduction
@@ -32,7 +34,8 @@ from flower_split.trunk.engine.checkpoint_store import CheckpointStore
 from flower_split.trunk.engine.engine import TrunkEngine
 from flower_split.trunk.engine.shares import Shares
 from flower_split.trunk.engine.window_rules import make_window_rule
-from flower_split.trunk.replicas.processes import Replicas
+from flower_split.trunk.replicas.processes import Followers, Replicas
+from flower_split.trunk.tensor_parallel.ranks import Ranks
 from flower_split.wire.codecs import WireCodecs
 
 _GIB = 2**30
@@ -40,7 +43,7 @@ _DEVICE_SECONDS = 30.0  # that a new experiment waits for its turn; its coordina
 
 
 def make_engine(
-    config: RunConfig, checkpoints: Path | None = None, replicas: Replicas | None = None
+    config: RunConfig, checkpoints: Path | None = None, followers: Followers | None = None
 ) -> TrunkEngine:
     """Load the trunk layers of ``config.model``, make trainable what ``config`` trains, and serve it.
 
@@ -49,26 +52,31 @@ def make_engine(
     Args:
         config: The run's configuration.
         checkpoints: The directory of the trunk's checkpoints; None: none are kept.
-        replicas: The followers of ``trunk.replicas``, which the caller closes; None: there are none.
+        followers: Those of ``trunk.replicas`` or ``trunk.tensor-parallel``, which the caller closes;
+            None: there are none.
 
     Raises:
         SplitError: The model cannot be loaded or cut.
         ConfigError: The device, a codec or the window rule is not there, quantised weights would
-            have to train, or there are not ``trunk.replicas``.
+            have to train, or there are not as many processes as ``config`` says.
         TrunkUnavailable: A follower did not load.
     """
-    if config.trunk.replicas != (1 if replicas is None else replicas.size):
+    if config.trunk.processes != (1 if followers is None else followers.size):
         raise ConfigError(
-            f"trunk.replicas = {config.trunk.replicas}, and this process leads no such replicas. Serve the "
-            "trunk with flower-split trunk, or with RunningTrunk."
+            f"{config.trunk.processes} processes are to compute the trunk (trunk.replicas, "
+            "trunk.tensor-parallel), and this one leads no others. Serve the trunk with flower-split "
+            "trunk, or with RunningTrunk."
         )
     WireCodecs.make(
         config.trunk.wire_dtype, config.trunk.gradient_wire_dtype
     )  # before minutes of loading
     make_window_rule(config.trunk.window_rule)
-    trunk = _load(config)
-    _attach(config, trunk)
-    return _engine(config, trunk, fingerprint(config), checkpoints, replicas=replicas)
+    if isinstance(followers, Ranks):
+        followers.begin(resolve_device(config.trunk.device, "trunk.device"))
+    trunk, inputs = load_share(config)
+    if isinstance(followers, Ranks):
+        trunk, inputs = followers.lead(trunk), replace(inputs, cached=None)
+    return _engine(config, trunk, inputs, fingerprint(config), checkpoints, followers=followers)
 
 
 def load_compute(config: RunConfig) -> TrunkCompute:
@@ -80,9 +88,22 @@ def load_compute(config: RunConfig) -> TrunkCompute:
         SplitError: The model cannot be loaded or cut.
         ConfigError: The device is not there, or quantised weights would have to train.
     """
+    return _compute(config, load_share(config)[0], None)
+
+
+def load_share(config: RunConfig) -> tuple[TrunkModel, InputSchema]:
+    """Return the trunk's layers with what trains, as they compute, and the inputs that they take.
+
+    Of ``trunk.tensor-parallel`` processes each has a share of every layer, and all load at once. Sets this
+    process's intra-op thread count.
+
+    Raises:
+        SplitError: The model cannot be loaded, cut or divided.
+        ConfigError: The device is not there, or quantised weights would have to train.
+    """
     trunk = _load(config)
     _attach(config, trunk)
-    return _compute(config, trunk, None)
+    return trunk, _settle(config, trunk)
 
 
 class ExperimentEngines:
@@ -134,8 +155,9 @@ class ExperimentEngines:
                 trunk = self.base.twin(config.lora.trunk if config.mode == "joint" else None)
                 _attach(config, trunk)
                 self.base.check_untouched()
+                inputs = _settle(config, trunk)
                 fields = experiment_fingerprint(self.fingerprint, config)
-                return _engine(config, trunk, fields, self._directory(owner), share)
+                return _engine(config, trunk, inputs, fields, self._directory(owner), share)
         except (ConfigError, SplitError) as error:
             raise TrunkRefused(
                 RefusalReason.INVALID_REQUEST, f"the trunk cannot serve this experiment: {error}"
@@ -167,6 +189,7 @@ def _load(config: RunConfig) -> TrunkModel:
         CutLayers(config.model.first_cut, config.model.second_cut),
         device=_device(config.trunk),
         device_map=config.trunk.device_map or None,
+        tensor_parallel=config.trunk.tensor_parallel,
     )
 
 
@@ -187,27 +210,36 @@ def _attach(config: RunConfig, trunk: TrunkModel) -> None:
         attach_lora(trunk, trunk.cuts, {"trunk": config.lora.trunk}, seed=config.seed)
 
 
+def _settle(config: RunConfig, trunk: TrunkModel) -> InputSchema:
+    """Let the layers compute in the mode of ``trunk.compute``; return the inputs that they take."""
+    inputs = schema_of(
+        trunk, trunk.hidden_size
+    )  # before compilation, which every form would repeat
+    if config.trunk.compute == "fast":
+        compute_fast(trunk, trunk.stack.layers(trunk))
+    return inputs
+
+
 def _engine(
     config: RunConfig,
     trunk: TrunkModel,
+    inputs: InputSchema,
     fields: Mapping[str, str],
     checkpoints: Path | None,
     share: DeviceShare | None = None,
-    replicas: Replicas | None = None,
+    followers: Followers | None = None,
 ) -> TrunkEngine:
     """Return the engine around a trunk, with the budgets and rules of ``config``.
 
     Args:
         config: The experiment's.
         trunk: With what trains.
+        inputs: That it takes.
         fields: The fingerprint.
         checkpoints: Their directory; None: none are kept.
         share: This engine's share of a device that others compute on, too.
-        replicas: The followers; None: there are none.
+        followers: Further processes; None: there are none.
     """
-    inputs = schema_of(
-        trunk, trunk.hidden_size
-    )  # before compilation, which every form would repeat
     compute = _compute(config, trunk, share)
     return TrunkEngine(
         compute,
@@ -223,7 +255,7 @@ def _engine(
         inputs=inputs,
         window_rule=make_window_rule(config.trunk.window_rule),
         batch_positions=config.trunk.batch_positions,
-        divider=None if replicas is None else replicas.divider(compute),
+        divider=followers.divider(compute) if isinstance(followers, Replicas) else None,
         shares=Shares(
             evaluations=config.trunk.max_evaluations,
             compute_seconds=config.trunk.max_compute_seconds,
@@ -233,10 +265,8 @@ def _engine(
 
 
 def _compute(config: RunConfig, trunk: TrunkModel, share: DeviceShare | None) -> TrunkCompute:
-    """Return the trunk's arithmetic in the mode of ``trunk.compute``, compiled where that is fast."""
+    """Return the trunk's arithmetic, compiled before the first call where ``trunk.compute`` is fast."""
     fast = config.trunk.compute == "fast"
-    if fast:
-        compute_fast(trunk, trunk.stack.layers(trunk))
     compute = TrunkCompute(trunk, config.trunk.optimizer, seed=config.seed, fused=fast, share=share)
     if fast and compute.device.type == "cuda":
         rows, length = config.train.batch_size, config.train.sequence_length

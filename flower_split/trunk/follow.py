@@ -1,7 +1,8 @@
-"""Trunk replicas of a run config: which devices they take, and what a follower's process runs.
+"""The trunk's further processes of a run config: which devices they take, and what each of them runs.
 
-A follower loads the same layers from the same place as the leader, says so, meets the others in the
-process group, and answers orders until its pipe ends.
+A replica loads the same layers from the same place as the leader, says so, meets the others in the
+process group, and answers orders until its pipe ends. Where the processes divide the layers, they meet
+first, and each loads its share.
 """
 
 import logging
@@ -20,26 +21,31 @@ from flower_split.config import RunConfig
 from flower_split.errors import ConfigError
 from flower_split.runtime.devices import resolve_device
 from flower_split.runtime.logs import quiet_libraries
-from flower_split.trunk.build import load_compute
+from flower_split.trunk.build import load_compute, load_share
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joint_pass import JointCompute
 from flower_split.trunk.replicas.follower import Follower
 from flower_split.trunk.replicas.group import ReplicaGroup
 from flower_split.trunk.replicas.orders import Join, Ready
-from flower_split.trunk.replicas.processes import Replicas
+from flower_split.trunk.replicas.processes import Followers, Replicas
+from flower_split.trunk.tensor_parallel.follower import ParallelFollower
+from flower_split.trunk.tensor_parallel.ranks import Ranks, meet_all, shorten_waits
+from flower_split.trunk.tensor_parallel.shards import Shards
 
 _GIB = 2**30
 
 
-def start_replicas(config: RunConfig) -> Replicas | None:
+def start_followers(config: RunConfig) -> Followers | None:
     """Start the followers of a trunk, which load from now on; None: it computes alone.
 
     Raises:
         ConfigError: There are not as many devices.
     """
-    if config.trunk.replicas == 1:
+    if config.trunk.processes == 1:
         return None
-    return Replicas(run_follower, follower_configs(config), config.trunk.call_timeout)
+    if config.trunk.tensor_parallel > 1:
+        return Ranks(run_rank, follower_configs(config), config.trunk.call_timeout)
+    return Replicas(run_replica, follower_configs(config), config.trunk.call_timeout)
 
 
 def follower_configs(config: RunConfig) -> list[RunConfig]:
@@ -49,22 +55,53 @@ def follower_configs(config: RunConfig) -> list[RunConfig]:
         ConfigError: There are not as many devices.
     """
     leader = resolve_device(config.trunk.device, "trunk.device")
-    count = config.trunk.replicas
+    count = config.trunk.processes
+    key = "tensor-parallel" if config.trunk.tensor_parallel > 1 else "replicas"
     if leader.type == "cpu":
         names = ["cpu"] * count
     else:
         first, there = leader.index or 0, torch.cuda.device_count()
         if first + count > there:
             raise ConfigError(
-                f"trunk.replicas = {count} takes a device each, from cuda:{first} on, and torch sees "
+                f"trunk.{key} = {count} takes a device each, from cuda:{first} on, and torch sees "
                 f"{there} CUDA devices here. Lower it, or set trunk.device to an earlier one."
             )
         names = [f"{leader.type}:{first + rank}" for rank in range(count)]
     return [replace(config, trunk=replace(config.trunk, device=name)) for name in names[1:]]
 
 
-def run_follower(pipe: Connection, config: RunConfig) -> None:
+def run_replica(pipe: Connection, config: RunConfig) -> None:
     """Load, meet the others, and answer orders until the leader ends."""
+    _begin(config)
+    compute = load_compute(config)
+    try:
+        pipe.send(Ready(str(compute.device), len(compute.parameters)))
+        _answer(pipe, _joined(pipe.recv(), config, compute))
+    except (EOFError, OSError):
+        pass  # the trunk closes, or has ended
+    os._exit(0)  # what is left of the process group would wait for the others
+
+
+def run_rank(pipe: Connection, config: RunConfig) -> None:
+    """Meet the others, load a share of the layers, and answer orders until the leader ends."""
+    device = _begin(config)
+    try:
+        order: Join = pipe.recv()
+        folder = Path(order.folder)
+        meet_all(folder, order.rank, order.size, device)
+        shards = Shards(load_share(config)[0])
+        pipe.send(Ready(str(device), len(shards.names)))
+        group = ReplicaGroup(folder, order.rank, order.size, device, order.timeout)
+        shorten_waits(order.timeout)
+        shards.whole()  # the leader asks
+        _answer(pipe, ParallelFollower(shards, group))
+    except (EOFError, OSError):
+        pass  # the trunk closes, or has ended
+    os._exit(0)
+
+
+def _begin(config: RunConfig) -> torch.device:
+    """Settle this process, which ends with its leader's; return its device."""
     os.dup2(2, 1)  # where the leader's own answer is read, nothing of a follower may stand
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s %(message)s")
     quiet_libraries()
@@ -74,18 +111,20 @@ def run_follower(pipe: Connection, config: RunConfig) -> None:
     device = torch.device(config.trunk.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    compute = load_compute(config)
-    try:
-        pipe.send(Ready(str(compute.device), len(compute.parameters)))
-        follower = _joined(pipe.recv(), config, compute)
-        while True:
-            reply, buffer = follower.answer(pipe.recv())
-            pipe.send(reply)
-            if buffer is not None:
-                follower.send(buffer)
-    except (EOFError, OSError):
-        pass  # the trunk closes, or has ended
-    os._exit(0)  # what is left of the process group would wait for the others
+    return device
+
+
+def _answer(pipe: Connection, follower: Follower | ParallelFollower) -> None:
+    """Answer orders until the pipe ends.
+
+    Raises:
+        EOFError: It does.
+    """
+    while True:
+        reply, buffer = follower.answer(pipe.recv())
+        pipe.send(reply)
+        if buffer is not None:
+            follower.send(buffer)
 
 
 def _joined(order: Join, config: RunConfig, compute: TrunkCompute) -> Follower:

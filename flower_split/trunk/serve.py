@@ -30,7 +30,7 @@ from flower_split.trunk.ending import end_soon
 if TYPE_CHECKING:
     from flower_split.trunk.engine.engine import TrunkEngine
     from flower_split.trunk.engine.several_experiments import SeveralExperiments
-    from flower_split.trunk.replicas.processes import Replicas
+    from flower_split.trunk.replicas.processes import Followers
     from flower_split.trunk.service.limits import Limits
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class RunningTrunk(Closing):
 
     Attributes:
         engine: What computes; of a trunk of several experiments, all of them.
-        failure: Why it cannot serve any more, after a replica was lost; empty: it serves.
+        failure: Why it cannot serve any more, after one of its processes was lost; empty: it serves.
 
     Raises:
         FlowerSplitError: The model cannot be loaded or cut, or the port cannot be served.
@@ -99,7 +99,7 @@ class RunningTrunk(Closing):
         # Loading torch and the model takes seconds: only the process that serves pays for it.
         with loading_modules():
             import flower_split.trunk.build  # noqa: F401, what makes the engine needs most of them
-            from flower_split.trunk.follow import start_replicas
+            from flower_split.trunk.follow import start_followers
             from flower_split.trunk.service.audit_log import AuditLog
             from flower_split.trunk.service.client_certificates import MutualTls
             from flower_split.trunk.service.server import TrunkServer
@@ -117,14 +117,14 @@ class RunningTrunk(Closing):
         )
         self.failure = ""
         self._fail: Callable[[str], None] = logger.error
-        self._replicas = start_replicas(config)
+        self._followers = start_followers(config)
         try:
-            self.engine = _engines(config, directory, serving, self._replicas)
+            self.engine = _engines(config, directory, serving, self._followers)
         except BaseException:
-            self._close_replicas()
+            self._close_followers()
             raise
-        if self._replicas is not None:
-            self._replicas.on_loss(self._on_loss)
+        if self._followers is not None:
+            self._followers.on_loss(self._on_loss)
         self._server = TrunkServer(
             self.engine,
             listen=serving.listen,
@@ -198,13 +198,13 @@ class RunningTrunk(Closing):
             served.close()
         self._server.stop(_GRACE_SECONDS)
         self.engine.close(self.failure or "the trunk is shutting down")
-        self._close_replicas()
+        self._close_followers()
         if self._audit is not None:
             self._audit.close()
 
-    def _close_replicas(self) -> None:
-        if self._replicas is not None:
-            self._replicas.close()
+    def _close_followers(self) -> None:
+        if self._followers is not None:
+            self._followers.close()
 
     def _on_loss(self, why: str) -> None:
         """Turn calls away, say that nothing is served any more, and leave the rest to the process."""
@@ -214,7 +214,7 @@ class RunningTrunk(Closing):
 
 
 def _engines(
-    config: RunConfig, checkpoints: Path | None, serving: Serving, replicas: "Replicas | None"
+    config: RunConfig, checkpoints: Path | None, serving: Serving, followers: "Followers | None"
 ) -> "TrunkEngine | SeveralExperiments":
     """Return the engine of one experiment after the other, or those of several at once.
 
@@ -231,7 +231,7 @@ def _engines(
                 "--coordinator gives further coordinators experiments of their own, and this trunk serves "
                 "one at a time. Set trunk.max-experiments."
             )
-        return make_engine(config, checkpoints, replicas)
+        return make_engine(config, checkpoints, followers)
     if checkpoints is None:
         raise ConfigError(
             f"trunk.max-experiments = {config.trunk.max_experiments}: a trunk of several experiments lets "

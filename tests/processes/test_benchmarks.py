@@ -72,15 +72,21 @@ def test_bench_step_has_the_split_step_beside_plain_peft(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_bench_step_has_two_replicas_beside_one(tmp_path: Path) -> None:
-    order = ["bench", "step", "--clients", "2", "--replicas", "2", "--steps", "1"]
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [("--replicas", "2 replicas"), ("--tensor-parallel", "layers over 2 processes")],
+)
+def test_bench_step_has_a_trunk_of_two_processes_beside_one(
+    tmp_path: Path, option: str, what: str
+) -> None:
+    order = ["bench", "step", "--clients", "2", option, "2", "--steps", "1"]
     assert main([*order, "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "step.json").read_text())["rows"]
     reference, one = "unsplit PEFT, 8 sequences", "split, exact, auto, 2 clients x 4"
     assert [(row["what"], row["base"]) for row in rows] == [
         (reference, reference),
         (one, reference),
-        (f"{one}, 2 replicas", one),
+        (f"{one}, {what}", one),
     ]
 
 

@@ -1,10 +1,10 @@
-"""A trunk of two replicas in processes of their own: same bits, and what follows when one is killed."""
+"""A trunk of two processes: same bits in any order, and what follows when one of them is killed."""
 
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
@@ -12,28 +12,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from flower_split.cli.trunk import TrunkCommand, serve_trunk
-from flower_split.client.remote_trunk import RemoteTrunk
 from flower_split.config import RunConfig, parse_run_config, resolved_run_config
 from flower_split.errors import ConfigError, TrunkError, TrunkUnavailable
-from flower_split.parties.fingerprint import fingerprint
-from flower_split.protocol.values import RoundBase, RoundPlan, RoundReport
+from flower_split.protocol.values import RoundBase
 from flower_split.runtime.exit_codes import FAILED
-from flower_split.server.coordinator import TrunkCoordinator
 from flower_split.server.trunk_process import TrunkProcess
 from flower_split.trunk.build import make_engine
 from flower_split.trunk.follow import follower_configs
 from flower_split.trunk.serve import RunningTrunk, Serving
 from flower_split.wire.grpc_health import health_of
 from tests.support.tiny_app import make_app, make_data, make_model, tiny_config
-
-TOKEN = "the coordinator's token"
-SLOTS = (0, 1, 2)
-WINDOWS = 2
-SECONDS = 30.0
-
+from tests.support.trunk_rounds import SECONDS, SLOTS, TOKEN, Run, train
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
@@ -54,75 +45,18 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, two_gpus])])
-def placed(config: RunConfig, request: pytest.FixtureRequest) -> RunConfig:
+def device(request: pytest.FixtureRequest) -> str:
     """The trunk on the CPU, and on two GPUs."""
-    return replace(config, trunk=replace(config.trunk, device=request.param))
+    return str(request.param)
 
 
-class Run:
-    """A coordinator and three clients of a trunk."""
-
-    def __init__(self, config: RunConfig, port: int) -> None:
-        self.config, self.port = config, port
-        self.control = TrunkCoordinator(f"127.0.0.1:{port}", TOKEN, timeout=SECONDS)
-
-    def begin(
-        self, server_round: int, attempt: int, base: RoundBase, seconds: float = SECONDS
-    ) -> list[RemoteTrunk]:
-        """Open a round; return its clients, who have joined."""
-        tokens = {slot: f"token-{server_round}-{attempt}-{slot}" for slot in SLOTS}
-        self.control.begin_round(
-            RoundPlan(
-                experiment="e",
-                server_round=server_round,
-                attempt=attempt,
-                participants=tokens,
-                steps_per_round=WINDOWS,
-                num_server_rounds=2,
-                base=base,
-            )
-        )
-        clients = [
-            RemoteTrunk(
-                f"127.0.0.1:{self.port}",
-                token=token,
-                fingerprint=fingerprint(self.config),
-                mode="joint",
-                call_timeout=seconds,
-            )
-            for token in tokens.values()
-        ]
-        for client in clients:
-            client.open(WINDOWS)
-        return clients
-
-    def round(
-        self, server_round: int, attempt: int, base: RoundBase, order: Sequence[int]
-    ) -> RoundReport:
-        """Train, the calls of each window in ``order``, and prepare."""
-        clients = self.begin(server_round, attempt, base)
-        with ThreadPoolExecutor(len(SLOTS)) as pool:
-            futures = [pool.submit(train, clients[slot], slot, server_round) for slot in order]
-            for future in futures:
-                future.result(SECONDS)
-        return self.control.prepare_round("e", server_round, attempt)
-
-    def close(self) -> None:
-        self.control.close()
-
-
-def train(client: RemoteTrunk, slot: int, server_round: int) -> None:
-    for window in range(WINDOWS):
-        smashed, grad = numbers(slot, server_round, window)
-        with client.micro_batch(window, 0, num_tokens=5.0, loss_denominator=5.0, last=True):
-            output = client(smashed.requires_grad_())
-        torch.autograd.grad(output, [smashed, client.always], grad, allow_unused=True)
-
-
-def numbers(slot: int, server_round: int, window: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * server_round + 10 * window + slot)
-    smashed, grad = (torch.randn(1 + slot, 5, 32, generator=generator) for _ in range(2))
-    return smashed, 1e-3 * grad
+@pytest.fixture(params=["replicas", "tensor-parallel"])
+def placed(config: RunConfig, device: str, request: pytest.FixtureRequest) -> RunConfig:
+    """Two processes that share the clients, and two that divide the layers."""
+    trunk = replace(config.trunk, device=device)
+    if request.param == "tensor-parallel":
+        trunk = replace(trunk, replicas=1, tensor_parallel=2)
+    return replace(config, trunk=trunk)
 
 
 @pytest.fixture
@@ -246,5 +180,5 @@ def test_followers_take_the_next_devices_and_more_than_there_are_are_refused(
 
 
 def test_engine_without_its_followers_is_refused(config: RunConfig) -> None:
-    with pytest.raises(ConfigError, match=r"trunk\.replicas = 2"):
+    with pytest.raises(ConfigError, match="this one leads no others"):
         make_engine(config)

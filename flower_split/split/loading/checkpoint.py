@@ -26,6 +26,7 @@ from flower_split.split.loading.device_map import DeviceMap, check_placed, resol
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.partial_class import Carve, holed, quiet_loading
 from flower_split.split.loading.tasks import AUTO_CLASSES, begin_head, head_modules, set_labels
+from flower_split.split.loading.tensor_parallel import loading_on, note_for_lora, parallel_options
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.quantization import (
     check_quantised,
@@ -129,6 +130,7 @@ class Checkpoint:
         indices: Sequence[int] = (),
         *,
         beside: bool = False,
+        tensor_parallel: int = 1,
     ) -> PreTrainedModel:
         """Read the tensors that are left when ``carve`` has taken out the others.
 
@@ -138,6 +140,8 @@ class Checkpoint:
             device_map: As :func:`resolve_device_map` takes it.
             indices: Of the layers that are left, for ``device_map``.
             beside: Whether modules beside the layers are left, too.
+            tensor_parallel: Processes that divide the layers, this one's share of which is read;
+                torch's default process group has them all.
         """
         # Quantised weights cannot all be moved afterwards: they are made where they stay.
         places: dict[str, torch.device] | str = {"": torch.device(device or "cpu")}
@@ -153,7 +157,14 @@ class Checkpoint:
         placed = device_map is not None or self.quantization is not None
         part = holed(self.model_class, carve, whole_modules)
         owned = set(self.skeleton.state_dict())
-        model, missing_keys = self._read(part, owned, asked, places if placed else None)
+        if tensor_parallel > 1:
+            placed, options = True, parallel_options(tensor_parallel)
+        else:
+            options = {"device_map": places if placed else None}
+        with loading_on(device):
+            model, missing_keys = self._read(part, owned, asked, options)
+        if tensor_parallel > 1:
+            note_for_lora(model, self.stack)
         keep_trainable(model)
         if asked is not self.quantization and self.dtype is not None:
             settle_dtype(model, owned, self.dtype)
@@ -192,7 +203,7 @@ class Checkpoint:
         part: type[PreTrainedModel],
         owned: set[str],
         quantization: QuantizationConfigMixin | None,
-        device_map: dict[str, torch.device] | str | None,
+        options: dict[str, Any],
     ) -> tuple[PreTrainedModel, list[str]]:
         """Read the owned tensors; return the part and the names that the checkpoint lacks.
 
@@ -209,7 +220,7 @@ class Checkpoint:
                     use_safetensors=True,
                     output_loading_info=True,
                     quantization_config=quantization,
-                    device_map=device_map,
+                    **options,
                 )
             except (OSError, RuntimeError, ValueError, ImportError) as error:
                 raise SplitError(

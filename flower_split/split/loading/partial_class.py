@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator
 
 from torch import nn
@@ -37,6 +38,13 @@ def holed(
             if target in names and source in names
         }
         self._no_split_modules = set(self._no_split_modules or ()) | whole_modules
+        absent = {
+            re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            for name, module in self.named_modules()
+            if isinstance(module, _PLACE_HOLDERS)
+        }
+        # How to divide the modules; those outside the layers are not there to be divided.
+        self._tp_plan = {n: style for n, style in (self._tp_plan or {}).items() if n not in absent}
 
     def initialize(self: PreTrainedModel, module: nn.Module) -> None:
         # What is around stand-ins has no weights of its own, but a family may reach into it.

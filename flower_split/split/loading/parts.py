@@ -17,6 +17,7 @@ from flower_split.split.client_side.model import carve_client, trunk_slot, wire_
 from flower_split.split.loading.checkpoint import Checkpoint
 from flower_split.split.loading.device_map import DeviceMap
 from flower_split.split.loading.model_source import ModelSource, as_source
+from flower_split.split.loading.tensor_parallel import check_parallel
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.host_call import LayerOutput
 from flower_split.split.structure.probe import probe_batches, quiet
@@ -100,13 +101,13 @@ def load_trunk_model(
     auto_class: type[_BaseAutoModelClass] = AutoModelForCausalLM,
     quantization: Quantization | None = None,
     device_map: DeviceMap | None = None,
+    tensor_parallel: int = 1,
 ) -> TrunkModel:
     """Load the trunk of a checkpoint; only the trunk layers' tensors are read.
 
     Args:
-        name_or_path: Local directory or hub id of a causal language model in safetensors; or a
-            :class:`~flower_split.split.loading.model_source.ModelSource`, which says ``dtype``,
-            ``attn_implementation``, ``revision`` and ``quantization`` itself.
+        name_or_path: Local directory or hub id of a model in safetensors; or a source, which says
+            ``dtype``, ``attn_implementation``, ``revision`` and ``quantization`` itself.
         cuts: The cut layers.
         dtype: Dtype of the weights; None: the checkpoint's.
         attn_implementation: transformers' name; None: the model's default.
@@ -118,6 +119,8 @@ def load_trunk_model(
             ``"auto"``, ``"balanced"``, ``"balanced_low_0"`` or ``"sequential"``, or module name ->
             device. A trunk whose layers lie on several takes hidden states from any device, and
             its output comes back to it.
+        tensor_parallel: Processes of torch's default process group that divide every layer, and call
+            the trunk at once with the same inputs; 1: this one has the whole layers.
 
     Returns:
         The trunk, in evaluation mode.
@@ -134,7 +137,10 @@ def load_trunk_model(
     def carve(root: PreTrainedModel) -> None:
         carve_trunk(root, checkpoint.stack, cuts, output, constants)
 
-    root = checkpoint.load(carve, device, device_map, range(cuts.first, cuts.second))
+    if tensor_parallel > 1:
+        check_parallel(source.name_or_path, checkpoint.skeleton, checkpoint.stack, tensor_parallel)
+    layers = range(cuts.first, cuts.second)
+    root = checkpoint.load(carve, device, device_map, layers, tensor_parallel=tensor_parallel)
     trunk = TrunkModel(root, checkpoint.stack, cuts, output).eval()
     if checkpoint.quantization is not None:
         weight = next(trunk.parameters())

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
@@ -110,3 +111,9 @@ def embedding_width(model: PreTrainedModel | nn.Module) -> int:
             "family cannot be split."
         )
     return width
+
+
+def address_of(tensor: Tensor) -> int:
+    """Return the address of a tensor's memory; of this process's share, if it is divided."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()

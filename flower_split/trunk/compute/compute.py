@@ -8,13 +8,14 @@ Next: ``flower_split/server/trunk_strategy.py``.
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flower_split.config import OptimizerConfig
 from flower_split.errors import RefusalReason, TrunkRefused
@@ -22,6 +23,7 @@ from flower_split.lora import adapter_name
 from flower_split.runtime import failpoints
 from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.structure.quantization import float_dtype
+from flower_split.split.structure.stack import address_of
 from flower_split.split.trunk_side.model import TrunkInputs
 from flower_split.training.optimizers import LearningRate, clip_by_norm, make_optimizer
 from flower_split.trunk.compute.activations import Activation
@@ -61,8 +63,7 @@ class TrunkCompute:
         share: DeviceShare | None = None,
     ) -> None:
         self.trunk, self.share = trunk, share
-        self.seed = seed
-        self.version = 0
+        self.seed, self.version = seed, 0
         self.named = sorted(
             (name, parameter)
             for name, parameter in trunk.named_parameters()
@@ -81,7 +82,8 @@ class TrunkCompute:
             make_optimizer(self.parameters, optimizer, fused=fused) if self.parameters else None
         )
         self._rate = LearningRate(optimizer, 1)
-        self._storages = {p.untyped_storage().data_ptr() for p in trunk.parameters()}
+        addresses = {address_of(parameter) for parameter in trunk.parameters()}
+        self._storages: Set[int] = getattr(trunk, "storages", addresses)
 
     def aside(self) -> AbstractContextManager[None]:
         """Return the block inside a turn in which other trunks may compute."""
@@ -139,7 +141,7 @@ class TrunkCompute:
         extras = {name: tensor for name, tensor in tensors.items() if name != "hidden_states"}
         one = Pass(extras, seed_of, use_cache, cuts, weights)
         leaf = smashed.to(self.device, self.dtype).requires_grad_()
-        known = self._storages | (weights.storages if weights else set())
+        known = self._storages | weights.storages if weights else self._storages
         saved = _SavedBytes(known)
         with torch.enable_grad(), saved.hooks:
             output = self._run(one, leaf)
@@ -330,15 +332,15 @@ def _seed(seed: int, name: str) -> int:
 class _SavedBytes:
     """Counts the bytes that autograd saves inside its ``hooks``, parameters excluded."""
 
-    def __init__(self, parameters: set[int]) -> None:
-        self._seen = set(parameters)
+    def __init__(self, parameters: Set[int]) -> None:
+        self._parameters, self._seen = parameters, set[int]()
         self.num_bytes = 0
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        if (address := storage.data_ptr()) not in self._seen and address not in self._parameters:
+            self._seen.add(address)
             self.num_bytes += storage.nbytes()
         # Itself would be a cycle that only a backward ends: a node that saves its own output.
         return tensor.detach()

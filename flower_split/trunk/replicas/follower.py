@@ -14,26 +14,24 @@ from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joining import Part
 from flower_split.trunk.compute.joint import Joint
 from flower_split.trunk.compute.joint_pass import Given, JointPass, PassGradient
-from flower_split.trunk.replicas.group import ReplicaGroup
+from flower_split.trunk.replicas.group import LEADER, ReplicaGroup
 from flower_split.trunk.replicas.orders import (
     AgainOrder,
     BackwardOrder,
     Backwards,
+    BatchOrder,
     Broken,
     Failure,
     ForwardOrder,
     Forwards,
     GradientHeader,
     Kept,
-    Order,
     PassHeader,
     Reply,
 )
 from flower_split.trunk.replicas.packing import Layout, length_of, pack, unpack
 
 logger = logging.getLogger(__name__)
-
-LEADER = 0  # its rank
 
 
 class Follower:
@@ -61,7 +59,7 @@ class Follower:
         """Return how many passes it keeps for the leader."""
         return len(self._passes)
 
-    def answer(self, order: Order) -> tuple[Reply, Tensor | None]:
+    def answer(self, order: BatchOrder) -> tuple[Reply, Tensor | None]:
         """Carry an order out; return the reply, and the bytes that follow it.
 
         An order's tensors are received first, whatever becomes of it, so that both ends stay in step.

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from flower_split.errors import ConfigError
 
+LEADER = 0  # its rank
 _STORE = "replicas"  # the file's name
 _TAG = 0
 

@@ -83,17 +83,18 @@ class FollowerLink:
             except RuntimeError as error:
                 raise self.lost(f"did not take its order's tensors: {error}") from error
 
-    def answer(self, what: str) -> Reply:
+    def answer(self, what: str, timeout: float | None = None) -> Reply:
         """Wait for the reply to the last order.
 
         Args:
             what: It was told to do, for the message.
+            timeout: Seconds to wait for it; None: those that it always has.
 
         Raises:
             ReplicaLost: It ended, or takes too long: then it is ended.
             RuntimeError: The order failed there as a whole.
         """
-        found = self._read(self._timeout, what)
+        found = self._read(self._timeout if timeout is None else timeout, what)
         self._asked = False
         if isinstance(found, Broken):
             raise RuntimeError(f"{self.where} failed to {what}: {found.text}")

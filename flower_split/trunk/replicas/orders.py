@@ -21,7 +21,7 @@ class Join:
     rank: int
     size: int
     timeout: float  # seconds
-    takes_mask: bool  # whether the model takes a padding mask
+    takes_mask: bool = True  # whether the model takes a padding mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,31 @@ class AgainOrder:
     slots: frozenset[int]
 
 
-Order = ForwardOrder | BackwardOrder | AgainOrder
+@dataclass(frozen=True, slots=True)
+class CallOrder:
+    """Compute one call's forward with the others. Tensors: the weights if they have changed, the inputs."""
+
+    number: int  # of the call
+    alive: frozenset[int]  # the calls whose backward may still come; the others are forgotten
+    weights: bool  # whether the trainable weights come along, whole
+    graph: bool  # whether the backward may come
+    training: bool
+    seed: int  # of torch's random state
+    use_cache: bool | None
+    names: tuple[str, ...]  # of the inputs, the hidden states first
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
+class CallBackOrder:
+    """Compute one call's backward with the others. Tensors: the gradient of its output."""
+
+    number: int  # of the call
+    layout: Layout
+
+
+BatchOrder = ForwardOrder | BackwardOrder | AgainOrder
+Order = BatchOrder | CallOrder | CallBackOrder
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +172,23 @@ class Backwards:
 
 
 @dataclass(frozen=True, slots=True)
+class Called:
+    """A call's forward is done; the leader has the same output."""
+
+
+@dataclass(frozen=True, slots=True)
+class CalledBack:
+    """A call's backward is done. Tensors: the gradients of this process's shards, by ``present``."""
+
+    present: tuple[bool, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True)
 class Broken:
     """An order failed as a whole."""
 
     text: str
 
 
-Reply = Ready | Forwards | Backwards | Broken
+Reply = Ready | Forwards | Backwards | Called | CalledBack | Broken
