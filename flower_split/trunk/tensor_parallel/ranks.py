@@ -5,6 +5,7 @@ follows one such trunk, and nothing else of torch's distributed package in it.
 """
 
 import os
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,7 +73,8 @@ class Ranks(Followers):
         super().close()
         if self._met:
             self._met = False
-            dist.destroy_process_group()
+            with suppress(RuntimeError):  # it may have been aborted
+                dist.destroy_process_group()
 
     def _abort(self) -> None:
         super()._abort()
