@@ -189,6 +189,19 @@ def _each_gradient_is_needed(config: "RunConfig") -> tuple[str, ...]:
     return ("trunk.window-batches", *differing) if _batches(config) and differing else ()
 
 
+def _not_to_be_divided(config: "RunConfig") -> tuple[str, ...]:
+    wanted = {
+        "model.quantization": "",
+        "lora.trunk.train": "lora",
+        "lora.trunk.use-dora": False,
+        "lora.trunk.bias": "none",
+        "lora.trunk.modules-to-save": "",
+    }
+    differing = tuple(key for key, value in wanted.items() if _value(config, key) != value)
+    divides = config.trunk.tensor_parallel > 1 and differing
+    return ("trunk.tensor-parallel", *differing) if divides else ()
+
+
 ALWAYS = (
     Combination(
         condition="`resume-previous` without `resume`",
@@ -376,6 +389,12 @@ ALWAYS = (
         "clipped or compared",
         remedy='Set trunk.window-batches = "off", or leave the others at their defaults',
         keys=_each_gradient_is_needed,
+    ),
+    Combination(
+        condition="`trunk.tensor-parallel` above 1 with quantised weights, or with more than LoRA",
+        reason="processes divide weights as they are, and LoRA beside them",
+        remedy="Leave the other keys as they are by default, or set trunk.tensor-parallel = 1",
+        keys=_not_to_be_divided,
     ),
     Combination(
         condition="`train.optimizer-state = keep` with a strategy other than `lora-fedavg`",

@@ -218,6 +218,14 @@ def test_layers_that_cannot_be_divided_are_refused_before_anything_is_read(
         load_trunk_model(tmp_path.as_posix(), CutLayers(1, 3), tensor_parallel=size)
 
 
+def test_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(SplitError, match="is quantised, and trunk.tensor-parallel = 2"):
+        load_trunk_model(tmp_path.as_posix(), CutLayers(1, 3), tensor_parallel=2)
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from flower_split.errors import SplitError
+from flower_split.split.structure.quantization import quantization_of
 from flower_split.split.structure.stack import LayerStack
 
 _NEEDED = {"torch": "2.8", "transformers": "5.17", "peft": "0.21"}  # that divide LoRA as weights
@@ -38,8 +39,8 @@ def check_parallel(name: str, skeleton: PreTrainedModel, stack: LayerStack, size
         size: Processes.
 
     Raises:
-        SplitError: The family has no plan, or another one than fits LoRA; the heads cannot be divided; or
-            a library is too old.
+        SplitError: The family has no plan, or another one than fits LoRA; the heads cannot be divided; the
+            checkpoint is quantised; or a library is too old.
     """
     for library, needed in _NEEDED.items():
         if Version(version(library)) < Version(needed):
@@ -47,6 +48,11 @@ def check_parallel(name: str, skeleton: PreTrainedModel, stack: LayerStack, size
                 f"trunk.tensor-parallel = {size} needs {library} {needed}; {version(library)} is "
                 "installed. Upgrade it, or set trunk.tensor-parallel = 1."
             )
+    if quantization_of(skeleton.config) is not None:
+        raise SplitError(
+            f"{name!r} is quantised, and trunk.tensor-parallel = {size} divides weights as they are. "
+            "Use the checkpoint that it was made of, or set trunk.tensor-parallel = 1."
+        )
     plan = layer_plan(skeleton, stack)
     others = sorted({style for style in plan.values() if style not in _STYLES})
     if not plan or others:

@@ -104,7 +104,7 @@ class Followers(Closing):
 
         Args:
             device: The leader's.
-            what: The followers and the leader are, for messages.
+            what: What all of them are, for messages.
 
         Raises:
             TrunkUnavailable: They do not come.

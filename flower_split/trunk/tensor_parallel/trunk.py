@@ -190,18 +190,7 @@ class ParallelTrunk(TrunkModel):
             lambda: call.backward(grad),
             "compute its share of a backward",
         )
-        shares = [own]
-        for link, reply in zip(self._links, replies, strict=True):
-            assert isinstance(reply, CalledBack)
-            tensors = iter(unpack(reply.layout, link.tensors(length_of(reply.layout))))
-            present = iter(reply.present)
-            shares.append(
-                [
-                    next(tensors) if dimension is not None and next(present) else None
-                    for dimension in shards.divided
-                ]
-            )
-        return smashed_grad, shards.joined(shares)
+        return smashed_grad, shards.joined([own, *replies])
 
     def _together(
         self,
@@ -209,8 +198,8 @@ class ParallelTrunk(TrunkModel):
         buffer: Tensor,
         compute: Callable[[], Value],
         what: str,
-    ) -> tuple[Value, list[object]]:
-        """Have all followers carry ``order`` out while this process computes; return the replies.
+    ) -> tuple[Value, list[list[Tensor | None]]]:
+        """Have all followers carry ``order`` out while this process computes; return what they have.
 
         Every reply is read, whatever happens here, so that all ends stay in step. What fails here
         fails there too, or a follower waits for this process in the middle of a layer, and is lost.
@@ -218,7 +207,7 @@ class ParallelTrunk(TrunkModel):
         for link in self._links:
             link.ask(order, buffer)
         failures: list[Exception] = []
-        replies: list[object] = []
+        replies: list[list[Tensor | None]] = []
         found: list[Value] = []
         try:
             found.append(compute())
@@ -226,12 +215,22 @@ class ParallelTrunk(TrunkModel):
             failures.append(error)
         for link in self._links:
             try:
-                replies.append(link.answer(what, _FAILED_SECONDS if failures else None))
+                replies.append(self._read(link, what, _FAILED_SECONDS if failures else None))
             except Exception as error:
                 failures.append(error)
         if failures:
             raise failures[0]
         return found[0], replies
+
+    def _read(self, link: FollowerLink, what: str, timeout: float | None) -> list[Tensor | None]:
+        """Read a follower's reply; return the gradients of its shares, None where it has none."""
+        reply = link.answer(what, timeout)
+        if not isinstance(reply, CalledBack):
+            return []
+        tensors = iter(unpack(reply.layout, link.tensors(length_of(reply.layout))))
+        present = iter(reply.present)
+        divided = self._shards[0].divided
+        return [next(tensors) if d is not None and next(present) else None for d in divided]
 
 
 class _Across(torch.autograd.Function):

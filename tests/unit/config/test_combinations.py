@@ -52,6 +52,10 @@ BROKEN_ALWAYS: list[tuple[dict[str, Scalar], str]] = [
     (BATCHES | {"trunk.step-every": "server-round"}, "there they need not run at once"),
     (BATCHES | {"trunk.reduction": "median"}, 'window-batches = "on" with trunk.reduction = "med'),
     (
+        {"trunk.tensor-parallel": 2, "lora.trunk.use-dora": True, "model.quantization": "bnb-4bit"},
+        'tensor-parallel = 2 with model.quantization = "bnb-4bit" with lora.trunk.use-dora = true: proc',
+    ),
+    (
         {
             "train.optimizer-state": "keep",
             "strategy.name": "fedavg",
@@ -132,7 +136,7 @@ def test_all_problems_are_told_at_once() -> None:
 def test_the_table_has_a_row_for_each_combination() -> None:
     head, rule, *rows = combinations_table().splitlines()
     assert head == "| settings | why not | instead |" and rule == "|---|---|---|"
-    assert len(rows) == 36
+    assert len(rows) == 37
     assert all(row.count("|") == 4 for row in rows)
     assert (
         "| `fedbuff` with `fraction-train` below 1 | its clients are not sampled by round | Set "
