@@ -22,7 +22,7 @@ from flower_split.trunk.serve import RunningTrunk, Serving
 from tests.support.divided_layers import compare_divided
 from tests.support.tiny_app import make_data, make_model, tiny_config
 from tests.support.tiny_models import tiny_model
-from tests.support.trunk_rounds import TOKEN, Run
+from tests.support.trunk_rounds import SLOTS, TOKEN, Run
 
 HIDDEN = 32
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gpt_neox", "granite")
@@ -51,6 +51,10 @@ def changed(config: RunConfig, **trunk: object) -> RunConfig:
     return replace(config, trunk=replace(config.trunk, **trunk))  # type: ignore[arg-type]
 
 
+def whole_of(config: RunConfig) -> RunConfig:
+    return changed(config, tensor_parallel=1)
+
+
 def with_dropout(config: RunConfig, dropout: float) -> RunConfig:
     part = replace(config.lora.trunk, dropout=dropout)
     return replace(config, lora=replace(config.lora, trunk=part))
@@ -74,23 +78,38 @@ def test_rounds_give_one_hash_in_any_order_and_are_near_a_whole_trunks(
     config: RunConfig, folder: Path, batches: str
 ) -> None:
     divided = changed(config, window_batches=batches)
-    digest, adapter, _ = two_rounds(divided, folder / "one", (0, 1, 2))
+    digest, adapter, _ = two_rounds(divided, folder / "one", SLOTS)
     other, _, _ = two_rounds(divided, folder / "other", (2, 0, 1))
     assert digest == other
-    _, whole, _ = two_rounds(changed(divided, tensor_parallel=1), folder / "whole", (0, 1, 2))
+    _, whole, _ = two_rounds(whole_of(divided), folder / "whole", SLOTS)
     assert adapter.keys() == whole.keys()
     for name, tensor in whole.items():
         torch.testing.assert_close(adapter[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+def test_checkpoint_of_divided_layers_is_one_of_whole_layers(
+    config: RunConfig, folder: Path
+) -> None:
+    serving, whole = Serving(token=TOKEN, checkpoints=str(folder / "both")), whole_of(config)
+    with RunningTrunk(config, serving) as trunk, closing(Run(config, trunk.port)) as run:
+        first = run.round(1, 0, RoundBase(0), SLOTS)
+        run.control.commit_round("e", 1, 0)
+    with RunningTrunk(whole, serving) as trunk, closing(Run(whole, trunk.port)) as run:
+        run.round(2, 0, RoundBase(1, first.digest), SLOTS)
+        adapter = trunk.engine.compute.adapter()
+    _, wanted, _ = two_rounds(whole, folder / "whole", SLOTS)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(adapter[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_forward_that_is_made_again_has_the_same_dropout(config: RunConfig, folder: Path) -> None:
     dropping = with_dropout(config, 0.3)
-    digest, _, none = two_rounds(dropping, folder / "kept", (0, 1, 2))
+    digest, _, none = two_rounds(dropping, folder / "kept", SLOTS)
     small = changed(dropping, activation_memory=2**-16)
     other, _, again = two_rounds(small, folder / "again", (1, 2, 0))
     assert none == 0 < again
     assert digest == other
-    assert digest != two_rounds(config, folder / "without", (0, 1, 2))[0]
+    assert digest != two_rounds(config, folder / "without", SLOTS)[0]
 
 
 @pytest.mark.parametrize("mode", ["joint", "frozen"])
@@ -98,7 +117,7 @@ def test_divided_trunk_computes_what_a_whole_one_does(
     config: RunConfig, folder: Path, mode: str
 ) -> None:
     config = replace(config, mode=mode)
-    whole, given = load_compute(changed(config, tensor_parallel=1)), inputs()
+    whole, given = load_compute(whole_of(config)), inputs()
     with RunningTrunk(config, Serving(token=TOKEN)) as trunk:
         compute = trunk.engine.compute
         assert compute.digest() == whole.digest()
@@ -150,10 +169,10 @@ def test_rounds_on_gpus_and_of_compiled_layers_give_one_hash_too(
     config: RunConfig, folder: Path, device: str, compute: str
 ) -> None:
     divided = changed(config, device=device, compute=compute)
-    digest, adapter, _ = two_rounds(divided, folder / "one", (0, 1, 2))
+    digest, adapter, _ = two_rounds(divided, folder / "one", SLOTS)
     other, _, _ = two_rounds(divided, folder / "other", (2, 0, 1))
     assert digest == other
-    _, whole, _ = two_rounds(changed(divided, tensor_parallel=1), folder / "whole", (0, 1, 2))
+    _, whole, _ = two_rounds(whole_of(divided), folder / "whole", SLOTS)
     for name, tensor in whole.items():
         torch.testing.assert_close(adapter[name], tensor, rtol=1e-2, atol=1e-4)
 
