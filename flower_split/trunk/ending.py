@@ -1,4 +1,4 @@
-"""How a trunk's process ends when it can serve no more, whatever its compute thread waits for."""
+"""How a process of a trunk ends when it is of no more use, whatever its threads wait for."""
 
 import logging
 import os
@@ -17,6 +17,11 @@ def end_soon(why: str) -> None:
     A kernel that waits for a GPU whose process is gone waits for ever, and a thread with it.
     """
     logger.error("the trunk ends: %s", why)
-    last = threading.Timer(_SECONDS, os._exit, (FAILED,))
+    end_within(_SECONDS, FAILED)
+
+
+def end_within(seconds: float, code: int) -> None:
+    """End the process with ``code`` after so many seconds, if it has not ended in order by then."""
+    last = threading.Timer(seconds, os._exit, (code,))
     last.daemon = True
     last.start()

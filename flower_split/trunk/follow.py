@@ -24,6 +24,7 @@ from flower_split.runtime.logs import quiet_libraries
 from flower_split.trunk.build import load_compute, load_share
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.joint_pass import JointCompute
+from flower_split.trunk.ending import end_within
 from flower_split.trunk.replicas.follower import Follower
 from flower_split.trunk.replicas.group import ReplicaGroup
 from flower_split.trunk.replicas.orders import Join, Ready
@@ -33,6 +34,7 @@ from flower_split.trunk.tensor_parallel.ranks import Ranks, meet_all, shorten_wa
 from flower_split.trunk.tensor_parallel.shards import Shards
 
 _GIB = 2**30
+_END_SECONDS = 1.0  # for what is left of the process group, which may wait for the others
 
 
 def start_followers(config: RunConfig) -> Followers | None:
@@ -78,8 +80,7 @@ def run_replica(pipe: Connection, config: RunConfig) -> None:
         pipe.send(Ready(str(compute.device), len(compute.parameters)))
         _answer(pipe, _joined(pipe.recv(), config, compute))
     except (EOFError, OSError):
-        pass  # the trunk closes, or has ended
-    os._exit(0)  # what is left of the process group would wait for the others
+        end_within(_END_SECONDS, 0)  # the trunk closes, or has ended
 
 
 def run_rank(pipe: Connection, config: RunConfig) -> None:
@@ -96,8 +97,7 @@ def run_rank(pipe: Connection, config: RunConfig) -> None:
         shards.whole()  # the leader asks
         _answer(pipe, ParallelFollower(shards, group))
     except (EOFError, OSError):
-        pass  # the trunk closes, or has ended
-    os._exit(0)
+        end_within(_END_SECONDS, 0)  # the trunk closes, or has ended
 
 
 def _begin(config: RunConfig) -> torch.device:

@@ -151,8 +151,7 @@ class Followers(Closing):
         for process in self._processes:
             process.join(self.patience)
             if process.is_alive():
-                if self.patience:
-                    logger.warning("%s did not end within %g s", process.name, self.patience)
+                logger.warning("%s did not end within %g s", process.name, self.patience)
                 process.kill()
                 process.join()
         if self._watch.is_alive() and self._watch is not threading.current_thread():
