@@ -57,10 +57,8 @@ _FEDBUFF: dict[str, Scalar] = {
     "strategy.buffer-size": 3,
     "strategy.max-staleness": 0,
 }
-_FAST: dict[str, Scalar] = {  # a process that starts on a GPU has layers to compile
-    "train.device": "cuda",
+_FAST: dict[str, Scalar] = {  # a process that starts has layers to compile
     "train.compute": "fast",
-    "trunk.device": "cuda",
     "trunk.compute": "fast",
     "trunk.window-batches": "on",
     "join-timeout": 300.0,
@@ -104,7 +102,7 @@ class Chaos:
         faults: How many faults to inject; 0: none.
         kinds: Of "random" (kills at random times), "failpoint" (kills at named places) and "network".
         places: Failpoints still to be fired, shared by all runs; the rarest come first.
-        on_gpu: Whether processes start on a GPU, where a trunk takes longer than a ServerApp waits.
+        fast: Whether processes compile their layers, for longer than a ServerApp waits for a trunk.
     """
 
     def __init__(
@@ -114,15 +112,15 @@ class Chaos:
         faults: int,
         kinds: list[str],
         places: Counter[str],
-        on_gpu: bool,
+        fast: bool,
     ) -> None:
         self.job = job
         self.chance = chance
         self.left = faults
         self.kinds = kinds
         self.places = places
-        self.on_gpu = on_gpu
-        self.seconds = _FAST_RUN_SECONDS if on_gpu else _RUN_SECONDS
+        self.fast = fast
+        self.seconds = _FAST_RUN_SECONDS if fast else _RUN_SECONDS
         self.outcome = Outcome(0, "", 0.0)
         self._killed: float | None = None  # when the last process died that no commit has followed
         self._committed = 0  # time stamp of the manifest
@@ -140,7 +138,7 @@ class Chaos:
         try:
             for role in self.job.roles:
                 self._start(role)
-                if role is self.job.trunk and self.on_gpu:
+                if role is self.job.trunk and self.fast:
                     self._wait_for_trunk()
             while not self._finished():
                 now = time.monotonic()
@@ -213,9 +211,9 @@ class Chaos:
             self._start(role)
 
     def _found_no_trunk(self) -> bool:
-        """Whether the ServerApp has ended because the trunk, on a GPU, was still starting."""
+        """Whether the ServerApp has ended because the trunk was still compiling."""
         lines = self.job.server.log.read_text(errors="replace").splitlines()
-        return self.on_gpu and "errors.TrunkUnavailable" in "".join(lines[-1:])
+        return self.fast and "errors.TrunkUnavailable" in "".join(lines[-1:])
 
     def _wait_for_trunk(self) -> None:
         """Wait until the trunk listens, at most a quarter of the run's time; the ServerApp says if not."""
@@ -292,9 +290,10 @@ def main() -> int:
         help="rounds are buffers of arrivals, of which none is late, so that runs are repeatable",
     )
     parser.add_argument(
-        "--fast-on-gpu",
-        action="store_true",
-        help="clients and trunk compute as train.compute = fast does, on the first GPU",
+        "--fast",
+        metavar="DEVICE",
+        default="",
+        help="clients and trunk compute as train.compute = fast does, on cpu or cuda",
     )
     parser.add_argument("--keep", type=Path, help="where the runs' directories stay")
     arguments = parser.parse_args()
@@ -304,12 +303,12 @@ def main() -> int:
     config: dict[str, Scalar] = make_config(root / "job", arguments.clients, arguments.rounds)
     if arguments.fedbuff:
         config |= _FEDBUFF
-    on_gpu: bool = arguments.fast_on_gpu
-    if on_gpu:
-        config |= _FAST
+    fast = bool(arguments.fast)
+    if fast:
+        config |= _FAST | {"train.device": arguments.fast, "trunk.device": arguments.fast}
     places: Counter[str] = Counter()
     reference = Job(root / "reference", config)
-    expected = Chaos(reference, random.Random(0), 0, [], places, on_gpu).run()
+    expected = Chaos(reference, random.Random(0), 0, [], places, fast).run()
     if expected.problem:
         print(f"the fault-free run failed: {expected.problem}", file=sys.stderr)
         return 1
@@ -329,7 +328,7 @@ def main() -> int:
             dedupe=not arguments.no_dedupe,
             supervised=arguments.supervised,
         )
-        outcome = Chaos(job, random.Random(seed), left, kinds, places, on_gpu).run()
+        outcome = Chaos(job, random.Random(seed), left, kinds, places, fast).run()
         outcome.seed = seed
         outcomes.append(outcome)
         done += outcome.faults

@@ -33,8 +33,8 @@ def warm_up(compute: TrunkCompute, hidden_size: int, rows: int, length: int) -> 
         compute.backward(activation, torch.zeros_like(hidden))
     seconds = time.monotonic() - started
     logger.info(
-        "trunk.compute = fast: compiled for %d x %d positions and shorter in %.1f s; results keep "
-        "their bits from run to run on this machine, and are not those of exact",
+        "trunk.compute = fast: compiled for %d x %d positions and shorter in %.1f s; results have "
+        "other last bits than those of exact, and may have others again after a restart",
         rows,
         length,
         seconds,
