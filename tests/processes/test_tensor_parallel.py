@@ -1,8 +1,9 @@
 """A trunk whose layers two processes divide: the numbers of a whole trunk, and one hash."""
 
 import multiprocessing
+import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def test_divided_trunk_computes_what_a_whole_one_does(
     with RunningTrunk(config, Serving(token=TOKEN)) as trunk:
         compute = trunk.engine.compute
         assert compute.digest() == whole.digest()
+        assert listening() <= {"127.0.0.1"} and os.environ["GLOO_SOCKET_IFNAME"] == "lo"
         assert [name for name, _ in compute.named] == [name for name, _ in whole.named]
         near(compute, whole, given)
         grad = 1e-3 * torch.ones_like(given["hidden_states"])
@@ -129,6 +131,23 @@ def test_divided_trunk_computes_what_a_whole_one_does(
             for one in (compute, whole)
         )
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert "GLOO_SOCKET_IFNAME" not in os.environ
+
+
+def listening() -> set[str]:
+    """Return the addresses at which this process and its followers listen."""
+    sockets = set()
+    for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
+        for descriptor in Path(f"/proc/{process}/fd").iterdir():
+            with suppress(OSError):
+                sockets.add(os.readlink(descriptor))
+    found = set()
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, _, state, *_, inode = line.split()[:10]
+        if state == "0A" and f"socket:[{inode}]" in sockets:
+            found.add(".".join(str(byte) for byte in reversed(bytes.fromhex(local[:8]))))
+    assert found, "gloo listens somewhere"
+    return found
 
 
 def test_divided_trunk_keeps_old_weights_and_says_what_it_cannot(

@@ -27,6 +27,7 @@ class Ranks(Followers):
 
     patience = 2.0  # they keep nothing, and may wait for this process in the middle of a layer
     _met = False
+    _interface: str | None = None  # gloo's before this
 
     def begin(self, device: torch.device) -> None:
         """Meet them, who then load as this process does.
@@ -39,9 +40,11 @@ class Ranks(Followers):
             TrunkUnavailable: They do not come.
         """
         self.order_to_join()
+        self._interface = os.environ.get(_INTERFACE)
         try:
             meet_all(Path(self._folder.name), 0, self.size, device)
         except RuntimeError as error:
+            self._restore_interface()
             raise TrunkUnavailable(
                 f"the {self.size} processes that divide the trunk did not meet within "
                 f"{LOAD_SECONDS:g} s: {error}"
@@ -73,8 +76,14 @@ class Ranks(Followers):
         super().close()
         if self._met:
             self._met = False
+            self._restore_interface()
             with suppress(RuntimeError):  # it may have been aborted
                 dist.destroy_process_group()
+
+    def _restore_interface(self) -> None:
+        os.environ.pop(_INTERFACE, None)
+        if self._interface is not None:
+            os.environ[_INTERFACE] = self._interface
 
     def _abort(self) -> None:
         super()._abort()
@@ -108,22 +117,16 @@ def meet_all(folder: Path, rank: int, size: int, device: torch.device) -> None:
             f"trunk.tensor-parallel divides layers over this host's {found} devices, and trunk.device is "
             f"{device}. Set trunk.device to one of them, or hide the others from the process."
         )
-    before = os.environ.get(_INTERFACE)
-    os.environ[_INTERFACE] = "lo"  # nothing of it is for other hosts
-    try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=dist.FileStore(str(folder / _STORE), size),  # type: ignore[attr-defined]
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=LOAD_SECONDS),
-            device_id=device if device.type == "cuda" else None,
-        )
-    finally:
-        if before is None:
-            del os.environ[_INTERFACE]
-        else:
-            os.environ[_INTERFACE] = before
+    # Of this group, and of those that transformers makes of it: nothing of them is for other hosts.
+    os.environ[_INTERFACE] = "lo"
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(str(folder / _STORE), size),  # type: ignore[attr-defined]
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=LOAD_SECONDS),
+        device_id=device if device.type == "cuda" else None,
+    )
 
 
 def shorten_waits(seconds: float) -> None:
