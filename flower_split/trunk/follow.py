@@ -87,6 +87,7 @@ def run_rank(pipe: Connection, config: RunConfig) -> None:
     """Meet the others, load a share of the layers, and answer orders until the leader ends."""
     device = _begin(config)
     try:
+        pipe.send(Ready(str(device), 0))  # who has ended by then is not waited for
         order: Join = pipe.recv()
         folder = Path(order.folder)
         meet_all(folder, order.rank, order.size, device)

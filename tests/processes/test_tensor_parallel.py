@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -12,10 +13,17 @@ import torch
 from torch import Tensor
 
 from flower_split.config import RunConfig, parse_run_config
-from flower_split.errors import ConfigError, RefusalReason, SplitError, TrunkRefused
+from flower_split.errors import (
+    ConfigError,
+    RefusalReason,
+    SplitError,
+    TrunkRefused,
+    TrunkUnavailable,
+)
 from flower_split.protocol.values import RoundBase
 from flower_split.split import CutLayers, load_trunk_model
 from flower_split.split.structure.kv_cache import CacheStep
+from flower_split.trunk import follow
 from flower_split.trunk.build import load_compute
 from flower_split.trunk.compute.compute import TrunkCompute
 from flower_split.trunk.compute.weight_versions import Versions
@@ -279,6 +287,20 @@ def test_what_does_not_go_with_divided_layers_is_refused(other: dict[str, str | 
         ConfigError, match=r"trunk\.tensor-parallel = 2 .* go together with trunk\."
     ):
         parse_run_config(given)
+
+
+def test_process_that_ends_before_it_loads_is_named_at_once(
+    config: RunConfig, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow, "run_rank", end_at_once)
+    began = time.monotonic()
+    with pytest.raises(TrunkUnavailable, match="replica 1 ended while it was to load"):
+        RunningTrunk(config, Serving(token=TOKEN))
+    assert time.monotonic() - began < 60
+
+
+def end_at_once(pipe: object, config: RunConfig) -> None:
+    """A follower that cannot even begin."""
 
 
 def test_trunk_on_other_devices_than_torch_would_take_is_refused(

@@ -37,8 +37,9 @@ class Ranks(Followers):
 
         Raises:
             ConfigError: This process has a default process group already, or not the right devices.
-            TrunkUnavailable: They do not come.
+            TrunkUnavailable: One ended, or they do not come.
         """
+        self.ready(0)  # they run, and have loaded nothing yet
         self.order_to_join()
         self._interface = os.environ.get(_INTERFACE)
         try:
