@@ -79,10 +79,10 @@ def _add_step(kinds: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     step.add_argument("--wire-dtype", default="native", metavar="NAME", help="of activations")
     step.add_argument("--gradient-wire-dtype", default="", metavar="NAME")
     step.add_argument("--window-batches", default="off", choices=("off", "on"))
-    beside = "processes of the trunk, a GPU each, beside one: that share window batches"
-    step.add_argument("--replicas", type=int, default=1, metavar="N", help=beside)
-    beside = "the same, that divide its layers"
-    step.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=beside)
+    share = "trunk processes that share window batches, beside one; a GPU each"
+    step.add_argument("--replicas", type=int, default=1, metavar="N", help=share)
+    divide = "trunk processes that divide every layer, beside one; a GPU each"
+    step.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help=divide)
     step.add_argument("--batch-positions", type=int, default=8192, metavar="N")
     step.add_argument("--activation-memory", type=float, default=60.0, metavar="GiB")
     step.add_argument("--compiled", action="store_true", help="the reference compiled as well")

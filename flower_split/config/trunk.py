@@ -126,7 +126,8 @@ class TrunkConfig:
     all on the CPU), and compute every call together."""
     compute: str = "exact"
     """How the trunk computes: exact (the unsplit model's own operations; equal bits on a CPU), or fast
-    (compiled layers, 16-bit autocast where the base has 16 bits; other last bits)."""
+    (compiled layers, 16-bit autocast where the base has 16 bits; other last bits, which may depend on
+    the shapes that a process meets first)."""
     num_threads: int = 1
     """torch's intra-op CPU threads; pinned, so that sums are repeatable."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -88,7 +88,10 @@ def load_compute(config: RunConfig) -> TrunkCompute:
         SplitError: The model cannot be loaded or cut.
         ConfigError: The device is not there, or quantised weights would have to train.
     """
-    return _compute(config, load_share(config)[0], None)
+    trunk = _load(config)
+    _attach(config, trunk)
+    _compile(config, trunk)
+    return _compute(config, trunk, None)
 
 
 def load_share(config: RunConfig) -> tuple[TrunkModel, InputSchema]:
@@ -215,9 +218,13 @@ def _settle(config: RunConfig, trunk: TrunkModel) -> InputSchema:
     inputs = schema_of(
         trunk, trunk.hidden_size
     )  # before compilation, which every form would repeat
+    _compile(config, trunk)
+    return inputs
+
+
+def _compile(config: RunConfig, trunk: TrunkModel) -> None:
     if config.trunk.compute == "fast":
         compute_fast(trunk, trunk.stack.layers(trunk))
-    return inputs
 
 
 def _engine(

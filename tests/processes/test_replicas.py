@@ -85,7 +85,8 @@ def test_killed_follower_ends_the_trunk_and_the_round_is_done_again_with_the_sam
                 assert isinstance(future.exception(SECONDS), TrunkError)
         while not trunk.failure:
             assert time.monotonic() - began < 5.0, "nobody has noticed"
-        assert f"replica 1 ({where}), process {follower.pid}, ended with code -9" in trunk.failure
+        noun = "replica" if placed.trunk.replicas > 1 else "rank"
+        assert f"{noun} 1 ({where}), process {follower.pid}, ended with code -9" in trunk.failure
         assert health_of(f"127.0.0.1:{trunk.port}") == "NOT_SERVING"
     with RunningTrunk(placed, serving) as trunk, closing(Run(placed, trunk.port)) as run:
         again = run.round(2, 2, base, (2, 0, 1))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from flower_split.errors import (
 )
 from flower_split.protocol.values import RoundBase
 from flower_split.split import CutLayers, load_trunk_model
+from flower_split.split.loading.tensor_parallel import loading_share
 from flower_split.split.structure.kv_cache import CacheStep
 from flower_split.trunk import follow
 from flower_split.trunk.build import load_compute
@@ -264,12 +266,31 @@ def test_layers_that_cannot_be_divided_are_refused_before_anything_is_read(
         load_trunk_model(tmp_path.as_posix(), CutLayers(1, 3), tensor_parallel=size)
 
 
-def test_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
+def test_quantised_weights_and_device_maps_are_refused(tmp_path: Path) -> None:
+    model, cuts = tiny_model("llama"), CutLayers(1, 3)
+    model.config.save_pretrained(tmp_path)
+    divided = partial(load_trunk_model, tmp_path.as_posix(), cuts, tensor_parallel=2)
+    with pytest.raises(SplitError, match="is quantised, and trunk.tensor-parallel = 2"):
+        divided(quantization="bnb-4bit")
+    with pytest.raises(SplitError, match="tensor_parallel = 2 divides every layer, and device_map"):
+        divided(device_map="balanced")
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     model.config.save_pretrained(tmp_path)
     with pytest.raises(SplitError, match="is quantised, and trunk.tensor-parallel = 2"):
-        load_trunk_model(tmp_path.as_posix(), CutLayers(1, 3), tensor_parallel=2)
+        divided()
+
+
+def test_environment_names_the_device_while_a_share_is_loaded_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for before in (None, "7"):
+        if before is None:
+            monkeypatch.delenv("LOCAL_RANK", raising=False)
+        else:
+            monkeypatch.setenv("LOCAL_RANK", before)
+        with loading_share(2, "cuda:3") as options:
+            assert os.environ["LOCAL_RANK"] == "3" and options.keys() == {"distributed_config"}
+        assert os.environ.get("LOCAL_RANK") == before
 
 
 @pytest.mark.parametrize(
@@ -294,7 +315,7 @@ def test_process_that_ends_before_it_loads_is_named_at_once(
 ) -> None:
     monkeypatch.setattr(follow, "run_rank", end_at_once)
     began = time.monotonic()
-    with pytest.raises(TrunkUnavailable, match="replica 1 ended while it was to load"):
+    with pytest.raises(TrunkUnavailable, match="rank 1 ended while it was to load"):
         RunningTrunk(config, Serving(token=TOKEN))
     assert time.monotonic() - began < 60
 

@@ -26,7 +26,7 @@ from flower_split.split.loading.device_map import DeviceMap, check_placed, resol
 from flower_split.split.loading.model_source import ModelSource
 from flower_split.split.loading.partial_class import Carve, holed, quiet_loading
 from flower_split.split.loading.tasks import AUTO_CLASSES, begin_head, head_modules, set_labels
-from flower_split.split.loading.tensor_parallel import loading_on, note_for_lora, parallel_options
+from flower_split.split.loading.tensor_parallel import loading_share, note_for_lora
 from flower_split.split.structure.cuts import CutLayers
 from flower_split.split.structure.quantization import (
     check_quantised,
@@ -154,17 +154,16 @@ class Checkpoint:
             places = resolve_device_map(
                 device_map, self.skeleton, self.stack, indices, beside=beside
             )
-        placed = device_map is not None or self.quantization is not None
+        placed = tensor_parallel > 1 or device_map is not None or self.quantization is not None
         part = holed(self.model_class, carve, whole_modules)
         owned = set(self.skeleton.state_dict())
         if tensor_parallel > 1:
-            placed, options = True, parallel_options(tensor_parallel)
+            with loading_share(tensor_parallel, device) as options:
+                model, missing_keys = self._read(part, owned, asked, options)
+            note_for_lora(model, self.stack)
         else:
             options = {"device_map": places if placed else None}
-        with loading_on(device):
             model, missing_keys = self._read(part, owned, asked, options)
-        if tensor_parallel > 1:
-            note_for_lora(model, self.stack)
         keep_trainable(model)
         if asked is not self.quantization and self.dtype is not None:
             settle_dtype(model, owned, self.dtype)

@@ -138,7 +138,7 @@ def load_trunk_model(
         carve_trunk(root, checkpoint.stack, cuts, output, constants)
 
     if tensor_parallel > 1:
-        check_parallel(source.name_or_path, checkpoint.skeleton, checkpoint.stack, tensor_parallel)
+        _check_parallel(checkpoint, tensor_parallel, device_map)
     layers = range(cuts.first, cuts.second)
     root = checkpoint.load(carve, device, device_map, layers, tensor_parallel=tensor_parallel)
     trunk = TrunkModel(root, checkpoint.stack, cuts, output).eval()
@@ -161,6 +161,23 @@ def _check_one_place(device: torch.device | str | None, device_map: DeviceMap | 
         raise SplitError(
             f"device_map places the part's layers, so device must be left out; it is {device!r}."
         )
+
+
+def _check_parallel(checkpoint: Checkpoint, size: int, device_map: DeviceMap | None) -> None:
+    """Check that the layers of a checkpoint can be divided over ``size`` processes.
+
+    Raises:
+        SplitError: They cannot (:func:`check_parallel`), or a device map is asked for as well.
+    """
+    if device_map is not None:
+        raise SplitError(
+            f"tensor_parallel = {size} divides every layer, and device_map places whole ones. Leave one "
+            "of them out."
+        )
+    quantised = checkpoint.asked_quantization is not None
+    check_parallel(
+        checkpoint.name_or_path, checkpoint.skeleton, checkpoint.stack, size, quantised=quantised
+    )
 
 
 def load_whole_model(

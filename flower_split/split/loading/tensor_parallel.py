@@ -29,7 +29,9 @@ _STYLES = (
 _LOCAL_RANK = "LOCAL_RANK"  # how transformers is told the index of a process's device
 
 
-def check_parallel(name: str, skeleton: PreTrainedModel, stack: LayerStack, size: int) -> None:
+def check_parallel(
+    name: str, skeleton: PreTrainedModel, stack: LayerStack, size: int, *, quantised: bool
+) -> None:
     """Check that the layers of a model can be divided over ``size`` processes.
 
     Args:
@@ -37,10 +39,11 @@ def check_parallel(name: str, skeleton: PreTrainedModel, stack: LayerStack, size
         skeleton: The model without weights.
         stack: Where its layers are.
         size: Processes.
+        quantised: Whether the weights are to be quantised as they are read.
 
     Raises:
         SplitError: The family has no plan, or another one than fits LoRA; the heads cannot be divided; the
-            checkpoint is quantised; or a library is too old.
+            weights are quantised; or a library is too old.
     """
     for library, needed in _NEEDED.items():
         if Version(version(library)) < Version(needed):
@@ -48,10 +51,11 @@ def check_parallel(name: str, skeleton: PreTrainedModel, stack: LayerStack, size
                 f"trunk.tensor-parallel = {size} needs {library} {needed}; {version(library)} is "
                 "installed. Upgrade it, or set trunk.tensor-parallel = 1."
             )
-    if quantization_of(skeleton.config) is not None:
+    if quantised or quantization_of(skeleton.config) is not None:
         raise SplitError(
             f"{name!r} is quantised, and trunk.tensor-parallel = {size} divides weights as they are. "
-            "Use the checkpoint that it was made of, or set trunk.tensor-parallel = 1."
+            'Use the checkpoint that it was made of with model.quantization = "", or set '
+            "trunk.tensor-parallel = 1."
         )
     plan = layer_plan(skeleton, stack)
     others = sorted({style for style in plan.values() if style not in _STYLES})
@@ -77,21 +81,21 @@ def layer_plan(model: PreTrainedModel, stack: LayerStack) -> dict[str, str]:
     return {name: style for name, style in (model.tp_plan or {}).items() if name.startswith(begin)}
 
 
-def parallel_options(size: int) -> dict[str, Any]:
-    """Return what ``from_pretrained`` takes to load this process's share of ``size``."""
+@contextlib.contextmanager
+def loading_share(size: int, device: torch.device | str | None) -> Iterator[dict[str, Any]]:
+    """Return what ``from_pretrained`` takes inside the block to load this process's share of ``size``.
+
+    Args:
+        size: Processes.
+        device: This process's; transformers is told its index by the environment.
+    """
     # Not there in earlier versions.
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    return {"distributed_config": DistributedConfig(tp_size=size)}
-
-
-@contextlib.contextmanager
-def loading_on(device: torch.device | str | None) -> Iterator[None]:
-    """Let transformers take this process's device for what it divides, inside the block."""
     before = os.environ.get(_LOCAL_RANK)
     os.environ[_LOCAL_RANK] = str(torch.device(device or "cpu").index or 0)
     try:
-        yield
+        yield {"distributed_config": DistributedConfig(tp_size=size)}
     finally:
         if before is None:
             del os.environ[_LOCAL_RANK]

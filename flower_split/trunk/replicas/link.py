@@ -24,6 +24,19 @@ class ReplicaLost(TrunkUnavailable):
     """A follower has ended, or does not answer: the trunk cannot go on, and starts again."""
 
 
+class OrderFailed(RuntimeError):
+    """An order failed at a follower as a whole.
+
+    Args:
+        message: What and where.
+        cause: The follower's own error, with its type.
+    """
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
+
+
 class FollowerLink:
     """One follower, as the leader's compute thread sees it.
 
@@ -32,14 +45,18 @@ class FollowerLink:
         pipe: To it; closed at its other end when it ends.
         peer: Its process.
         timeout: Seconds that it has for an answer.
+        noun: What it is, for messages.
 
     Attributes:
         where: Its rank and device, for messages; the rank alone until it is ready.
     """
 
-    def __init__(self, rank: int, pipe: Connection, peer: Peer, timeout: float) -> None:
+    def __init__(
+        self, rank: int, pipe: Connection, peer: Peer, timeout: float, noun: str = "replica"
+    ) -> None:
         self.rank = rank
-        self.where = f"replica {rank}"
+        self._noun = noun
+        self.where = f"{noun} {rank}"
         self._pipe = pipe
         self._peer = peer
         self._timeout = timeout
@@ -55,7 +72,7 @@ class FollowerLink:
         found = self._read(timeout, "load the trunk's layers")
         if not isinstance(found, Ready):
             raise self.lost(f"said {found} instead of being ready")
-        self.where = f"replica {self.rank} ({found.where})"
+        self.where = f"{self._noun} {self.rank} ({found.where})"
         return found
 
     def join(self, order: Join) -> None:
@@ -92,12 +109,12 @@ class FollowerLink:
 
         Raises:
             ReplicaLost: It ended, or takes too long: then it is ended.
-            RuntimeError: The order failed there as a whole.
+            OrderFailed: It did there.
         """
         found = self._read(self._timeout if timeout is None else timeout, what)
         self._asked = False
         if isinstance(found, Broken):
-            raise RuntimeError(f"{self.where} failed to {what}: {found.text}")
+            raise OrderFailed(f"{self.where} failed to {what}: {found.text}", found.text)
         return found
 
     def tensors(self, num_bytes: int) -> Tensor:

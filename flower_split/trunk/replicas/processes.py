@@ -47,9 +47,11 @@ class Followers(Closing):
     Attributes:
         links: To them, by rank.
         patience: Seconds that :meth:`close` leaves them to end by themselves.
+        noun: What each of them is, for messages.
     """
 
     patience = _END_SECONDS
+    noun = "follower"
 
     def __init__(self, run: Run, configs: Sequence[RunConfig], timeout: float) -> None:
         context = multiprocessing.get_context("spawn")
@@ -65,12 +67,12 @@ class Followers(Closing):
         for rank, config in enumerate(configs, start=1):
             pipe, theirs = context.Pipe()
             process = context.Process(
-                target=run, args=(theirs, config), name=f"trunk-replica-{rank}", daemon=True
+                target=run, args=(theirs, config), name=f"trunk-{self.noun}-{rank}", daemon=True
             )
             process.start()
             theirs.close()  # so that this end says when the process ends
             self._processes.append(process)
-            self.links.append(FollowerLink(rank, pipe, process, timeout))
+            self.links.append(FollowerLink(rank, pipe, process, timeout, self.noun))
         self._watch = threading.Thread(target=self._look, name="trunk-replicas", daemon=True)
 
     @property
@@ -164,11 +166,13 @@ class Followers(Closing):
             self._group.abort()
 
     def _lose(self, why: str) -> None:
-        self._abort()
-        with self._lock:
-            self._loss, tell = why, self._tell
-        if tell is not None:
-            tell(why)
+        try:
+            self._abort()
+        finally:
+            with self._lock:
+                self._loss, tell = why, self._tell
+            if tell is not None:
+                tell(why)
 
     def _look(self) -> None:
         sentinels = {process.sentinel: rank for rank, process in enumerate(self._processes)}
@@ -180,7 +184,7 @@ class Followers(Closing):
                 process.join(_END_SECONDS)
                 self._lose(
                     f"{link.where}, process {process.pid}, ended with code {process.exitcode}. The trunk "
-                    "cannot compute its share of the clients and ends; it goes on from its last "
+                    "cannot compute its share and ends; it goes on from its last "
                     "checkpoint when it is started again."
                 )
                 return
@@ -188,6 +192,8 @@ class Followers(Closing):
 
 class Replicas(Followers):
     """Followers that have all of the trunk's layers each, and share window batches."""
+
+    noun = "replica"
 
     def join(self, compute: TrunkCompute, *, takes_mask: bool) -> Sequence[FollowerLink]:
         """Wait until all have loaded, meet them in a process group, and watch them from then on.

@@ -25,6 +25,7 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 class Ranks(Followers):
     """Followers that each have a share of every layer of the trunk."""
 
+    noun = "rank"
     patience = 2.0  # they keep nothing, and may wait for this process in the middle of a layer
     _met = False
     _interface: str | None = None  # gloo's before this

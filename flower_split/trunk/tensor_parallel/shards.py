@@ -16,9 +16,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from flower_split.split import TrunkModel
 from flower_split.split.structure.stack import address_of
 from flower_split.split.trunk_side.model import TrunkInputs
+from flower_split.trunk.compute.checks import HIDDEN
 from flower_split.trunk.compute.weight_versions import ParameterSlots, Weights
-
-HIDDEN = "hidden_states"
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)

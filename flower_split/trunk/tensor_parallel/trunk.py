@@ -21,10 +21,11 @@ from flower_split.split import CutLayers, TrunkModel
 from flower_split.split.structure.host_call import Mask
 from flower_split.split.structure.kv_cache import CacheStep, TrunkCache
 from flower_split.split.trunk_side.model import TrunkInputs
-from flower_split.trunk.replicas.link import FollowerLink
+from flower_split.trunk.compute.checks import HIDDEN
+from flower_split.trunk.replicas.link import FollowerLink, OrderFailed
 from flower_split.trunk.replicas.orders import CallBackOrder, CalledBack, CallOrder
 from flower_split.trunk.replicas.packing import length_of, pack, unpack
-from flower_split.trunk.tensor_parallel.shards import HIDDEN, LocalCall, Shards
+from flower_split.trunk.tensor_parallel.shards import LocalCall, Shards
 
 Value = TypeVar("Value")
 
@@ -51,6 +52,7 @@ class ParallelTrunk(TrunkModel):
         self._links = list(links)
         self._calls: weakref.WeakValueDictionary[int, LocalCall] = weakref.WeakValueDictionary()
         self._next = 0
+        self._caches = {}  # of clients in this process: there are none
         self._sent: tuple[list[Tensor], list[int]] = ([], [])  # weights that all have, and versions
         for name, parameter in local.named_parameters():
             if not parameter.requires_grad and not isinstance(parameter, DTensor):
@@ -201,25 +203,37 @@ class ParallelTrunk(TrunkModel):
     ) -> tuple[Value, list[list[Tensor | None]]]:
         """Have all followers carry ``order`` out while this process computes; return what they have.
 
-        Every reply is read, whatever happens here, so that all ends stay in step. What fails here
-        fails there too, or a follower waits for this process in the middle of a layer, and is lost.
+        Every reply is read, whatever happens here, so that all ends stay in step. What fails in one process
+        fails alike in all, before they exchange anything; otherwise some wait for others in the middle of
+        a layer, and the trunk cannot go on.
+
+        Raises:
+            ReplicaLost: One has ended, takes too long, or failed where another did not.
+            Exception: What failed alike everywhere.
         """
         for link in self._links:
             link.ask(order, buffer)
-        failures: list[Exception] = []
+        failure: Exception | None = None
         replies: list[list[Tensor | None]] = []
         found: list[Value] = []
         try:
             found.append(compute())
         except Exception as error:
-            failures.append(error)
+            failure = error
+        here = None if failure is None else f"{type(failure).__name__}: {failure}"
         for link in self._links:
+            cause = None
             try:
-                replies.append(self._read(link, what, _FAILED_SECONDS if failures else None))
-            except Exception as error:
-                failures.append(error)
-        if failures:
-            raise failures[0]
+                replies.append(self._read(link, what, None if here is None else _FAILED_SECONDS))
+            except OrderFailed as error:
+                cause = error.cause
+            if cause != here:
+                raise link.lost(
+                    f"was to {what}, which {_ended(cause)} there, and {_ended(here)} in the process that "
+                    "serves"
+                ) from failure
+        if failure is not None:
+            raise failure
         return found[0], replies
 
     def _read(self, link: FollowerLink, what: str, timeout: float | None) -> list[Tensor | None]:
@@ -231,6 +245,10 @@ class ParallelTrunk(TrunkModel):
         present = iter(reply.present)
         divided = self._shards[0].divided
         return [next(tensors) if d is not None and next(present) else None for d in divided]
+
+
+def _ended(failure: str | None) -> str:
+    return "succeeded" if failure is None else f"failed ({failure})"
 
 
 class _Across(torch.autograd.Function):
