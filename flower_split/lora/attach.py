@@ -89,10 +89,8 @@ def attach_lora(
     settle_shards(model)
     init_of = Inits(model, stack_of(model), cuts, parts)
     for name, parameter in lora_parameters(model):
-        if parameter.dtype not in (
-            torch.float32,
-            torch.float64,
-        ):  # PEFT gives them the base's dtype
+        # PEFT gives them the base's dtype.
+        if parameter.dtype not in (torch.float32, torch.float64):
             parameter.data = parameter.data.to(torch.float32)
         if not meta and not name.endswith(MAGNITUDE):
             fill(parameter, initial_value(seed, name, parameter.shape, init_of(name)))

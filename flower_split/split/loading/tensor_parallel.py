@@ -21,11 +21,8 @@ from flower_split.split.structure.quantization import quantization_of
 from flower_split.split.structure.stack import LayerStack
 
 _NEEDED = {"torch": "2.8", "transformers": "5.17", "peft": "0.21"}  # that divide LoRA as weights
-_STYLES = (
-    "colwise",
-    "rowwise",
-    "replicated_with_grad_allreduce",
-)  # that LoRA and sharded heads fit
+# Ways to divide a module that go with LoRA beside it.
+_STYLES = ("colwise", "rowwise", "replicated_with_grad_allreduce")
 _LOCAL_RANK = "LOCAL_RANK"  # how transformers is told the index of a process's device
 
 
